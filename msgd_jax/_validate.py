@@ -1,0 +1,116 @@
+"""Checks of arguments: every error names the argument, its value, and what is allowed."""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def positive_int(name: str, value: Any, maximum: int | None = None, minimum: int = 1) -> int:
+    """Returns `value` as an int in [minimum, maximum]; raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")
+    if value < minimum or (maximum is not None and value > maximum):
+        allowed = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+        raise ValueError(f"{name} must be {allowed}, got {value}.")
+    return int(value)
+
+
+def finite_nonnegative(name: str, value: Any) -> float:
+    """Returns `value` as a finite float >= 0; raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+    return float(value)
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Returns `value` if it is one of `allowed`; raises ValueError."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    return value
+
+
+def function(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {value!r} of type {type(value).__name__}.")
+
+
+def wide_float_dtype(name: str, dtype: Any) -> jnp.dtype:
+    """Returns float32 or float64 (only with x64 enabled); raises ValueError."""
+    resolved = jnp.dtype(dtype)
+    if resolved not in (jnp.dtype("float32"), jnp.dtype("float64")):
+        raise ValueError(
+            f"{name} must be float32 or float64, got {resolved}: weights are sums' coefficients "
+            "and stay wide also when the model runs in a narrower type."
+        )
+    if jax.dtypes.canonicalize_dtype(resolved) != resolved:
+        raise ValueError(f"{name} {resolved} needs jax.config.update('jax_enable_x64', True).")
+    return resolved
+
+
+def prng_key(name: str, key: Any) -> None:
+    """Raises TypeError unless `key` is a typed PRNG key, ValueError unless it is a single one."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        got = "None" if key is None else f"{type(key).__name__} {_shape_and_dtype(key)}".strip()
+        raise TypeError(
+            f"{name} must be a typed PRNG key such as jax.random.key(0), got {got}. "
+            "Keys made by jax.random.PRNGKey can be converted with jax.random.wrap_key_data."
+        )
+    if key.shape != ():
+        raise ValueError(
+            f"{name} must be a single key, got an array of keys with shape {key.shape}; "
+            "use jax.vmap to draw for several keys at once."
+        )
+
+
+def step(value: Any) -> None:
+    """Raises unless `value` is a non-negative integer scalar (a traced one is taken on trust)."""
+    if isinstance(value, bool) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise TypeError(f"step must be an integer, got {value!r}.")
+    if jnp.shape(value) != ():
+        raise ValueError(f"step must be a scalar, got shape {jnp.shape(value)}; use jax.vmap.")
+    if isinstance(value, (int, np.integer)) and value < 0:
+        raise ValueError(f"step must be at least 0, got {value}.")
+
+
+def floating_params(params: Any) -> None:
+    """Raises TypeError, naming the leaf, unless `params` has leaves and all are real floating."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params has no leaves: there is nothing to differentiate.")
+    for path, leaf in leaves:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            where = jax.tree_util.keystr(path)
+            raise TypeError(
+                f"params{where} must be floating point to be differentiated, "
+                f"got {jnp.result_type(leaf)}."
+            )
+
+
+def leading_axis(name: str, tree: Any) -> int:
+    """Returns the leading axis that all leaves of `tree` share; raises ValueError."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if not leaves:
+        raise ValueError(f"{name} has no leaves: expected arrays with a leading example axis.")
+    sizes = {}
+    for path, leaf in leaves:
+        where = name + jax.tree_util.keystr(path)
+        if not jnp.shape(leaf):
+            raise ValueError(f"{where} is a scalar: every leaf needs a leading example axis.")
+        sizes[where] = jnp.shape(leaf)[0]
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"All leaves of {name} must share the leading axis, got {sizes}.")
+    return next(iter(sizes.values()))
+
+
+def _shape_and_dtype(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"of shape {value.shape} and dtype {value.dtype}"
+    return ""

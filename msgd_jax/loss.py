@@ -1,0 +1,237 @@
+"""The fast algorithm (Algorithm 1): per-example losses, weighted, in one backward pass.
+
+A **loss vector function** maps ``(params, batch)`` to one loss per example of the batch, [B]. The
+gradient of its product with a weight vector is the noisy gradient: no gradient matrix, no
+covariance matrix, nothing larger than the gradient itself.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Shaped
+
+from msgd_jax import _dtypes, _validate
+from msgd_jax.noise import Weights
+
+__all__ = ["LossVectorFn", "per_example", "weighted_value_and_grad"]
+
+LossVectorFn = Callable[..., Any]
+"""``loss_vector_fn(params, batch) -> losses [B]``, or with mutable statistics
+``loss_vector_fn(params, batch, aux) -> (losses [B], new aux)``."""
+
+
+def per_example(loss_fn: Callable[[Any, Any], Float[Array, ""]]) -> LossVectorFn:
+    """Turns the loss of one example into the losses of a batch.
+
+    Args:
+      loss_fn: maps ``(params, example)`` to a scalar, where an example is the data without its
+        leading axis.
+
+    Returns:
+      A loss vector function: ``jax.vmap`` of `loss_fn` over the examples.
+
+    Raises:
+      TypeError: if `loss_fn` is not a function.
+      ValueError: when traced, if `loss_fn` does not return a scalar.
+    """
+    _validate.function("loss_fn", loss_fn)
+
+    def loss_vector_fn(params: Any, batch: Any) -> Float[Array, " batch"]:
+        losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
+        if not isinstance(losses, jax.Array) or losses.ndim != 1:
+            got = jax.tree.map(lambda x: x.shape[1:], losses)
+            raise ValueError(f"loss_fn must return a scalar for one example, got shape {got}.")
+        return losses
+
+    return loss_vector_fn
+
+
+def weighted_value_and_grad(
+    loss_vector_fn: LossVectorFn, *, microbatch_size: int | None = None, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """The value and the gradient of ``loss_vector_fn(params, data) . weights``.
+
+    One forward and one backward pass over the examples that have weights. Sparse weights gather
+    only their examples. The sum over examples is in float32 or wider, across micro-batches too,
+    also when parameters and losses are narrower; gradients are returned in the parameters' types.
+
+    With `microbatch_size`, `optax.microbatching` walks through the examples in order, in runs of
+    that many; memory for activations is that of one run, and without `has_aux` nothing else
+    changes but the rounding. If it does not divide the number of examples, the last run is filled
+    up with examples from the first, at weight 0.
+
+    With `has_aux`, mutable statistics are carried through the micro-batches in order: a micro-batch
+    is a ghost batch. Only here can losses depend on each other, within one ghost batch.
+
+    Args:
+      loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B]; with
+        `has_aux`, ``loss_vector_fn(params, batch, aux)`` returns ``(losses, aux)``.
+      microbatch_size: examples in one pass; None for all of them at once.
+      has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
+
+    Returns:
+      ``f(params, data, weights) -> (value, grads)``, or with `has_aux`
+      ``f(params, data, weights, aux) -> ((value, aux), grads)``: `params` is a pytree of
+      floating-point arrays, `data` a pytree of arrays [N, ...], `weights` a `noise.Weights`,
+      `value` a scalar, and `grads` is like `params`. When traced, `f` raises TypeError or
+      ValueError if `params` are not floating point, the leading axes of `data` disagree or are not
+      the weights' num_examples, `loss_vector_fn` does not return [B] floating-point losses, or
+      `aux` comes back with another structure, shape or dtype.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    _validate.function("loss_vector_fn", loss_vector_fn)
+    if microbatch_size is not None:
+        _validate.positive_int("microbatch_size", microbatch_size)
+
+    def one_batch(params: Any, batch: Any, values: Float[Array, " batch"], aux: Any) -> "_Terms":
+        def weighted_loss(params: Any) -> tuple[Float[Array, ""], Any]:
+            if has_aux:
+                losses, new_aux = loss_vector_fn(params, batch, aux)
+                _check_aux(aux, new_aux)
+            else:
+                losses, new_aux = loss_vector_fn(params, batch), aux
+            _check_losses(losses, values.shape[0])
+            dtype = _dtypes.accumulator(losses.dtype, values.dtype)
+            return jnp.sum(losses.astype(dtype) * values.astype(dtype)), new_aux
+
+        (value, new_aux), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
+        return _Terms(value, grads, new_aux)
+
+    def value_and_grad(params: Any, data: Any, weights: Weights, aux: Any = None) -> Any:
+        _validate.floating_params(params)
+        _check_weights(weights, _validate.leading_axis("data", data))
+        support = weights.values.shape[0]
+        if microbatch_size is None or microbatch_size >= support:
+            batch = _take(data, weights.indices)
+            terms = one_batch(params, batch, weights.values, aux)
+        else:
+            terms = _accumulate(one_batch, params, data, weights, aux, microbatch_size)
+        return ((terms.value, terms.aux), terms.grads) if has_aux else (terms.value, terms.grads)
+
+    return value_and_grad
+
+
+class _Terms(NamedTuple):
+    """What one micro-batch adds to the value and the gradient, and the statistics after it."""
+
+    value: Float[Array, ""]
+    grads: Any
+    aux: Any
+
+
+def _accumulate(
+    one_batch: Callable[..., _Terms],
+    params: Any,
+    data: Any,
+    weights: Weights,
+    aux: Any,
+    microbatch_size: int,
+) -> _Terms:
+    """Sums `one_batch` over micro-batches in order, the statistics threaded through."""
+    indices = jnp.arange(weights.num_examples) if weights.indices is None else weights.indices
+    missing = -indices.shape[0] % microbatch_size
+    positions = jnp.concatenate([indices, indices[:missing]])
+    values = jnp.concatenate([weights.values, jnp.zeros(missing, weights.values.dtype)])
+    # What is micro-batched is positions and weights: data are gathered run by run, never copied.
+    runs = (
+        _for_microbatching(positions, microbatch_size),
+        _for_microbatching(values, microbatch_size),
+    )
+
+    def add(terms: Any, run: Any, _: Any) -> Any:
+        positions, values = run
+        new = one_batch(params, _take(data, positions), values, terms.aux)
+        value, grads = jax.tree.map(
+            lambda total, term: total + term.astype(total.dtype),
+            (terms.value, terms.grads),
+            (new.value, new.grads),
+        )
+        return _Terms(value, grads, new.aux)
+
+    def zero(run: Any) -> Any:
+        def first_terms(positions: Array, values: Array) -> _Terms:
+            return one_batch(params, _take(data, positions), values, aux)
+
+        shapes = jax.eval_shape(first_terms, *run)
+        value, grads = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, _dtypes.accumulator(x.dtype)), (shapes.value, shapes.grads)
+        )
+        return _Terms(value, grads, aux)
+
+    def finish(terms: Any) -> Any:
+        grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), terms.grads, params)
+        return terms._replace(grads=grads)
+
+    accumulator = optax.microbatching.Accumulator(
+        init=zero, update=add, finalize=finish, aggregate=lambda terms: terms
+    )
+    walk = optax.microbatching.microbatch(
+        lambda positions, values: (positions, values),
+        argnums=(0, 1),
+        microbatch_size=microbatch_size,
+        accumulator=accumulator,
+    )
+    return walk(*runs)
+
+
+def _for_microbatching(values: Shaped[Array, " size"], microbatch_size: int) -> Array:
+    """Orders a vector so that optax's micro-batch k holds its k-th run of consecutive entries.
+
+    `optax.microbatching` deals entries out like cards (column-major), to keep shardings in place.
+    """
+    return values.reshape(-1, microbatch_size).T.reshape(-1)
+
+
+def _take(data: Any, indices: Int[Array, " size"] | None) -> Any:
+    """The examples at these indices, all of them for None."""
+    if indices is None:
+        return data
+    return jax.tree.map(lambda x: jnp.take(x, indices, axis=0, mode="clip"), data)
+
+
+def _check_weights(weights: Weights, num_examples: int) -> None:
+    if not isinstance(weights, Weights):
+        raise TypeError(f"weights must be a noise.Weights, got {type(weights).__name__}.")
+    if weights.num_examples != num_examples:
+        raise ValueError(
+            f"weights are for num_examples = {weights.num_examples}, "
+            f"but data has {num_examples} examples on its leading axis."
+        )
+    shape, indices = weights.values.shape, weights.indices
+    if indices is None and shape != (num_examples,):
+        raise ValueError(
+            f"weights.values must have shape ({num_examples},), one for each example, got {shape}."
+        )
+    if indices is not None and (len(shape) != 1 or indices.shape != shape):
+        raise ValueError(
+            "weights.values and weights.indices must be vectors of the same length, "
+            f"got shapes {shape} and {indices.shape}."
+        )
+
+
+def _check_losses(losses: Any, size: int) -> None:
+    if not isinstance(losses, jax.Array):
+        raise TypeError(
+            f"loss_vector_fn must return an array of losses, got {type(losses).__name__}."
+        )
+    if losses.shape != (size,):
+        raise ValueError(
+            f"loss_vector_fn must return one loss per example, shape ({size},), got shape "
+            f"{losses.shape}; do not reduce over the batch (loss.per_example can build it)."
+        )
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise TypeError(f"loss_vector_fn must return floating-point losses, got {losses.dtype}.")
+
+
+def _check_aux(old: Any, new: Any) -> None:
+    shapes = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), aux) for aux in (old, new)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "loss_vector_fn must return aux with the structure, shapes and dtypes it was given: "
+            f"given {shapes[0]}, returned {shapes[1]}."
+        )

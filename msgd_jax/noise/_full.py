@@ -1,0 +1,171 @@
+"""The noises of sections 2 to 5.2: gradient descent, SGD, and independent or centred weights."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from msgd_jax import _validate
+from msgd_jax.noise import _pieces
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights
+
+
+def gd(num_examples: int, *, dtype: Any = jnp.float32) -> MNoise:
+    """Gradient descent: W = 1/N, no noise at all.
+
+    Args:
+      num_examples: N, at least 1.
+      dtype: of the weights, float32 or float64.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    n = _validate.positive_int("num_examples", num_examples)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        del key
+        return Weights(jnp.full(n, 1 / n, dtype), None, n)
+
+    return MNoise(f"gd({n})", n, n, Exchangeable(0.0, 0.0), draw)
+
+
+def sgd(
+    num_examples: int, batch_size: int, *, replace: bool = False, dtype: Any = jnp.float32
+) -> MNoise:
+    """Mini-batch SGD: weight 1/b on each of b examples drawn uniformly (Proposition 1).
+
+    Without replacement the covariance has diagonal (N-b)/(bN^2) (Eq. 5); with replacement
+    (N-1)/(bN^2) (Eq. 4). Both are centred: the weights of every draw add up to one.
+
+    Args:
+      num_examples: N, at least 1.
+      batch_size: b, between 1 and N.
+      replace: whether an example can be drawn more than once.
+      dtype: of the weights, float32 or float64.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    n, b = _pieces.sizes(num_examples, batch_size)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        indices = jax.random.randint(key, (b,), 0, n) if replace else _pieces.subset(key, n, b)
+        return Weights(jnp.full(b, 1 / b, dtype), indices, n)
+
+    covariance = (
+        _pieces.centred_covariance(n, (n - 1) / (b * n**2))
+        if replace
+        else _pieces.subset_covariance(n, b)
+    )
+    return MNoise(f"sgd({n}, {b}, replace={replace})", n, b, covariance, draw)
+
+
+def fisher(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoise:
+    """M-SGD-Fisher: W = 1/N + eps/sqrt(bN), eps standard normal (Eq. 17).
+
+    The gradient noise is Gaussian with covariance F/b, F the empirical Fisher matrix.
+
+    Args:
+      num_examples: N, at least 1.
+      batch_size: b, the batch size of the SGD whose scale the noise has, between 1 and N.
+      dtype: of the weights, float32 or float64.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    n, b = _pieces.sizes(num_examples, batch_size)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        noise = jax.random.normal(key, (n,), dtype)
+        return Weights(1 / n + noise / math.sqrt(b * n), None, n)
+
+    return MNoise(f"fisher({n}, {b})", n, n, Exchangeable(1 / (b * n), 0.0), draw)
+
+
+def cov(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoise:
+    """M-SGD-Cov: W = 1/N + (eps - mean eps)/sqrt(bN), eps standard normal (Eq. 16).
+
+    The gradient noise is Gaussian with covariance S/b, exactly that of SGD with replacement.
+
+    Args:
+      num_examples: N, at least 1; with N = 1 there is nothing to vary and W = 1.
+      batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
+      dtype: of the weights, float32 or float64.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    n, b = _pieces.sizes(num_examples, batch_size)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        noise = _pieces.centre_normals(jax.random.normal(key, (n,), dtype))
+        return Weights(1 / n + noise / math.sqrt(b * n), None, n)
+
+    return MNoise(f"cov({n}, {b})", n, n, _pieces.centred_covariance(n, (n - 1) / (b * n**2)), draw)
+
+
+def bernoulli(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoise:
+    """M-SGD-Bernoulli: each example independently has weight 1/b with probability b/N, else 0.
+
+    The diagonal of the covariance, (N-b)/(bN^2), is that of SGD without replacement. (The values
+    printed in section 5.2 of the paper, 1/N + 1/b and 1/N, have mean 2/N.) The number of non-zero
+    weights is random with mean b, so all N losses are computed.
+
+    Args:
+      num_examples: N, at least 1.
+      batch_size: b, the expected number of non-zero weights, between 1 and N.
+      dtype: of the weights, float32 or float64.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    n, b = _pieces.sizes(num_examples, batch_size)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        # mode="high": a 23-bit uniform would misstate probabilities b/N below about 1e-5.
+        chosen = jax.random.bernoulli(key, b / n, (n,), mode="high")
+        return Weights(chosen.astype(dtype) / b, None, n)
+
+    return MNoise(f"bernoulli({n}, {b})", n, n, Exchangeable((n - b) / (b * n**2), 0.0), draw)
+
+
+def rademacher(num_examples: int, scale: float, *, dtype: Any = jnp.float32) -> MNoise:
+    """GD-Rademacher: W = 1/N + scale a/N, a_i = +-1 with equal probability.
+
+    Gradient descent on the loss plus `scale` times the empirical Rademacher regulariser, its
+    supremum and absolute value left out, as in Figure 1 (a) and (d). `matching_scale` gives the
+    scale that has the variances of another noise.
+
+    Args:
+      num_examples: N, at least 1.
+      scale: the factor of the regulariser, finite and at least 0.
+      dtype: of the weights, float32 or float64.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    n = _validate.positive_int("num_examples", num_examples)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+    scale = _validate.finite_nonnegative("scale", scale)
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        return Weights(1 / n + scale / n * jax.random.rademacher(key, (n,), dtype), None, n)
+
+    covariance = Exchangeable((scale / n) ** 2, 0.0)
+    return MNoise(f"rademacher({n}, {scale:g})", n, n, covariance, draw)
+
+
+def matching_scale(target: MNoise) -> float:
+    """The scale at which `rademacher` has the variances Var(W_i) of `target`.
+
+    It is N sqrt(Var(W_i)): sqrt(N/b) for `fisher`, sqrt((N-1)/b) for `cov`, sqrt((N-b)/b) for
+    `sgd` without replacement.
+    """
+    return target.num_examples * math.sqrt(target.covariance.diagonal)

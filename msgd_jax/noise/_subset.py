@@ -1,0 +1,181 @@
+"""The practical noises of section 5.3, whose Gaussian part lives on a random subset."""
+
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from msgd_jax import _validate
+from msgd_jax.noise import _pieces
+from msgd_jax.noise._types import MNoise, Weights
+
+
+def estimated_fisher(
+    num_examples: int, batch_size: int, *, estimate_size: int, dtype: Any = jnp.float32
+) -> MNoise:
+    """M-SGD-[Fisher-m]: full gradient, and Fisher noise estimated from m examples (section 5.3).
+
+    W = 1/N + eps_i/sqrt(bm) on a uniform subset T of m examples, 1/N elsewhere. Given T the noise
+    has covariance F_T/b; over all T the moments are exactly those of `fisher`.
+
+    Args:
+      num_examples: N, at least 1.
+      batch_size: b, the batch size of the SGD whose scale the noise has, between 1 and N.
+      estimate_size: m, how many examples the Fisher matrix is estimated from, between 1 and N.
+      dtype: of the weights, float32 or float64.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    n, b = _pieces.sizes(num_examples, batch_size)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+    m = _validate.positive_int("estimate_size", estimate_size, maximum=n)
+    scale = 1 / math.sqrt(b * m)
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        subset, noise = _pieces.subset_and_normals(key, n, m, dtype)
+        return Weights(_pieces.scatter(scale * noise, subset, n) + 1 / n, None, n)
+
+    name = f"estimated_fisher({n}, {b}, estimate_size={m})"
+    return MNoise(name, n, n, _pieces.normals_covariance(n, m, scale), draw)
+
+
+def estimated_cov(
+    num_examples: int, batch_size: int, *, estimate_size: int, dtype: Any = jnp.float32
+) -> MNoise:
+    """M-SGD-[Cov-m]: full gradient, and covariance noise estimated from m examples (section 5.3).
+
+    W = 1/N + s (eps_i - mean_T eps) on a uniform subset T of m examples, 1/N elsewhere, with
+    s^2 = (N-1)/(bN(m-1)): Bessel's correction makes the moments exactly those of `cov`.
+
+    Args:
+      num_examples: N, at least 2.
+      batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
+      estimate_size: m, how many examples it is estimated from, between 2 and N.
+      dtype: of the weights, float32 or float64.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    n, b = _pieces.sizes(num_examples, batch_size, smallest=2)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+    m = _validate.positive_int("estimate_size", estimate_size, minimum=2, maximum=n)
+    scale = math.sqrt((n - 1) / (b * n * (m - 1)))
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        subset, noise = _pieces.subset_and_normals(key, n, m, dtype)
+        return Weights(
+            _pieces.scatter(scale * _pieces.centre_normals(noise), subset, n) + 1 / n, None, n
+        )
+
+    name = f"estimated_cov({n}, {b}, estimate_size={m})"
+    return MNoise(name, n, n, _pieces.centred_normals_covariance(n, m, scale), draw)
+
+
+def sparse_fisher(
+    num_examples: int,
+    batch_size: int,
+    *,
+    support_size: int,
+    matching: Literal["total", "gaussian"] = "total",
+    dtype: Any = jnp.float32,
+) -> MNoise:
+    """[M-SGD-Fisher]-B: a mini-batch of B examples times Gaussian weights (section 5.3).
+
+    W = (1 + s eps_i)/B on a uniform subset of B examples, 0 elsewhere: a large batch that is as
+    noisy as a small one. The paper does not say how it scales the Gaussian part; both readings:
+
+    * ``matching="total"``: the variances of W, those of the subset draw included, are those of
+      `fisher`, 1/(bN). Then s^2 = B/b - 1 + B/N; at B = b hardly any Gaussian noise is left.
+    * ``matching="gaussian"``: the Gaussian part alone has the covariance of `fisher`, and the
+      subset draw's comes on top. Then s^2 = B/b.
+
+    Args:
+      num_examples: N, at least 1.
+      batch_size: b, the batch size of the SGD whose scale the noise has, between 1 and N.
+      support_size: B, how many examples a step computes, between bN/(N+b) and N for "total".
+      matching: "total" or "gaussian".
+      dtype: of the weights, float32 or float64.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    n, b = _pieces.sizes(num_examples, batch_size)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+    size = _validate.positive_int("support_size", support_size, maximum=n)
+    _validate.one_of("matching", matching, ("total", "gaussian"))
+    if matching == "total":
+        _check_support(size, minimum=-(-b * n // (n + b)))
+        variance = size / b - 1 + size / n
+    else:
+        variance = size / b
+    scale = math.sqrt(max(variance, 0.0))  # at the smallest support, rounding can go below 0
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        subset, noise = _pieces.subset_and_normals(key, n, size, dtype)
+        return Weights((1 + scale * noise) / size, subset, n)
+
+    covariance = _pieces.subset_covariance(n, size) + _pieces.normals_covariance(
+        n, size, scale / size
+    )
+    name = f"sparse_fisher({n}, {b}, support_size={size}, matching={matching!r})"
+    return MNoise(name, n, size, covariance, draw)
+
+
+def sparse_cov(
+    num_examples: int,
+    batch_size: int,
+    *,
+    support_size: int,
+    matching: Literal["total", "gaussian"] = "total",
+    dtype: Any = jnp.float32,
+) -> MNoise:
+    """[M-SGD-Cov]-B: a mini-batch of B examples times centred Gaussian weights (section 5.3).
+
+    W = (1 + s (eps_i - mean_T eps))/B on a uniform subset T of B examples, 0 elsewhere; the
+    weights of every draw add up to one.
+
+    * ``matching="total"``: the moments, those of the subset draw included, are exactly those of
+      `cov`. Then s^2 = B (B(N-1)/b - (N-B)) / (N(B-1)).
+    * ``matching="gaussian"``: the Gaussian part alone has the covariance of `cov`, and the subset
+      draw's comes on top. Then s^2 = B^2 (N-1) / (bN(B-1)).
+
+    Args:
+      num_examples: N, at least 2.
+      batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
+      support_size: B, how many examples a step computes, between 2 (for "total" also
+        bN/(N-1+b)) and N.
+      matching: "total" or "gaussian".
+      dtype: of the weights, float32 or float64.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    n, b = _pieces.sizes(num_examples, batch_size, smallest=2)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+    size = _validate.positive_int("support_size", support_size, minimum=2, maximum=n)
+    _validate.one_of("matching", matching, ("total", "gaussian"))
+    if matching == "total":
+        _check_support(size, minimum=-(-b * n // (n - 1 + b)))
+        variance = size * (size * (n - 1) / b - (n - size)) / (n * (size - 1))
+    else:
+        variance = size**2 * (n - 1) / (b * n * (size - 1))
+    scale = math.sqrt(max(variance, 0.0))  # at the smallest support, rounding can go below 0
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        subset, noise = _pieces.subset_and_normals(key, n, size, dtype)
+        return Weights((1 + scale * _pieces.centre_normals(noise)) / size, subset, n)
+
+    gaussian = _pieces.centred_normals_covariance(n, size, scale / size)
+    name = f"sparse_cov({n}, {b}, support_size={size}, matching={matching!r})"
+    return MNoise(name, n, size, _pieces.subset_covariance(n, size) + gaussian, draw)
+
+
+def _check_support(size: int, minimum: int) -> None:
+    """Raises ValueError where the subset draw alone is noisier than the noise to be matched."""
+    if size < minimum:
+        raise ValueError(
+            f"support_size must be at least {minimum} for matching='total', got {size}: drawing so "
+            "few examples is already noisier than SGD of the given batch_size."
+        )

@@ -1,0 +1,115 @@
+"""What an M-noise is: `MNoise`, its draws `Weights`, and its covariance `Exchangeable`."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from msgd_jax import _validate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """One draw of an M-noise: the weight of each example whose loss is computed.
+
+    Attributes:
+      values: weights, [support]; float32 or float64.
+      indices: which examples they belong to, [support], repeats allowed (their weights add up);
+        None means all examples in order, and then support = num_examples.
+      num_examples: N, the length of the full weight vector.
+    """
+
+    values: Float[Array, "*batch support"]
+    indices: Int[Array, "*batch support"] | None
+    num_examples: int = dataclasses.field(metadata={"static": True})
+
+    def dense(self) -> Float[Array, " num_examples"]:
+        """The full weight vector W in R^N, zeros included."""
+        if self.indices is None:
+            return self.values
+        return jnp.zeros(self.num_examples, self.values.dtype).at[self.indices].add(self.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchangeable:
+    """The covariance of an exchangeable weight vector: one number on the diagonal, one off it.
+
+    Attributes:
+      diagonal: Var(W_i).
+      off_diagonal: Cov(W_i, W_j) for i != j; 0 where there is one example only.
+    """
+
+    diagonal: float
+    off_diagonal: float
+
+    @property
+    def alpha(self) -> float:
+        """The coefficient of I in Cov(W) = alpha I + beta 1 1^T."""
+        return self.diagonal - self.off_diagonal
+
+    @property
+    def beta(self) -> float:
+        """The coefficient of 1 1^T in Cov(W) = alpha I + beta 1 1^T."""
+        return self.off_diagonal
+
+    def __add__(self, other: "Exchangeable") -> "Exchangeable":
+        """The covariance of a sum of uncorrelated vectors."""
+        return Exchangeable(self.diagonal + other.diagonal, self.off_diagonal + other.off_diagonal)
+
+    def matrix(self, num_examples: int) -> Float[np.ndarray, "N N"]:
+        """The dense covariance, [N, N] in float64; meant for small N."""
+        num_examples = _validate.positive_int("num_examples", num_examples)
+        identity = np.eye(num_examples)
+        return self.off_diagonal + self.alpha * identity
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class MNoise:
+    """An M-noise: a law of weight vectors with mean 1/N, drawn by a pure function of (key, step).
+
+    Made by the constructors of this module, or by you: `draw` is all it takes. It holds no arrays
+    and compares by identity (like an optax transformation), so jit sees it as a constant: build it
+    once, outside the training loop.
+
+    Attributes:
+      name: the constructor and its arguments, for people.
+      num_examples: N.
+      support_size: how many per-example losses one step computes.
+      covariance: Cov(W), exact.
+      draw: maps one PRNG key to `Weights`.
+    """
+
+    name: str
+    num_examples: int
+    support_size: int
+    covariance: Exchangeable
+    draw: Callable[[Key[Array, ""]], Weights] = dataclasses.field(repr=False)
+
+    def sample(self, key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
+        """Draws the weight vector of one step.
+
+        Same key and step, same weights: under jit or not, under vmap over keys, on any number of
+        devices, before and after a resume.
+
+        Args:
+          key: a typed PRNG key, the same for the whole run (it is folded with `step`).
+          step: which step, at least 0; a traced integer is welcome.
+
+        Raises:
+          TypeError: if `key` is not a typed PRNG key or `step` is not an integer.
+          ValueError: if `key` is an array of keys, or `step` is negative or not a scalar.
+        """
+        _validate.prng_key("key", key)
+        _validate.step(step)
+        return _sample(self, key, step)
+
+
+@jax.jit
+def _sample(noise: MNoise, key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
+    # Compiled also when called eagerly: fused and unfused arithmetic round differently.
+    return noise.draw(jax.random.fold_in(key, step))

@@ -1,0 +1,167 @@
+"""Training: a state that is one pytree, a pure step, and many steps in one compiled loop.
+
+Works with any optax optimizer and any model: the noise is in the weights, so the optimizer needs
+to know nothing of it. To train several seeds at once, ``jax.vmap`` the step::
+
+  step = make_step(loss_vector_fn, optax.sgd(0.1), noise)
+  states = jax.vmap(lambda key: init(model_init(key), optimizer, key))(keys)
+  loop = make_loop(jax.vmap(step, in_axes=(0, None)), max_steps=100)
+  states, metrics = loop(states, data, 100)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from msgd_jax import _validate
+from msgd_jax import loss as loss_lib
+from msgd_jax.noise import MNoise
+
+__all__ = ["StepMetrics", "TrainState", "init", "make_loop", "make_step"]
+
+
+class TrainState(NamedTuple):
+    """Everything a run needs to go on, as one pytree of arrays: save it, restore it, resume.
+
+    Attributes:
+      params: the parameters, any pytree of floating-point arrays.
+      opt_state: the state of the optimizer.
+      aux: mutable statistics (batch norm's running ones, say); () where there are none.
+      key: the PRNG key of the run, the same at every step.
+      step: steps made so far.
+    """
+
+    params: Any
+    opt_state: Any
+    aux: Any
+    key: Key[Array, ""]
+    step: Int[Array, ""]
+
+
+class StepMetrics(NamedTuple):
+    """What one step reports.
+
+    Attributes:
+      loss: the weighted loss, an unbiased estimate of the mean loss before the step.
+      gradient_norm: the Euclidean norm of the noisy gradient.
+    """
+
+    loss: Float[Array, "*steps"]
+    gradient_norm: Float[Array, "*steps"]
+
+
+StepFn = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def init(
+    params: Any, optimizer: optax.GradientTransformation, key: Key[Array, ""], aux: Any = ()
+) -> TrainState:
+    """The state before the first step.
+
+    Parameters, statistics and key are copied, so that donating the state deletes nothing of yours.
+
+    Args:
+      params: a pytree of floating-point arrays.
+      optimizer: an optax transformation.
+      key: a typed PRNG key.
+      aux: mutable statistics of the model, if it has any.
+
+    Raises:
+      TypeError: if a parameter is not floating point or `key` is not a typed PRNG key.
+      ValueError: if `params` is empty or `key` is an array of keys.
+    """
+    _validate.floating_params(params)
+    _validate.prng_key("key", key)
+    params, aux, key = jax.tree.map(jnp.copy, (params, aux, jax.random.clone(key)))
+    return TrainState(params, optimizer.init(params), aux, key, jnp.zeros((), jnp.int32))
+
+
+def make_step(
+    loss_vector_fn: loss_lib.LossVectorFn,
+    optimizer: optax.GradientTransformation,
+    noise: MNoise,
+    *,
+    microbatch_size: int | None = None,
+    has_aux: bool = False,
+) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
+    """One step of M-SGD (Eq. 6) under any optimizer, as a pure function of state and data.
+
+    Args:
+      loss_vector_fn: as in `loss.weighted_value_and_grad`.
+      optimizer: an optax transformation of the noisy gradient; ``value=`` is passed to those that
+        take it.
+      noise: the M-noise; its num_examples must be the leading axis of the data.
+      microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
+      has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
+
+    Returns:
+      ``step(state, data) -> (state, metrics)``, not compiled: give it to ``jax.jit`` (with
+      ``donate_argnums=0``), ``jax.vmap``, or `make_loop`.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    value_and_grad = loss_lib.weighted_value_and_grad(
+        loss_vector_fn, microbatch_size=microbatch_size, has_aux=has_aux
+    )
+    if not isinstance(noise, MNoise):
+        raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(state: TrainState, data: Any) -> tuple[TrainState, StepMetrics]:
+        weights = noise.sample(state.key, state.step)
+        value, grads = value_and_grad(state.params, data, weights, state.aux)
+        value, aux = value if has_aux else (value, state.aux)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(loss=value, gradient_norm=optax.tree.norm(grads))
+        return TrainState(params, opt_state, aux, state.key, state.step + 1), metrics
+
+    return step
+
+
+def make_loop(step: StepFn, *, max_steps: int) -> Callable[[Any, Any, int], tuple[Any, Any]]:
+    """Many steps in one compiled loop: Python is left only once every `max_steps`.
+
+    The number of steps is an argument of the compiled loop, not a constant in it: any number up
+    to `max_steps` runs the same machine code, so stopping anywhere and going on from the state
+    gives bit-identical parameters, and nothing is compiled twice.
+
+    Args:
+      step: ``step(state, data) -> (state, metrics)``, from `make_step` or vmapped from it.
+      max_steps: the most steps one call can make; room for their metrics is set aside.
+
+    Returns:
+      ``loop(state, data, num_steps) -> (state, metrics)``, compiled, `state` donated; every array
+      in `metrics` has a new leading axis of `num_steps`. To stream metrics out, call it again
+      and again.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described; `loop` too, on `num_steps`.
+    """
+    _validate.function("step", step)
+    _validate.positive_int("max_steps", max_steps)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def compiled(state: Any, data: Any, num_steps: Int[Array, ""]) -> tuple[Any, Any]:
+        _, shapes = jax.eval_shape(step, state, data)
+        history = jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), x.dtype), shapes)
+
+        def body(i: Int[Array, ""], carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            state, history = carry
+            state, metrics = step(state, data)
+            return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, metrics)
+
+        return jax.lax.fori_loop(0, num_steps, body, (state, history))
+
+    def loop(state: Any, data: Any, num_steps: int) -> tuple[Any, Any]:
+        num_steps = _validate.positive_int("num_steps", num_steps, maximum=max_steps)
+        state, history = compiled(state, data, jnp.asarray(num_steps, jnp.int32))
+        return state, jax.tree.map(lambda h: h[:num_steps], history)
+
+    return loop

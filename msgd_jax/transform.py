@@ -1,0 +1,283 @@
+"""M-noise as optax gradient transformations: keys live in the state, chains work as usual.
+
+Two routes to the same update, for the same noise, key and step:
+
+* `multiplicative_noise` computes the noisy gradient itself, with one backward pass, from the loss
+  vector function and the data that ``update`` is given (the fast algorithm; `msgd` puts a learning
+  rate and momentum behind it);
+* `aggregate_per_example` takes per-example gradients that you have already, and adds them up with
+  the noise's weights.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+from optax.experimental import aggregating
+
+from msgd_jax import _dtypes, _validate
+from msgd_jax import loss as loss_lib
+from msgd_jax.noise import MNoise
+
+__all__ = [
+    "AggregateState",
+    "MultiplicativeNoiseState",
+    "aggregate_per_example",
+    "msgd",
+    "multiplicative_noise",
+]
+
+
+class MultiplicativeNoiseState(NamedTuple):
+    """State of `multiplicative_noise`.
+
+    Attributes:
+      step: updates made so far; the step whose weights the next update draws.
+      key: the PRNG key of the run, the same at every step.
+      value: the weighted loss of the last update, an unbiased estimate of the mean loss at the
+        parameters it was given; infinite before the first.
+    """
+
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+    value: Float[Array, ""]
+
+
+class AggregateState(NamedTuple):
+    """State of `aggregate_per_example`.
+
+    Attributes:
+      step: updates made so far; the step whose weights the next update draws.
+      key: the PRNG key of the run, the same at every step.
+    """
+
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+
+
+def multiplicative_noise(
+    noise: MNoise, key: Key[Array, ""], *, microbatch_size: int | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Makes the noisy gradient ``grad(L(params) . W)`` with one backward pass (Algorithm 1).
+
+    First in a chain, since it makes the gradient that the rest of the chain works on::
+
+      optimizer = optax.chain(multiplicative_noise(noise, key), optax.adam(1e-3))
+      state = optimizer.init(params)
+      updates, state = optimizer.update(
+          None, state, params, loss_vector_fn=loss_vector_fn, data=data
+      )
+
+    What it composes with:
+
+    * ``optax.masked`` and ``optax.partition``: only the selected parameters get the noisy gradient,
+      the others keep the updates passed in. Give ``full_params=params`` besides, since optax hides
+      the other parameters from the transformations inside.
+    * ``optax.MultiSteps`` behind it in a chain averages noisy gradients over several steps. Around
+      it there is nothing to accumulate, which is an error: use `microbatch_size` for memory.
+    * ``optax.inject_hyperparams(msgd, static_args=("noise", "key"))``.
+
+    Models with mutable statistics need `train` or `loss.weighted_value_and_grad` instead.
+
+    Args:
+      noise: the M-noise; its num_examples must be the leading axis of the data.
+      key: a typed PRNG key, copied into the state by ``init``.
+      microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
+
+    Returns:
+      A transformation with ``update(None, state, params, *, loss_vector_fn, data)``: the update is
+      like `params`. It raises ValueError if a gradient is passed in, if `params`, `loss_vector_fn`
+      or `data` is missing, and as `loss.weighted_value_and_grad` does.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    _check_noise_and_key(noise, key)
+    if microbatch_size is not None:
+        _validate.positive_int("microbatch_size", microbatch_size)
+
+    def init_fn(params: Any) -> MultiplicativeNoiseState:
+        dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+        value = jnp.full((), jnp.inf, _dtypes.accumulator(*dtypes))
+        return MultiplicativeNoiseState(jnp.zeros((), jnp.int32), _copy(key), value)
+
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        loss_vector_fn: Any = None,
+        data: Any = None,
+        full_params: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, MultiplicativeNoiseState]:
+        del extra_args
+        for name, value in (("params", params), ("loss_vector_fn", loss_vector_fn), ("data", data)):
+            if value is None:
+                raise ValueError(f"multiplicative_noise needs {name}: update(..., {name}=...).")
+        loss_vector_fn = _unmasked(loss_vector_fn, updates, params, full_params)
+        weights = noise.sample(state.key, state.step)
+        value_and_grad = loss_lib.weighted_value_and_grad(
+            loss_vector_fn, microbatch_size=microbatch_size
+        )
+        value, grads = value_and_grad(params, data, weights)
+        value = value.astype(state.value.dtype)
+        return grads, MultiplicativeNoiseState(state.step + 1, state.key, value)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def aggregate_per_example(noise: MNoise, key: Key[Array, ""]) -> aggregating.Aggregator:
+    """Adds up per-example gradients with the weights of an M-noise.
+
+    The counterpart of `multiplicative_noise` for code that has per-example gradients already, to
+    clip them, say: an aggregator as `optax.experimental.aggregating` defines it, whose updates
+    come with a leading axis of N examples and leave without it. The sum is in float32 or wider.
+
+    Inside ``optax.masked`` it sees the selected leaves only; ``optax.MultiSteps`` belongs behind it
+    in a chain, not around it.
+
+    Args:
+      noise: the M-noise; its num_examples must be the leading axis of the updates.
+      key: a typed PRNG key, copied into the state by ``init``.
+
+    Returns:
+      An aggregator with ``update(per_example_gradients, state, params)``. It raises ValueError if
+      `params` is missing, and, naming the leaf, if a leaf's shape is not ``(N, *parameter shape)``:
+      a gradient that is averaged already is refused.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    _check_noise_and_key(noise, key)
+
+    def init_fn(params: Any) -> AggregateState:
+        del params
+        return AggregateState(jnp.zeros((), jnp.int32), _copy(key))
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, AggregateState]:
+        del extra_args
+        _check_per_example(updates, params, noise.num_examples)
+        weights = noise.sample(state.key, state.step)
+
+        def weighted_sum(gradients: Float[Array, "..."]) -> Float[Array, "..."]:
+            if weights.indices is not None:
+                gradients = gradients[weights.indices]
+            dtype = _dtypes.accumulator(gradients.dtype, weights.values.dtype)
+            total = jnp.tensordot(
+                weights.values.astype(dtype),
+                gradients.astype(dtype),
+                axes=1,
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            return total.astype(gradients.dtype)
+
+        return jax.tree.map(weighted_sum, updates), AggregateState(state.step + 1, state.key)
+
+    return aggregating.Aggregator(init_fn, update_fn)
+
+
+def msgd(
+    learning_rate: optax.ScalarOrSchedule,
+    noise: MNoise,
+    key: Key[Array, ""],
+    momentum: Any = None,
+    nesterov: bool = False,
+    *,
+    accumulator_dtype: Any = None,
+    microbatch_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """M-SGD (Eq. 6): `optax.sgd` on the noisy gradient of `multiplicative_noise`.
+
+    Args:
+      learning_rate: eta, a number or a schedule.
+      noise: the M-noise.
+      key: a typed PRNG key, copied into the state by ``init``.
+      momentum: decay rate of the momentum, or None for none.
+      nesterov: whether the momentum is Nesterov's.
+      accumulator_dtype: of the momentum; None for the parameters' own.
+      microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
+
+    Returns:
+      A transformation with ``update(None, state, params, *, loss_vector_fn, data)``; see
+      `multiplicative_noise`.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as described.
+    """
+    for name, value in (("learning_rate", learning_rate), ("momentum", momentum)):
+        # Arrays may be traced (optax.inject_hyperparams, vmap): they are taken on trust.
+        if value is not None and not callable(value) and not isinstance(value, jax.Array):
+            _validate.finite_nonnegative(name, value)
+    return optax.chain(
+        multiplicative_noise(noise, key, microbatch_size=microbatch_size),
+        optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype),
+    )
+
+
+def _check_noise_and_key(noise: Any, key: Any) -> None:
+    if not isinstance(noise, MNoise):
+        raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
+    _validate.prng_key("key", key)
+
+
+def _copy(key: Key[Array, ""]) -> Key[Array, ""]:
+    """A copy in a buffer of its own: donating the state must not delete the caller's key."""
+    return jnp.copy(jax.random.clone(key))
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _unmasked(
+    loss_vector_fn: Callable[..., Any], updates: Any, params: Any, full_params: Any
+) -> Callable[..., Any]:
+    """The loss vector function of the parameters that optax.masked lets through."""
+    if not any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
+        if updates is not None:
+            raise ValueError(
+                "multiplicative_noise computes the gradient itself and would discard the updates "
+                "passed to it: pass None and put it first in the chain. Inside optax.MultiSteps "
+                "there is nothing to accumulate: chain MultiSteps behind it, or use "
+                "microbatch_size to bound the memory of one step."
+            )
+        return loss_vector_fn
+    if full_params is None:
+        raise ValueError(
+            "multiplicative_noise inside optax.masked sees only some of the parameters, and the "
+            "loss needs all of them: call update(..., full_params=params)."
+        )
+
+    def of_visible(visible: Any, batch: Any) -> Any:
+        merged = jax.tree.map(
+            lambda leaf, full: full if _is_masked(leaf) else leaf,
+            visible,
+            full_params,
+            is_leaf=_is_masked,
+        )
+        return loss_vector_fn(merged, batch)
+
+    return of_visible
+
+
+def _check_per_example(updates: Any, params: Any, num_examples: int) -> None:
+    if params is None:
+        raise ValueError("aggregate_per_example needs params: update(..., params).")
+
+    def check(path: Any, update: Any, param: Any) -> None:
+        expected = (num_examples, *jnp.shape(param))
+        if jnp.shape(update) != expected:
+            raise ValueError(
+                f"aggregate_per_example needs one gradient per example, shape {expected} at "
+                f"updates{jax.tree_util.keystr(path)}, got {jnp.shape(update)}. A gradient that is "
+                "averaged already has no examples left to weigh (optax.MultiSteps around the "
+                "aggregator averages them too: chain it behind)."
+            )
+
+    jax.tree_util.tree_map_with_path(check, updates, params)

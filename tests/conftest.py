@@ -1,0 +1,35 @@
+"""One setting for every test: 8 CPU devices, strict shapes and dtypes, checked key reuse."""
+
+import os
+
+# Before jax starts: several devices on one machine, for the tests of sharding.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jaxtyping
+import pytest
+
+# Shapes and types of the library's annotations are checked at run time, in the tests only.
+jaxtyping.install_import_hook("msgd_jax", "beartype.beartype")
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.fixture
+def x64():
+    """Double precision, for comparisons with float64 references."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def user_errors():
+    """Users do not run the annotations' checks: what they see is the library's own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

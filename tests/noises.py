@@ -1,0 +1,56 @@
+"""One row for every M-noise: the contract tests run over this table."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from msgd_jax import noise
+
+
+class Row(NamedTuple):
+    """How to build a noise for N examples at batch size b, and where it is defined."""
+
+    make: Callable[..., noise.MNoise]
+    smallest: int = 1
+
+
+def _half(n: int) -> int:
+    return max(2, (n + 1) // 2)
+
+
+ROWS: dict[str, Row] = {
+    "gd": Row(lambda n, b, **kw: noise.gd(n, **kw)),
+    "sgd": Row(noise.sgd),
+    "sgd_replace": Row(lambda n, b, **kw: noise.sgd(n, b, replace=True, **kw)),
+    "fisher": Row(noise.fisher),
+    "cov": Row(noise.cov),
+    "bernoulli": Row(noise.bernoulli),
+    "rademacher": Row(
+        lambda n, b, **kw: noise.rademacher(n, noise.matching_scale(noise.fisher(n, b)), **kw)
+    ),
+    "estimated_fisher": Row(
+        lambda n, b, **kw: noise.estimated_fisher(n, b, estimate_size=(n + 1) // 2, **kw)
+    ),
+    "estimated_cov": Row(
+        lambda n, b, **kw: noise.estimated_cov(n, b, estimate_size=_half(n), **kw), smallest=2
+    ),
+    "sparse_fisher": Row(
+        lambda n, b, **kw: noise.sparse_fisher(n, b, support_size=max(b, (n + 1) // 2), **kw)
+    ),
+    "sparse_fisher_gaussian": Row(
+        lambda n, b, **kw: noise.sparse_fisher(n, b, support_size=b, matching="gaussian", **kw)
+    ),
+    "sparse_cov": Row(
+        lambda n, b, **kw: noise.sparse_cov(n, b, support_size=max(b, _half(n)), **kw), smallest=2
+    ),
+    "sparse_cov_gaussian": Row(
+        lambda n, b, **kw: noise.sparse_cov(
+            n, b, support_size=max(b, 2), matching="gaussian", **kw
+        ),
+        smallest=2,
+    ),
+}
+
+
+def cases(*sizes: tuple[int, int]) -> list[tuple[str, int, int]]:
+    """(name, N, b) for every noise and every given (N, b) where the noise is defined."""
+    return [(name, n, b) for name, row in ROWS.items() for n, b in sizes if n >= row.smallest]

@@ -1,0 +1,45 @@
+"""Small problems whose gradient matrices are known in closed form or by dense algebra."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msgd_jax import loss
+
+
+class Regression(NamedTuple):
+    """Logistic regression on N examples: two parameter leaves, one loss for each example."""
+
+    params: dict[str, jax.Array]
+    data: dict[str, jax.Array]
+
+    @staticmethod
+    def loss_fn(params, example):
+        logit = example["x"] @ params["w"] + params["b"]
+        return jax.nn.softplus(-example["y"] * logit)
+
+    def gradient_matrix(self) -> dict[str, np.ndarray]:
+        """Per-example gradients by hand, in numpy's float64, [N, *parameter]."""
+        x, y = (np.asarray(self.data[name], np.float64) for name in ("x", "y"))
+        w, b = (np.asarray(self.params[name], np.float64) for name in ("w", "b"))
+        slope = -y / (1 + np.exp(y * (x @ w + b)))
+        return {"w": slope[:, None] * x, "b": slope}
+
+    def losses(self) -> np.ndarray:
+        x, y = (np.asarray(self.data[name], np.float64) for name in ("x", "y"))
+        w, b = (np.asarray(self.params[name], np.float64) for name in ("w", "b"))
+        return np.log1p(np.exp(-y * (x @ w + b)))
+
+
+loss_vector_fn = loss.per_example(Regression.loss_fn)
+
+
+def regression(num_examples: int = 100, dim: int = 5, dtype=jnp.float32) -> Regression:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(num_examples, dim))
+    y = np.sign(x.sum(1) + rng.normal(size=num_examples))
+    params = {"w": rng.normal(size=dim), "b": rng.normal()}
+    cast = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)  # noqa: E731
+    return Regression(cast(params), cast({"x": x, "y": y}))
