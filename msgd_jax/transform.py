@@ -240,7 +240,7 @@ def _unmasked(
 ) -> Callable[..., Any]:
     """The loss vector function of the parameters that optax.masked lets through."""
     if not any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
-        if updates is not None:
+        if jax.tree.leaves(updates):
             raise ValueError(
                 "multiplicative_noise computes the gradient itself and would discard the updates "
                 "passed to it: pass None and put it first in the chain. Inside optax.MultiSteps "

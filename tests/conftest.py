@@ -1,4 +1,4 @@
-"""One setting for every test: 8 CPU devices, strict shapes and dtypes, checked key reuse."""
+"""One setting for every test: 8 CPU devices, no silent broadcasting, checked key reuse."""
 
 import os
 
@@ -15,9 +15,15 @@ import pytest
 # Shapes and types of the library's annotations are checked at run time, in the tests only.
 jaxtyping.install_import_hook("msgd_jax", "beartype.beartype")
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No implicit promotion. (Not for every test: optax's Adam relies on it.)"""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from msgd_jax import loss, noise
 from tests.noises import ROWS
 from tests.problems import Regression, loss_vector_fn, regression
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 
 def dense_gradient(problem: Regression, weights: noise.Weights) -> dict[str, np.ndarray]:
     """The product G . W with the dense gradient matrix, in numpy's float64."""
@@ -198,7 +200,7 @@ class TestBadInput:
 
     def test_weights_for_another_number_of_examples(self):
         for law in (noise.gd(11), noise.sgd(11, 3)):
-            with pytest.raises(ValueError, match="num_examples = 11.*10 examples"):
+            with pytest.raises(ValueError, match=r"num_examples = 11.*10 examples"):
                 self.call(weights=law.sample(jax.random.key(0), 0))
 
     def test_weights_of_the_wrong_length(self):

@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from msgd_jax import noise
 from tests.noises import ROWS, cases
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 KEY = jax.random.key(20240229)
 NUM_DRAWS = 40_000
 Z = 4.5  # two-sided 6.8e-6 for each statistic; about 120 of them below: 0.1 % in all

@@ -1,0 +1,48 @@
+"""What importing the library pulls in, and what it exports."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import msgd_jax
+
+MODULES = ["loss", "noise", "train", "transform"]
+# Everything else (flax, tensorflow_datasets, matplotlib, ...) belongs to the extras.
+FORBIDDEN = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "tyro",
+             "tqdm", "diffrax", "experiments", "pytest", "hypothesis", "beartype")  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["msgd_jax", *(f"msgd_jax.{name}" for name in MODULES)])
+def test_each_module_alone_pulls_in_the_core_only(module):
+    script = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not set(FORBIDDEN) & set(ran.stdout.split())
+
+
+@pytest.mark.parametrize("lower", ["noise", "loss"])
+def test_arrows_point_down(lower):
+    """`noise` and `loss` know nothing of what stands on them: the sources import nothing above."""
+    module = importlib.import_module(f"msgd_jax.{lower}")
+    above = {"loss": ("transform", "train"), "noise": ("loss", "transform", "train")}[lower]
+    files = [module] if lower == "loss" else [
+        importlib.import_module(f"msgd_jax.noise.{name}")
+        for name in ("_types", "_pieces", "_full", "_subset")
+    ]  # fmt: skip
+    for file in files:
+        source = inspect.getsource(file)
+        for name in above:
+            assert f"import {name}" not in source
+            assert f"msgd_jax.{name}" not in source
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_names_exist_and_are_documented(name):
+    module = getattr(msgd_jax, name)
+    assert module.__doc__
+    for public in module.__all__:
+        value = getattr(module, public)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__doc__, public
