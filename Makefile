@@ -1,21 +1,28 @@
 # `make demo` and `make test` need Python 3.11 or newer and nothing else: they set themselves up.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test test-oldest lint format clean help
 
 help:
-	@echo "make demo    train on real images, print a table, draw curves.png (under 3 minutes)"
-	@echo "make test    lint, types and the test suite (under 12 minutes)"
-	@echo "make lint    ruff and pyright alone"
-	@echo "make format  ruff's formatter and its safe fixes"
+	@echo "make demo         train on real images, print a table, draw curves.png (under 3 minutes)"
+	@echo "make test         lint, types and the test suite (under 12 minutes)"
+	@echo "make test-oldest  the tests with the oldest versions allowed"
+	@echo "make lint         ruff and pyright alone"
+	@echo "make format       ruff's formatter and its safe fixes"
 
 demo: $(VENV)/.experiments
 	$(BIN)/python -m experiments demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# The same tests with the oldest versions that pyproject.toml allows, in an environment of its own.
+test-oldest:
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.test
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -32,9 +39,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each extra: the demo does not wait for the tools of the tests.
-$(VENV)/.experiments $(VENV)/.test: $(VENV)/.%: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+$(VENV)/.experiments $(VENV)/.test: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .hypothesis

@@ -27,15 +27,15 @@ def per_example(loss_fn: Callable[[Any, Any], Float[Array, ""]]) -> LossVectorFn
     """Turns the loss of one example into the losses of a batch.
 
     Args:
-      loss_fn: maps ``(params, example)`` to a scalar, where an example is the data without its
-        leading axis.
+        loss_fn: maps ``(params, example)`` to a scalar, where an example is the data without its
+          leading axis.
 
     Returns:
-      A loss vector function: ``jax.vmap`` of `loss_fn` over the examples.
+        A loss vector function: ``jax.vmap`` of `loss_fn` over the examples.
 
     Raises:
-      TypeError: if `loss_fn` is not a function.
-      ValueError: when traced, if `loss_fn` does not return a scalar.
+        TypeError: if `loss_fn` is not a function.
+        ValueError: when traced, if `loss_fn` does not return a scalar.
     """
     _validate.function("loss_fn", loss_fn)
 
@@ -67,22 +67,22 @@ def weighted_value_and_grad(
     is a ghost batch. Only here can losses depend on each other, within one ghost batch.
 
     Args:
-      loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B]; with
-        `has_aux`, ``loss_vector_fn(params, batch, aux)`` returns ``(losses, aux)``.
-      microbatch_size: examples in one pass; None for all of them at once.
-      has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
+        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B]; with
+          `has_aux`, ``loss_vector_fn(params, batch, aux)`` returns ``(losses, aux)``.
+        microbatch_size: examples in one pass; None for all of them at once.
+        has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
 
     Returns:
-      ``f(params, data, weights) -> (value, grads)``, or with `has_aux`
-      ``f(params, data, weights, aux) -> ((value, aux), grads)``: `params` is a pytree of
-      floating-point arrays, `data` a pytree of arrays [N, ...], `weights` a `noise.Weights`,
-      `value` a scalar, and `grads` is like `params`. When traced, `f` raises TypeError or
-      ValueError if `params` are not floating point, the leading axes of `data` disagree or are not
-      the weights' num_examples, `loss_vector_fn` does not return [B] floating-point losses, or
-      `aux` comes back with another structure, shape or dtype.
+        ``f(params, data, weights) -> (value, grads)``, or with `has_aux`
+        ``f(params, data, weights, aux) -> ((value, aux), grads)``: `params` is a pytree of
+        floating-point arrays, `data` a pytree of arrays [N, ...], `weights` a `noise.Weights`,
+        `value` a scalar, and `grads` is like `params`. When traced, `f` raises TypeError or
+        ValueError if `params` are not floating point, the leading axes of `data` disagree or are
+        not the weights' num_examples, `loss_vector_fn` does not return [B] floating-point losses,
+        or `aux` comes back with another structure, shape or dtype.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     _validate.function("loss_vector_fn", loss_vector_fn)
     if microbatch_size is not None:

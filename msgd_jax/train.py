@@ -29,11 +29,11 @@ class TrainState(NamedTuple):
     """Everything a run needs to go on, as one pytree of arrays: save it, restore it, resume.
 
     Attributes:
-      params: the parameters, any pytree of floating-point arrays.
-      opt_state: the state of the optimizer.
-      aux: mutable statistics (batch norm's running ones, say); () where there are none.
-      key: the PRNG key of the run, the same at every step.
-      step: steps made so far.
+        params: the parameters, any pytree of floating-point arrays.
+        opt_state: the state of the optimizer.
+        aux: mutable statistics (batch norm's running ones, say); () where there are none.
+        key: the PRNG key of the run, the same at every step.
+        step: steps made so far.
     """
 
     params: Any
@@ -47,8 +47,8 @@ class StepMetrics(NamedTuple):
     """What one step reports.
 
     Attributes:
-      loss: the weighted loss, an unbiased estimate of the mean loss before the step.
-      gradient_norm: the Euclidean norm of the noisy gradient.
+        loss: the weighted loss, an unbiased estimate of the mean loss before the step.
+        gradient_norm: the Euclidean norm of the noisy gradient.
     """
 
     loss: Float[Array, "*steps"]
@@ -66,14 +66,14 @@ def init(
     Parameters, statistics and key are copied, so that donating the state deletes nothing of yours.
 
     Args:
-      params: a pytree of floating-point arrays.
-      optimizer: an optax transformation.
-      key: a typed PRNG key.
-      aux: mutable statistics of the model, if it has any.
+        params: a pytree of floating-point arrays.
+        optimizer: an optax transformation.
+        key: a typed PRNG key.
+        aux: mutable statistics of the model, if it has any.
 
     Raises:
-      TypeError: if a parameter is not floating point or `key` is not a typed PRNG key.
-      ValueError: if `params` is empty or `key` is an array of keys.
+        TypeError: if a parameter is not floating point or `key` is not a typed PRNG key.
+        ValueError: if `params` is empty or `key` is an array of keys.
     """
     _validate.floating_params(params)
     _validate.prng_key("key", key)
@@ -92,19 +92,19 @@ def make_step(
     """One step of M-SGD (Eq. 6) under any optimizer, as a pure function of state and data.
 
     Args:
-      loss_vector_fn: as in `loss.weighted_value_and_grad`.
-      optimizer: an optax transformation of the noisy gradient; ``value=`` is passed to those that
-        take it.
-      noise: the M-noise; its num_examples must be the leading axis of the data.
-      microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
-      has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
+        loss_vector_fn: as in `loss.weighted_value_and_grad`.
+        optimizer: an optax transformation of the noisy gradient; ``value=`` is passed to those that
+          take it.
+        noise: the M-noise; its num_examples must be the leading axis of the data.
+        microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
+        has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
 
     Returns:
-      ``step(state, data) -> (state, metrics)``, not compiled: give it to ``jax.jit`` (with
-      ``donate_argnums=0``), ``jax.vmap``, or `make_loop`.
+        ``step(state, data) -> (state, metrics)``, not compiled: give it to ``jax.jit`` (with
+        ``donate_argnums=0``), ``jax.vmap``, or `make_loop`.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     value_and_grad = loss_lib.weighted_value_and_grad(
         loss_vector_fn, microbatch_size=microbatch_size, has_aux=has_aux
@@ -133,16 +133,16 @@ def make_loop(step: StepFn, *, max_steps: int) -> Callable[[Any, Any, int], tupl
     gives bit-identical parameters, and nothing is compiled twice.
 
     Args:
-      step: ``step(state, data) -> (state, metrics)``, from `make_step` or vmapped from it.
-      max_steps: the most steps one call can make; room for their metrics is set aside.
+        step: ``step(state, data) -> (state, metrics)``, from `make_step` or vmapped from it.
+        max_steps: the most steps one call can make; room for their metrics is set aside.
 
     Returns:
-      ``loop(state, data, num_steps) -> (state, metrics)``, compiled, `state` donated; every array
-      in `metrics` has a new leading axis of `num_steps`. To stream metrics out, call it again
-      and again.
+        ``loop(state, data, num_steps) -> (state, metrics)``, compiled, `state` donated; every array
+        in `metrics` has a new leading axis of `num_steps`. To stream metrics out, call it again
+        and again.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described; `loop` too, on `num_steps`.
+        TypeError, ValueError: if an argument is not as described; `loop` too, on `num_steps`.
     """
     _validate.function("step", step)
     _validate.positive_int("max_steps", max_steps)

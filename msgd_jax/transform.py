@@ -35,10 +35,10 @@ class MultiplicativeNoiseState(NamedTuple):
     """State of `multiplicative_noise`.
 
     Attributes:
-      step: updates made so far; the step whose weights the next update draws.
-      key: the PRNG key of the run, the same at every step.
-      value: the weighted loss of the last update, an unbiased estimate of the mean loss at the
-        parameters it was given; infinite before the first.
+        step: updates made so far; the step whose weights the next update draws.
+        key: the PRNG key of the run, the same at every step.
+        value: the weighted loss of the last update, an unbiased estimate of the mean loss at the
+          parameters it was given; infinite before the first.
     """
 
     step: Int[Array, ""]
@@ -50,8 +50,8 @@ class AggregateState(NamedTuple):
     """State of `aggregate_per_example`.
 
     Attributes:
-      step: updates made so far; the step whose weights the next update draws.
-      key: the PRNG key of the run, the same at every step.
+        step: updates made so far; the step whose weights the next update draws.
+        key: the PRNG key of the run, the same at every step.
     """
 
     step: Int[Array, ""]
@@ -68,8 +68,10 @@ def multiplicative_noise(
       optimizer = optax.chain(multiplicative_noise(noise, key), optax.adam(1e-3))
       state = optimizer.init(params)
       updates, state = optimizer.update(
-          None, state, params, loss_vector_fn=loss_vector_fn, data=data
+          (), state, params, loss_vector_fn=loss_vector_fn, data=data
       )
+
+    There are no updates to pass in yet, hence the ``()`` (None is as good).
 
     What it composes with:
 
@@ -83,17 +85,17 @@ def multiplicative_noise(
     Models with mutable statistics need `train` or `loss.weighted_value_and_grad` instead.
 
     Args:
-      noise: the M-noise; its num_examples must be the leading axis of the data.
-      key: a typed PRNG key, copied into the state by ``init``.
-      microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
+        noise: the M-noise; its num_examples must be the leading axis of the data.
+        key: a typed PRNG key, copied into the state by ``init``.
+        microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
 
     Returns:
-      A transformation with ``update(None, state, params, *, loss_vector_fn, data)``: the update is
-      like `params`. It raises ValueError if a gradient is passed in, if `params`, `loss_vector_fn`
-      or `data` is missing, and as `loss.weighted_value_and_grad` does.
+        A transformation with ``update((), state, params, *, loss_vector_fn, data)``: the update is
+        like `params`. It raises ValueError if a gradient is passed in, if `params`,
+        `loss_vector_fn` or `data` is missing, and as `loss.weighted_value_and_grad` does.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     _check_noise_and_key(noise, key)
     if microbatch_size is not None:
@@ -141,16 +143,16 @@ def aggregate_per_example(noise: MNoise, key: Key[Array, ""]) -> aggregating.Agg
     in a chain, not around it.
 
     Args:
-      noise: the M-noise; its num_examples must be the leading axis of the updates.
-      key: a typed PRNG key, copied into the state by ``init``.
+        noise: the M-noise; its num_examples must be the leading axis of the updates.
+        key: a typed PRNG key, copied into the state by ``init``.
 
     Returns:
-      An aggregator with ``update(per_example_gradients, state, params)``. It raises ValueError if
-      `params` is missing, and, naming the leaf, if a leaf's shape is not ``(N, *parameter shape)``:
-      a gradient that is averaged already is refused.
+        An aggregator with ``update(per_example_gradients, state, params)``. It raises ValueError if
+        `params` is missing, and, naming the leaf, if the shape of a leaf is not
+        ``(N, *parameter shape)``: a gradient that is averaged already is refused.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     _check_noise_and_key(noise, key)
 
@@ -195,20 +197,20 @@ def msgd(
     """M-SGD (Eq. 6): `optax.sgd` on the noisy gradient of `multiplicative_noise`.
 
     Args:
-      learning_rate: eta, a number or a schedule.
-      noise: the M-noise.
-      key: a typed PRNG key, copied into the state by ``init``.
-      momentum: decay rate of the momentum, or None for none.
-      nesterov: whether the momentum is Nesterov's.
-      accumulator_dtype: of the momentum; None for the parameters' own.
-      microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
+        learning_rate: eta, a number or a schedule.
+        noise: the M-noise.
+        key: a typed PRNG key, copied into the state by ``init``.
+        momentum: decay rate of the momentum, or None for none.
+        nesterov: whether the momentum is Nesterov's.
+        accumulator_dtype: of the momentum; None for the parameters' own.
+        microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
 
     Returns:
-      A transformation with ``update(None, state, params, *, loss_vector_fn, data)``; see
-      `multiplicative_noise`.
+        A transformation with ``update((), state, params, *, loss_vector_fn, data)``; see
+        `multiplicative_noise`.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     for name, value in (("learning_rate", learning_rate), ("momentum", momentum)):
         # Arrays may be traced (optax.inject_hyperparams, vmap): they are taken on trust.
@@ -243,7 +245,7 @@ def _unmasked(
         if jax.tree.leaves(updates):
             raise ValueError(
                 "multiplicative_noise computes the gradient itself and would discard the updates "
-                "passed to it: pass None and put it first in the chain. Inside optax.MultiSteps "
+                "passed to it: pass () and put it first in the chain. Inside optax.MultiSteps "
                 "there is nothing to accumulate: chain MultiSteps behind it, or use "
                 "microbatch_size to bound the memory of one step."
             )

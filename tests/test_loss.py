@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msgd_jax import loss, noise
 from tests.noises import ROWS
@@ -144,6 +145,22 @@ def test_under_vmap_and_scan():
             np.testing.assert_allclose(many["w"][i], single["w"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("microbatch_size", [None, 24])
+def test_data_sharded_over_devices(microbatch_size):
+    """Eight devices, parameters replicated: the dense product to float32 rounding."""
+    problem = regression(104)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    data = jax.device_put(problem.data, NamedSharding(mesh, PartitionSpec("data")))
+    params = jax.device_put(problem.params, NamedSharding(mesh, PartitionSpec()))
+    f = loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=microbatch_size)
+    for law in (noise.cov(104, 8), noise.sparse_fisher(104, 8, support_size=40)):
+        weights = law.sample(jax.random.key(1), 0)
+        _, grads = jax.jit(f)(params, data, weights)
+        for leaf, expected in dense_gradient(problem, weights).items():
+            np.testing.assert_allclose(grads[leaf], expected, rtol=1e-4, atol=1e-5)
+            assert len(grads[leaf].sharding.device_set) == 8
+
+
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
     def setup_method(self):
@@ -221,7 +238,7 @@ class TestBadInput:
 
     def test_loss_vector_fn_that_is_no_function(self):
         with pytest.raises(TypeError, match="loss_vector_fn must be a function"):
-            loss.weighted_value_and_grad(None)  # pyright: ignore[reportArgumentType]
+            loss.weighted_value_and_grad(None)
 
     def test_statistics_that_change_their_shape(self):
         f = loss.weighted_value_and_grad(

@@ -76,11 +76,11 @@ def test_every_entry_has_its_moments(name, n, b):
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "gd"])
-@pytest.mark.parametrize("factor", [0.95, 1.05])
-def test_wrong_variances_are_rejected(name, factor):
+def test_wrong_variances_are_rejected(name):
     stated = ROWS[name].make(100, 10).covariance
-    wrong = noise.Exchangeable(stated.diagonal * factor, stated.off_diagonal)
-    assert z_scores(draws(name, 100, 10), wrong)["diagonal"] > Z
+    for factor in (0.95, 1.05):
+        wrong = noise.Exchangeable(stated.diagonal * factor, stated.off_diagonal)
+        assert z_scores(draws(name, 100, 10), wrong)["diagonal"] > Z
 
 
 def test_near_misses_of_the_paper_are_rejected():
@@ -214,7 +214,7 @@ def test_matching_scale():
 # Shapes and supports ------------------------------------------------------------------------------
 
 
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
 @hypothesis.given(
     name=st.sampled_from(sorted(ROWS)), n=st.integers(1, 40), fraction=st.floats(0, 1)
 )
@@ -289,7 +289,7 @@ def ulps(a, b) -> int:
     return int(np.abs(a - b).max())
 
 
-@pytest.mark.parametrize(("name", "n", "b"), cases((1, 1), (7, 3), (1000, 50)))
+@pytest.mark.parametrize(("name", "n", "b"), cases((7, 3), (1000, 50)))
 def test_same_draw_under_jit_and_vmap(name, n, b):
     law = ROWS[name].make(n, b)
     keys = jax.vmap(jax.random.key)(jnp.arange(5))
@@ -305,7 +305,7 @@ def test_same_draw_under_jit_and_vmap(name, n, b):
                 np.testing.assert_array_equal(weights.indices, expected.indices)
 
 
-@pytest.mark.parametrize(("n", "num_devices"), [(1000, 4), (1000, 8), (4040, 2), (4040, 8)])
+@pytest.mark.parametrize(("n", "num_devices"), [(1000, 8), (4040, 2)])
 @pytest.mark.parametrize("name", list(ROWS))
 def test_bit_identical_on_many_devices(name, n, num_devices):
     law = ROWS[name].make(n, 8)
@@ -394,7 +394,7 @@ class TestBadInput:
 
     def test_matching(self):
         with pytest.raises(ValueError, match="matching must be one of 'total', 'gaussian'"):
-            noise.sparse_fisher(7, 2, support_size=4, matching="both")  # pyright: ignore[reportArgumentType]
+            noise.sparse_fisher(7, 2, support_size=4, matching="both")
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
     def test_narrow_dtypes(self, dtype):
@@ -422,6 +422,15 @@ class TestBadInput:
     def test_step_must_be_an_integer(self, step):
         with pytest.raises(TypeError, match="step must be an integer"):
             noise.fisher(7, 2).sample(KEY, step)
+
+    def test_a_law_of_your_own(self):
+        law = noise.fisher(7, 2)
+        with pytest.raises(ValueError, match="support_size must be at least 1, got 0"):
+            dataclasses.replace(law, support_size=0)
+        with pytest.raises(TypeError, match=r"covariance must be a noise\.Exchangeable, got float"):
+            dataclasses.replace(law, covariance=0.1)
+        with pytest.raises(TypeError, match="draw must be a function"):
+            dataclasses.replace(law, draw=None)
 
     def test_negative_step(self):
         with pytest.raises(ValueError, match="step must be at least 0, got -1"):

@@ -38,7 +38,7 @@ def test_steps_follow_the_recursion():
     params = {k: np.asarray(v, np.float64) for k, v in PROBLEM.params.items()}
     trace = {k: np.zeros_like(v) for k, v in params.items()}
     for step in range(3):
-        problem = Regression(dict(params), PROBLEM.data)  # pyright: ignore[reportArgumentType]
+        problem = Regression(dict(params), PROBLEM.data)
         w = np.asarray(law.sample(jax.random.key(3), step).dense(), np.float64)
         gradients = {k: np.tensordot(w, g, 1) for k, g in problem.gradient_matrix().items()}
         norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
@@ -171,4 +171,4 @@ class TestBadInput:
     def test_noise(self):
         weights = noise.gd(3).sample(jax.random.key(0), 0)
         with pytest.raises(TypeError, match=r"noise must be a noise\.MNoise, got Weights"):
-            train.make_step(loss_vector_fn, OPTIMIZER, weights)  # pyright: ignore[reportArgumentType]
+            train.make_step(loss_vector_fn, OPTIMIZER, weights)

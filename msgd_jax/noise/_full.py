@@ -16,11 +16,11 @@ def gd(num_examples: int, *, dtype: Any = jnp.float32) -> MNoise:
     """Gradient descent: W = 1/N, no noise at all.
 
     Args:
-      num_examples: N, at least 1.
-      dtype: of the weights, float32 or float64.
+        num_examples: N, at least 1.
+        dtype: of the weights, float32 or float64.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     n = _validate.positive_int("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -41,13 +41,13 @@ def sgd(
     (N-1)/(bN^2) (Eq. 4). Both are centred: the weights of every draw add up to one.
 
     Args:
-      num_examples: N, at least 1.
-      batch_size: b, between 1 and N.
-      replace: whether an example can be drawn more than once.
-      dtype: of the weights, float32 or float64.
+        num_examples: N, at least 1.
+        batch_size: b, between 1 and N.
+        replace: whether an example can be drawn more than once.
+        dtype: of the weights, float32 or float64.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -70,12 +70,12 @@ def fisher(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> M
     The gradient noise is Gaussian with covariance F/b, F the empirical Fisher matrix.
 
     Args:
-      num_examples: N, at least 1.
-      batch_size: b, the batch size of the SGD whose scale the noise has, between 1 and N.
-      dtype: of the weights, float32 or float64.
+        num_examples: N, at least 1.
+        batch_size: b, the batch size of the SGD whose scale the noise has, between 1 and N.
+        dtype: of the weights, float32 or float64.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -93,12 +93,12 @@ def cov(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoi
     The gradient noise is Gaussian with covariance S/b, exactly that of SGD with replacement.
 
     Args:
-      num_examples: N, at least 1; with N = 1 there is nothing to vary and W = 1.
-      batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
-      dtype: of the weights, float32 or float64.
+        num_examples: N, at least 1; with N = 1 there is nothing to vary and W = 1.
+        batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
+        dtype: of the weights, float32 or float64.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -118,12 +118,12 @@ def bernoulli(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -
     weights is random with mean b, so all N losses are computed.
 
     Args:
-      num_examples: N, at least 1.
-      batch_size: b, the expected number of non-zero weights, between 1 and N.
-      dtype: of the weights, float32 or float64.
+        num_examples: N, at least 1.
+        batch_size: b, the expected number of non-zero weights, between 1 and N.
+        dtype: of the weights, float32 or float64.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -144,12 +144,12 @@ def rademacher(num_examples: int, scale: float, *, dtype: Any = jnp.float32) -> 
     scale that has the variances of another noise.
 
     Args:
-      num_examples: N, at least 1.
-      scale: the factor of the regulariser, finite and at least 0.
-      dtype: of the weights, float32 or float64.
+        num_examples: N, at least 1.
+        scale: the factor of the regulariser, finite and at least 0.
+        dtype: of the weights, float32 or float64.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     n = _validate.positive_int("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)

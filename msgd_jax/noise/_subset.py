@@ -20,13 +20,13 @@ def estimated_fisher(
     has covariance F_T/b; over all T the moments are exactly those of `fisher`.
 
     Args:
-      num_examples: N, at least 1.
-      batch_size: b, the batch size of the SGD whose scale the noise has, between 1 and N.
-      estimate_size: m, how many examples the Fisher matrix is estimated from, between 1 and N.
-      dtype: of the weights, float32 or float64.
+        num_examples: N, at least 1.
+        batch_size: b, the batch size of the SGD whose scale the noise has, between 1 and N.
+        estimate_size: m, how many examples the Fisher matrix is estimated from, between 1 and N.
+        dtype: of the weights, float32 or float64.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -50,13 +50,13 @@ def estimated_cov(
     s^2 = (N-1)/(bN(m-1)): Bessel's correction makes the moments exactly those of `cov`.
 
     Args:
-      num_examples: N, at least 2.
-      batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
-      estimate_size: m, how many examples it is estimated from, between 2 and N.
-      dtype: of the weights, float32 or float64.
+        num_examples: N, at least 2.
+        batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
+        estimate_size: m, how many examples it is estimated from, between 2 and N.
+        dtype: of the weights, float32 or float64.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     n, b = _pieces.sizes(num_examples, batch_size, smallest=2)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -92,14 +92,14 @@ def sparse_fisher(
       subset draw's comes on top. Then s^2 = B/b.
 
     Args:
-      num_examples: N, at least 1.
-      batch_size: b, the batch size of the SGD whose scale the noise has, between 1 and N.
-      support_size: B, how many examples a step computes, between bN/(N+b) and N for "total".
-      matching: "total" or "gaussian".
-      dtype: of the weights, float32 or float64.
+        num_examples: N, at least 1.
+        batch_size: b, the batch size of the SGD whose scale the noise has, between 1 and N.
+        support_size: B, how many examples a step computes, between bN/(N+b) and N for "total".
+        matching: "total" or "gaussian".
+        dtype: of the weights, float32 or float64.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -142,15 +142,15 @@ def sparse_cov(
       draw's comes on top. Then s^2 = B^2 (N-1) / (bN(B-1)).
 
     Args:
-      num_examples: N, at least 2.
-      batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
-      support_size: B, how many examples a step computes, between 2 (for "total" also
-        bN/(N-1+b)) and N.
-      matching: "total" or "gaussian".
-      dtype: of the weights, float32 or float64.
+        num_examples: N, at least 2.
+        batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
+        support_size: B, how many examples a step computes, between 2 (for "total" also
+          bN/(N-1+b)) and N.
+        matching: "total" or "gaussian".
+        dtype: of the weights, float32 or float64.
 
     Raises:
-      TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if an argument is not as described.
     """
     n, b = _pieces.sizes(num_examples, batch_size, smallest=2)
     dtype = _validate.wide_float_dtype("dtype", dtype)

@@ -17,10 +17,10 @@ class Weights:
     """One draw of an M-noise: the weight of each example whose loss is computed.
 
     Attributes:
-      values: weights, [support]; float32 or float64.
-      indices: which examples they belong to, [support], repeats allowed (their weights add up);
-        None means all examples in order, and then support = num_examples.
-      num_examples: N, the length of the full weight vector.
+        values: weights, [support]; float32 or float64.
+        indices: which examples they belong to, [support], repeats allowed (their weights add up);
+          None means all examples in order, and then support = num_examples.
+        num_examples: N, the length of the full weight vector.
     """
 
     values: Float[Array, "*batch support"]
@@ -39,8 +39,8 @@ class Exchangeable:
     """The covariance of an exchangeable weight vector: one number on the diagonal, one off it.
 
     Attributes:
-      diagonal: Var(W_i).
-      off_diagonal: Cov(W_i, W_j) for i != j; 0 where there is one example only.
+        diagonal: Var(W_i).
+        off_diagonal: Cov(W_i, W_j) for i != j; 0 where there is one example only.
     """
 
     diagonal: float
@@ -77,11 +77,14 @@ class MNoise:
     once, outside the training loop.
 
     Attributes:
-      name: the constructor and its arguments, for people.
-      num_examples: N.
-      support_size: how many per-example losses one step computes.
-      covariance: Cov(W), exact.
-      draw: maps one PRNG key to `Weights`.
+        name: the constructor and its arguments, for people.
+        num_examples: N.
+        support_size: how many per-example losses one step computes.
+        covariance: Cov(W), exact.
+        draw: maps one PRNG key to `Weights`.
+
+    Raises:
+        TypeError, ValueError: if an attribute is not as described.
     """
 
     name: str
@@ -90,19 +93,28 @@ class MNoise:
     covariance: Exchangeable
     draw: Callable[[Key[Array, ""]], Weights] = dataclasses.field(repr=False)
 
+    def __post_init__(self):
+        _validate.positive_int("num_examples", self.num_examples)
+        _validate.positive_int("support_size", self.support_size)
+        _validate.function("draw", self.draw)
+        if not isinstance(self.covariance, Exchangeable):
+            got = type(self.covariance).__name__
+            raise TypeError(f"covariance must be a noise.Exchangeable, got {got}.")
+
     def sample(self, key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
         """Draws the weight vector of one step.
 
         Same key and step, same weights: under jit or not, under vmap over keys, on any number of
-        devices, before and after a resume.
+        devices, before and after a resume. (With jax's default threefry keys: the others promise
+        less under vmap.)
 
         Args:
-          key: a typed PRNG key, the same for the whole run (it is folded with `step`).
-          step: which step, at least 0; a traced integer is welcome.
+            key: a typed PRNG key, the same for the whole run (it is folded with `step`).
+            step: which step, at least 0; a traced integer is welcome.
 
         Raises:
-          TypeError: if `key` is not a typed PRNG key or `step` is not an integer.
-          ValueError: if `key` is an array of keys, or `step` is negative or not a scalar.
+            TypeError: if `key` is not a typed PRNG key or `step` is not an integer.
+            ValueError: if `key` is an array of keys, or `step` is negative or not a scalar.
         """
         _validate.prng_key("key", key)
         _validate.step(step)

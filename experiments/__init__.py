@@ -1,0 +1,1 @@
+"""The paper's experiments: data, models, configuration and command line."""

@@ -1,0 +1,213 @@
+"""Convolution, and convolution with 2x2 max-pooling, fast on CPU as well as elsewhere.
+
+On CPU, XLA's convolutions and the backward pass of max-pooling are slow, and under `jax.vmap` over
+kernels (several seeds trained at once) a convolution becomes a grouped one, which is slower still.
+So there a convolution is one matrix product: its output is seen as blocks of 2x2, and the product
+has a column for every block and a row for every output channel and every place in the block. The
+patch that a block needs is only one pixel larger than the kernel, and the kernel, zero-padded to
+that size, stands in the left factor four times, once for each place. Max-pooling takes the largest
+of the four places; without it they are interleaved.
+
+Everywhere else this is `jax.lax.conv_general_dilated`. Stride is 1, there is no padding, images
+are NHWC and kernels HWIO. Everything can be differentiated in forward and reverse mode and mapped
+with `jax.vmap` over images, kernels or both.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+__all__ = ["conv", "conv_max_pool"]
+
+Images = Float[Array, "batch height width in_channels"]
+Kernel = Float[Array, "kernel_height kernel_width in_channels out_channels"]
+Outputs = Float[Array, "batch out_height out_width out_channels"]
+
+
+def conv(images: Images, kernel: Kernel) -> Outputs:
+    """Convolves (in fact correlates) images with a kernel, stride 1, no padding.
+
+    Args:
+        images: floating-point array of shape [B, H, W, C].
+        kernel: array of shape [h, w, C, O], of the same type as `images`.
+
+    Returns:
+        Array of shape [B, H - h + 1, W - w + 1, O], of the type of `images`.
+
+    Raises:
+        ValueError: if the shapes or types are not as described, or the kernel is larger than the
+            images.
+    """
+    _check(images, kernel, smallest_output=1)
+    return _by_platform(_conv_as_product, _conv_by_xla)(images, kernel)
+
+
+def conv_max_pool(images: Images, kernel: Kernel) -> Outputs:
+    """Convolves as `conv` does, then takes the maximum over disjoint windows of 2x2.
+
+    A last row or column of the convolution that fills no window is dropped. Among equal maxima of
+    a window, the first in row-major order gets the whole gradient, on every platform. A value that
+    is not finite makes every channel of its output pixel NaN on CPU.
+
+    Args:
+        images: floating-point array of shape [B, H, W, C].
+        kernel: array of shape [h, w, C, O], of the same type as `images`.
+
+    Returns:
+        Array of shape [B, (H - h + 1) // 2, (W - w + 1) // 2, O], of the type of `images`.
+
+    Raises:
+        ValueError: if the shapes or types are not as described, or the images are too small for
+            one window.
+    """
+    _check(images, kernel, smallest_output=2)
+    return _by_platform(_conv_max_pool_as_product, _conv_max_pool_by_xla)(images, kernel)
+
+
+def _by_platform(
+    on_cpu: Callable[[Images, Kernel], Outputs], elsewhere: Callable[[Images, Kernel], Outputs]
+) -> Callable[[Images, Kernel], Outputs]:
+    """Chooses for the platform that the code is compiled for, which need not be the default one."""
+
+    def chosen(images: Images, kernel: Kernel) -> Outputs:
+        return jax.lax.platform_dependent(images, kernel, cpu=on_cpu, default=elsewhere)
+
+    return chosen
+
+
+def _conv_by_xla(images: Images, kernel: Kernel) -> Outputs:
+    return jax.lax.conv_general_dilated(
+        images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _conv_max_pool_by_xla(images: Images, kernel: Kernel) -> Outputs:
+    outputs = _conv_by_xla(images, kernel)
+    batch, height, width, channels = outputs.shape
+    rows, columns = height // 2, width // 2
+    outputs = outputs[:, : 2 * rows, : 2 * columns]
+    blocks = outputs.reshape(batch, rows, 2, columns, 2, channels).transpose(2, 4, 0, 1, 3, 5)
+    return _max_of_four(blocks.reshape(4, batch, rows, columns, channels))
+
+
+def _conv_as_product(images: Images, kernel: Kernel) -> Outputs:
+    batch, height, width = _output_shape(images, kernel)
+    rows, columns, channels = -(-height // 2), -(-width // 2), kernel.shape[3]
+    places = _blocks(images, kernel, rows, columns).reshape(2, 2, channels, batch, rows, columns)
+    outputs = places.transpose(3, 4, 0, 5, 1, 2).reshape(batch, 2 * rows, 2 * columns, channels)
+    return outputs[:, :height, :width]
+
+
+def _conv_max_pool_as_product(images: Images, kernel: Kernel) -> Outputs:
+    batch, height, width = _output_shape(images, kernel)
+    rows, columns, channels = height // 2, width // 2, kernel.shape[3]
+    pooled = _max_of_four(_blocks(images, kernel, rows, columns))
+    # The product with the identity transposes and, what matters more, stores the result. Else XLA
+    # computes the maxima anew in each slice of the next layer's patches: a step costs 10 % more.
+    identity = jnp.eye(channels, dtype=pooled.dtype)
+    return jnp.matmul(pooled.T, identity).reshape(batch, rows, columns, channels)
+
+
+def _blocks(
+    images: Images, kernel: Kernel, rows: int, columns: int
+) -> Float[Array, "4 out_channels blocks"]:
+    """The convolution as blocks of 2x2 outputs.
+
+    Args:
+        images: array of shape [B, H, W, C].
+        kernel: array of shape [h, w, C, O].
+        rows: rows of blocks in an image.
+        columns: columns of blocks in an image.
+
+    Returns:
+        Array of shape [4, O, B * rows * columns]: place in the block (row-major), channel, block.
+        Long rows of blocks are what makes the maximum over the places fast.
+    """
+    # 2x2 pixels are a cell. A block needs h + 1 rows of pixels, so h // 2 + 1 rows of cells.
+    high, wide = (size // 2 + 1 for size in kernel.shape[:2])
+    cells = _cells(images, rows + high - 1, columns + wide - 1)
+    slices = [cells[:, :, i : i + rows, j : j + columns] for i in range(high) for j in range(wide)]
+    shifts = _four_shifts(kernel, high, wide)
+    products = jnp.matmul(shifts.T, jnp.concatenate(slices).reshape(shifts.shape[0], -1))
+    return products.reshape(4, kernel.shape[3], -1)
+
+
+def _cells(
+    images: Images, rows: int, columns: int
+) -> Float[Array, "4*in_channels batch rows columns"]:
+    """The pixels of each cell of 2x2 as channels; images are cut or zero-padded at the end."""
+    images = images[:, : 2 * rows, : 2 * columns]
+    batch, height, width, channels = images.shape
+    missing = ((0, 0), (0, 2 * rows - height), (0, 2 * columns - width), (0, 0))
+    cells = jnp.pad(images, missing).reshape(batch, rows, 2, columns, 2, channels)
+    return cells.transpose(2, 4, 5, 0, 1, 3).reshape(4 * channels, batch, rows, columns)
+
+
+def _four_shifts(kernel: Kernel, high: int, wide: int) -> Float[Array, "patch 4*out_channels"]:
+    """The kernel at each place of a block, zero-padded to high x wide cells, in patches' order."""
+    height, width, in_channels, out_channels = kernel.shape
+    bottom, right = 2 * high - height, 2 * wide - width
+    places = [
+        jnp.pad(kernel, ((i, bottom - i), (j, right - j), (0, 0), (0, 0)))
+        for i in (0, 1)
+        for j in (0, 1)
+    ]
+    shifts = jnp.stack(places, axis=3).reshape(high, 2, wide, 2, in_channels, 4 * out_channels)
+    return shifts.transpose(0, 2, 1, 3, 4, 5).reshape(-1, 4 * out_channels)
+
+
+@jax.custom_jvp
+def _max_of_four(candidates: Float[Array, "4 *shape"]) -> Float[Array, "*shape"]:
+    """The maximum over the leading axis; the first of equal maxima gets the whole gradient."""
+    # In pairs, since XLA fuses no reduction here: with jnp.max a training step takes twice as long.
+    first, second, third, fourth = candidates
+    return jnp.maximum(jnp.maximum(first, second), jnp.maximum(third, fourth))
+
+
+@_max_of_four.defjvp
+def _max_of_four_jvp(
+    primals: tuple[Float[Array, "4 *shape"]], tangents: tuple[Float[Array, "4 *shape"]]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    # JAX's own rule splits the gradient among equal maxima, and so costs a step 15 % more.
+    (candidates,), (tangent,) = primals, tangents
+    places = jax.lax.broadcasted_iota(jnp.int32, candidates.shape, 0)
+    wins = places == _first_maximum(candidates)[None]
+    return _max_of_four(candidates), jnp.where(wins, tangent, jnp.zeros_like(tangent)).sum(axis=0)
+
+
+def _first_maximum(candidates: Float[Array, "4 *shape"]) -> Int[Array, "*shape"]:
+    """The first index of the maximum; unlike argmax, elementwise operations that XLA can fuse."""
+    first, second, third, fourth = candidates
+    top = jnp.where(second > first, 1, 0)
+    bottom = jnp.where(fourth > third, 3, 2)
+    is_bottom = jnp.maximum(third, fourth) > jnp.maximum(first, second)
+    return jnp.where(is_bottom, bottom, top).astype(jnp.int32)
+
+
+def _output_shape(images: Images, kernel: Kernel) -> tuple[int, int, int]:
+    """Batch size, height and width of the convolution."""
+    batch, height, width, _ = images.shape
+    return batch, height - kernel.shape[0] + 1, width - kernel.shape[1] + 1
+
+
+def _check(images: Images, kernel: Kernel, smallest_output: int) -> None:
+    if images.ndim != 4:
+        raise ValueError(f"images must have shape [B, H, W, C], got shape {images.shape}.")
+    if kernel.ndim != 4 or kernel.shape[2] != images.shape[3]:
+        raise ValueError(
+            f"kernel must have shape [h, w, C, O] with C = {images.shape[3]}, the channels of the "
+            f"images, got shape {kernel.shape}."
+        )
+    if images.dtype != kernel.dtype or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            "images and kernel must have the same floating-point type, got "
+            f"{images.dtype} and {kernel.dtype}."
+        )
+    if min(_output_shape(images, kernel)[1:]) < smallest_output:
+        least = tuple(size + smallest_output - 1 for size in kernel.shape[:2])
+        raise ValueError(
+            f"images must be at least {least[0]} x {least[1]} pixels for a kernel of "
+            f"{kernel.shape[0]} x {kernel.shape[1]}, got {images.shape[1]} x {images.shape[2]}."
+        )

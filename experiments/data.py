@@ -1,0 +1,207 @@
+"""Loads the data sets of the experiments as uint8 arrays in the computer's memory.
+
+`load("digits")` needs no file and no network; `load("fashion_mnist")` finds the original files or
+downloads them, and checks every byte before anything is trained on it. What a data set is split
+into depends on its name and the seed only, never on where its bytes came from.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import fashion_mnist
+from experiments.fashion_mnist import DatasetNotFoundError
+from experiments.idx import DamagedDatasetError
+
+__all__ = [
+    "DATASETS",
+    "DamagedDatasetError",
+    "Dataset",
+    "DatasetNotFoundError",
+    "Examples",
+    "load",
+    "load_digits",
+    "load_fashion_mnist",
+]
+
+_NUM_DIGITS_FOR_TRAINING = 1000
+_NUM_FASHION_IMAGES_FOR_TRAINING = 1000  # appendix B.1 of the paper
+
+
+class Examples(NamedTuple):
+    """Examples as the training loop sees them: a pytree with a leading example axis.
+
+    Attributes:
+        image: uint8 array of shape [N, H, W, C], pixels from 0 to the data set's `max_value`.
+        label: int32 array of shape [N], classes from 0 to the data set's `num_classes` - 1.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set, split for one experiment.
+
+    Attributes:
+        name: key of `DATASETS`.
+        train: the examples to train on.
+        test: the examples to test on.
+        num_classes: number of different labels.
+        max_value: value of the brightest possible pixel; divide by it to scale pixels to [0, 1].
+        train_indices: int64 array of shape [N_train]; `train` example i is example
+            `train_indices[i]`, counted from 0, of the original split that it was drawn from.
+        source: where the bytes came from, in words.
+    """
+
+    name: str
+    train: Examples
+    test: Examples
+    num_classes: int
+    max_value: int
+    train_indices: np.ndarray
+    source: str
+
+
+def load(
+    name: str,
+    *,
+    seed: int = 0,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = True,
+) -> Dataset:
+    """Loads a data set and draws its training examples.
+
+    Args:
+        name: one of `DATASETS`.
+        seed: decides which examples are trained on; not negative. The same seed draws the same
+            examples on every machine, from every source and with every version of NumPy.
+        data_dir: folder to look in first and to download into; None means the default folder of
+            tensorflow-datasets (the environment variable TFDS_DATA_DIR, or ~/tensorflow_datasets).
+        download: whether the network may be used when the data set is not on this machine.
+
+    Returns:
+        The data set, in the computer's memory.
+
+    Raises:
+        ValueError: if the name is unknown or the seed is negative.
+        DatasetNotFoundError: if the data set is nowhere to be had.
+        DamagedDatasetError: if it was found, but its contents are not the published ones.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"name must be one of {', '.join(sorted(DATASETS))}, got {name!r}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    return DATASETS[name](seed, folder, download)
+
+
+def load_digits(seed: int, data_dir: Path | None = None, download: bool = True) -> Dataset:
+    """Loads scikit-learn's 1,797 handwritten digits: 1,000 to train on, the rest to test on.
+
+    Args:
+        seed: decides which 1,000 digits are trained on.
+        data_dir: not used, the digits come with scikit-learn.
+        download: not used either.
+
+    Returns:
+        The data set; images have shape [8, 8, 1] and pixels from 0 to 16.
+    """
+    del data_dir, download
+    import sklearn
+    import sklearn.datasets
+
+    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+    digits = _as_examples(pixels.reshape(-1, 8, 8).astype(np.uint8), labels)
+    permutation = _permutation(len(digits.label), seed)
+    train_indices = permutation[:_NUM_DIGITS_FOR_TRAINING]
+    return Dataset(
+        name="digits",
+        train=_take(digits, train_indices),
+        test=_take(digits, permutation[_NUM_DIGITS_FOR_TRAINING:]),
+        num_classes=10,
+        max_value=16,
+        train_indices=train_indices,
+        source=f"load_digits of scikit-learn {sklearn.__version__}",
+    )
+
+
+def load_fashion_mnist(
+    seed: int,
+    data_dir: Path | None = None,
+    download: bool = True,
+    *,
+    published: fashion_mnist.Published | None = None,
+    debian_folder: Path = fashion_mnist.DEBIAN_FOLDER,
+    num_train: int = _NUM_FASHION_IMAGES_FOR_TRAINING,
+) -> Dataset:
+    """Loads FashionMNIST, split as in appendix B.1 of the paper.
+
+    The training set is drawn without replacement from the 10,000 original *test* images; the test
+    set is the 60,000 original *training* images, in their order.
+
+    Args:
+        seed: decides which images are trained on.
+        data_dir: see `load`.
+        download: see `load`.
+        published: what "train" and "test" have to be; None means as registered in
+            tensorflow-datasets, which is the source of truth for addresses, sizes and checksums.
+        debian_folder: where Debian's package puts the original files.
+        num_train: how many images are trained on, at least 1 and at most all original test images.
+
+    Returns:
+        The data set; images have shape [28, 28, 1] and pixels from 0 to 255.
+
+    Raises:
+        ValueError: if `num_train` is out of range.
+        DatasetNotFoundError: if no place holds it and it cannot be downloaded.
+        DamagedDatasetError: if the first place that holds it does not hold what was published.
+    """
+    if published is None:
+        published = fashion_mnist.published_files()
+    (num_drawn_from,) = published["test"].labels.shape
+    if not 1 <= num_train <= num_drawn_from:
+        raise ValueError(f"num_train must be between 1 and {num_drawn_from}, got {num_train}")
+    splits, source = fashion_mnist.read(
+        published, data_dir=data_dir, download=download, debian_folder=debian_folder
+    )
+    train_indices = _permutation(num_drawn_from, seed)[:num_train]
+    return Dataset(
+        name="fashion_mnist",
+        train=_take(_as_examples(*splits["test"]), train_indices),
+        test=_as_examples(*splits["train"]),
+        num_classes=10,
+        max_value=255,
+        train_indices=train_indices,
+        source=source,
+    )
+
+
+DATASETS: Mapping[str, Callable[[int, Path | None, bool], Dataset]] = {
+    "digits": load_digits,
+    "fashion_mnist": load_fashion_mnist,
+}
+
+
+def _permutation(num_examples: int, seed: int) -> np.ndarray:
+    """A random order of the numbers below `num_examples`, int64, a pure function of the seed.
+
+    NumPy promises the integers that Philox makes of a seed to every later version, but not what
+    `Generator.permutation` makes of them; so the integers themselves are sorted.
+    """
+    draws = np.random.Philox(seed).random_raw(num_examples)
+    return np.argsort(draws, kind="stable").astype(np.int64)
+
+
+def _as_examples(images: np.ndarray, labels: np.ndarray) -> Examples:
+    """Examples from uint8 images of shape [N, H, W] and labels of shape [N]."""
+    return Examples(image=images[..., np.newaxis], label=labels.astype(np.int32))
+
+
+def _take(examples: Examples, indices: np.ndarray) -> Examples:
+    return Examples(image=examples.image[indices], label=examples.label[indices])

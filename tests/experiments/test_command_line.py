@@ -1,0 +1,212 @@
+"""The command line end to end, on real images: runs, their folders, and what users get wrong."""
+
+import json
+import typing
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import config, data, fashion_mnist, figures, runs, training
+from experiments.__main__ import main
+from experiments.algorithms import ALGORITHMS, NoiseSettings
+from msgd_jax import noise
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+one_worker = pytest.mark.xdist_group("demo")  # the fixture is expensive
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    main(["demo", "--steps", "30", "--seeds", "2", "--eval-every", "10", "--out", str(folder)])
+    return folder
+
+
+@one_worker
+def test_demo_writes_a_folder_for_each_algorithm_and_the_picture(demo):
+    from matplotlib import image
+
+    assert image.imread(demo / "curves.png").shape[0] > 300
+    assert {p.name for p in demo.iterdir() if p.is_dir()} == set(config.DemoConfig.algorithms)
+    for algorithm in config.DemoConfig.algorithms:
+        asked = read(demo / algorithm / "config.json")
+        assert (asked["algorithm"], asked["steps"], asked["seeds"]) == (algorithm, 30, 2)
+        assert len(set(asked["train_indices"])) == 1000
+        metrics = lines(demo / algorithm / "metrics.jsonl")
+        assert [record["step"] for record in metrics] == [0, 10, 20, 30]
+        ended = read(demo / algorithm / "summary.json")
+        assert ended["test_accuracy"] == pytest.approx(np.mean(metrics[-1]["test_accuracy"]))
+        spread = np.std(metrics[-1]["test_accuracy"], ddof=1) / np.sqrt(2)
+        assert ended["test_accuracy_standard_error"] == pytest.approx(spread)
+        assert ended["seconds_per_1000_steps"] > 0
+
+
+@one_worker
+def test_every_algorithm_learns_in_the_demo(demo):
+    """After 30 steps the mean training loss is below where it started, ln 10, for every seed."""
+    for algorithm in config.DemoConfig.algorithms:
+        metrics = lines(demo / algorithm / "metrics.jsonl")
+        assert np.allclose(metrics[0]["train_loss"], np.log(10), atol=0.1)
+        assert max(metrics[-1]["train_loss"]) < min(metrics[0]["train_loss"])
+
+
+@one_worker
+def test_results_are_never_overwritten(demo):
+    before = (demo / "sgd" / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="exists already, and results are never overwritten"):
+        main(["demo", "--steps", "10", "--out", str(demo)])
+    with pytest.raises(SystemExit, match="exists already"):
+        main(["train", "--dataset", "digits", "--steps", "1", "--out", str(demo / "sgd")])
+    assert (demo / "sgd" / "metrics.jsonl").read_bytes() == before
+
+
+def test_train_prints_a_table(tmp_path, capsys):
+    main(["train", "--dataset", "digits", "--algorithm", "m-sgd-estimated-cov", "--steps", "3",
+          "--eval-every", "2", "--out", str(tmp_path / "run")])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "M-SGD-[Cov-b]" in printed
+    assert "1,000 training and 797 test images" in printed
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert read(tmp_path / "run" / "summary.json")["step"] == 3
+
+
+def test_sgd_learns_the_digits():
+    """Real images: above 95 % of 797 test images in 1,500 steps (97 % measured, s.e. 0.6 %)."""
+    plan = config.TrainConfig(
+        algorithm="sgd", dataset="digits", steps=1500, learning_rate=0.1, eval_every=1500
+    )
+    *_, last = training.train_seeds(plan, data.load("digits"))
+    assert last.test_accuracy[0] > 0.95
+
+
+def test_a_seed_does_not_depend_on_its_neighbours_or_on_the_evaluations():
+    plan = config.TrainConfig(
+        algorithm="m-sgd-sparse-fisher", dataset="digits", steps=20, learning_rate=0.1,
+        seeds=3, eval_every=20,
+    )  # fmt: skip
+    digits = data.load("digits")
+    *_, together = training.train_seeds(plan, digits)
+    alone_plan = config.TrainConfig(
+        algorithm="m-sgd-sparse-fisher", dataset="digits", steps=20, learning_rate=0.1,
+        seeds=1, seed=2, eval_every=7,
+    )  # fmt: skip
+    *_, alone = training.train_seeds(alone_plan, digits)
+    np.testing.assert_allclose(together.train_loss[2], alone.train_loss[0], rtol=1e-4)
+    assert together.train_loss[0] != together.train_loss[1]
+
+
+def fashion_mnist_or_skip():
+    try:
+        return data.load("fashion_mnist", download=False)
+    except data.DatasetNotFoundError as error:
+        pytest.skip(f"real images needed: {error}")
+
+
+def test_fashion_mnist_with_the_papers_setting(tmp_path):
+    """Appendix B.1 from the command line, shortened to ten steps."""
+    fashion_mnist_or_skip()
+    main(["train", "--algorithm", "m-sgd-fisher", "--steps", "10", "--out", str(tmp_path / "run")])
+    asked = read(tmp_path / "run" / "config.json")
+    assert (asked["learning_rate"], asked["noise"]["batch_size"]) == (0.01, 50)
+    assert len(asked["train_indices"]) == 1000
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    # Accuracies are multiples of one in 60,000.
+    counts = np.array([record["test_accuracy"][0] for record in metrics]) * 60_000
+    np.testing.assert_allclose(counts, np.round(counts), atol=0.02)
+    assert metrics[-1]["train_loss"][0] < metrics[0]["train_loss"][0]
+
+
+def test_names_on_the_command_line_are_those_of_the_registry():
+    assert typing.get_args(config.AlgorithmName) == tuple(ALGORITHMS)
+    assert typing.get_args(config.DatasetName) == tuple(data.DATASETS)
+
+
+def test_every_algorithm_makes_its_noise():
+    labels = {algorithm.label for algorithm in ALGORITHMS.values()}
+    assert len(labels) == len(ALGORITHMS) == 10
+    for algorithm in ALGORITHMS.values():
+        law = algorithm.make(1000, NoiseSettings())
+        assert isinstance(law, noise.MNoise)
+        assert law.num_examples == 1000
+    rademacher = ALGORITHMS["gd-rademacher"].make(1000, NoiseSettings())
+    fisher = ALGORITHMS["m-sgd-fisher"].make(1000, NoiseSettings())
+    assert rademacher.covariance.diagonal == pytest.approx(fisher.covariance.diagonal)
+
+
+def test_standard_error_of_one_seed_is_zero():
+    assert figures.standard_error(np.array([[0.5], [0.7]])).tolist() == [0, 0]
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "choice"),
+    [
+        ("--algorithm", "adam", "m-sgd-sparse-cov"),
+        ("--dataset", "mnist", "fashion_mnist"),
+        ("--model", "vgg", "lenet"),
+    ],
+)
+def test_unknown_names_list_the_choices(option, value, choice, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", option, value])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert choice in printed.err + printed.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--seeds", "-1"], "seeds must be at least 1, got -1"),
+        (["--momentum", "1.0"], "momentum must be at least 0 and below 1, got 1.0"),
+        (["--noise.batch-size", "0"], "batch_size must be between 1 and 1000, got 0"),
+        (["--noise.batch-size", "1001"], "batch_size must be between 1 and 1000, got 1001"),
+        (["--learning-rate", "nan"], "learning_rate must be finite and at least 0, got nan"),
+        (["--learning-rate", "1e38"], r"not finite after 1 steps \(seed 0\)"),
+        (["--model", "lenet"], r"images must have shape \[B, 28, 28, 1\]"),
+    ],
+)
+def test_bad_numbers_are_named(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--dataset", "digits", "--steps", "1", "--out", str(tmp_path / "run"),
+              *arguments])  # fmt: skip
+    printed = capsys.readouterr()
+    text = f"{stopped.value}\n{printed.err}\n{printed.out}"
+    assert np.char.find(" ".join(text.split()), "Traceback") == -1
+    import re
+
+    assert re.search(message, " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())), text
+
+
+def test_a_dataset_that_is_not_there_says_how_to_get_it(tmp_path, monkeypatch):
+    def without_debian(**kwargs):
+        return data.load_fashion_mnist(
+            kwargs["seed"], tmp_path, False, debian_folder=tmp_path / "nowhere"
+        )
+
+    monkeypatch.setattr(data, "load", lambda name, **kwargs: without_debian(**kwargs))
+    with pytest.raises(SystemExit, match=fashion_mnist.DEBIAN_PACKAGE) as stopped:
+        main(["train", "--out", str(tmp_path / "run")])
+    assert str(tmp_path) in str(stopped.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folder_keeps_what_was_logged(tmp_path):
+    folder = runs.RunFolder(tmp_path / "run", NoiseSettings(), source="here")
+    folder.log({"step": 0})
+    folder.log({"step": 1})
+    assert lines(tmp_path / "run" / "metrics.jsonl") == [{"step": 0}, {"step": 1}]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert read(tmp_path / "run" / "config.json")["versions"]["jax"] == jax.__version__
