@@ -17,12 +17,12 @@ demo: $(VENV)/.experiments
 	$(BIN)/python -m experiments demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The same tests with the oldest versions that pyproject.toml allows, in an environment of its own.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.test
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadgroup
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -24,8 +24,13 @@ def dense_gradient(problem: Regression, weights: noise.Weights) -> dict[str, np.
     return {name: np.tensordot(w, g, axes=1) for name, g in gradients.items()}
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 1, 7, 50, 100, 1000])
-@pytest.mark.parametrize("name", list(ROWS))
+@pytest.mark.parametrize(
+    ("name", "microbatch_size"),
+    [
+        *((name, size) for name in ROWS for size in (None, 7)),
+        *(("cov", size) for size in (1, 50, 100, 1000)),
+    ],
+)
 def test_gradient_is_the_dense_product(name, microbatch_size, x64):
     problem = regression(dtype=jnp.float64)
     law = ROWS[name].make(100, 10, dtype=jnp.float64)
@@ -38,7 +43,7 @@ def test_gradient_is_the_dense_product(name, microbatch_size, x64):
     np.testing.assert_allclose(value, problem.losses() @ np.asarray(weights.dense()), rtol=1e-12)
 
 
-@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(n=st.integers(1, 30), microbatch_size=st.integers(1, 35))
 def test_micro_batches_that_do_not_divide(n, microbatch_size):
     problem = regression(n)

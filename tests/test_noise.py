@@ -214,7 +214,7 @@ def test_matching_scale():
 # Shapes and supports ------------------------------------------------------------------------------
 
 
-@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @hypothesis.given(
     name=st.sampled_from(sorted(ROWS)), n=st.integers(1, 40), fraction=st.floats(0, 1)
 )
@@ -289,12 +289,13 @@ def ulps(a, b) -> int:
     return int(np.abs(a - b).max())
 
 
-@pytest.mark.parametrize(("name", "n", "b"), cases((7, 3), (1000, 50)))
+@pytest.mark.parametrize(("name", "n", "b"), cases((1000, 50)))
 def test_same_draw_under_jit_and_vmap(name, n, b):
     law = ROWS[name].make(n, b)
-    keys = jax.vmap(jax.random.key)(jnp.arange(5))
+    keys = jax.vmap(jax.random.key)(jnp.arange(3))
     eager = [law.sample(key, 11) for key in keys]
-    jitted = [jax.jit(law.sample)(key, 11) for key in keys]
+    compiled = jax.jit(law.sample)
+    jitted = [compiled(key, 11) for key in keys]
     mapped = jax.vmap(lambda key: law.sample(key, 11))(keys)
     mapped_jit = jax.jit(jax.vmap(lambda key: law.sample(key, 11)))(keys)
     for i, expected in enumerate(eager):

@@ -21,20 +21,12 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-one_worker = pytest.mark.xdist_group("demo")  # the fixture is expensive
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo") / "out"
-    main(["demo", "--steps", "30", "--seeds", "2", "--eval-every", "10", "--out", str(folder)])
-    return folder
-
-
-@one_worker
-def test_demo_writes_a_folder_for_each_algorithm_and_the_picture(demo):
+def test_the_demo(tmp_path):
+    """Six algorithms, two seeds, 30 steps: files, figures and learning; and no overwriting."""
     from matplotlib import image
 
+    demo = tmp_path / "out"
+    main(["demo", "--steps", "30", "--seeds", "2", "--eval-every", "10", "--out", str(demo)])
     assert image.imread(demo / "curves.png").shape[0] > 300
     assert {p.name for p in demo.iterdir() if p.is_dir()} == set(config.DemoConfig.algorithms)
     for algorithm in config.DemoConfig.algorithms:
@@ -43,24 +35,14 @@ def test_demo_writes_a_folder_for_each_algorithm_and_the_picture(demo):
         assert len(set(asked["train_indices"])) == 1000
         metrics = lines(demo / algorithm / "metrics.jsonl")
         assert [record["step"] for record in metrics] == [0, 10, 20, 30]
+        assert np.allclose(metrics[0]["train_loss"], np.log(10), atol=0.1)
+        assert max(metrics[-1]["train_loss"]) < min(metrics[0]["train_loss"])
         ended = read(demo / algorithm / "summary.json")
         assert ended["test_accuracy"] == pytest.approx(np.mean(metrics[-1]["test_accuracy"]))
         spread = np.std(metrics[-1]["test_accuracy"], ddof=1) / np.sqrt(2)
         assert ended["test_accuracy_standard_error"] == pytest.approx(spread)
         assert ended["seconds_per_1000_steps"] > 0
 
-
-@one_worker
-def test_every_algorithm_learns_in_the_demo(demo):
-    """After 30 steps the mean training loss is below where it started, ln 10, for every seed."""
-    for algorithm in config.DemoConfig.algorithms:
-        metrics = lines(demo / algorithm / "metrics.jsonl")
-        assert np.allclose(metrics[0]["train_loss"], np.log(10), atol=0.1)
-        assert max(metrics[-1]["train_loss"]) < min(metrics[0]["train_loss"])
-
-
-@one_worker
-def test_results_are_never_overwritten(demo):
     before = (demo / "sgd" / "metrics.jsonl").read_bytes()
     with pytest.raises(SystemExit, match="exists already, and results are never overwritten"):
         main(["demo", "--steps", "10", "--out", str(demo)])
