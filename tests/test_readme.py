@@ -1,0 +1,24 @@
+"""The README's example runs as printed, and learns."""
+
+import pathlib
+import re
+
+import numpy as np
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_example_runs_and_learns():
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names = {}
+    exec(example, names)
+    final = names["loss_vector_fn"](names["params"], names["data"]).mean()
+    assert float(final) < 0.7 * np.log(2)  # it starts at ln 2
+
+
+def test_every_noise_is_in_the_table():
+    from msgd_jax import noise
+
+    for name in noise.__all__:
+        if name[0].islower() and name != "matching_scale":
+            assert f"`{name}(N" in README, name
