@@ -1,0 +1,103 @@
+"""Tiny archives in FashionMNIST's original format, made by the tests."""
+
+import dataclasses
+import hashlib
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from experiments import data, fashion_mnist, idx
+
+MODIFIED = 1504176606
+# The first examples that seed 0 draws. Written down once; they may never change, or old runs could
+# no longer be repeated.
+PINNED_DIGITS = [1153, 1439, 652, 293]
+PINNED_FASHION = [3600, 1153, 8005, 4790]
+NUM_TRAIN = 5  # drawn from the 20 images of the tiny original test set
+
+
+def idx_file(array: np.ndarray, type_code: int = 8) -> bytes:
+    header = bytes([0, 0, type_code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    return header + array.tobytes()
+
+
+def gzip_payload(content: bytes) -> bytes:
+    """What follows the header in a gzip file: the compressed data, the CRC and the length."""
+    compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    compressed = compressor.compress(content) + compressor.flush()
+    return compressed + struct.pack("<II", zlib.crc32(content), len(content))
+
+
+def published_gzip(name: str, content: bytes) -> bytes:
+    """A gzip file as FashionMNIST publishes them: its header has the file's name and time."""
+    stored_name = name.removesuffix(".gz").encode() + b"\x00"
+    header = b"\x1f\x8b\x08\x08" + struct.pack("<I", MODIFIED) + b"\x00\x03" + stored_name
+    return header + gzip_payload(content)
+
+
+def repacked_gzip(content: bytes) -> bytes:
+    """The same file as Debian packs it: no name, another time."""
+    return b"\x1f\x8b\x08\x00" + struct.pack("<I", 1591347949) + b"\x00\x03" + gzip_payload(content)
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyFashion:
+    """A FashionMNIST of 12 training and 20 test images: the arrays and the original files."""
+
+    splits: dict[str, fashion_mnist.Split]
+    published: dict[str, fashion_mnist.PublishedSplit]
+
+    def contents(self) -> dict[str, bytes]:
+        """The unpacked original files by their names."""
+        contents = {}
+        for name, split in self.published.items():
+            contents[split.images.name] = idx_file(self.splits[name].images)
+            contents[split.labels.name] = idx_file(self.splits[name].labels)
+        return contents
+
+    def write(self, folder: Path, repacked: bool = False) -> Path:
+        folder.mkdir(parents=True)
+        for name, content in self.contents().items():
+            packed = repacked_gzip(content) if repacked else published_gzip(name, content)
+            (folder / name).write_bytes(packed)
+        return folder
+
+    def load(self, folder: Path, **kwargs) -> data.Dataset:
+        """Loads it with nothing but `folder` to look in and no network, unless told otherwise."""
+        kwargs = {"seed": 0, "download": False, "debian_folder": folder / "absent", **kwargs}
+        return data.load_fashion_mnist(
+            data_dir=folder, num_train=NUM_TRAIN, **{"published": self.published, **kwargs}
+        )
+
+
+def make_tiny_fashion(base_url: str, seed: int = 0) -> TinyFashion:
+    random = np.random.default_rng(seed)
+    splits, published = {}, {}
+
+    def publish(name: str, array: np.ndarray) -> idx.IdxFile:
+        packed = published_gzip(name, idx_file(array))
+        sha256 = hashlib.sha256(packed).hexdigest()
+        return idx.IdxFile(name, base_url + name, len(packed), sha256, MODIFIED, array.shape)
+
+    for name, prefix, num_examples in (("train", "train", 12), ("test", "t10k", 20)):
+        images = random.integers(0, 256, (num_examples, 28, 28), dtype=np.uint8)
+        labels = random.integers(0, 10, num_examples, dtype=np.uint8)
+        splits[name] = fashion_mnist.Split(images, labels)
+        published[name] = fashion_mnist.PublishedSplit(
+            images=publish(f"{prefix}-images-idx3-ubyte.gz", images),
+            labels=publish(f"{prefix}-labels-idx1-ubyte.gz", labels),
+            sha256=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
+        )
+    return TinyFashion(splits, published)
+
+
+def check_is_tiny(dataset: data.Dataset, tiny: TinyFashion) -> None:
+    """Checks that it tests on the original training split and trains on some of the test split."""
+    np.testing.assert_array_equal(dataset.test.image[..., 0], tiny.splits["train"].images)
+    np.testing.assert_array_equal(dataset.test.label, tiny.splits["train"].labels)
+    drawn = dataset.train_indices
+    assert len(set(drawn.tolist())) == NUM_TRAIN
+    np.testing.assert_array_equal(dataset.train.image[..., 0], tiny.splits["test"].images[drawn])
+    np.testing.assert_array_equal(dataset.train.label, tiny.splits["test"].labels[drawn])

@@ -1,0 +1,255 @@
+"""Draws of the M-noises: shapes, determinism on any number of devices, and bad input."""
+
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from msgd_jax import noise
+from tests.noises import ROWS, cases
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+KEY = jax.random.key(20240229)
+
+
+# Shapes and supports ------------------------------------------------------------------------------
+
+
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.given(
+    name=st.sampled_from(sorted(ROWS)), n=st.integers(1, 40), fraction=st.floats(0, 1)
+)
+def test_shapes_dtypes_and_supports(name, n, fraction):
+    row = ROWS[name]
+    n = max(n, row.smallest)
+    b = 1 + round(fraction * (n - 1))
+    law = row.make(n, b)
+    weights = law.sample(KEY, 5)
+    dense = np.asarray(weights.dense())
+    assert weights.values.shape == (law.support_size,)
+    assert weights.values.dtype == jnp.float32
+    assert dense.shape == (n,)
+    assert np.isfinite(dense).all()
+    assert 0 <= law.covariance.diagonal < np.inf
+    if weights.indices is None:
+        assert law.support_size == n
+    else:
+        assert weights.indices.shape == (law.support_size,)
+        assert 0 <= int(weights.indices.min()) <= int(weights.indices.max()) < n
+        if name != "sgd_replace":
+            assert np.unique(weights.indices).size == law.support_size
+
+
+CENTRED = ("gd", "sgd", "sgd_replace", "cov", "estimated_cov", "sparse_cov", "sparse_cov_gaussian")
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_which_noises_are_centred(name):
+    """The sum of the weights has variance N (alpha + N beta)."""
+    covariance = ROWS[name].make(100, 10).covariance
+    assert (covariance.alpha + 100 * covariance.beta < 1e-15) == (name in CENTRED)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "b"),
+    [case for case in cases((1, 1), (7, 7), (1000, 10), (100_000, 100)) if case[0] in CENTRED],
+)
+def test_centred_noises_add_up_to_one(name, n, b):
+    law = ROWS[name].make(n, b)
+    weights = np.asarray(law.sample(KEY, 0).values, np.float64)
+    # Each weight is rounded to float32, and the mean in fixed point to 2^-23 sqrt(N).
+    tolerance = 2.0**-22 * np.abs(weights).sum() + 2.0**-23 * np.sqrt(law.covariance.diagonal * n)
+    assert abs(weights.sum() - 1) < tolerance
+
+
+def test_float64_weights(x64):
+    law = noise.cov(1000, 10, dtype=jnp.float64)
+    weights = law.sample(jax.random.key(0), 0)
+    assert weights.values.dtype == jnp.float64
+    assert abs(float(weights.values.sum()) - 1) < 1e-12
+    single = noise.cov(1000, 10).sample(jax.random.key(0), 0)
+    assert single.values.dtype == jnp.float32
+
+
+def test_small_bernoulli_probabilities_are_exact():
+    """At b/N = 2e-8 a 23-bit uniform chooses six times too many.
+
+    The count over 4 draws is Poisson with mean 4: 18 or more have probability 3e-7.
+    """
+    law = noise.bernoulli(50_000_000, 1)
+    counts = [int((law.sample(KEY, step).values > 0).sum()) for step in range(4)]
+    assert sum(counts) < 18
+
+
+# Determinism --------------------------------------------------------------------------------------
+
+
+def ulps(a, b) -> int:
+    """The largest distance in units in the last place."""
+    a, b = (np.asarray(x, np.float32).view(np.int32).astype(np.int64) for x in (a, b))
+    return int(np.abs(a - b).max())
+
+
+@pytest.mark.parametrize(("name", "n", "b"), cases((1000, 50)))
+def test_same_draw_under_jit_and_vmap(name, n, b):
+    law = ROWS[name].make(n, b)
+    keys = jax.vmap(jax.random.key)(jnp.arange(3))
+    eager = [law.sample(key, 11) for key in keys]
+    compiled = jax.jit(law.sample)
+    jitted = [compiled(key, 11) for key in keys]
+    mapped = jax.vmap(lambda key: law.sample(key, 11))(keys)
+    mapped_jit = jax.jit(jax.vmap(lambda key: law.sample(key, 11)))(keys)
+    for i, expected in enumerate(eager):
+        row = [jax.tree.map(lambda x, i=i: x[i], m) for m in (mapped, mapped_jit)]
+        for weights in (jitted[i], *row):
+            assert ulps(weights.values, expected.values) <= 2
+            if expected.indices is not None:
+                np.testing.assert_array_equal(weights.indices, expected.indices)
+
+
+@pytest.mark.parametrize(("n", "num_devices"), [(1000, 8), (4040, 2)])
+@pytest.mark.parametrize("name", list(ROWS))
+def test_bit_identical_on_many_devices(name, n, num_devices):
+    law = ROWS[name].make(n, 8)
+    one = jax.jit(law.sample)(KEY, 3)
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+    sharded = NamedSharding(mesh, PartitionSpec("data"))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    layouts = [replicated]
+    if law.support_size % num_devices == 0:
+        layouts.append(sharded)
+    for layout in layouts:
+        many = jax.jit(law.sample, out_shardings=layout)(KEY, 3)
+        assert len(many.values.sharding.device_set) == num_devices
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_plain_mean_would_not_be_bit_identical():
+    """Why the centred noises sum in fixed point: this is what they would do otherwise."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    sharded = NamedSharding(mesh, PartitionSpec("data"))
+
+    def centred(step):
+        normals = jax.random.normal(jax.random.fold_in(KEY, step), (100_000,))
+        return normals - normals.mean()
+
+    one, many = jax.jit(centred), jax.jit(centred, out_shardings=sharded)
+    assert any((np.asarray(one(s)) != np.asarray(many(s))).any() for s in range(5))
+
+
+def test_noise_is_a_static_argument():
+    traces = []
+
+    @jax.jit
+    def draw(law, key):
+        traces.append(law.name)
+        return law.sample(key, 0).values
+
+    law = noise.fisher(10, 2)
+    np.testing.assert_array_equal(draw(law, KEY), draw(law, KEY))
+    assert len(traces) == 1
+    assert law != dataclasses.replace(law)  # identity: two laws of one name may differ
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("user_errors")
+class TestBadInput:
+    @pytest.mark.parametrize("name", [name for name in ROWS if name not in ("gd", "rademacher")])
+    @pytest.mark.parametrize("batch_size", [0, -1, 8])
+    def test_batch_size_out_of_range(self, name, batch_size):
+        with pytest.raises(ValueError, match=f"between 1 and 7, got {batch_size}"):
+            getattr(noise, _constructor(name))(7, batch_size, **_extra(name, 4))
+
+    @pytest.mark.parametrize("value", [2.0, True, "3", None, np.float32(2)])
+    def test_sizes_must_be_integers(self, value):
+        with pytest.raises(TypeError, match="batch_size must be an integer"):
+            noise.fisher(7, value)
+        with pytest.raises(TypeError, match="num_examples must be an integer"):
+            noise.gd(value)
+
+    def test_numpy_integers_are_welcome(self):
+        assert noise.fisher(np.int64(7), np.int32(2)).num_examples == 7
+
+    @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
+    def test_scale(self, scale):
+        with pytest.raises(ValueError, match="scale must be finite and at least 0"):
+            noise.rademacher(7, scale)
+
+    @pytest.mark.parametrize("size", [0, 8])
+    def test_subset_sizes(self, size):
+        with pytest.raises(ValueError, match="estimate_size must be between 1 and 7"):
+            noise.estimated_fisher(7, 2, estimate_size=size)
+        with pytest.raises(ValueError, match="support_size must be between 2 and 7"):
+            noise.sparse_cov(7, 2, support_size=size)
+
+    def test_a_support_too_small_names_the_smallest(self):
+        with pytest.raises(ValueError, match="support_size must be at least 25"):
+            noise.sparse_fisher(100, 33, support_size=24)
+        assert noise.sparse_fisher(100, 33, support_size=25).support_size == 25
+
+    def test_one_example_has_no_sample_covariance(self):
+        with pytest.raises(ValueError, match="num_examples must be at least 2, got 1"):
+            noise.sparse_cov(1, 1, support_size=1)
+
+    def test_matching(self):
+        with pytest.raises(ValueError, match="matching must be one of 'total', 'gaussian'"):
+            noise.sparse_fisher(7, 2, support_size=4, matching="both")
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
+    def test_narrow_dtypes(self, dtype):
+        with pytest.raises(ValueError, match="dtype must be float32 or float64"):
+            noise.fisher(7, 2, dtype=dtype)
+
+    def test_float64_needs_x64(self):
+        with pytest.raises(ValueError, match="jax_enable_x64"):
+            noise.fisher(7, 2, dtype=jnp.float64)
+
+    @pytest.mark.parametrize("key", [None, 0, True, np.zeros(2, np.uint32)])
+    def test_untyped_keys(self, key):
+        with pytest.raises(TypeError, match="key must be a typed PRNG key"):
+            noise.fisher(7, 2).sample(key, 0)
+
+    def test_old_style_key(self):
+        with pytest.raises(TypeError, match="wrap_key_data"):
+            noise.fisher(7, 2).sample(jax.random.PRNGKey(0), 0)
+
+    def test_array_of_keys(self):
+        with pytest.raises(ValueError, match="single key"):
+            noise.fisher(7, 2).sample(jax.vmap(jax.random.key)(jnp.arange(2)), 0)
+
+    @pytest.mark.parametrize("step", [0.0, True])
+    def test_step_must_be_an_integer(self, step):
+        with pytest.raises(TypeError, match="step must be an integer"):
+            noise.fisher(7, 2).sample(KEY, step)
+
+    def test_a_law_of_your_own(self):
+        law = noise.fisher(7, 2)
+        with pytest.raises(ValueError, match="support_size must be at least 1, got 0"):
+            dataclasses.replace(law, support_size=0)
+        with pytest.raises(TypeError, match=r"covariance must be a noise\.Exchangeable, got float"):
+            dataclasses.replace(law, covariance=0.1)
+        with pytest.raises(TypeError, match="draw must be a function"):
+            dataclasses.replace(law, draw=None)
+
+    def test_negative_step(self):
+        with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+            noise.fisher(7, 2).sample(KEY, -1)
+
+
+def _constructor(name: str) -> str:
+    return name.removesuffix("_replace").removesuffix("_gaussian")
+
+
+def _extra(name: str, size: int) -> dict[str, int]:
+    if name.startswith("estimated"):
+        return {"estimate_size": size}
+    return {"support_size": size} if name.startswith("sparse") else {}

@@ -1,0 +1,107 @@
+"""The stated covariances against exact enumeration, in rational arithmetic."""
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from msgd_jax import noise
+
+
+def subset_law(n: int, size: int, outside: Fraction, inside: Fraction, variance, centred: bool):
+    """Diagonal and off-diagonal covariance of: `inside` + Gaussian on a uniform subset.
+
+    `variance` is that of one Gaussian entry before it is centred over the subset. Enumerates all
+    subsets; the Gaussian part is integrated by hand.
+    """
+    subsets = list(itertools.combinations(range(n), size))
+    second = {(0, 0): Fraction(0), (0, 1): Fraction(0)}
+    for subset in subsets:
+        mean = [inside if i in subset else outside for i in range(n)]
+        for i, j in second:
+            if j >= n:
+                continue
+            gaussian = Fraction(0)
+            if i in subset and j in subset:
+                gaussian = variance * ((i == j) - (Fraction(1, size) if centred else 0))
+            second[i, j] += (mean[i] * mean[j] + gaussian) / len(subsets)
+    mean = Fraction(1, n)
+    return second[0, 0] - mean**2, second[0, 1] - mean**2 if n > 1 else Fraction(0)
+
+
+def agree(covariance: noise.Exchangeable, exact: tuple[Fraction, Fraction]) -> bool:
+    stated = (covariance.diagonal, covariance.off_diagonal)
+    return np.allclose(stated, [float(x) for x in exact], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_covariances_are_exact(n):
+    """Every stated covariance against enumeration over all subsets, N up to 7 and every b, m, B."""
+    for b in range(1, n + 1):
+        zero, one_nth = Fraction(0), Fraction(1, n)
+        unit = Fraction(1, b * n)
+        assert agree(noise.gd(n).covariance, (zero, zero))
+        exact = subset_law(n, b, zero, Fraction(1, b), zero, False)
+        assert agree(noise.sgd(n, b).covariance, exact)
+        with_replacement = (Fraction(n - 1, b * n**2), -Fraction(1, b * n**2) if n > 1 else zero)
+        assert agree(noise.sgd(n, b, replace=True).covariance, with_replacement)
+        fisher = subset_law(n, n, zero, one_nth, unit, False)
+        assert agree(noise.fisher(n, b).covariance, fisher)
+        cov = subset_law(n, n, zero, one_nth, unit, True)
+        assert agree(noise.cov(n, b).covariance, cov)
+        p = Fraction(b, n)
+        assert agree(noise.bernoulli(n, b).covariance, (p * (1 - p) / b**2, zero))
+        for m in range(1, n + 1):
+            made = noise.estimated_fisher(n, b, estimate_size=m).covariance
+            exact = subset_law(n, m, one_nth, one_nth, Fraction(1, b * m), False)
+            assert agree(made, exact)
+            assert agree(made, fisher)
+            if m >= 2:
+                made = noise.estimated_cov(n, b, estimate_size=m).covariance
+                scale = Fraction(n - 1, b * n * (m - 1))
+                assert agree(made, subset_law(n, m, one_nth, one_nth, scale, True))
+                assert agree(made, cov)
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_sparse_covariances_are_exact(n):
+    zero = Fraction(0)
+    checked = 0
+    for b, size in itertools.product(range(1, n + 1), repeat=2):
+        total = Fraction(size, b) - 1 + Fraction(size, n)
+        for matching, scale in (("total", total), ("gaussian", Fraction(size, b))):
+            if scale < 0:
+                with pytest.raises(ValueError, match="support_size"):
+                    noise.sparse_fisher(n, b, support_size=size, matching=matching)
+                continue
+            made = noise.sparse_fisher(n, b, support_size=size, matching=matching).covariance
+            inside = Fraction(1, size)
+            assert agree(made, subset_law(n, size, zero, inside, scale * inside**2, False))
+            if matching == "total":
+                assert made.diagonal == pytest.approx(1 / (b * n), rel=1e-12)
+            checked += 1
+        if size < 2:
+            continue
+        total = size * (Fraction(size * (n - 1), b) - (n - size)) / (n * (size - 1))
+        alone = Fraction(size**2 * (n - 1), b * n * (size - 1))
+        for matching, scale in (("total", total), ("gaussian", alone)):
+            if scale < 0:
+                with pytest.raises(ValueError, match="support_size"):
+                    noise.sparse_cov(n, b, support_size=size, matching=matching)
+                continue
+            made = noise.sparse_cov(n, b, support_size=size, matching=matching).covariance
+            inside = Fraction(1, size)
+            assert agree(made, subset_law(n, size, zero, inside, scale * inside**2, True))
+            if matching == "total":
+                assert made.diagonal == pytest.approx((n - 1) / (b * n**2), rel=1e-12)
+            checked += 1
+    assert checked >= n
+
+
+def test_matching_scale():
+    for target in (noise.fisher(50, 7), noise.cov(50, 7), noise.sgd(50, 7)):
+        scale = noise.matching_scale(target)
+        matched = noise.rademacher(50, scale).covariance
+        assert matched.diagonal == pytest.approx(target.covariance.diagonal, rel=1e-12)
+    assert noise.matching_scale(noise.sgd(50, 7)) == pytest.approx(np.sqrt(43 / 7), rel=1e-12)
