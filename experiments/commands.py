@@ -82,7 +82,7 @@ def _seconds_per_1000_steps(evaluations: list[Evaluation]) -> float | None:
     """
     rates = [
         1000 * after.seconds / (after.step - before.step)
-        for before, after in itertools.pairwise(evaluations)
+        for before, after in itertools.pairwise(evaluations[1:])
     ]
     return statistics.median(rates) if rates else None
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import config, data, fashion_mnist, figures, runs, training
+from experiments import commands, config, data, fashion_mnist, figures, runs, training
 from experiments.__main__ import main
 from experiments.algorithms import ALGORITHMS, NoiseSettings
 from msgd_jax import noise
@@ -192,3 +192,15 @@ def test_run_folder_keeps_what_was_logged(tmp_path):
     assert lines(tmp_path / "run" / "metrics.jsonl") == [{"step": 0}, {"step": 1}]
     assert not (tmp_path / "run" / "summary.json").exists()
     assert read(tmp_path / "run" / "config.json")["versions"]["jax"] == jax.__version__
+
+
+def test_speed_leaves_out_the_stretch_that_compiles():
+    accuracy = np.array([0.5])
+
+    def evaluation(step, seconds):
+        return training.Evaluation(step, accuracy, accuracy, accuracy, seconds)
+
+    run = [evaluation(0, 0.0), evaluation(10, 99.0), evaluation(20, 1.0), evaluation(25, 1.0)]
+    assert commands.summary(run)["seconds_per_1000_steps"] == 150.0  # of 100 and 200
+    assert commands.summary(run[:3])["seconds_per_1000_steps"] == 100.0
+    assert commands.summary(run[:2])["seconds_per_1000_steps"] is None
