@@ -53,14 +53,14 @@ class ConvMaxPool(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, images: Float[Array, "batch height width in_channels"]
-    ) -> Float[Array, "batch out_height out_width out_channels"]:
-        """Returns the pooled feature maps, [B, (H - k + 1) // 2, (W - k + 1) // 2, O]."""
+        self, images: Float[Array, "in_channels height width batch"]
+    ) -> Float[Array, "out_channels out_height out_width batch"]:
+        """Returns the pooled feature maps, [O, (H - k + 1) // 2, (W - k + 1) // 2, B]."""
         kernel, bias = self.kernel[...], self.bias[...]
         dtype = jnp.result_type(images, kernel, bias) if self.dtype is None else self.dtype
         # All values of a window get the same bias, so it can be added after the maximum.
         pooled = conv_max_pool(images.astype(dtype), kernel.astype(dtype))
-        return pooled + bias.astype(dtype).reshape(1, 1, 1, -1)
+        return pooled + bias.astype(dtype).reshape(-1, 1, 1, 1)
 
 
 class LeNet(nnx.Module):
@@ -115,9 +115,9 @@ class LeNet(nnx.Module):
             ValueError: if the images have another shape or are not floating point.
         """
         _check_images(images, self.image_shape)
-        hidden = nnx.relu(self.conv1(images))
+        hidden = nnx.relu(self.conv1(_batch_last(images)))
         hidden = nnx.relu(self.conv2(hidden))
-        hidden = nnx.relu(self.fc1(hidden.reshape(hidden.shape[0], -1)))
+        hidden = nnx.relu(self.fc1(_flat(hidden)))
         return self.fc2(hidden)
 
 
@@ -168,8 +168,8 @@ class DigitsNet(nnx.Module):
             ValueError: if the images have another shape or are not floating point.
         """
         _check_images(images, self.image_shape)
-        hidden = nnx.relu(self.conv1(images))
-        hidden = nnx.relu(self.fc1(hidden.reshape(hidden.shape[0], -1)))
+        hidden = nnx.relu(self.conv1(_batch_last(images)))
+        hidden = nnx.relu(self.fc1(_flat(hidden)))
         return self.fc2(hidden)
 
 
@@ -238,6 +238,20 @@ def functional(module_class: Callable[..., nnx.Module], **kwargs: Any) -> Model:
 def num_parameters(params: Any) -> int:
     """The number of scalars in a pytree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _batch_last(
+    images: Float[Array, "batch height width channels"],
+) -> Float[Array, "channels height width batch"]:
+    """The layout that `experiments.conv` works in."""
+    return images.transpose(3, 1, 2, 0)
+
+
+def _flat(
+    features: Float[Array, "channels height width batch"],
+) -> Float[Array, "batch height*width*channels"]:
+    """One row for each image: its pixels in row-major order, the channels of a pixel together."""
+    return features.transpose(1, 2, 0, 3).reshape(-1, features.shape[3]).T
 
 
 def _linear(in_features: int, out_features: int, **kwargs: Any) -> nnx.Linear:

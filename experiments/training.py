@@ -121,19 +121,26 @@ def _functions(model_name: str, max_value: int) -> _Functions:
             logits(params, batch.image), batch.label
         )
 
+    def sums(params: Any, examples: data.Examples, counts: Array) -> tuple[Array, Array]:
+        """Summed loss and correct answers of one batch; examples with count 0 do not count."""
+        scores = logits(params, examples.image)
+        cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+        correct = scores.argmax(-1) == examples.label
+        return counts @ cross_entropy(scores, examples.label), counts @ correct
+
     @jax.jit
     def evaluate(params: Any, examples: data.Examples) -> tuple[Array, Array]:
-        def one(params: Any, example: data.Examples) -> tuple[Array, Array]:
-            scores = logits(params, example.image[None])[0]
-            cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
-            correct = scores.argmax() == example.label
-            return cross_entropy(scores, example.label), correct.astype(jnp.float32)
+        size = examples.label.shape[0]
+        positions = jnp.arange(-(-size // EVALUATION_BATCH) * EVALUATION_BATCH)
+        batches = positions.reshape(-1, EVALUATION_BATCH)
 
-        every_seed = jax.vmap(one, in_axes=(0, None))
-        terms = jax.lax.map(
-            lambda example: every_seed(params, example), examples, batch_size=EVALUATION_BATCH
-        )
-        return jax.tree.map(lambda x: x.mean(0), terms)
+        def one_batch(positions: Array) -> tuple[Array, Array]:
+            # The last batch is filled up with the last example, which does not count.
+            batch = jax.tree.map(lambda x: x.take(positions, axis=0, mode="clip"), examples)
+            counts = (positions < size).astype(jnp.float32)
+            return jax.vmap(sums, in_axes=(0, None, None))(params, batch, counts)
+
+        return jax.tree.map(lambda x: x.sum(0) / size, jax.lax.map(one_batch, batches))
 
     return _Functions(jax.jit(jax.vmap(model.init)), losses, evaluate)
 

@@ -15,12 +15,12 @@ from jax.test_util import check_grads
 
 from experiments import conv, models
 
-# Shape of the images, height and width of the kernel, channels out. Pooling drops some rows.
+# Images [C, H, W, B], height and width of the kernel, channels out. Pooling drops some rows.
 SHAPES = [
-    ((2, 8, 8, 1), (3, 3), 16),
-    ((3, 12, 12, 10), (5, 5), 10),
+    ((1, 8, 8, 2), (3, 3), 16),
+    ((10, 12, 12, 3), (5, 5), 10),
     ((2, 7, 9, 2), (3, 3), 4),
-    ((1, 7, 8, 3), (2, 5), 1),
+    ((3, 7, 8, 1), (2, 5), 1),
     ((2, 5, 4, 2), (1, 1), 3),
 ]
 LAYER_SIZES = {"conv1": 260, "conv2": 2510, "fc1": 8050, "fc2": 510}
@@ -35,7 +35,7 @@ each_model = pytest.mark.parametrize("name", models.MODELS)
 def operands(shape, kernel_size, out_channels, dtype="float64"):
     rng = np.random.default_rng(sum(shape) + out_channels)
     images = rng.normal(size=shape)
-    kernel = rng.normal(size=(*kernel_size, shape[3], out_channels))
+    kernel = rng.normal(size=(*kernel_size, shape[0], out_channels))
     return jnp.asarray(images, dtype), jnp.asarray(kernel, dtype)
 
 
@@ -43,8 +43,8 @@ def reference(images, kernel, pool: bool) -> np.ndarray:
     """Correlation by scipy in float64, one image and one output at a time; pooling by a loop."""
     images, kernel = np.asarray(images, np.float64), np.asarray(kernel, np.float64)
     correlate = functools.partial(scipy.signal.correlate, mode="valid", method="direct")
-    channels = np.moveaxis(kernel, 3, 0)
-    outputs = np.array([[correlate(x, k)[..., 0] for k in channels] for x in images])
+    each_image, each_channel = np.moveaxis(images, 3, 0), kernel.transpose(3, 2, 0, 1)
+    outputs = np.array([[correlate(x, k)[0] for x in each_image] for k in each_channel])
     if pool:
         rows, columns = outputs.shape[2] // 2, outputs.shape[3] // 2
         unpooled, outputs = outputs, np.empty((*outputs.shape[:2], rows, columns))
@@ -56,7 +56,7 @@ def reference(images, kernel, pool: bool) -> np.ndarray:
 def by_lax(images, kernel, pool: bool):
     """The same by XLA's convolution and its window reduction, for their gradients."""
     outputs = jax.lax.conv_general_dilated(
-        images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        images, kernel, (1, 1), "VALID", dimension_numbers=("CHWN", "HWIO", "CHWN")
     )
     if pool:
         window = (1, 2, 2, 1)
@@ -129,7 +129,7 @@ def test_only_cpu_gets_the_matrix_product(pool):
 @pytest.mark.usefixtures("x64")
 def test_mapping_over_kernels_or_images_equals_a_loop(pool):
     operation = OPERATIONS[pool]
-    images, kernel = operands((3, 6, 5, 2), (3, 2), 4)
+    images, kernel = operands((2, 6, 5, 3), (3, 2), 4)
     kernels = jnp.stack([kernel, kernel**2, -kernel])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
 
@@ -138,14 +138,14 @@ def test_mapping_over_kernels_or_images_equals_a_loop(pool):
     mapped = jax.jit(jax.vmap(gradient, (None, 0)))(images, kernels)
     jax.tree.map(close, mapped, jax.tree.map(lambda *leaves: np.stack(leaves), *loop))
 
-    singly = jax.jit(jax.vmap(operation, (0, None)))(images[:, None], kernel)[:, 0]
+    singly = jax.jit(jax.vmap(operation, (3, None), 3))(images[..., None], kernel)[..., 0]
     close(singly, operation(images, kernel))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_wrong_operands_are_refused(operation):
-    images, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 4))
-    with pytest.raises(ValueError, match=r"\[B, H, W, C\], got shape \(8, 8, 3\)"):
+    images, kernel = jnp.zeros((3, 8, 8, 2)), jnp.zeros((3, 3, 3, 4))
+    with pytest.raises(ValueError, match=r"\[C, H, W, B\], got shape \(8, 8, 2\)"):
         operation(images[0], kernel)
     with pytest.raises(ValueError, match=r"C = 3, .* got shape \(3, 3, 2, 4\)"):
         operation(images, kernel[:, :, :2])
@@ -160,7 +160,7 @@ def test_wrong_operands_are_refused(operation):
 def test_images_must_hold_the_kernel_and_with_pooling_one_window(pool):
     kernel = jnp.zeros((5, 3, 1, 2))
     smallest = jnp.zeros((1, 5 + pool, 3 + pool, 1))
-    assert jax.eval_shape(OPERATIONS[pool], smallest, kernel).shape == (1, 1, 1, 2)
+    assert jax.eval_shape(OPERATIONS[pool], smallest, kernel).shape == (2, 1, 1, 1)
     for images in (smallest[:, 1:], smallest[:, :, 1:]):
         with pytest.raises(ValueError, match=f"at least {5 + pool} x {3 + pool} pixels"):
             OPERATIONS[pool](images, kernel)
@@ -199,7 +199,8 @@ def test_logits_equal_a_network_in_numpy_also_for_stacked_params(name):
         for layer, leaves in stacked.items():
             kernel, bias = (np.asarray(leaves[leaf][seed]) for leaf in ("kernel", "bias"))
             if layer.startswith("conv"):
-                hidden = np.maximum(reference(hidden, kernel, pool=True) + bias, 0)
+                pooled = reference(hidden.transpose(3, 1, 2, 0), kernel, pool=True)
+                hidden = np.maximum(pooled.transpose(3, 1, 2, 0) + bias, 0)
             else:
                 hidden = hidden.reshape(len(hidden), -1) @ kernel + bias
                 hidden = hidden if layer == "fc2" else np.maximum(hidden, 0)
@@ -252,7 +253,7 @@ def test_types_of_parameters_logits_and_gradients(name):
 
 def test_pooled_features_have_the_type_of_the_computation():
     layer = models.ConvMaxPool(1, 2, 3, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    assert jax.eval_shape(layer, some_images("digits_net")).dtype == jnp.bfloat16
+    assert jax.eval_shape(layer, some_images("digits_net").T).dtype == jnp.bfloat16
 
 
 @each_model
