@@ -80,16 +80,16 @@ def step(value: Any) -> None:
         raise ValueError(f"step must be at least 0, got {value}.")
 
 
-def floating_params(params: Any) -> None:
+def floating_params(params: Any, name: str = "params") -> None:
     """Raises TypeError, naming the leaf, unless `params` has leaves and all are real floating."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
-        raise ValueError("params has no leaves: there is nothing to differentiate.")
+        raise ValueError(f"{name} has no leaves: there is nothing to differentiate.")
     for path, leaf in leaves:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             where = jax.tree_util.keystr(path)
             raise TypeError(
-                f"params{where} must be floating point to be differentiated, "
+                f"{name}{where} must be floating point to be differentiated, "
                 f"got {jnp.result_type(leaf)}."
             )
 
@@ -108,6 +108,21 @@ def leading_axis(name: str, tree: Any) -> int:
     if len(set(sizes.values())) > 1:
         raise ValueError(f"All leaves of {name} must share the leading axis, got {sizes}.")
     return next(iter(sizes.values()))
+
+
+def loss_vector(losses: Any, size: int) -> None:
+    """Raises TypeError or ValueError unless `losses` is what a loss vector function returns."""
+    if not isinstance(losses, jax.Array):
+        raise TypeError(
+            f"loss_vector_fn must return an array of losses, got {type(losses).__name__}."
+        )
+    if losses.shape != (size,):
+        raise ValueError(
+            f"loss_vector_fn must return one loss per example, shape ({size},), got shape "
+            f"{losses.shape}; do not reduce over the batch (loss.per_example can build it)."
+        )
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise TypeError(f"loss_vector_fn must return floating-point losses, got {losses.dtype}.")
 
 
 def _shape_and_dtype(value: Any) -> str:

@@ -16,7 +16,12 @@ from jaxtyping import Array, Float, Int, Shaped
 from msgd_jax import _dtypes, _validate
 from msgd_jax.noise import Weights
 
-__all__ = ["LossVectorFn", "per_example", "weighted_value_and_grad"]
+__all__ = [
+    "LossVectorFn",
+    "per_example",
+    "weighted_value_and_grad",
+    "weighted_values_and_grads",
+]
 
 LossVectorFn = Callable[..., Any]
 """``loss_vector_fn(params, batch) -> losses [B]``, or with mutable statistics
@@ -95,7 +100,7 @@ def weighted_value_and_grad(
                 _check_aux(aux, new_aux)
             else:
                 losses, new_aux = loss_vector_fn(params, batch), aux
-            _check_losses(losses, values.shape[0])
+            _validate.loss_vector(losses, values.shape[0])
             dtype = _dtypes.accumulator(losses.dtype, values.dtype)
             return jnp.sum(losses.astype(dtype) * values.astype(dtype)), new_aux
 
@@ -110,16 +115,84 @@ def weighted_value_and_grad(
             batch = _take(data, weights.indices)
             terms = one_batch(params, batch, weights.values, aux)
         else:
-            terms = _accumulate(one_batch, params, data, weights, aux, microbatch_size)
+            indices = jnp.arange(support) if weights.indices is None else weights.indices
+            terms = _accumulate(
+                one_batch, params, data, indices, weights.values, aux, microbatch_size
+            )
         return ((terms.value, terms.aux), terms.grads) if has_aux else (terms.value, terms.grads)
 
     return value_and_grad
 
 
-class _Terms(NamedTuple):
-    """What one micro-batch adds to the value and the gradient, and the statistics after it."""
+def weighted_values_and_grads(
+    loss_vector_fn: LossVectorFn, *, microbatch_size: int | None = None
+) -> Callable[[Any, Any, Weights], tuple[Float[Array, " draws"], Any]]:
+    """The values and the gradients of ``loss_vector_fn(params, data) . W`` for K draws of W.
 
-    value: Float[Array, ""]
+    What K calls of `weighted_value_and_grad` at the same parameters give, up to rounding, with one
+    forward pass instead of K: the losses are linearised once, then each draw is one backward pass,
+    in the memory of one. For the statistics of the noise at one point::
+
+      draws = jax.vmap(law.sample, in_axes=(None, 0))(key, jnp.arange(K))
+      values, grads = loss.weighted_values_and_grads(loss_vector_fn)(params, data, draws)
+
+    All N losses are computed, also for sparse weights: different draws need different examples.
+
+    Args:
+        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        microbatch_size: examples in one pass, as in `weighted_value_and_grad`; None for all.
+
+    Returns:
+        ``f(params, data, weights) -> (values, grads)``: `weights` is a `noise.Weights` with leading
+        axes of K draws, `values` is [K], and `grads` is like `params` with leading axes of K. When
+        traced, `f` raises TypeError or ValueError as that of `weighted_value_and_grad` does.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+    """
+    _validate.function("loss_vector_fn", loss_vector_fn)
+    if microbatch_size is not None:
+        _validate.positive_int("microbatch_size", microbatch_size)
+
+    def one_batch(
+        params: Any, batch: Any, values: Float[Array, "batch draws"], aux: Any
+    ) -> "_Terms":
+        def losses_of(params: Any) -> Float[Array, " batch"]:
+            losses = loss_vector_fn(params, batch)
+            _validate.loss_vector(losses, values.shape[0])
+            return losses
+
+        losses, pull_back = jax.vjp(losses_of, params)
+        dtype = _dtypes.accumulator(losses.dtype, values.dtype)
+
+        def one_draw(values: Float[Array, " batch"]) -> tuple[Float[Array, ""], Any]:
+            value = jnp.sum(losses.astype(dtype) * values.astype(dtype))
+            return value, pull_back(values.astype(losses.dtype))[0]
+
+        totals, grads = jax.lax.map(one_draw, values.T)
+        return _Terms(totals, grads, aux)
+
+    def values_and_grads(
+        params: Any, data: Any, weights: Weights
+    ) -> tuple[Float[Array, " draws"], Any]:
+        _validate.floating_params(params)
+        num_examples = _validate.leading_axis("data", data)
+        _check_weights(weights, num_examples, stacked=True)
+        values = jax.vmap(Weights.dense)(weights).T
+        if microbatch_size is None or microbatch_size >= num_examples:
+            terms = one_batch(params, data, values, ())
+        else:
+            positions = jnp.arange(num_examples)
+            terms = _accumulate(one_batch, params, data, positions, values, (), microbatch_size)
+        return terms.value, terms.grads
+
+    return values_and_grads
+
+
+class _Terms(NamedTuple):
+    """What one micro-batch adds to values and gradients, and the statistics after it."""
+
+    value: Float[Array, "*draws"]
     grads: Any
     aux: Any
 
@@ -128,15 +201,15 @@ def _accumulate(
     one_batch: Callable[..., _Terms],
     params: Any,
     data: Any,
-    weights: Weights,
+    indices: Int[Array, " support"],
+    values: Float[Array, "support *draws"],
     aux: Any,
     microbatch_size: int,
 ) -> _Terms:
     """Sums `one_batch` over micro-batches in order, the statistics threaded through."""
-    indices = jnp.arange(weights.num_examples) if weights.indices is None else weights.indices
     missing = -indices.shape[0] % microbatch_size
     positions = jnp.concatenate([indices, indices[:missing]])
-    values = jnp.concatenate([weights.values, jnp.zeros(missing, weights.values.dtype)])
+    values = jnp.concatenate([values, jnp.zeros((missing, *values.shape[1:]), values.dtype)])
     # What is micro-batched is positions and weights: data are gathered run by run, never copied.
     runs = (
         _for_microbatching(positions, microbatch_size),
@@ -179,12 +252,13 @@ def _accumulate(
     return walk(*runs)
 
 
-def _for_microbatching(values: Shaped[Array, " size"], microbatch_size: int) -> Array:
-    """Orders a vector so that optax's micro-batch k holds its k-th run of consecutive entries.
+def _for_microbatching(values: Shaped[Array, "size *rest"], microbatch_size: int) -> Array:
+    """Orders entries so that optax's micro-batch k holds its k-th run of consecutive entries.
 
     `optax.microbatching` deals entries out like cards (column-major), to keep shardings in place.
     """
-    return values.reshape(-1, microbatch_size).T.reshape(-1)
+    runs = values.reshape(-1, microbatch_size, *values.shape[1:])
+    return runs.swapaxes(0, 1).reshape(values.shape)
 
 
 def _take(data: Any, indices: Int[Array, " size"] | None) -> Any:
@@ -194,7 +268,7 @@ def _take(data: Any, indices: Int[Array, " size"] | None) -> Any:
     return jax.tree.map(lambda x: jnp.take(x, indices, axis=0, mode="clip"), data)
 
 
-def _check_weights(weights: Weights, num_examples: int) -> None:
+def _check_weights(weights: Weights, num_examples: int, stacked: bool = False) -> None:
     if not isinstance(weights, Weights):
         raise TypeError(f"weights must be a noise.Weights, got {type(weights).__name__}.")
     if weights.num_examples != num_examples:
@@ -203,29 +277,19 @@ def _check_weights(weights: Weights, num_examples: int) -> None:
             f"but data has {num_examples} examples on its leading axis."
         )
     shape, indices = weights.values.shape, weights.indices
-    if indices is None and shape != (num_examples,):
+    dims, draws = (2, "(draws, ") if stacked else (1, "(")
+    if indices is None and (len(shape) != dims or shape[-1] != num_examples):
+        comma = "" if stacked else ","
         raise ValueError(
-            f"weights.values must have shape ({num_examples},), one for each example, got {shape}."
+            f"weights.values must have shape {draws}{num_examples}{comma}), one for each example, "
+            f"got {shape}."
         )
-    if indices is not None and (len(shape) != 1 or indices.shape != shape):
+    if indices is not None and (len(shape) != dims or indices.shape != shape):
+        kind = "stacks of vectors" if stacked else "vectors"
         raise ValueError(
-            "weights.values and weights.indices must be vectors of the same length, "
+            f"weights.values and weights.indices must be {kind} of the same length, "
             f"got shapes {shape} and {indices.shape}."
         )
-
-
-def _check_losses(losses: Any, size: int) -> None:
-    if not isinstance(losses, jax.Array):
-        raise TypeError(
-            f"loss_vector_fn must return an array of losses, got {type(losses).__name__}."
-        )
-    if losses.shape != (size,):
-        raise ValueError(
-            f"loss_vector_fn must return one loss per example, shape ({size},), got shape "
-            f"{losses.shape}; do not reduce over the batch (loss.per_example can build it)."
-        )
-    if not jnp.issubdtype(losses.dtype, jnp.floating):
-        raise TypeError(f"loss_vector_fn must return floating-point losses, got {losses.dtype}.")
 
 
 def _check_aux(old: Any, new: Any) -> None:

@@ -9,10 +9,11 @@ import pytest
 
 import msgd_jax
 
-MODULES = ["loss", "noise", "train", "transform"]
+MODULES = ["covariance", "loss", "noise", "train", "transform"]
 # Everything else (flax, tensorflow_datasets, matplotlib, ...) belongs to the extras.
 FORBIDDEN = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "tyro",
-             "tqdm", "diffrax", "experiments", "pytest", "hypothesis", "beartype")  # fmt: skip
+             "tqdm", "diffrax", "equinox", "lineax", "psutil", "torch", "experiments", "benchmarks",
+             "pytest", "hypothesis", "beartype")  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ["msgd_jax", *(f"msgd_jax.{name}" for name in MODULES)])
@@ -26,7 +27,8 @@ def test_each_module_alone_pulls_in_the_core_only(module):
 def test_arrows_point_down(lower):
     """`noise` and `loss` know nothing of what stands on them: the sources import nothing above."""
     module = importlib.import_module(f"msgd_jax.{lower}")
-    above = {"loss": ("transform", "train"), "noise": ("loss", "transform", "train")}[lower]
+    top = ("covariance", "transform", "train")
+    above = {"loss": top, "noise": ("loss", *top)}[lower]
     files = [module] if lower == "loss" else [
         importlib.import_module(f"msgd_jax.noise.{name}")
         for name in ("_types", "_pieces", "_full", "_subset")

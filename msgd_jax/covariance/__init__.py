@@ -1,0 +1,65 @@
+r"""The covariance view: what the noise of `grad(L . W)` looks like in parameter space.
+
+G is the matrix of per-example gradients (one row an example here, [N, D]; the paper has columns).
+An exchangeable M-noise with ``Cov(W) = alpha I + beta 1 1^T`` makes the noisy gradient's covariance
+``alpha G^T G + beta (G^T 1)(G^T 1)^T``; the empirical Fisher matrix F has (1/N, 0), the gradient
+covariance S (the paper's Sigma_sgd) has (1/N, -1/N^2). Where a function takes `of`, it takes any of
+them: "fisher", "sgd_covariance", an M-noise, or its `noise.Exchangeable`.
+
+Training needs none of this: a noisy gradient costs one backward pass (`loss`). Here are
+
+* the dense matrices, for few parameters, and the exact spectrum, for few examples or parameters;
+* matrix-free products with them, as `lineax` operators, for any size;
+* the samplers of additive Gaussian noise that the paper replaces, as baselines;
+* the way between additive noise and multiplicative noise.
+"""
+
+from msgd_jax.covariance._matrices import (
+    Spectrum,
+    diagonal,
+    fisher,
+    flatten,
+    gradient_matrix,
+    noise_covariance,
+    sgd_covariance,
+    spectrum,
+)
+from msgd_jax.covariance._operators import (
+    fisher_operator,
+    noise_covariance_operator,
+    sgd_covariance_operator,
+)
+from msgd_jax.covariance._samplers import (
+    GaussianSampler,
+    Multiplicative,
+    cholesky_sampler,
+    diagonal_sampler,
+    eigh_sampler,
+    gradient_sampler,
+    svd_sampler,
+    to_additive,
+    to_multiplicative,
+)
+
+__all__ = [
+    "GaussianSampler",
+    "Multiplicative",
+    "Spectrum",
+    "cholesky_sampler",
+    "diagonal",
+    "diagonal_sampler",
+    "eigh_sampler",
+    "fisher",
+    "fisher_operator",
+    "flatten",
+    "gradient_matrix",
+    "gradient_sampler",
+    "noise_covariance",
+    "noise_covariance_operator",
+    "sgd_covariance",
+    "sgd_covariance_operator",
+    "spectrum",
+    "svd_sampler",
+    "to_additive",
+    "to_multiplicative",
+]

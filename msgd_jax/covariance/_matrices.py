@@ -1,0 +1,221 @@
+"""The gradient matrix, the covariances made of it, and their exact spectrum."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from msgd_jax import _dtypes, _validate
+from msgd_jax.loss import LossVectorFn
+from msgd_jax.noise import Exchangeable, MNoise
+
+FORMS = ("centred", "definition")
+NAMED = ("fisher", "sgd_covariance")
+
+
+def gradient_matrix(
+    loss_vector_fn: LossVectorFn, params: Any, data: Any, *, microbatch_size: int | None = None
+) -> Any:
+    """The gradient of every example's loss, one row an example (the paper's nabla L, transposed).
+
+    Takes N times the memory of the parameters: for few parameters or few examples.
+
+    Args:
+        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B]. It
+            is given batches of one example, so losses must not depend on each other.
+        params: a pytree of floating-point arrays.
+        data: a pytree of arrays [N, ...].
+        microbatch_size: examples whose gradients are computed at once; None for all.
+
+    Returns:
+        A pytree like `params`, with leaves [N, *parameter shape].
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+    """
+    _validate.function("loss_vector_fn", loss_vector_fn)
+    _validate.floating_params(params)
+    _validate.leading_axis("data", data)
+    if microbatch_size is not None:
+        _validate.positive_int("microbatch_size", microbatch_size)
+
+    def one_gradient(example: Any) -> Any:
+        batch = jax.tree.map(lambda x: x[None], example)
+
+        def loss_of_one(params: Any) -> Float[Array, ""]:
+            losses = loss_vector_fn(params, batch)
+            _validate.loss_vector(losses, 1)
+            return losses[0]
+
+        return jax.grad(loss_of_one)(params)
+
+    if microbatch_size is None:
+        return jax.vmap(one_gradient)(data)
+    return jax.lax.map(one_gradient, data, batch_size=microbatch_size)
+
+
+def flatten(gradients: Any) -> Float[Array, "N D"]:
+    """The gradient matrix as one array, in float32 or wider.
+
+    Args:
+        gradients: a pytree with leaves [N, *parameter shape].
+
+    Returns:
+        Array of shape [N, D]; a row is `jax.flatten_util.ravel_pytree` of one example's gradient.
+
+    Raises:
+        TypeError, ValueError: if the leaves are not floating point or disagree on N.
+    """
+    _validate.floating_params(gradients, name="gradients")
+    num_examples = _validate.leading_axis("gradients", gradients)
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
+    dtype = _dtypes.accumulator(*(leaf.dtype for leaf in leaves))
+    rows = [leaf.reshape(num_examples, -1).astype(dtype) for leaf in leaves]
+    return jnp.concatenate(rows, axis=1)
+
+
+def fisher(gradients: Any) -> Float[Array, "D D"]:
+    """The empirical Fisher matrix F = sum_i g_i g_i^T / N, dense.
+
+    Args:
+        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+    """
+    rows = flatten(gradients)
+    return _product(rows.T, rows) / rows.shape[0]
+
+
+def sgd_covariance(gradients: Any, *, form: str = "centred") -> Float[Array, "D D"]:
+    """The covariance S of one random example's gradient (Sigma_sgd), dense.
+
+    Args:
+        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+        form: "centred" for the paper's Eq. 15, the product of centred gradients, which is always
+            positive semi-definite; "definition" for F - grad L grad L^T, which cancels where the
+            mean gradient is large.
+
+    Raises:
+        ValueError: if `form` is neither.
+    """
+    _validate.one_of("form", form, FORMS)
+    rows = flatten(gradients)
+    mean = rows.mean(0)
+    if form == "definition":
+        return fisher(rows) - jnp.outer(mean, mean)
+    centred = rows - mean[None]
+    return _product(centred.T, centred) / rows.shape[0]
+
+
+def noise_covariance(noise: MNoise | Exchangeable | str, gradients: Any) -> Float[Array, "D D"]:
+    """The covariance of the noisy gradient ``grad(L . W)``, exact and dense.
+
+    It is ``alpha G^T G + beta (G^T 1)(G^T 1)^T``, computed from centred gradients so that nothing
+    cancels.
+
+    Args:
+        noise: an M-noise or its covariance (or "fisher", "sgd_covariance": F and S).
+        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+
+    Raises:
+        TypeError, ValueError: if `noise` is not as described, is for another number of examples, or
+            is no covariance (negative somewhere).
+    """
+    rows = flatten(gradients)
+    factor = root(noise, rows)
+    return _product(factor.T, factor)
+
+
+def diagonal(noise: MNoise | Exchangeable | str, gradients: Any) -> Float[Array, " D"]:
+    """The diagonal of `noise_covariance`, without the matrix.
+
+    Args:
+        noise: as in `noise_covariance`.
+        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+
+    Raises:
+        TypeError, ValueError: as `noise_covariance`.
+    """
+    return jnp.square(root(noise, flatten(gradients))).sum(0)
+
+
+class Spectrum(NamedTuple):
+    """The eigenvalues of a covariance that can differ from 0, and their eigenvectors.
+
+    Attributes:
+        eigenvalues: [k], descending, k = min(N, D); the other D - k are 0.
+        eigenvectors: [k, D], one a row, orthonormal, in the order of `flatten`; rows whose
+            eigenvalue is 0 up to rounding are 0, since nothing determines them.
+    """
+
+    eigenvalues: Float[Array, " k"]
+    eigenvectors: Float[Array, "k D"]
+
+
+def spectrum(of: MNoise | Exchangeable | str, gradients: Any) -> Spectrum:
+    """The exact spectrum of a covariance, from an N x N matrix where N < D.
+
+    A covariance A^T A has the eigenvalues of the Gram matrix A A^T: no D x D matrix is formed where
+    there are more parameters than examples. Eigenvalues are exact to rounding relative to the
+    largest.
+
+    Args:
+        of: "fisher", "sgd_covariance", an M-noise, or its `noise.Exchangeable`.
+        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+
+    Raises:
+        TypeError, ValueError: as `noise_covariance`.
+    """
+    factor = root(of, flatten(gradients))
+    num_examples, dim = factor.shape
+    through_gram = num_examples < dim
+    matrix = _product(factor, factor.T) if through_gram else _product(factor.T, factor)
+    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = jnp.maximum(values[::-1], 0), vectors[:, ::-1].T
+    floor = values[0] * max(num_examples, dim) * jnp.finfo(values.dtype).eps
+    if through_gram:
+        lengths = jnp.sqrt(jnp.where(values > floor, values, 1))
+        vectors = _product(vectors, factor) / lengths[:, None]
+    return Spectrum(values, jnp.where(values[:, None] > floor, vectors, 0))
+
+
+def exchangeable(of: Any, num_examples: int) -> Exchangeable:
+    """The covariance of the weights that `of` stands for, checked."""
+    if isinstance(of, str):
+        _validate.one_of("noise", of, NAMED)
+        off_diagonal = 0.0 if of == "fisher" else -1 / num_examples**2
+        return Exchangeable(1 / num_examples + off_diagonal, off_diagonal)
+    if isinstance(of, MNoise):
+        if of.num_examples != num_examples:
+            raise ValueError(
+                f"noise is for num_examples = {of.num_examples}, but the gradients are of "
+                f"{num_examples} examples."
+            )
+        of = of.covariance
+    if not isinstance(of, Exchangeable):
+        raise TypeError(
+            "noise must be a noise.MNoise, a noise.Exchangeable, 'fisher' or 'sgd_covariance', got "
+            f"{type(of).__name__}."
+        )
+    along_ones = of.alpha + num_examples * of.beta
+    tiny = 1e-12 * num_examples * (abs(of.diagonal) + abs(of.off_diagonal))
+    if (num_examples > 1 and of.alpha < -tiny) or along_ones < -tiny:
+        raise ValueError(
+            f"noise must have alpha >= 0 and alpha + N beta >= 0 to be a covariance of N = "
+            f"{num_examples} weights, got alpha = {of.alpha}, beta = {of.beta}."
+        )
+    return of
+
+
+def root(of: Any, rows: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    """A with A^T A the covariance: the root of Cov(W), which has two eigenvalues, times G."""
+    num_examples = rows.shape[0]
+    moments = exchangeable(of, num_examples)
+    along_ones = max(moments.alpha + num_examples * moments.beta, 0.0)
+    if along_ones < 1e-12 * moments.alpha:  # centred, up to the rounding of two Python floats
+        along_ones = 0.0
+    mean = rows.mean(0)[None]
+    return max(moments.alpha, 0.0) ** 0.5 * (rows - mean) + along_ones**0.5 * mean
+
+
+def _product(left: Float[Array, "i j"], right: Float[Array, "j k"]) -> Float[Array, "i k"]:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
