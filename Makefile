@@ -4,12 +4,13 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest lint format clean help
+.PHONY: demo test test-oldest benchmark lint format clean help
 
 help:
 	@echo "make demo         train on real images, print a table, draw curves.png (under 3 minutes)"
 	@echo "make test         lint, types and the test suite (under 12 minutes)"
 	@echo "make test-oldest  the tests with the oldest versions allowed"
+	@echo "make benchmark    all benchmarks on this machine (under 20 minutes; installs PyTorch)"
 	@echo "make lint         ruff and pyright alone"
 	@echo "make format       ruff's formatter and its safe fixes"
 
@@ -23,6 +24,9 @@ test: lint
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal
+
+benchmark: $(VENV)/.benchmarks
+	$(BIN)/python -m benchmarks
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -39,7 +43,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each extra: the demo does not wait for the tools of the tests.
-$(VENV)/.experiments $(VENV)/.test: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+$(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
 	@touch $@
 

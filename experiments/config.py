@@ -60,7 +60,7 @@ class TrainConfig:
     seed: int = 0
     data_seed: int = 0
     eval_every: int = 250
-    microbatch_size: int | None = 50
+    microbatch_size: int | None = 100
     data_dir: pathlib.Path | None = None
     out: pathlib.Path | None = None
 

@@ -1,0 +1,1 @@
+"""Benchmarks: one question a file, contestants side by side in one run."""

@@ -1,0 +1,93 @@
+"""What `import msgd_jax` costs beyond `import jax, optax, chex`, in fresh interpreters.
+
+``python -m benchmarks.import_time``.
+"""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from benchmarks import report, timing
+
+IMPORTS = {"jax, optax, chex": "import jax, optax, chex", "msgd_jax": "import msgd_jax"}
+OURS, REFERENCE = "msgd_jax", "jax, optax, chex"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(report.Config):
+    """Import time against that of the libraries it stands on."""
+
+    repeats: int = 21
+
+
+def main(config: Config) -> list[report.Headline]:
+    """Measures, prints, writes; returns the headline."""
+    if config.quick:
+        config = dataclasses.replace(config, repeats=2)
+    seconds: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    packages = {}
+    for round_ in tqdm(range(config.repeats + 1), desc="import_time", unit="round", leave=False):
+        names = list(IMPORTS) if round_ % 2 else list(IMPORTS)[::-1]
+        for name in names:
+            elapsed, packages[name] = _import(IMPORTS[name])
+            if round_:  # the first round fills the caches of bytecode and files
+                seconds[name].append(elapsed)
+    more = timing.spread(1e3 * (np.array(seconds[OURS]) - np.array(seconds[REFERENCE])))
+    rows = [_row(name, seconds[name], packages[name]) for name in IMPORTS]
+    headline = report.Headline(
+        "import_time", f"import msgd_jax, more than import {REFERENCE}",
+        f"{more.median:.0f} ms (quartiles {more.low:.0f} to {more.high:.0f})", "<= 50 ms",
+        more.median <= 50,
+    )  # fmt: skip
+    added = sorted(set(packages[OURS]) - set(packages[REFERENCE]))
+    report.publish(
+        "import_time", config, rows, [headline], functools.partial(_plot, seconds),
+        seconds=seconds, packages_added=added,
+    )  # fmt: skip
+    print(f"Packages that only import msgd_jax pulls in: {', '.join(added)}.")
+    return [headline]
+
+
+def _import(statement: str) -> tuple[float, list[str]]:
+    """Seconds of an import statement in a fresh interpreter, and the packages it pulled in."""
+    script = (
+        "import sys, time, json\n"
+        "start = time.perf_counter()\n"
+        f"{statement}\n"
+        "elapsed = time.perf_counter() - start\n"
+        "packages = {name.split('.')[0] for name in sys.modules}\n"
+        "print(json.dumps([elapsed, sorted(packages - set(sys.stdlib_module_names))]))\n"
+    )
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    elapsed, packages = json.loads(ran.stdout)
+    return elapsed, packages
+
+
+def _row(name: str, seconds: list[float], packages: list[str]) -> dict[str, Any]:
+    time = timing.spread(seconds)
+    return {
+        "import": name,
+        "ms": f"{1e3 * time.median:.0f}",
+        "quartiles": f"{1e3 * time.low:.0f} to {1e3 * time.high:.0f}",
+        "packages": len(packages),
+    }
+
+
+def _plot(seconds: dict[str, list[float]], axes: Any) -> None:
+    milliseconds = [[1e3 * value for value in values] for values in seconds.values()]
+    axes.boxplot(milliseconds, tick_labels=list(seconds))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("ms")
+    axes.set_title("Import time in a fresh interpreter", fontsize=11)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

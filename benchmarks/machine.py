@@ -1,0 +1,78 @@
+"""What a benchmark ran on, and how fast that multiplies matrices."""
+
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+
+from benchmarks.timing import alternate
+
+
+def describe() -> dict[str, Any]:
+    """The machine and the versions, as JSON values."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "device": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def one_line() -> str:
+    """The machine in one line, for tables."""
+    facts = describe()
+    device = "" if facts["backend"] == "cpu" else f", {facts['device']}"
+    return (
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB{device}, "
+        f"Python {facts['python']}, jax {facts['jax']}"
+    )
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def matmul_rate(
+    dtype: Any = jnp.float32, sizes: tuple[int, ...] = (512, 1024, 2048), repeats: int = 9
+) -> float:
+    """Floating-point operations a second of square matrix products, the best size's median."""
+    rates = []
+    for size in sizes:
+        matrix = jnp.ones((size, size), dtype)
+        product = jax.jit(jnp.matmul)
+        seconds = alternate({"product": lambda: product(matrix, matrix)}, repeats=repeats)  # noqa: B023
+        rates.append(2 * size**3 / float(jnp.median(seconds["product"])))
+    return max(rates)
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> float:
+    """Floating-point operations of one call, as XLA counts them.
+
+    XLA counts the body of a loop once, so give it a function without loops over micro-batches.
+    """
+    analysis = jax.jit(function).lower(*args).cost_analysis()
+    if analysis is None or "flops" not in analysis:
+        return float("nan")
+    return float(analysis["flops"])

@@ -1,0 +1,154 @@
+"""Peak memory of a full-batch step as N grows, at a fixed micro-batch: the data, and no more.
+
+``python -m benchmarks.memory``. A fresh process for each N (`--measure N`) makes random images in
+place, as uint8, trains three steps of M-SGD-Fisher on LeNet, and reports the largest memory it ever
+held: resident memory on CPU, the device's own count elsewhere.
+"""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
+
+from benchmarks import problems, report
+from experiments import models
+from msgd_jax import noise, train
+
+STEPS = 3
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(report.Config):
+    """Peak memory of a full-batch step against N.
+
+    Attributes:
+        examples: N, the smallest first.
+        microbatch_size: examples in one pass.
+        measure: measure one N in this process and print it as JSON (what the benchmark calls).
+    """
+
+    repeats: int = 2
+    examples: tuple[int, ...] = (1_000, 5_000, 15_000, 30_000, 60_000)
+    microbatch_size: int = 100
+    measure: int | None = None
+
+
+def main(config: Config) -> list[report.Headline]:
+    """Measures, prints, writes; returns the headline."""
+    if config.measure is not None:
+        print(json.dumps(measure(config.measure, config.microbatch_size)))
+        return []
+    if config.quick:
+        config = dataclasses.replace(config, repeats=1, examples=(100, 200), microbatch_size=50)
+    samples: dict[int, list[dict[str, float]]] = {n: [] for n in config.examples}
+    for n in tqdm(config.repeats * config.examples, desc="memory", unit="process", leave=False):
+        samples[n].append(_in_fresh_process(n, config.microbatch_size))
+    peaks = {n: float(np.median([s["peak"] for s in runs])) for n, runs in samples.items()}
+    data = {n: runs[0]["data"] for n, runs in samples.items()}
+    rows = [_row(n, samples[n], peaks, data, config.examples[0]) for n in config.examples]
+    first, last = config.examples[0], config.examples[-1]
+    more, more_data = peaks[last] - peaks[first], data[last] - data[first]
+    headline = report.Headline(
+        "memory", f"peak memory, N = {first:,} to {last:,}, over the data's own growth",
+        f"{more / more_data:.2f} ({more / MIB:.1f} of {more_data / MIB:.1f} MiB)", "<= 1.1",
+        more <= 1.1 * more_data,
+    )  # fmt: skip
+    plot = functools.partial(_plot, peaks, data)
+    report.publish("memory", config, rows, [headline], plot, samples=samples)
+    return [headline]
+
+
+def measure(num_examples: int, microbatch_size: int) -> dict[str, float]:
+    """Bytes of this process: the largest memory ever held, the data, the program's own buffers."""
+    problem = problems.lenet(1)
+    data = images_in_place(num_examples)
+    law = noise.fisher(num_examples, problems.BATCH_SIZE)
+    optimizer = optax.sgd(0.01)
+    step = train.make_step(problem.loss_vector_fn, optimizer, law, microbatch_size=microbatch_size)
+    state = train.init(problem.params, optimizer, jax.random.key(1))
+    compiled = jax.jit(step, donate_argnums=0).lower(state, data).compile()
+    for _ in range(STEPS):
+        state, _ = jax.block_until_ready(compiled(state, data))
+    analysis = compiled.memory_analysis()
+    return {
+        "peak": float(peak_bytes()),
+        "data": float(sum(leaf.nbytes for leaf in data)),
+        "buffers": float(getattr(analysis, "temp_size_in_bytes", float("nan"))),
+    }
+
+
+def images_in_place(num_examples: int) -> tuple[jax.Array, jax.Array]:
+    """Random images and labels, made in slices so that nothing but the result takes memory."""
+    rng = np.random.default_rng(0)
+    image = np.empty((num_examples, *models.LeNet.image_shape), np.uint8)
+    for start in range(0, num_examples, 1_000):
+        part = image[start : start + 1_000]
+        part[...] = rng.integers(0, 256, part.shape, np.uint8)
+    label = rng.integers(0, 10, num_examples, np.int32)
+    # jax may alias a numpy array on CPU; may_alias keeps it from holding the images twice.
+    return jax.device_put((image, label), may_alias=True)
+
+
+def peak_bytes() -> int:
+    """The device's peak where it counts one, else the process's peak resident memory."""
+    statistics = jax.devices()[0].memory_stats()
+    if statistics and "peak_bytes_in_use" in statistics:
+        return statistics["peak_bytes_in_use"]
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _in_fresh_process(num_examples: int, microbatch_size: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.memory", "--measure", str(num_examples)]
+    command += ["--microbatch-size", str(microbatch_size)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{ran.stderr}")
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def _row(
+    n: int,
+    runs: list[dict[str, float]],
+    peaks: dict[int, float],
+    data: dict[int, float],
+    first: int,
+) -> dict[str, Any]:
+    spread = max(r["peak"] for r in runs) - min(r["peak"] for r in runs)
+    return {
+        "N": f"{n:,}",
+        "data, MiB": f"{data[n] / MIB:.1f}",
+        "peak, MiB": f"{peaks[n] / MIB:.1f}",
+        "range of peaks, MiB": f"{spread / MIB:.1f}",
+        f"more data than at N = {first:,}": f"{(data[n] - data[first]) / MIB:.1f}",
+        "more peak": f"{(peaks[n] - peaks[first]) / MIB:.1f}",
+        "the step's buffers, MiB": f"{runs[0]['buffers'] / MIB:.2f}",
+    }
+
+
+def _plot(peaks: dict[int, float], data: dict[int, float], axes: Any) -> None:
+    sizes = list(peaks)
+    first = sizes[0]
+    axes.plot(sizes, [peaks[n] / MIB for n in sizes], "o-", label="peak of the process")
+    expected = [(peaks[first] + data[n] - data[first]) / MIB for n in sizes]
+    axes.plot(sizes, expected, "--", color="gray", label="first peak + data")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("examples N")
+    axes.set_ylabel("MiB")
+    axes.set_title("Full-batch step, LeNet, fixed micro-batch", fontsize=11)
+    axes.legend()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,130 @@
+"""What a benchmark leaves behind: a table on the screen, result.json, and a picture."""
+
+import dataclasses
+import datetime
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks import machine
+from experiments import runs
+
+
+class Headline(NamedTuple):
+    """One figure of a benchmark against its target."""
+
+    benchmark: str
+    figure: str
+    measured: str
+    target: str
+    met: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What every benchmark can be told.
+
+    Attributes:
+        repeats: rounds that count; medians are over them.
+        quick: tiny sizes, to see that it runs.
+        out: the folder of the results, which must be new; None for one named after the benchmark.
+    """
+
+    repeats: int = 15
+    quick: bool = False
+    out: pathlib.Path | None = None
+
+
+def publish(
+    name: str,
+    config: Config,
+    rows: Sequence[dict[str, Any]],
+    headlines: Sequence[Headline],
+    draw: Callable[[Any], None],
+    **details: Any,
+) -> pathlib.Path:
+    """Prints rows and headlines, writes result.json and NAME.png into a new folder.
+
+    Args:
+        name: of the benchmark.
+        config: its configuration.
+        rows: the table; the first row names the columns. Lists (raw samples) go to the file only.
+        headlines: figures against targets.
+        draw: draws into matplotlib axes.
+        **details: what else belongs into the file, as JSON values.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: if the folder exists.
+    """
+    folder = config.out or runs.default_folder(f"benchmarks/{name}")
+    runs.create(folder)
+    record = {
+        "benchmark": name,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine.describe(),
+        "config": {**dataclasses.asdict(config), "out": None},
+        "headlines": [headline._asdict() for headline in headlines],
+        "rows": list(rows),
+        **details,
+    }
+    (folder / "result.json").write_text(json.dumps(record, indent=1, default=float) + "\n")
+    _save_plot(folder / f"{name}.png", draw)
+    print(f"\n{name} ({machine.one_line()})\n")
+    print(table([{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]))
+    print()
+    print(headline_table(headlines))
+    print(f"\n{folder}: result.json, {name}.png")
+    return folder
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as an aligned Markdown table."""
+    columns = list(rows[0])
+    cells = [columns, *[[_text(row[column]) for column in columns] for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in cells
+    ]
+    return "\n".join(
+        [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    )
+
+
+def headline_table(headlines: Sequence[Headline]) -> str:
+    """Headlines as a table."""
+    rows = [
+        {**headline._asdict(), "met": "yes" if headline.met else "no"} for headline in headlines
+    ]
+    return table(rows)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a unit that suits them."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _save_plot(path: pathlib.Path, draw: Callable[[Any], None]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")  # also where there is no display
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    draw(axes)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,109 @@
+"""The benchmarks run and write what they promise, and their arithmetic is right."""
+
+import dataclasses
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as everything
+from benchmarks import against_torch, machine, problems, report, timing
+
+
+def test_contestants_take_turns_in_an_order_that_goes_back_and_forth():
+    calls = []
+    contestants = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = timing.alternate(contestants, repeats=3, warmups=1)
+    assert "".join(calls) == "cba" + "abc" + "cba" + "abc"
+    assert {name: values.shape for name, values in seconds.items()} == dict.fromkeys("abc", (3,))
+    assert all((values >= 0).all() for values in seconds.values())
+    assert timing.alternate(contestants, repeats=9, warmups=0, budget=0)["a"].shape == (3,)
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        timing.alternate(contestants, repeats=0)
+
+
+def test_ratios_are_formed_round_by_round():
+    samples = {"ours": np.array([1.0, 20, 3, 40, 5]), "theirs": np.array([2.0, 40, 6, 80, 20])}
+    assert timing.ratio(samples, "ours", "theirs") == timing.Spread(0.5, 0.5, 0.5)
+    assert timing.spread([1, 2, 3, 4, 5]) == timing.Spread(3, 2, 4)
+
+
+def test_growth_is_the_exponent_of_a_power_law():
+    sizes = np.array([10, 100, 1_000, 10_000])
+    fit = timing.growth(sizes, 3e-5 * sizes**1.5)
+    assert fit.exponent == pytest.approx(1.5)
+    assert fit.standard_error == pytest.approx(0, abs=1e-9)
+    assert timing.growth(sizes, [1, 20, 90, 1_100]).standard_error > 0.01
+    with pytest.raises(ValueError, match="at least two"):
+        timing.growth([1], [1])
+
+
+def test_flops_of_a_matrix_product():
+    left, right = jnp.ones((30, 40)), jnp.ones((40, 50))
+    assert machine.count_flops(jnp.matmul, left, right) == pytest.approx(2 * 30 * 40 * 50, rel=0.01)
+
+
+@pytest.mark.parametrize("wanted", [100, 300, 1_000, 3_000, 11_330, 100_000])
+def test_nets_have_about_the_parameters_asked_for(wanted):
+    problem = problems.two_layer_net(wanted, 3)
+    assert problem.num_parameters == pytest.approx(wanted, rel=0.05)
+    assert problem.loss_vector_fn(problem.params, problem.data).shape == (3,)
+    assert wanted != 11_330 or problem.num_parameters == 11_330
+
+
+def test_step_flops_of_lenet_are_what_xla_counts_for_its_layers():
+    def convolve(images, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            images, kernel, (1, 1), "VALID", dimension_numbers=layout
+        )
+
+    def flops(operation, *shapes):
+        return machine.count_flops(operation, *(jnp.ones(shape) for shape in shapes))
+
+    conv1 = flops(convolve, (10, 28, 28, 1), (5, 5, 1, 10))
+    conv2 = flops(convolve, (10, 12, 12, 10), (5, 5, 10, 10))
+    dense = flops(jnp.matmul, (10, 160), (160, 50)) + flops(jnp.matmul, (10, 50), (50, 10))
+    # Forward, gradient of the kernel, and (but for the first layer) gradient of the input.
+    expected = 2 * conv1 + 3 * conv2 + 3 * dense
+    assert against_torch.step_flops(10) == pytest.approx(expected, rel=0.01)
+
+
+def test_reports_are_never_overwritten(tmp_path):
+    config = report.Config(out=tmp_path / "here")
+    headline = report.Headline("b", "f", "1", "<= 2", True)
+    args = ("name", config, [{"a": 1, "raw": [1, 2]}], [headline], lambda axes: None)
+    folder = report.publish(*args)
+    record = json.loads((folder / "result.json").read_text())
+    assert record["rows"] == [{"a": 1, "raw": [1, 2]}]
+    assert record["machine"]["cores"] >= 1
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        report.publish(*args)
+
+
+@pytest.mark.parametrize("name", everything.NAMES)
+def test_each_benchmark_writes_its_table_and_picture(name, tmp_path, capsys):
+    if name == "against_torch":
+        pytest.importorskip("torch", reason="the contestant is not installed")
+    module = importlib.import_module(f"benchmarks.{name}")
+    headlines = module.main(module.Config(quick=True, out=tmp_path / name))
+    record = json.loads((tmp_path / name / "result.json").read_text())
+    assert record["benchmark"] == name
+    assert record["headlines"] == [headline._asdict() for headline in headlines] != []
+    assert record["rows"]
+    assert (tmp_path / name / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert headlines[0].figure in capsys.readouterr().out
+
+
+def test_all_together_end_in_one_summary(tmp_path):
+    config = everything.Config(only=("import_time",), quick=True, out=tmp_path / "all")
+    folder = everything.main(config)
+    assert "import msgd_jax" in (folder / "summary.md").read_text()
+    assert len(json.loads((folder / "summary.json").read_text())["headlines"]) == 1
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        everything.main(config)
+    with pytest.raises(ValueError, match=r"got \['speed'\]"):
+        dataclasses.replace(config, only=("speed",))
