@@ -47,10 +47,18 @@ def main(config: Config) -> pathlib.Path:
     runs.create(folder)
     start = time.perf_counter()
     headlines: list[report.Headline] = []
+    text = ""
     for name in config.only:
         module = importlib.import_module(f"benchmarks.{name}")
         headlines += module.main(module.Config(quick=config.quick, out=folder / name))
-    minutes = (time.perf_counter() - start) / 60
+        # After each one: a benchmark that fails does not take along what was measured before it.
+        text = _summarise(folder, headlines, (time.perf_counter() - start) / 60)
+    print(f"\n{text}\n{folder / 'summary.md'}")
+    return folder
+
+
+def _summarise(folder: pathlib.Path, headlines: list[report.Headline], minutes: float) -> str:
+    """Writes summary.md and summary.json; returns the text."""
     table = report.headline_table(headlines) if headlines else "nothing was measured"
     text = f"{table}\n\n{machine.one_line()}; {minutes:.1f} minutes in all.\n"
     (folder / "summary.md").write_text(text)
@@ -60,8 +68,7 @@ def main(config: Config) -> pathlib.Path:
         "headlines": [headline._asdict() for headline in headlines],
     }
     (folder / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\n{text}\n{folder / 'summary.md'}")
-    return folder
+    return text
 
 
 if __name__ == "__main__":

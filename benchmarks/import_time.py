@@ -6,8 +6,10 @@
 import dataclasses
 import functools
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -33,12 +35,14 @@ def main(config: Config) -> list[report.Headline]:
         config = dataclasses.replace(config, repeats=2)
     seconds: dict[str, list[float]] = {name: [] for name in IMPORTS}
     packages = {}
-    for round_ in tqdm(range(config.repeats + 1), desc="import_time", unit="round", leave=False):
-        names = list(IMPORTS) if round_ % 2 else list(IMPORTS)[::-1]
-        for name in names:
-            elapsed, packages[name] = _import(IMPORTS[name])
-            if round_:  # the first round fills the caches of bytecode and files
-                seconds[name].append(elapsed)
+    rounds = tqdm(range(config.repeats + 1), desc="import_time", unit="round", leave=False)
+    with tempfile.TemporaryDirectory() as cache:
+        environment = _with_bytecode(cache)
+        for round_ in rounds:
+            for name in list(IMPORTS) if round_ % 2 else list(IMPORTS)[::-1]:
+                elapsed, packages[name] = _import(IMPORTS[name], environment)
+                if round_:  # the first round fills the caches of bytecode and files
+                    seconds[name].append(elapsed)
     more = timing.spread(1e3 * (np.array(seconds[OURS]) - np.array(seconds[REFERENCE])))
     rows = [_row(name, seconds[name], packages[name]) for name in IMPORTS]
     headline = report.Headline(
@@ -55,7 +59,17 @@ def main(config: Config) -> list[report.Headline]:
     return [headline]
 
 
-def _import(statement: str) -> tuple[float, list[str]]:
+def _with_bytecode(cache: str) -> dict[str, str]:
+    """This environment, with bytecode kept in `cache` even where it forbids writing any.
+
+    Else a checkout's own modules would be compiled at every import, and an installed library's not.
+    """
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environment
+
+
+def _import(statement: str, environment: dict[str, str]) -> tuple[float, list[str]]:
     """Seconds of an import statement in a fresh interpreter, and the packages it pulled in."""
     script = (
         "import sys, time, json\n"
@@ -66,7 +80,7 @@ def _import(statement: str) -> tuple[float, list[str]]:
         "print(json.dumps([elapsed, sorted(packages - set(sys.stdlib_module_names))]))\n"
     )
     command = [sys.executable, "-c", script]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     elapsed, packages = json.loads(ran.stdout)
     return elapsed, packages
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import multiprocessing
 import queue
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -167,23 +168,37 @@ def _alone(name: str, num_parameters: int, num_examples: int, limit: float) -> P
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     arguments = (name, num_parameters, num_examples, answers)
-    process = context.Process(target=_draw_once, args=arguments, daemon=True)
+    process = context.Process(target=_draw_once, args=arguments, name=name, daemon=True)
     process.start()
     try:
         # Set-up and compilation do not count against the limit.
-        answers.get(timeout=120)
-        return Point([answers.get(timeout=limit)], "one draw")
-    except queue.Empty:
-        return Point([], f"over {limit:g} s")
+        _answer(process, answers, timeout=300)
+        seconds = _answer(process, answers, timeout=limit)
     finally:
         process.kill()
+    return Point([], f"over {limit:g} s") if seconds is None else Point([seconds], "one draw")
+
+
+def _answer(process: Any, answers: Any, timeout: float) -> float | None:
+    """The process's next answer, None if it takes too long; raises RuntimeError if it died."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            return answers.get(timeout=1.0)
+        except queue.Empty:
+            if process.exitcode is not None:
+                raise RuntimeError(
+                    f"the process of {process.name} ended with exit code {process.exitcode}: out "
+                    "of memory?"
+                ) from None
+    return None
 
 
 def _draw_once(name: str, num_parameters: int, num_examples: int, answers: Any) -> None:
     problem = problems.two_layer_net(num_parameters, num_examples)
     draw = draw_function(name, problem)
     compiled = draw.func.lower(*draw.args, jax.random.key(0)).compile()
-    answers.put("ready")
+    answers.put(0.0)  # ready
     answers.put(timing.once(lambda: compiled(*draw.args, jax.random.key(0))))
 
 

@@ -35,6 +35,14 @@ class Config:
     quick: bool = False
     out: pathlib.Path | None = None
 
+    def __post_init__(self):
+        # Before anything is measured: `publish` would find out only after minutes of it.
+        if self.out is not None and self.out.exists():
+            raise FileExistsError(
+                f"{self.out} exists already, and results are never overwritten: "
+                "choose another --out."
+            )
+
 
 def publish(
     name: str,

@@ -8,12 +8,15 @@ import numpy as np
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_example_runs_and_learns():
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_the_examples_run_and_learn():
+    examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names = {}
-    exec(example, names)
+    for example in examples:
+        exec(example, names)
     final = names["loss_vector_fn"](names["params"], names["data"]).mean()
     assert float(final) < 0.7 * np.log(2)  # it starts at ln 2
+    assert names["values"].shape == (100,)
+    assert names["gradients"].shape == (100, 20)
 
 
 def test_every_noise_is_in_the_table():

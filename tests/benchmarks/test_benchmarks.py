@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as everything
-from benchmarks import against_torch, machine, problems, report, timing
+from benchmarks import against_torch, machine, memory, problems, report, timing
 
 
 def test_contestants_take_turns_in_an_order_that_goes_back_and_forth():
@@ -82,6 +84,29 @@ def test_reports_are_never_overwritten(tmp_path):
     assert record["machine"]["cores"] >= 1
     with pytest.raises(FileExistsError, match="never overwritten"):
         report.publish(*args)
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        report.Config(out=tmp_path / "here")  # before anything is measured
+
+
+def test_a_failing_benchmark_leaves_the_summary_of_those_before_it(tmp_path, monkeypatch):
+    measured = report.Headline("import_time", "f", "1", "<= 2", True)
+    monkeypatch.setattr("benchmarks.import_time.main", lambda config: [measured])
+    monkeypatch.setattr("benchmarks.memory.main", lambda config: 1 / 0)
+    config = everything.Config(only=("import_time", "memory"), quick=True, out=tmp_path / "all")
+    with pytest.raises(ZeroDivisionError):
+        everything.main(config)
+    record = json.loads((tmp_path / "all" / "summary.json").read_text())
+    assert record["headlines"] == [measured._asdict()]
+
+
+def test_peak_memory_of_a_child_does_not_start_from_its_parents():
+    here = np.ones(300 * 2**20, np.uint8)  # touched, so resident
+    script = "from benchmarks import memory; print(memory.peak_bytes())"
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    child = int(ran.stdout)
+    assert memory.peak_bytes() > here.nbytes
+    assert 2**20 < child < memory.peak_bytes() - here.nbytes // 2
 
 
 @pytest.mark.parametrize("name", everything.NAMES)
