@@ -222,7 +222,7 @@ def _growth(points: dict[int, Points], name: str) -> timing.Growth | None:
     ]
     if len(measured) < 2:
         return None
-    upper = measured[-max(2, (len(measured) + 1) // 2) :]
+    upper = measured[-max(3, (len(measured) + 1) // 2) :]
     return timing.growth(*zip(*upper, strict=True))
 
 
