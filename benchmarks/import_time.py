@@ -26,7 +26,7 @@ OURS, REFERENCE = "msgd_jax", "jax, optax, chex"
 class Config(report.Config):
     """Import time against that of the libraries it stands on."""
 
-    repeats: int = 41
+    repeats: int = 25
 
 
 def main(config: Config) -> list[report.Headline]:

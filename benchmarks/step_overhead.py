@@ -36,7 +36,7 @@ class Config(report.Config):
         sparse_steps: mini-batch steps in one sample; of full-batch steps it is one.
     """
 
-    repeats: int = 100
+    repeats: int = 60
     examples: int = 1_000
     batch_size: int = 50
     support_size: int = 100
