@@ -107,6 +107,8 @@ def leading_axis(name: str, tree: Any) -> int:
         sizes[where] = jnp.shape(leaf)[0]
     if len(set(sizes.values())) > 1:
         raise ValueError(f"All leaves of {name} must share the leading axis, got {sizes}.")
+    if 0 in sizes.values():
+        raise ValueError(f"{name} must have at least 1 example, got a leading axis of length 0.")
     return next(iter(sizes.values()))
 
 

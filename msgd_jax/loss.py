@@ -125,13 +125,13 @@ def weighted_value_and_grad(
 
 
 def weighted_values_and_grads(
-    loss_vector_fn: LossVectorFn, *, microbatch_size: int | None = None
+    loss_vector_fn: LossVectorFn, *, microbatch_size: int | None = None, draws_per_pass: int = 1
 ) -> Callable[[Any, Any, Weights], tuple[Float[Array, " draws"], Any]]:
     """The values and the gradients of ``loss_vector_fn(params, data) . W`` for K draws of W.
 
     What K calls of `weighted_value_and_grad` at the same parameters give, up to rounding, with one
     forward pass instead of K: the losses are linearised once, then each draw is one backward pass,
-    in the memory of one. For the statistics of the noise at one point::
+    `draws_per_pass` of them in memory at a time. For the statistics of the noise at one point::
 
       draws = jax.vmap(law.sample, in_axes=(None, 0))(key, jnp.arange(K))
       values, grads = loss.weighted_values_and_grads(loss_vector_fn)(params, data, draws)
@@ -141,6 +141,8 @@ def weighted_values_and_grads(
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
         microbatch_size: examples in one pass, as in `weighted_value_and_grad`; None for all.
+        draws_per_pass: draws whose backward passes are made at once, by `jax.vmap`: more memory,
+            fewer passes, and nothing else changes but the rounding.
 
     Returns:
         ``f(params, data, weights) -> (values, grads)``: `weights` is a `noise.Weights` with leading
@@ -153,6 +155,7 @@ def weighted_values_and_grads(
     _validate.function("loss_vector_fn", loss_vector_fn)
     if microbatch_size is not None:
         _validate.positive_int("microbatch_size", microbatch_size)
+    _validate.positive_int("draws_per_pass", draws_per_pass)
 
     def one_batch(
         params: Any, batch: Any, values: Float[Array, "batch draws"], aux: Any
@@ -169,7 +172,9 @@ def weighted_values_and_grads(
             value = jnp.sum(losses.astype(dtype) * values.astype(dtype))
             return value, pull_back(values.astype(losses.dtype))[0]
 
-        totals, grads = jax.lax.map(one_draw, values.T)
+        # One draw at a time is a plain scan, without a `vmap` over one inside.
+        at_once = None if draws_per_pass == 1 else draws_per_pass
+        totals, grads = jax.lax.map(one_draw, values.T, batch_size=at_once)
         return _Terms(totals, grads, aux)
 
     def values_and_grads(

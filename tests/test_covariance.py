@@ -119,7 +119,14 @@ def test_any_covariance_of_weights_gives_a_positive_covariance(n, d, along, acro
     assert np.linalg.eigvalsh(matrix).min() >= -1e-5 * scale
 
 
-@pytest.mark.parametrize(("name", "n", "b"), cases((7, 3), (7, 7), (7, 1)))
+# The conversions see the weights alone: every law once, extreme sizes with one of each kind.
+@pytest.mark.parametrize(
+    ("name", "n", "b"),
+    [
+        *cases((7, 3)),
+        *((name, *size) for name in ("sgd", "cov") for size in ((7, 7), (7, 1), (1, 1))),
+    ],
+)
 @pytest.mark.usefixtures("x64", "strict_dtypes")
 def test_weights_to_additive_noise_and_back(name, n, b):
     rows = np.random.default_rng(3).normal(size=(n, 20))  # independent gradients: N <= D
@@ -156,6 +163,19 @@ def test_narrow_gradients_are_multiplied_in_float32():
     np.testing.assert_allclose(matrix, np.ones((5, 5)), rtol=1e-6)
 
 
+def test_under_vmap_over_gradients_and_over_draws():
+    rows = jnp.asarray(by_hand(7), jnp.float32)
+    law = noise.sgd(7, 3)
+    scaled = jnp.arange(1.0, 4.0)[:, None, None] * rows[None]
+    many = jax.vmap(functools.partial(covariance.noise_covariance, law))(scaled)
+    for k in range(3):
+        close(many[k], (k + 1) ** 2 * dense(law, np.asarray(rows, np.float64)), 1e-5)
+    draws = jax.vmap(law.sample, in_axes=(None, 0))(jax.random.key(0), jnp.arange(3))
+    additive = jax.vmap(covariance.to_additive, in_axes=(0, None))(draws, rows)
+    weights = np.asarray(jax.vmap(noise.Weights.dense)(draws), np.float64)
+    close(additive, (weights - 1 / 7) @ np.asarray(rows, np.float64), 1e-5)
+
+
 @pytest.mark.usefixtures("user_errors")
 def test_bad_input_is_refused():
     rows = jnp.ones((4, 3))
@@ -166,6 +186,13 @@ def test_bad_input_is_refused():
         covariance.noise_covariance(noise.gd(5), rows)
     with pytest.raises(ValueError, match="noise must be one of 'fisher', 'sgd_covariance', got"):
         covariance.spectrum("hessian", rows)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="noise must have finite alpha >= 0"):
+            covariance.noise_covariance(noise.Exchangeable(value, 0.0), rows)
+    with pytest.raises(ValueError, match="gradients must have at least 1 example"):
+        covariance.fisher(jnp.ones((0, 3)))
+    with pytest.raises(ValueError, match="data must have at least 1 example"):
+        covariance.gradient_matrix(problems.loss_vector_fn, problem.params, jnp.ones((0, 3)))
     with pytest.raises(TypeError, match="'fisher' or 'sgd_covariance', got float"):
         covariance.diagonal(1.0, rows)
     for law in (noise.Exchangeable(0.1, 0.2), noise.Exchangeable(0.1, -0.09)):
@@ -179,6 +206,11 @@ def test_bad_input_is_refused():
         covariance.to_multiplicative(jnp.ones(4), rows)
     with pytest.raises(ValueError, match="num_examples = 5, but the gradients are of 4"):
         covariance.to_additive(noise.gd(5).sample(jax.random.key(0), 0), rows)
+    with pytest.raises(TypeError, match=r"weights must be a noise\.Weights, got"):
+        covariance.to_additive(jnp.ones(4), rows)
+    draws = jax.vmap(noise.sgd(4, 2).sample, (None, 0))(jax.random.key(0), jnp.arange(3))
+    with pytest.raises(ValueError, match=r"one draw, got weights\.values of shape \(3, 2\)"):
+        covariance.to_additive(draws, rows)
     with pytest.raises(ValueError, match=r"one loss per example, shape \(1,\), got shape \(\)"):
         covariance.gradient_matrix(lambda p, b: p.sum(), jnp.ones(2), rows)
     with pytest.raises(ValueError, match="microbatch_size must be at least 1, got 0"):

@@ -75,6 +75,16 @@ def test_operators_are_symmetric_positive_and_keep_narrow_types():
     assert {leaf.dtype for leaf in jax.tree.leaves(product)} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.parametrize("microbatch_size", [None, 3])
+def test_parameters_may_be_plain_numbers(microbatch_size):
+    problem = problems.regression(N)
+    plain = {"w": np.asarray(problem.params["w"]), "b": float(problem.params["b"])}
+    operator = covariance.fisher_operator(
+        problems.loss_vector_fn, plain, problem.data, microbatch_size=microbatch_size
+    )
+    close(operator.as_matrix(), wanted("fisher"), 1e-5)
+
+
 @pytest.mark.usefixtures("user_errors")
 def test_bad_input_is_refused():
     problem = problems.regression(N)

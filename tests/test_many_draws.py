@@ -19,9 +19,13 @@ def draws_of(law, key=11):
 
 
 @functools.cache
-def many(microbatch_size):
+def many(microbatch_size, draws_per_pass=1):
     return jax.jit(
-        loss.weighted_values_and_grads(problems.loss_vector_fn, microbatch_size=microbatch_size)
+        loss.weighted_values_and_grads(
+            problems.loss_vector_fn,
+            microbatch_size=microbatch_size,
+            draws_per_pass=draws_per_pass,
+        )
     )
 
 
@@ -43,6 +47,43 @@ def test_values_and_gradients_equal_dense_algebra_draw_by_draw(name, microbatch_
         wanted = np.tensordot(dense, rows, axes=1)
         scale = np.abs(np.tensordot(np.abs(dense), np.abs(rows), axes=1)).max()
         np.testing.assert_allclose(grads[leaf], wanted, atol=rounding * scale)
+
+
+# Passes that divide the 5 draws and that do not, and more than there are draws.
+@pytest.mark.parametrize(
+    ("microbatch_size", "draws_per_pass"), [(None, 2), (None, 5), (3, 2), (3, 100)]
+)
+@pytest.mark.usefixtures("strict_dtypes")
+def test_several_draws_in_a_pass_change_nothing_but_the_rounding(microbatch_size, draws_per_pass):
+    problem = problems.regression(N)
+    weights = draws_of(noise.sgd(N, B))
+    args = (problem.params, problem.data, weights)
+    found = many(microbatch_size, draws_per_pass)(*args)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, found, many(None)(*args))
+
+
+@pytest.mark.parametrize(("draws_per_pass", "passes"), [(1, 6), (2, 3), (3, 2)])
+def test_draws_in_a_pass_save_passes(draws_per_pass, passes):
+    """The length of the loop over backward passes, in the traced program."""
+    problem = problems.regression(N)
+    weights = noise.Weights(jnp.ones((6, N)), None, N)
+    run = loss.weighted_values_and_grads(problems.loss_vector_fn, draws_per_pass=draws_per_pass)
+    traced = jax.make_jaxpr(run)(problem.params, problem.data, weights)
+    loops = [eqn for eqn in traced.eqns if eqn.primitive.name == "scan"]
+    assert [eqn.params["length"] for eqn in loops] == [passes]
+
+
+def test_under_vmap_over_parameters():
+    problem = problems.regression(N)
+    weights = draws_of(noise.sgd(N, B))
+    scales = jnp.asarray([0.5, 2.0])
+    scaled = lambda s: jax.tree.map(lambda p: s * p, problem.params)  # noqa: E731
+    values, grads = jax.vmap(lambda s: many(3)(scaled(s), problem.data, weights))(scales)
+    for k in range(2):
+        value, grad = many(3)(scaled(scales[k]), problem.data, weights)
+        np.testing.assert_allclose(values[k], value, rtol=1e-5)
+        np.testing.assert_allclose(grads["w"][k], grad["w"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("strict_dtypes")
@@ -116,6 +157,8 @@ def test_bad_input_is_refused():
         loss.weighted_values_and_grads(None)
     with pytest.raises(ValueError, match="microbatch_size must be at least 1, got 0"):
         loss.weighted_values_and_grads(problems.loss_vector_fn, microbatch_size=0)
+    with pytest.raises(ValueError, match="draws_per_pass must be at least 1, got 0"):
+        loss.weighted_values_and_grads(problems.loss_vector_fn, draws_per_pass=0)
     with pytest.raises(ValueError, match="one loss per example"):
         loss.weighted_values_and_grads(lambda p, b: p["b"])(
             problem.params, problem.data, draws_of(law)

@@ -3,8 +3,8 @@ r"""The covariance view: what the noise of `grad(L . W)` looks like in parameter
 G is the matrix of per-example gradients (one row an example here, [N, D]; the paper has columns).
 An exchangeable M-noise with ``Cov(W) = alpha I + beta 1 1^T`` makes the noisy gradient's covariance
 ``alpha G^T G + beta (G^T 1)(G^T 1)^T``; the empirical Fisher matrix F has (1/N, 0), the gradient
-covariance S (the paper's Sigma_sgd) has (1/N, -1/N^2). Where a function takes `of`, it takes any of
-them: "fisher", "sgd_covariance", an M-noise, or its `noise.Exchangeable`.
+covariance S (the paper's Sigma_sgd) has (1/N, -1/N^2). Where a function takes `noise`, it takes any
+of them: an M-noise, its `noise.Exchangeable`, "fisher", or "sgd_covariance".
 
 Training needs none of this: a noisy gradient costs one backward pass (`loss`). Here are
 

@@ -1,5 +1,6 @@
 """The gradient matrix, the covariances made of it, and their exact spectrum."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -151,7 +152,7 @@ class Spectrum(NamedTuple):
     eigenvectors: Float[Array, "k D"]
 
 
-def spectrum(of: MNoise | Exchangeable | str, gradients: Any) -> Spectrum:
+def spectrum(noise: MNoise | Exchangeable | str, gradients: Any) -> Spectrum:
     """The exact spectrum of a covariance, from an N x N matrix where N < D.
 
     A covariance A^T A has the eigenvalues of the Gram matrix A A^T: no D x D matrix is formed where
@@ -159,13 +160,13 @@ def spectrum(of: MNoise | Exchangeable | str, gradients: Any) -> Spectrum:
     largest.
 
     Args:
-        of: "fisher", "sgd_covariance", an M-noise, or its `noise.Exchangeable`.
+        noise: as in `noise_covariance`.
         gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
 
     Raises:
         TypeError, ValueError: as `noise_covariance`.
     """
-    factor = root(of, flatten(gradients))
+    factor = root(noise, flatten(gradients))
     num_examples, dim = factor.shape
     through_gram = num_examples < dim
     matrix = _product(factor, factor.T) if through_gram else _product(factor.T, factor)
@@ -178,43 +179,51 @@ def spectrum(of: MNoise | Exchangeable | str, gradients: Any) -> Spectrum:
     return Spectrum(values, jnp.where(values[:, None] > floor, vectors, 0))
 
 
-def exchangeable(of: Any, num_examples: int) -> Exchangeable:
-    """The covariance of the weights that `of` stands for, checked."""
-    if isinstance(of, str):
-        _validate.one_of("noise", of, NAMED)
-        off_diagonal = 0.0 if of == "fisher" else -1 / num_examples**2
+def weight_eigenvalues(noise: Any, num_examples: int) -> tuple[float, float]:
+    """The two eigenvalues of Cov(W), checked: across the all-ones vector, and along it.
+
+    They are alpha and alpha + N beta, both at least 0.
+    """
+    moments = _moments(noise, num_examples)
+    across, along = moments.alpha, moments.alpha + num_examples * moments.beta
+    tiny = 1e-12 * num_examples * (abs(moments.diagonal) + abs(moments.off_diagonal))
+    finite = math.isfinite(across) and math.isfinite(along)
+    if not finite or (num_examples > 1 and across < -tiny) or along < -tiny:
+        raise ValueError(
+            "noise must have finite alpha >= 0 and alpha + N beta >= 0 to be a covariance of N = "
+            f"{num_examples} weights, got alpha = {moments.alpha}, beta = {moments.beta}."
+        )
+    if along < 1e-12 * across:  # centred, up to the rounding of two Python floats
+        along = 0.0
+    return max(across, 0.0), max(along, 0.0)
+
+
+def root(noise: Any, rows: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    """A with A^T A the covariance: the root of Cov(W), which has two eigenvalues, times G."""
+    across, along = weight_eigenvalues(noise, rows.shape[0])
+    mean = rows.mean(0)[None]
+    return math.sqrt(across) * (rows - mean) + math.sqrt(along) * mean
+
+
+def _moments(noise: Any, num_examples: int) -> Exchangeable:
+    """The covariance of the weights that `noise` stands for."""
+    if isinstance(noise, str):
+        _validate.one_of("noise", noise, NAMED)
+        off_diagonal = 0.0 if noise == "fisher" else -1 / num_examples**2
         return Exchangeable(1 / num_examples + off_diagonal, off_diagonal)
-    if isinstance(of, MNoise):
-        if of.num_examples != num_examples:
+    if isinstance(noise, MNoise):
+        if noise.num_examples != num_examples:
             raise ValueError(
-                f"noise is for num_examples = {of.num_examples}, but the gradients are of "
+                f"noise is for num_examples = {noise.num_examples}, but the gradients are of "
                 f"{num_examples} examples."
             )
-        of = of.covariance
-    if not isinstance(of, Exchangeable):
+        return noise.covariance
+    if not isinstance(noise, Exchangeable):
         raise TypeError(
             "noise must be a noise.MNoise, a noise.Exchangeable, 'fisher' or 'sgd_covariance', got "
-            f"{type(of).__name__}."
+            f"{type(noise).__name__}."
         )
-    along_ones = of.alpha + num_examples * of.beta
-    tiny = 1e-12 * num_examples * (abs(of.diagonal) + abs(of.off_diagonal))
-    if (num_examples > 1 and of.alpha < -tiny) or along_ones < -tiny:
-        raise ValueError(
-            f"noise must have alpha >= 0 and alpha + N beta >= 0 to be a covariance of N = "
-            f"{num_examples} weights, got alpha = {of.alpha}, beta = {of.beta}."
-        )
-    return of
-
-
-def root(of: Any, rows: Float[Array, "N D"]) -> Float[Array, "N D"]:
-    """A with A^T A the covariance: the root of Cov(W), which has two eigenvalues, times G."""
-    num_examples = rows.shape[0]
-    moments = exchangeable(of, num_examples)
-    along_ones = max(moments.alpha + num_examples * moments.beta, 0.0)
-    if along_ones < 1e-12 * moments.alpha:  # centred, up to the rounding of two Python floats
-        along_ones = 0.0
-    mean = rows.mean(0)[None]
-    return max(moments.alpha, 0.0) ** 0.5 * (rows - mean) + along_ones**0.5 * mean
+    return noise
 
 
 def _product(left: Float[Array, "i j"], right: Float[Array, "j k"]) -> Float[Array, "i k"]:

@@ -85,9 +85,10 @@ def noise_covariance_operator(
     _validate.function("loss_vector_fn", loss_vector_fn)
     _validate.floating_params(params)
     num_examples = _validate.leading_axis("data", data)
-    moments = _matrices.exchangeable(noise, num_examples)
+    across, along = _matrices.weight_eigenvalues(noise, num_examples)
     if microbatch_size is not None:
         _validate.positive_int("microbatch_size", microbatch_size)
+    params = jax.tree.map(jnp.asarray, params)
     if microbatch_size is None or microbatch_size >= num_examples:
         forward, backward = _linear_maps(loss_vector_fn, params, data)
     else:
@@ -97,10 +98,9 @@ def noise_covariance_operator(
         # In the accumulator's type: the sum of N terms below cancels if the noise is centred.
         slopes = forward(vector)
         mean = slopes.mean()
-        along_ones = moments.alpha + num_examples * moments.beta
-        return backward(moments.alpha * (slopes - mean) + along_ones * mean)
+        return backward(across * (slopes - mean) + along * mean)
 
-    structure = jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), p.dtype), params)
+    structure = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag)
     return lineax.FunctionLinearOperator(product, structure, tags)
 

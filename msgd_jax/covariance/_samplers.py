@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
-from msgd_jax import _validate
+from msgd_jax import _dtypes, _validate
 from msgd_jax.covariance import _matrices
 from msgd_jax.noise import Exchangeable, MNoise, Weights
 
@@ -55,7 +55,7 @@ def svd_sampler(matrix: Float[Array, "D D"]) -> GaussianSampler:
     Raises:
         ValueError: if `matrix` is not a square matrix of floating-point numbers.
     """
-    _check_square(matrix)
+    matrix = _square(matrix)
     vectors, values, _ = jnp.linalg.svd(matrix)
     return GaussianSampler(vectors * jnp.sqrt(values)[None])
 
@@ -69,7 +69,7 @@ def eigh_sampler(matrix: Float[Array, "D D"]) -> GaussianSampler:
     Raises:
         ValueError: if `matrix` is not a square matrix of floating-point numbers.
     """
-    _check_square(matrix)
+    matrix = _square(matrix)
     values, vectors = jnp.linalg.eigh(matrix)
     return GaussianSampler(vectors * jnp.sqrt(jnp.maximum(values, 0))[None])
 
@@ -91,7 +91,7 @@ def cholesky_sampler(
         ValueError: if `matrix` is not a square matrix of floating-point numbers, `jitter` is
             negative, or, outside of jit, the factorisation fails; under jit the factor is NaN then.
     """
-    _check_square(matrix)
+    matrix = _square(matrix)
     if jitter is None:
         jitter = 8 * float(jnp.finfo(matrix.dtype).eps)
     jitter = _validate.finite_nonnegative("jitter", jitter)
@@ -119,7 +119,7 @@ def diagonal_sampler(variances: Float[Array, " D"]) -> GaussianSampler:
             "variances must be a vector of floating-point numbers, got shape "
             f"{jnp.shape(variances)} and dtype {jnp.result_type(variances)}."
         )
-    return GaussianSampler(jnp.sqrt(jnp.maximum(jnp.asarray(variances), 0)))
+    return GaussianSampler(jnp.sqrt(jnp.maximum(_widen(variances), 0)))
 
 
 def gradient_sampler(noise: MNoise | Exchangeable | str, gradients: Any) -> GaussianSampler:
@@ -161,9 +161,18 @@ def to_additive(weights: Weights, gradients: Any) -> Float[Array, " D"]:
         The noisy gradient minus the mean gradient, [D], in the order of `flatten`.
 
     Raises:
-        ValueError: if the weights are for another number of examples.
+        TypeError: if `weights` is not a `noise.Weights`.
+        ValueError: if the weights are for another number of examples, or are several draws (use
+            `jax.vmap`).
     """
     rows = _matrices.flatten(gradients)
+    if not isinstance(weights, Weights):
+        raise TypeError(f"weights must be a noise.Weights, got {type(weights).__name__}.")
+    if weights.values.ndim != 1:
+        raise ValueError(
+            f"weights must be one draw, got weights.values of shape {weights.values.shape}; use "
+            "jax.vmap for several draws at once."
+        )
     if weights.num_examples != rows.shape[0]:
         raise ValueError(
             f"weights are for num_examples = {weights.num_examples}, but the gradients are of "
@@ -205,10 +214,17 @@ def _apply(deviations: Float[Array, " N"], rows: Float[Array, "N D"]) -> Float[A
     return jnp.matmul(deviations, rows, precision=jax.lax.Precision.HIGHEST)
 
 
-def _check_square(matrix: Any) -> None:
+def _square(matrix: Any) -> Float[Array, "D D"]:
     shape = jnp.shape(matrix)
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"matrix must be square, got shape {shape}.")
     dtype = jnp.result_type(matrix)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"matrix must be floating point, got {dtype}.")
+    return _widen(matrix)
+
+
+def _widen(values: Any) -> Float[Array, "..."]:
+    """In float32 or wider: factorisations and normals have no use for less."""
+    values = jnp.asarray(values)
+    return values.astype(_dtypes.accumulator(values.dtype))
