@@ -48,6 +48,7 @@ ROWS: dict[str, Row] = {
         ),
         smallest=2,
     ),
+    "svag": Row(lambda n, b, **kw: noise.svag(noise.sgd(n, b, **kw), refinement=3)),
 }
 
 

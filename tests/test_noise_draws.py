@@ -42,11 +42,12 @@ def test_shapes_dtypes_and_supports(name, n, fraction):
     else:
         assert weights.indices.shape == (law.support_size,)
         assert 0 <= int(weights.indices.min()) <= int(weights.indices.max()) < n
-        if name != "sgd_replace":
+        if name not in ("sgd_replace", "svag"):
             assert np.unique(weights.indices).size == law.support_size
 
 
-CENTRED = ("gd", "sgd", "sgd_replace", "cov", "estimated_cov", "sparse_cov", "sparse_cov_gaussian")
+CENTRED = ("gd", "sgd", "sgd_replace", "cov", "estimated_cov", "sparse_cov", "sparse_cov_gaussian",
+           "svag")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(ROWS))
@@ -66,6 +67,50 @@ def test_centred_noises_add_up_to_one(name, n, b):
     # Each weight is rounded to float32, and the mean in fixed point to 2^-23 sqrt(N).
     tolerance = 2.0**-22 * np.abs(weights).sum() + 2.0**-23 * np.sqrt(law.covariance.diagonal * n)
     assert abs(weights.sum() - 1) < tolerance
+
+
+@pytest.mark.parametrize(("name", "refinement"), [("sgd", 2), ("sgd_replace", 100), ("cov", 3)])
+def test_svag_is_two_draws_of_its_base(name, refinement):
+    """The weights are p W1 + q W2, of the halves of the key."""
+    base = ROWS[name].make(7, 3)
+    law = noise.svag(base, refinement)
+    weights = law.draw(jax.random.key(5))
+    first, second = (base.draw(key) for key in jax.random.split(jax.random.key(5)))
+    p, q = ((1 + sign * np.sqrt(2 * refinement - 1)) / 2 for sign in (1, -1))
+    wanted = p * np.asarray(first.dense(), np.float64) + q * np.asarray(second.dense(), np.float64)
+    np.testing.assert_allclose(weights.dense(), wanted, rtol=1e-6, atol=1e-6 * p)
+    assert weights.values.shape == (law.support_size,)
+    assert weights.values.dtype == first.values.dtype
+    if first.indices is None or second.indices is None:
+        assert weights.indices is None
+        assert law.support_size == 7
+    else:
+        np.testing.assert_array_equal(weights.indices, [*first.indices, *second.indices])
+        assert law.support_size == 2 * base.support_size
+
+
+@pytest.mark.parametrize("name", ["sgd", "cov"])
+def test_svag_of_one_step_is_its_base(name):
+    base = ROWS[name].make(7, 3)
+    law = noise.svag(base, 1)
+    assert (law.support_size, law.covariance) == (base.support_size, base.covariance)
+    first, second = (x.draw(jax.random.key(5)) for x in (law, base))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_svag_of_svag():
+    base = noise.sgd(7, 3)
+    law = noise.svag(noise.svag(base, 2), 3)
+    assert law.support_size == 4 * base.support_size
+    assert law.covariance.diagonal == pytest.approx(6 * base.covariance.diagonal, rel=1e-15)
+    assert float(law.draw(jax.random.key(5)).values.sum()) == pytest.approx(1, abs=1e-6)
+
+
+def test_svag_of_float64_weights(x64):
+    weights = noise.svag(noise.cov(7, 3, dtype=jnp.float64), 5).draw(jax.random.key(0))
+    assert weights.values.dtype == jnp.float64
+    assert abs(float(weights.values.sum()) - 1) < 1e-12
 
 
 def test_float64_weights(x64):
@@ -116,7 +161,14 @@ def test_same_draw_under_jit_and_vmap(name, n, b):
 @pytest.mark.parametrize(("n", "num_devices"), [(1000, 8), (4040, 2)])
 @pytest.mark.parametrize("name", list(ROWS))
 def test_bit_identical_on_many_devices(name, n, num_devices):
-    law = ROWS[name].make(n, 8)
+    assert_bit_identical(ROWS[name].make(n, 8), num_devices)
+
+
+def test_svag_of_dense_weights_is_bit_identical_on_many_devices():
+    assert_bit_identical(noise.svag(noise.cov(1000, 8), 3), 8)
+
+
+def assert_bit_identical(law: noise.MNoise, num_devices: int) -> None:
     one = jax.jit(law.sample)(KEY, 3)
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
     sharded = NamedSharding(mesh, PartitionSpec("data"))
@@ -163,7 +215,9 @@ def test_noise_is_a_static_argument():
 
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
-    @pytest.mark.parametrize("name", [name for name in ROWS if name not in ("gd", "rademacher")])
+    @pytest.mark.parametrize(
+        "name", [name for name in ROWS if not name.startswith(("gd", "rademacher", "svag"))]
+    )
     @pytest.mark.parametrize("batch_size", [0, -1, 8])
     def test_batch_size_out_of_range(self, name, batch_size):
         with pytest.raises(ValueError, match=f"between 1 and 7, got {batch_size}"):
@@ -203,6 +257,20 @@ class TestBadInput:
     def test_matching(self):
         with pytest.raises(ValueError, match="matching must be one of 'total', 'gaussian'"):
             noise.sparse_fisher(7, 2, support_size=4, matching="both")
+
+    def test_refinement(self):
+        for value in (0, -1):
+            with pytest.raises(ValueError, match=f"refinement must be at least 1, got {value}"):
+                noise.svag(noise.sgd(7, 2), value)
+        for value in (2.0, True, "3", None):
+            with pytest.raises(TypeError, match=f"refinement must be an integer, got {value!r}"):
+                noise.svag(noise.sgd(7, 2), value)
+
+    @pytest.mark.parametrize("base", [None, 3, "sgd", noise.sgd, noise.Exchangeable(1.0, 0.0)])
+    @pytest.mark.parametrize("refinement", [1, 3])
+    def test_base_of_svag(self, base, refinement):
+        with pytest.raises(TypeError, match=r"base must be a noise\.MNoise, got .* of type"):
+            noise.svag(base, refinement)
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
     def test_narrow_dtypes(self, dtype):

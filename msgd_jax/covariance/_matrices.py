@@ -180,22 +180,8 @@ def spectrum(noise: MNoise | Exchangeable | str, gradients: Any) -> Spectrum:
 
 
 def weight_eigenvalues(noise: Any, num_examples: int) -> tuple[float, float]:
-    """The two eigenvalues of Cov(W), checked: across the all-ones vector, and along it.
-
-    They are alpha and alpha + N beta, both at least 0.
-    """
-    moments = _moments(noise, num_examples)
-    across, along = moments.alpha, moments.alpha + num_examples * moments.beta
-    tiny = 1e-12 * num_examples * (abs(moments.diagonal) + abs(moments.off_diagonal))
-    finite = math.isfinite(across) and math.isfinite(along)
-    if not finite or (num_examples > 1 and across < -tiny) or along < -tiny:
-        raise ValueError(
-            "noise must have finite alpha >= 0 and alpha + N beta >= 0 to be a covariance of N = "
-            f"{num_examples} weights, got alpha = {moments.alpha}, beta = {moments.beta}."
-        )
-    if along < 1e-12 * across:  # centred, up to the rounding of two Python floats
-        along = 0.0
-    return max(across, 0.0), max(along, 0.0)
+    """The two eigenvalues of Cov(W), checked: across the all-ones vector, and along it."""
+    return _moments(noise, num_examples).eigenvalues(num_examples)
 
 
 def root(noise: Any, rows: Float[Array, "N D"]) -> Float[Array, "N D"]:

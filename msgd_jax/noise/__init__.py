@@ -19,6 +19,7 @@ noise                     W                                      evaluations  Co
 :func:`estimated_cov`     1/N + s (eps - mean eps) on m          N            S/b
 :func:`sparse_fisher`     (1 + s eps)/B on B examples            B            see the function
 :func:`sparse_cov`        (1 + s (eps - mean eps))/B on B        B            S/b
+:func:`svag`              p W1 + q W2, two draws of any base     2b for sgd   l times the base's
 ========================  =====================================  ===========  =====================
 
 F = G G^T / N is the empirical Fisher, S = F - grad L grad L^T the gradient covariance, and
@@ -27,6 +28,7 @@ F = G G^T / N is the empirical Fisher, S = F - grad L grad L^T the gradient cova
 
 from msgd_jax.noise._full import bernoulli, cov, fisher, gd, matching_scale, rademacher, sgd
 from msgd_jax.noise._subset import estimated_cov, estimated_fisher, sparse_cov, sparse_fisher
+from msgd_jax.noise._svag import svag
 from msgd_jax.noise._types import Exchangeable, MNoise, Weights
 
 __all__ = [
@@ -44,4 +46,5 @@ __all__ = [
     "sgd",
     "sparse_cov",
     "sparse_fisher",
+    "svag",
 ]

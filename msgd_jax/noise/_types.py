@@ -1,6 +1,7 @@
 """What an M-noise is: `MNoise`, its draws `Weights`, and its covariance `Exchangeable`."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -59,6 +60,27 @@ class Exchangeable:
     def __add__(self, other: "Exchangeable") -> "Exchangeable":
         """The covariance of a sum of uncorrelated vectors."""
         return Exchangeable(self.diagonal + other.diagonal, self.off_diagonal + other.off_diagonal)
+
+    def eigenvalues(self, num_examples: int) -> tuple[float, float]:
+        """The two eigenvalues of Cov(W): across the all-ones vector, and along it.
+
+        They are alpha and alpha + N beta.
+
+        Raises:
+            ValueError: if either is negative or not finite: then no N weights have these moments.
+        """
+        num_examples = _validate.positive_int("num_examples", num_examples)
+        across, along = self.alpha, self.alpha + num_examples * self.beta
+        tiny = 1e-12 * num_examples * (abs(self.diagonal) + abs(self.off_diagonal))
+        finite = math.isfinite(across) and math.isfinite(along)
+        if not finite or (num_examples > 1 and across < -tiny) or along < -tiny:
+            raise ValueError(
+                "noise must have finite alpha >= 0 and alpha + N beta >= 0 to be a covariance of "
+                f"N = {num_examples} weights, got alpha = {self.alpha}, beta = {self.beta}."
+            )
+        if along < 1e-12 * across:  # centred, up to the rounding of two Python floats
+            along = 0.0
+        return max(across, 0.0), max(along, 0.0)
 
     def matrix(self, num_examples: int) -> Float[np.ndarray, "N N"]:
         """The dense covariance, [N, N] in float64; meant for small N."""

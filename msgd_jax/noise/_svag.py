@@ -1,0 +1,71 @@
+"""SVAG: a noise's covariance amplified, so that the iteration approaches its SDE.
+
+Li, Malladi and Arora (2021), On the Validity of Modeling SGD with Stochastic Differential Equations
+(SDEs), arXiv:2102.12470.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from msgd_jax import _validate
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights
+
+
+def svag(base: MNoise, refinement: int) -> MNoise:
+    """SVAG (Li, Malladi and Arora 2021, Eq. 5): two draws of a noise, its covariance amplified.
+
+    W = p W1 + q W2 with W1, W2 independent draws of `base` and p, q = (1 +- sqrt(2l-1))/2, l the
+    refinement. As p + q = 1 and p^2 + q^2 = l, the mean is 1/N and the covariance l times that of
+    `base`; a centred noise stays centred, up to rounding.
+
+    Use it in plain SGD at learning rate eta/l for l times the steps: the same time, with the same
+    drift and covariance per unit of time. As l grows, the iteration approaches in law the SDE of
+    `base` at learning rate eta, d theta = -grad L dt + sqrt(eta Cov(grad(L . W1))) dB, and its weak
+    error falls like 1/l (Theorem 4.3)::
+
+      law = noise.svag(noise.sgd(N, b), refinement=l)
+      step = train.make_step(losses, optax.sgd(eta / l), law)
+      loop = train.make_loop(step, max_steps=l * num_steps)
+      state, metrics = loop(state, data, l * num_steps)
+
+    The key of a step is split in two, one for W1 and one for W2. At l = 1, p = 1 and q = 0: then
+    there is one draw only, of the unsplit key, and the weights are those of `base` bit for bit.
+
+    Args:
+        base: any M-noise; `sgd` in the paper. The weights have its dtype. If its draws list some
+          examples only, those of W are the values and indices of both draws one after the other
+          (repeats add up) and a step computes twice as many losses; if they are dense, W is too.
+        refinement: l, at least 1: how many steps one step of `base` becomes.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+    """
+    if not isinstance(base, MNoise):
+        got = type(base).__name__
+        raise TypeError(f"base must be a noise.MNoise, got {base!r} of type {got}.")
+    refinement = _validate.positive_int("refinement", refinement)
+    name = f"svag({base.name}, {refinement})"
+    if refinement == 1:
+        return dataclasses.replace(base, name=name)
+
+    n, root = base.num_examples, math.sqrt(2 * refinement - 1)
+    p, q = (1 + root) / 2, (1 - root) / 2
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        first_key, second_key = jax.random.split(key)
+        first, second = base.draw(first_key), base.draw(second_key)
+        if first.indices is None or second.indices is None:
+            return Weights(p * first.values + q * second.values, None, n)
+        values = jnp.concatenate([p * first.values, q * second.values])
+        return Weights(values, jnp.concatenate([first.indices, second.indices]), n)
+
+    indices = jax.eval_shape(lambda: base.draw(jax.random.key(0)).indices)  # computes nothing
+    support_size = base.support_size * (1 if indices is None else 2)
+    covariance = Exchangeable(
+        refinement * base.covariance.diagonal, refinement * base.covariance.off_diagonal
+    )
+    return MNoise(name, n, support_size, covariance, draw)
