@@ -59,7 +59,7 @@ def train_seeds(config: TrainConfig, dataset: data.Dataset) -> Iterator[Evaluati
         ValueError: at once, if noise or model does not allow the settings (a batch size above N,
           say); later, if the training loss leaves the finite numbers, naming step and seeds.
     """
-    init_params, losses, evaluate = _functions(config.model_name, dataset.max_value)
+    init_params, losses, evaluate = model_functions(config.model_name, dataset.max_value)
     optimizer = optax.sgd(config.learning_rate, momentum=config.momentum or None)
     train_set, test_set = jax.device_put((dataset.train, dataset.test))
     noise = ALGORITHMS[config.algorithm].make(train_set.label.shape[0], config.noise)
@@ -99,7 +99,7 @@ def train_seeds(config: TrainConfig, dataset: data.Dataset) -> Iterator[Evaluati
     return evaluations()
 
 
-class _Functions(NamedTuple):
+class ModelFunctions(NamedTuple):
     """What is the same for every algorithm: initial parameters of a vector of keys, the loss
     vector function, and the evaluation of every seed: mean loss and accuracy.
     """
@@ -110,7 +110,8 @@ class _Functions(NamedTuple):
 
 
 @functools.cache  # so that several runs in one process compile these once
-def _functions(model_name: str, max_value: int) -> _Functions:
+def model_functions(model_name: str, max_value: int) -> ModelFunctions:
+    """The functions of a net that takes images with pixels from 0 to `max_value`."""
     model = models.functional(models.MODELS[model_name])
 
     def logits(params: Any, images: Any) -> Float[Array, "batch classes"]:
@@ -142,7 +143,7 @@ def _functions(model_name: str, max_value: int) -> _Functions:
 
         return jax.tree.map(lambda x: x.sum(0) / size, jax.lax.map(one_batch, batches))
 
-    return _Functions(jax.jit(jax.vmap(model.init)), losses, evaluate)
+    return ModelFunctions(jax.jit(jax.vmap(model.init)), losses, evaluate)
 
 
 def _check_finite(train_loss: Array, step: int, first_seed: int) -> None:

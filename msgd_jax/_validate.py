@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def positive_int(name: str, value: Any, maximum: int | None = None, minimum: int = 1) -> int:
@@ -26,6 +27,19 @@ def finite_nonnegative(name: str, value: Any) -> float:
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be finite and at least 0, got {value}.")
     return float(value)
+
+
+def positive_scalar(name: str, value: Any) -> None:
+    """Raises unless `value` is a finite real scalar above 0 (a traced one is taken on trust)."""
+    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+    kind = jnp.result_type(value)
+    if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
+        raise TypeError(f"{name} must be a real number, got {value!r} of type {kind}.")
+    if jnp.shape(value) != ():
+        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}; use jax.vmap.")
+    if not isinstance(value, Tracer) and not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} must be finite and above 0, got {value}.")
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:

@@ -34,6 +34,13 @@ def x64():
 
 
 @pytest.fixture
+def unchecked_key_reuse():
+    """For other libraries that trip the checker."""
+    with jax.debug_key_reuse(False):
+        yield
+
+
+@pytest.fixture
 def user_errors():
     """Users do not run the annotations' checks: what they see is the library's own errors."""
     jaxtyping.config.update("jaxtyping_disable", True)

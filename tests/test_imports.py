@@ -9,7 +9,7 @@ import pytest
 
 import msgd_jax
 
-MODULES = ["covariance", "loss", "noise", "train", "transform"]
+MODULES = ["covariance", "loss", "noise", "sde", "train", "transform"]
 # Everything else (flax, tensorflow_datasets, matplotlib, ...) belongs to the extras.
 FORBIDDEN = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "tyro",
              "tqdm", "diffrax", "equinox", "lineax", "psutil", "torch", "experiments", "benchmarks",
@@ -27,11 +27,11 @@ def test_each_module_alone_pulls_in_the_core_only(module):
 def test_arrows_point_down(lower):
     """`noise` and `loss` know nothing of what stands on them: the sources import nothing above."""
     module = importlib.import_module(f"msgd_jax.{lower}")
-    top = ("covariance", "transform", "train")
+    top = ("covariance", "sde", "transform", "train")
     above = {"loss": top, "noise": ("loss", *top)}[lower]
     files = [module] if lower == "loss" else [
         importlib.import_module(f"msgd_jax.noise.{name}")
-        for name in ("_types", "_pieces", "_full", "_subset")
+        for name in ("_types", "_pieces", "_full", "_subset", "_svag")
     ]  # fmt: skip
     for file in files:
         source = inspect.getsource(file)
