@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments import data, figures, runs
+from experiments import data, figures, runs, sde
 from experiments.algorithms import ALGORITHMS
-from experiments.config import DemoConfig, TrainConfig
+from experiments.config import DemoConfig, SDEConfig, TrainConfig
 from experiments.training import Evaluation, train_seeds
 
 
-def run(config: DemoConfig | TrainConfig) -> pathlib.Path:
+def run(config: DemoConfig | SDEConfig | TrainConfig) -> pathlib.Path:
     """Runs a command; returns the folder with its results."""
     if isinstance(config, DemoConfig):
         return demo(config)
+    if isinstance(config, SDEConfig):
+        return sde.run(config)
     return train(config)
 
 

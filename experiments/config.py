@@ -21,6 +21,7 @@ AlgorithmName = Literal[
 ]
 DatasetName = Literal["digits", "fashion_mnist"]
 ModelName = Literal["digits_net", "lenet"]
+SDEPart = Literal["strong", "weak", "paths", "network"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,63 @@ class TrainConfig:
     def model_name(self) -> ModelName:
         """The net asked for, or the one that fits the images."""
         return self.model or ("digits_net" if self.dataset == "digits" else "lenet")
+
+
+@dataclasses.dataclass(frozen=True)
+class SDEConfig:
+    """Measures how close iterations are to their SDE, and draws it.
+
+    Strong and weak orders against the learning rate, paths on a loss of two parameters, and the
+    distance between M-SGD-Fisher and the SDE on the LeNet-like net and FashionMNIST. Prints tables,
+    and writes pictures and summary.json.
+
+    Attributes:
+        parts: what to measure: the strong orders, the weak orders, the paths on the loss of two
+            parameters, the net (which needs FashionMNIST).
+        strong_paths: paths of each strong order.
+        weak_paths: paths of each weak order and each side.
+        learning_rate: eta of the net, the largest.
+        halvings: how often it is halved.
+        network_paths: Brownian paths of the net, from the same initial weights.
+        iterations: of the net at the largest learning rate; smaller ones go on for the same time.
+        batch_size: b of M-SGD-Fisher on the net.
+        substeps: of the net's SDE in one iteration, a power of two.
+        points: how often distances are measured on the way.
+        microbatch_size: examples of the net in one pass; None for all at once.
+        seed: of all keys.
+        data_dir: where data sets are looked for, and downloaded to.
+        out: the folder of the results, which must be new; None for runs/sde-DATE-TIME.
+    """
+
+    parts: tuple[SDEPart, ...] = ("strong", "weak", "paths", "network")
+    strong_paths: int = 256
+    weak_paths: int = 256_000
+    learning_rate: float = 0.1
+    halvings: int = 2
+    network_paths: int = 3
+    iterations: int = 80
+    batch_size: int = 50
+    substeps: int = 4
+    points: int = 20
+    microbatch_size: int | None = 100
+    seed: int = 0
+    data_dir: pathlib.Path | None = None
+    out: pathlib.Path | None = None
+
+    def __post_init__(self):
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise ValueError(f"parts must name one or more, each once, got {self.parts}.")
+        for name in ("strong_paths", "weak_paths"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
+        for name in ("iterations", "points", "network_paths"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("halvings", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate must be finite and above 0, got {self.learning_rate}.")
 
 
 @dataclasses.dataclass(frozen=True)

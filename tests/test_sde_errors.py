@@ -20,8 +20,13 @@ LOGISTIC = logistic(N)
 
 
 @functools.cache
+def resting():
+    return at_minimum(LOGISTIC)
+
+
+@functools.cache
 def strong(law, iterate=None, *, at_rest=False, order=1, paths=256):
-    problem = at_minimum(LOGISTIC) if at_rest else LOGISTIC
+    problem = resting() if at_rest else LOGISTIC
     return sde.strong_error(
         *problem, law, learning_rates=RATES, horizon=2.0, num_paths=paths,
         key=jax.random.key(0), iterate=iterate, order=order,
@@ -130,7 +135,7 @@ def test_passes_of_few_paths_change_nothing():
 
 def weak(law, iterate, *, order=2, rates=(0.8, 0.4, 0.2), paths=8_000, **options):
     return sde.weak_error(
-        *LOGISTIC, law, learning_rates=rates, horizon=1.6, num_paths=paths,
+        *resting(), law, learning_rates=rates, horizon=1.6, num_paths=paths,
         key=jax.random.key(0), iterate=iterate, order=order, **options,
     )  # fmt: skip
 

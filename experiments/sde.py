@@ -1,0 +1,388 @@
+"""The SDE side by side with its discretisations: strong and weak orders, paths, a real net.
+
+Every part returns plain numbers; `sde_figures` draws them, and `run` writes both to a folder.
+"""
+
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from experiments import data, runs, sde_figures, training, weak_order
+from experiments.config import SDEConfig
+from experiments.sde_problems import Problem, at_minimum, logistic, two_wells
+from msgd_jax import loss, noise, sde, train
+
+RATES = (0.1, 0.05, 0.025, 0.0125)
+HORIZON = 2.0
+WEAK_RATES = (0.4, 0.2, 0.1)
+DRAWN = 4  # paths of each process on the plane
+
+
+class StrongCase(NamedTuple):
+    """One line of the strong-order figure.
+
+    Attributes:
+        label: what iterates.
+        expected: the order that theory gives.
+        law: whose covariance the SDE has.
+        iterate: the weights of the iteration, as in `sde.strong_error`.
+        order: of the SDE.
+        at_minimum: whether paths start where the loss is smallest.
+    """
+
+    label: str
+    expected: float
+    law: noise.MNoise
+    iterate: Any = None
+    order: int = 1
+    at_minimum: bool = False
+
+
+def strong_cases(num_examples: int) -> list[StrongCase]:
+    """The couplings that give order 1 or 3/2, and those that give none."""
+    n = num_examples
+    cov, fisher = noise.cov(n, n), noise.fisher(n, n)
+    coupled = sde.coupling(cov, n)
+    return [
+        StrongCase("M-SGD-Cov, b = N", 1, cov),
+        StrongCase("M-SGD-Fisher, b = N", 1, fisher),
+        StrongCase("M-SGD-Cov, b = N/8", 1, noise.cov(n, n // 8)),
+        StrongCase("GD, no noise on either side", 1, noise.gd(n)),
+        StrongCase("M-SGD-Cov, b = N, from the minimum", 1.5, cov, at_minimum=True),
+        StrongCase("M-SGD-Cov, b = N, modified drift", 1.5, cov, order=2),
+        StrongCase("M-SGD-Cov, b = N/8, modified drift", 1.5, noise.cov(n, n // 8), order=2),
+        StrongCase("mini-batches, own sampling", 0.5, cov, noise.sgd(n, n, replace=True)),
+        StrongCase("Gaussian noise, own draws", 0.5, cov, cov),
+        StrongCase("no noise in the iteration", 0.5, cov, noise.gd(n)),
+        StrongCase("sign of Eq. 71", 0.5, cov, lambda dW: coupled(-dW)),
+        StrongCase("SDE of Fisher, iteration of Cov", 0.5, fisher, coupled),
+    ]
+
+
+def strong(config: SDEConfig) -> Iterator[dict[str, Any]]:
+    """The strong order of every case, and the constant a of rms^2 = a^2 eta^2 + c eta^3."""
+    problem = logistic()
+    cases = strong_cases(problem.num_examples)
+    for case in tqdm(cases, desc="strong order", unit="case", dynamic_ncols=True):
+        sweep = sde.strong_error(
+            *(at_minimum(problem) if case.at_minimum else problem), case.law,
+            learning_rates=RATES, horizon=HORIZON, num_paths=config.strong_paths,
+            key=jax.random.key(config.seed), iterate=case.iterate, order=case.order,
+        )  # fmt: skip
+        row = {"label": case.label, "expected": case.expected, **_record(sweep)}
+        if case.expected == 1:
+            model = sweep.error_model
+            row |= {"deterministic": model.deterministic._asdict(), "noise": model.noise._asdict()}
+        yield row
+
+
+class WeakCase(NamedTuple):
+    """One line of the sampled weak orders: the iteration is SGD's, the SDE has another law."""
+
+    label: str
+    expected: float
+    law: noise.MNoise
+    order: int
+
+
+def weak(config: SDEConfig) -> Iterator[dict[str, Any]]:
+    """The weak order of SGD with b = 4 against its SDE, sampled with the control variate; g = L.
+
+    From the minimum: there the second order is seen at learning rates that sampling can resolve.
+    """
+    problem = at_minimum(logistic())
+    sgd = noise.sgd(problem.num_examples, 4, replace=True)
+    still = noise.gd(problem.num_examples)
+    cases = [
+        WeakCase("SGD, SDE (12)", 1, sgd, 1),
+        WeakCase("SGD, noise-free flow", 1, still, 1),
+        WeakCase("SGD, modified SDE", 2, sgd, 2),
+        WeakCase("SGD, modified flow without noise", 1, still, 2),
+    ]
+    for case in tqdm(cases, desc="weak order, sampled", unit="case", dynamic_ncols=True):
+        sweep = sde.weak_error(
+            *problem, case.law, learning_rates=WEAK_RATES, horizon=1.6,
+            num_paths=config.weak_paths, key=jax.random.key(config.seed), iterate=sgd,
+            order=case.order, paths_per_pass=16_000,
+        )  # fmt: skip
+        group = "sampled: logistic regression, g = L"
+        yield {"group": group, "label": case.label, "expected": case.expected, **_record(sweep)}
+
+
+class Paths(NamedTuple):
+    """Paths on the two-dimensional loss, from the same start.
+
+    Attributes:
+        times: [saved].
+        points: of every process by name, [drawn, saved, 2].
+        distances: to the SDE at the same time, median over paths, by name, [saved].
+        learning_rate: eta.
+    """
+
+    times: np.ndarray
+    points: dict[str, np.ndarray]
+    distances: dict[str, np.ndarray]
+    learning_rate: float
+
+
+def paths(config: SDEConfig, learning_rate: float, horizon: float = 12.0, many: int = 64) -> Paths:
+    """SGD, M-SGD-Gaussian and SDE; the last two share the Brownian path, SGD samples by itself."""
+    problem = two_wells()
+    n, b = problem.num_examples, 1
+    law, sgd = noise.cov(n, b), noise.sgd(n, b, replace=True)
+    num_steps = round(horizon / learning_rate)
+    options = {"learning_rate": learning_rate, "num_steps": num_steps}
+
+    def euler(key: Any, substeps: int) -> Any:
+        return sde.euler_maruyama(
+            *problem, law, key=key, substeps=substeps, save_at=range(num_steps + 1), **options
+        ).params
+
+    @jax.jit
+    @jax.vmap
+    def every(key: Any) -> dict[str, Any]:
+        path_key, own_key = jax.random.split(key)
+        return {
+            "SDE": euler(path_key, 32),
+            "M-SGD-Gaussian": euler(path_key, 1),
+            "SGD": _iterate(problem, sgd, learning_rate, num_steps, own_key),
+        }
+
+    points = jax.device_get(every(jax.random.split(jax.random.key(config.seed), many)))
+    distances = {
+        name: np.median(np.linalg.norm(points[name] - points["SDE"], axis=-1), axis=0)
+        for name in ("M-SGD-Gaussian", "SGD")
+    }
+    times = learning_rate * np.arange(num_steps + 1)
+    return Paths(times, {k: v[:DRAWN] for k, v in points.items()}, distances, learning_rate)
+
+
+def _iterate(
+    problem: Problem, law: noise.MNoise, learning_rate: float, num_steps: int, key: Any
+) -> Any:
+    """Every point of theta - eta grad(L . W), the start included."""
+    value_and_grad = loss.weighted_value_and_grad(problem.loss_vector_fn)
+
+    def step(params: Any, t: Any) -> tuple[Any, Any]:
+        _, gradient = value_and_grad(params, problem.data, law.sample(key, t))
+        moved = jax.tree.map(lambda p, g: p - learning_rate * g, params, gradient)
+        return moved, moved
+
+    _, points = jax.lax.scan(step, problem.params, jnp.arange(num_steps))
+    return jnp.concatenate([problem.params[None], points])
+
+
+class NetworkRun(NamedTuple):
+    """How far iterations of one learning rate are from the SDE, on a network.
+
+    Attributes:
+        learning_rate: eta.
+        times: [saved], from 0.
+        displacement: of the SDE from its start, root mean square over paths, [saved].
+        distances: of every iteration to the SDE at the same time, likewise, by name, [saved].
+    """
+
+    learning_rate: float
+    times: np.ndarray
+    displacement: np.ndarray
+    distances: dict[str, np.ndarray]
+
+
+SHARED, OWN, STILL = "M-SGD-Fisher", "M-SGD-Fisher, own draws", "GD"
+
+
+def network(config: SDEConfig, dataset: data.Dataset) -> Iterator[NetworkRun]:
+    """M-SGD-Fisher trained as ever, and the SDE with its key, for eta, eta/2, eta/4, ...
+
+    At the first learning rate beside them: M-SGD-Fisher with another key, and GD. All paths start
+    at the same initial weights.
+    """
+    init_params, losses, _ = training.model_functions("lenet", dataset.max_value)
+    start_key, *keys = jax.random.split(jax.random.key(config.seed), 1 + config.network_paths)
+    params = jax.tree.map(lambda leaf: leaf[0], init_params(start_key[None]))
+    train_set = jax.device_put(dataset.train)
+    fisher = noise.fisher(len(dataset.train.label), config.batch_size)
+    rates = [config.learning_rate / 2**i for i in range(config.halvings + 1)]
+    passes = (config.substeps + 1) * (2 ** len(rates) - 1) + 2
+    total = config.iterations * passes * len(keys)
+    with tqdm(total=total, desc="network", unit="pass", dynamic_ncols=True) as progress:
+        for rate in rates:
+            walk = functools.partial(
+                sde.euler_maruyama, losses, data=train_set, noise=fisher, learning_rate=rate,
+                substeps=config.substeps, microbatch_size=config.microbatch_size,
+            )  # fmt: skip
+            ends = round(config.learning_rate / rate) * _iterations_at(config)
+            laws = {SHARED: fisher}
+            if rate == config.learning_rate:
+                laws |= {OWN: fisher, STILL: noise.gd(fisher.num_examples)}
+            trainers = {
+                name: _trainer(losses, law, rate, config.microbatch_size, ends, train_set)
+                for name, law in laws.items()
+            }
+            squares = [_squares(walk, trainers, params, key, ends, progress) for key in keys]
+            displacement, distances = jax.tree.map(
+                lambda *paths: np.sqrt(np.mean(paths, 0)), *squares
+            )
+            yield NetworkRun(rate, rate * ends, displacement, distances)
+
+
+class _Trainer(NamedTuple):
+    """Training with one noise: the state at the start, and so many steps more."""
+
+    start: Callable[[Any, Any], train.TrainState]
+    advance: Callable[[train.TrainState, int], train.TrainState]
+
+
+def _trainer(
+    losses: loss.LossVectorFn,
+    law: noise.MNoise,
+    learning_rate: float,
+    microbatch_size: int | None,
+    ends: np.ndarray,
+    train_set: Any,
+) -> _Trainer:
+    optimizer = optax.sgd(learning_rate)
+    step = train.make_step(losses, optimizer, law, microbatch_size=microbatch_size)
+    loop = train.make_loop(step, max_steps=int(np.diff(ends).max()))
+    return _Trainer(
+        lambda params, key: train.init(params, optimizer, key),
+        lambda state, steps: loop(state, train_set, steps)[0],
+    )
+
+
+def _iterations_at(config: SDEConfig) -> np.ndarray:
+    """The iterations, at the largest learning rate, at which distances are measured; from 0."""
+    return np.unique(np.linspace(0, config.iterations, config.points + 1).astype(int))
+
+
+def _squares(
+    walk: Any, trainers: dict[str, _Trainer], params: Any, key: Any, ends: np.ndarray, progress: Any
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Of one path: squared displacement of the SDE and squared distances to it, at `ends`."""
+    own_key = jax.random.fold_in(key, 0)
+    states = {
+        name: trainer.start(params, own_key if name == OWN else key)
+        for name, trainer in trainers.items()
+    }
+    position, displacement = params, [0.0]
+    distances = {name: [0.0] for name in trainers}
+    for before, after in itertools.pairwise(ends.tolist()):
+        path = walk(params=position, key=key, first_step=before, num_steps=after)
+        if path.diverged_at >= 0:
+            raise ValueError(
+                f"The SDE left the finite numbers in iteration {path.diverged_at} of {ends[-1]}: "
+                "choose a smaller learning rate."
+            )
+        position = path.last_params
+        displacement.append(_square_distance(position, params))
+        progress.update(walk.keywords["substeps"] * (after - before))
+        for name, trainer in trainers.items():
+            states[name] = trainer.advance(states[name], after - before)
+            distances[name].append(_square_distance(states[name].params, position))
+            progress.update(after - before)
+    return np.array(displacement), {name: np.array(values) for name, values in distances.items()}
+
+
+def _square_distance(first: Any, second: Any) -> float:
+    return float(optax.tree.norm(jax.tree.map(jnp.subtract, first, second), squared=True))
+
+
+def run(config: SDEConfig) -> pathlib.Path:
+    """The parts asked for; each prints its table and writes its picture when it is done."""
+    steps: dict[str, Callable[[pathlib.Path], Any]] = {
+        "strong": functools.partial(_strong_part, config),
+        "weak": functools.partial(_weak_part, config),
+        "paths": functools.partial(_paths_part, config),
+    }
+    if "network" in config.parts:  # loaded first: it is known at once whether the images are there
+        dataset = data.load("fashion_mnist", data_dir=config.data_dir)
+        steps["network"] = functools.partial(_network_part, config, dataset)
+    folder = runs.RunFolder(config.out or runs.default_folder("sde"), config)
+    results = {}
+    for part in config.parts:
+        results[part] = steps[part](folder.path)
+        folder.finish(results)
+    print(f"\nThe pictures and summary.json are in {folder.path}.")
+    return folder.path
+
+
+def _strong_part(config: SDEConfig, folder: pathlib.Path) -> Any:
+    rows = list(strong(config))
+    print("\n" + strong_table(rows))
+    sde_figures.plot_strong(rows, folder / "strong_order.png")
+    return rows
+
+
+def _weak_part(config: SDEConfig, folder: pathlib.Path) -> Any:
+    rows = [*weak_order.table(), *weak(config)]
+    print("\n" + weak_table(rows))
+    sde_figures.plot_weak(rows, folder / "weak_order.png")
+    return rows
+
+
+def _paths_part(config: SDEConfig, folder: pathlib.Path) -> Any:
+    plane = [paths(config, rate) for rate in (0.2, 0.05)]
+    sde_figures.plot_paths(two_wells(), plane, folder / "paths.png")
+    return [_as_json(part) for part in plane]
+
+
+def _network_part(config: SDEConfig, dataset: data.Dataset, folder: pathlib.Path) -> Any:
+    networks = list(network(config, dataset))
+    print("\n" + network_table(networks))
+    sde_figures.plot_network(networks, config, folder / "network.png")
+    return [_as_json(part) for part in networks]
+
+
+def strong_table(rows: list[dict[str, Any]]) -> str:
+    """One line a case: order with its standard error, what theory gives, and a."""
+    lines = [f"{'path-wise (strong) order':<38}{'expected':>9}{'measured':>18}{'a':>20}"]
+    lines.append("-" * len(lines[0]))
+    for row in rows:
+        a = row.get("deterministic")
+        constant = sde.Estimate(**a) if a else ""
+        order = sde.Estimate(**row["order"])
+        lines.append(f"{row['label']:<38}{row['expected']:>9g}{order!s:>18}{constant!s:>20}")
+    return "\n".join(lines)
+
+
+def weak_table(rows: list[dict[str, Any]]) -> str:
+    """One line a case; exact rows have no standard error."""
+    lines = [f"{'order in expectation (weak)':<62}{'expected':>9}{'measured':>18}"]
+    lines.append("-" * len(lines[0]))
+    for row in rows:
+        order = row["order"]
+        shown = str(sde.Estimate(**order)) if isinstance(order, dict) else f"{order:.3f}"
+        lines.append(f"{row['label']:<62}{row['expected']:>9g}{shown:>18}")
+    return "\n".join(lines)
+
+
+def network_table(networks: list[NetworkRun]) -> str:
+    """One line for each iteration: its distance to the SDE at the end, relative to the way gone."""
+    lines = [f"{'LeNet on FashionMNIST':<28}{'eta':>9}{'distance at the end':>21}{'relative':>10}"]
+    lines.append("-" * len(lines[0]))
+    for part in networks:
+        for name, values in part.distances.items():
+            relative = values[-1] / part.displacement[-1]
+            lines.append(f"{name:<28}{part.learning_rate:>9g}{values[-1]:>21.4g}{relative:>10.2%}")
+    return "\n".join(lines)
+
+
+def _record(sweep: sde.ErrorSweep) -> dict[str, Any]:
+    return {
+        "learning_rates": sweep.learning_rates.tolist(),
+        "errors": sweep.errors.tolist(),
+        "standard_errors": sweep.standard_errors.tolist(),
+        "order": sweep.order._asdict(),
+    }
+
+
+def _as_json(part: Any) -> dict[str, Any]:
+    return jax.tree.map(lambda x: x.tolist() if isinstance(x, np.ndarray) else x, part._asdict())
