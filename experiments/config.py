@@ -97,7 +97,7 @@ class SDEConfig:
         parts: what to measure: the strong orders, the weak orders, the paths on the loss of two
             parameters, the net (which needs FashionMNIST).
         strong_paths: paths of each strong order.
-        weak_paths: paths of each weak order and each side.
+        weak_paths: paths of each weak order 1 and each side; 4 times as many of each order 2.
         learning_rate: eta of the net, the largest.
         halvings: how often it is halved.
         network_paths: Brownian paths of the net, from the same initial weights.
@@ -113,7 +113,7 @@ class SDEConfig:
 
     parts: tuple[SDEPart, ...] = ("strong", "weak", "paths", "network")
     strong_paths: int = 256
-    weak_paths: int = 256_000
+    weak_paths: int = 64_000
     learning_rate: float = 0.1
     halvings: int = 2
     network_paths: int = 3

@@ -61,8 +61,11 @@ class ErrorSweep:
     def order(self) -> Estimate:
         """The slope of log |error| against log eta, weighted by the standard errors.
 
-        Its own standard error is what sampling leaves; a curve through the points is not in it, see
-        `order_fit`. NaN if fewer than two learning rates.
+        Its own standard error is what sampling leaves; a curve through the points is not in it: see
+        `order_fit.chi_square`.
+
+        Raises:
+            ValueError: if there are fewer than two learning rates, or an error is 0.
         """
         return self.order_fit.slope
 
@@ -70,8 +73,9 @@ class ErrorSweep:
     def order_fit(self) -> Fit:
         """The line through log |error| against log eta."""
         size = np.abs(self.errors)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return fit_line(np.log(self.learning_rates), np.log(size), self.standard_errors / size)
+        if not (size > 0).all():
+            raise ValueError(f"errors must not be 0 to have an order, got {self.errors}.")
+        return fit_line(np.log(self.learning_rates), np.log(size), self.standard_errors / size)
 
     @property
     def error_model(self) -> "ErrorModel":

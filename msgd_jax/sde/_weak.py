@@ -45,7 +45,8 @@ def weak_error(
     Both sides are sampled, with independent paths. The control variate is the linear response y of
     the path to its noise along the noise-free path, for which E y = 0 exactly: grad g . y is
     subtracted from g. It lowers the standard error from O(sqrt(eta)) to O(eta), at the price of a
-    Hessian-vector product and a gradient in each step.
+    Hessian-vector product and a gradient in each step; where grad g = 0, as at a minimum of L for
+    g = L, it does nothing.
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
