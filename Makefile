@@ -4,11 +4,12 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest benchmark lint format clean help
+.PHONY: demo test test-slow test-oldest benchmark lint format clean help
 
 help:
 	@echo "make demo         train on real images, print a table, draw curves.png (under 3 minutes)"
 	@echo "make test         lint, types and the test suite (under 12 minutes)"
+	@echo "make test-slow    the tests that take long: every benchmark, more orders of the SDE"
 	@echo "make test-oldest  the tests with the oldest versions allowed"
 	@echo "make benchmark    all benchmarks on this machine (under 20 minutes; installs PyTorch)"
 	@echo "make lint         ruff and pyright alone"
@@ -18,12 +19,16 @@ demo: $(VENV)/.experiments
 	$(BIN)/python -m experiments demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# Whatever takes long and is tested more quickly, if less broadly, above.
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # The same tests with the oldest versions that pyproject.toml allows, in an environment of its own.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.test
-	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 benchmark: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks

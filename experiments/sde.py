@@ -359,13 +359,17 @@ def strong_table(rows: list[dict[str, Any]]) -> str:
 
 
 def weak_table(rows: list[dict[str, Any]]) -> str:
-    """One line a case; exact rows have no standard error."""
+    """One line a case, under the name of its group; exact rows have no standard error."""
     lines = [f"{'order in expectation (weak)':<62}{'expected':>9}{'measured':>18}"]
     lines.append("-" * len(lines[0]))
+    group = None
     for row in rows:
+        if row["group"] != group:
+            group = row["group"]
+            lines.append(f"{group}:")
         order = row["order"]
         shown = str(sde.Estimate(**order)) if isinstance(order, dict) else f"{order:.3f}"
-        lines.append(f"{row['label']:<62}{row['expected']:>9g}{shown:>18}")
+        lines.append(f"  {row['label']:<60}{row['expected']:>9g}{shown:>18}")
     return "\n".join(lines)
 
 

@@ -249,9 +249,7 @@ def _regression_rows() -> list[dict[str, Any]]:
         row("SGD, noise-free flow", 1, replacing, STILL, 1),
         row("SGD, modified SDE", 2, replacing, replacing, 2),
         row("SGD, modified flow without noise", 1, replacing, STILL, 2),
-        row(
-            "SGD without replacement, modified SDE with its (N-b)/(N-1) S/b", 2, without, without, 2
-        ),
+        row("SGD without replacement, modified SDE with its own noise", 2, without, without, 2),
         row("SGD without replacement, modified SDE with S/b", 1, without, replacing, 2),
     ]
 
@@ -304,5 +302,5 @@ def _svag_rows() -> list[dict[str, Any]]:
         return float(np.abs(end @ problem.harmonics() - goal).max())
 
     shares = [1 / refinement for refinement in (4, 8, 16, 32, 64)]
-    group = "exact: SVAG, $\\eta$ = 0.5, six test functions"
+    group = "exact: SVAG at learning rate 0.5, six test functions"
     return [_row(group, "SVAG of SGD, SDE (12)", 1, error, shares, "1 / refinement")]

@@ -122,6 +122,7 @@ def test_float64_weights(x64):
     assert single.values.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_small_bernoulli_probabilities_are_exact():
     """At b/N = 2e-8 a 23-bit uniform chooses six times too many.
 

@@ -17,6 +17,8 @@ def test_the_examples_run_and_learn():
     assert float(final) < 0.7 * np.log(2)  # it starts at ln 2
     assert names["values"].shape == (100,)
     assert names["gradients"].shape == (100, 20)
+    distance = np.linalg.norm(names["fine"].last_params - names["msgd"].last_params)
+    assert 0 < distance < 0.05 * np.linalg.norm(names["fine"].last_params - names["params"])
 
 
 def test_every_noise_is_in_the_table():

@@ -92,9 +92,9 @@ class TestBrownianIncrements:
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
     def test_coarse_increments_are_sums_of_fine_ones_to_the_last_bit(self, x64, dtype):
         draw = functools.partial(sde.brownian_increments, jax.random.key(1), 3, 1000, dtype=dtype)
-        finest = np.asarray(draw(substeps=64))
+        finest = np.asarray(draw(substeps=16))
         assert finest.dtype == dtype
-        for substeps in (1, 8, 32):
+        for substeps in (1, 8):
             sums = finest.reshape(substeps, -1, 1000).sum(1, dtype=dtype)
             np.testing.assert_array_equal(draw(substeps=substeps), sums)
             backwards = finest.reshape(substeps, -1, 1000)[:, ::-1].sum(1, dtype=dtype)

@@ -73,6 +73,7 @@ def ends(solver, interpretation):
     return jax.jit(jax.vmap(one, in_axes=(0, None)))
 
 
+@pytest.mark.slow
 def test_stratonovich_solvers_find_the_same_solution():
     """Root mean square over 16 paths: Heun with the corrected drift ends where Euler does.
 

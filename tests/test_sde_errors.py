@@ -25,11 +25,11 @@ def resting():
 
 
 @functools.cache
-def strong(law, iterate=None, *, at_rest=False, order=1, paths=256):
+def strong(law, iterate=None, *, at_rest=False, order=1, paths=256, substeps=8):
     problem = resting() if at_rest else LOGISTIC
     return sde.strong_error(
         *problem, law, learning_rates=RATES, horizon=2.0, num_paths=paths,
-        key=jax.random.key(0), iterate=iterate, order=order,
+        key=jax.random.key(0), iterate=iterate, order=order, substeps=substeps,
     )  # fmt: skip
 
 
@@ -63,6 +63,7 @@ def test_order_one_and_its_constant(law):
     np.testing.assert_array_equal(sweep.learning_rates, RATES)
 
 
+@pytest.mark.slow
 def test_the_constant_is_that_of_gradient_descent_at_every_noise():
     """In the model, a does not depend on b; c grows as b falls."""
     large, small = (strong(noise.cov(N, b), paths=512).error_model for b in (32, 4))
@@ -93,9 +94,9 @@ def test_the_modified_drift_turns_order_one_into_three_halves(b):
     "iterate",
     [
         pytest.param(lambda dW: COUPLED(-dW), id="the sign of Eq. 71"),
-        pytest.param(COV, id="independent Gaussian noise"),
+        pytest.param(COV, id="independent Gaussian noise", marks=pytest.mark.slow),
         pytest.param(noise.sgd(N, B, replace=True), id="mini-batches"),
-        pytest.param(noise.gd(N), id="no noise"),
+        pytest.param(noise.gd(N), id="no noise", marks=pytest.mark.slow),
     ],
 )
 def test_without_the_shared_path_there_is_no_order_one(iterate):
@@ -103,12 +104,13 @@ def test_without_the_shared_path_there_is_no_order_one(iterate):
 
     z < 4 around 0.5, and far from 1: the standard error is about 0.015.
     """
-    sweep = strong(COV, iterate)
+    sweep = strong(COV, iterate, substeps=2)
     assert abs(sweep.order.value - 0.5) < 4 * sweep.order.standard_error + 0.01
     assert sweep.order.standard_error < 0.03
     assert (sweep.errors > 5 * strong(COV).errors).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "iterate", "highest"),
     [
@@ -118,7 +120,7 @@ def test_without_the_shared_path_there_is_no_order_one(iterate):
     ],
 )
 def test_near_misses_of_the_coupling_lose_the_order(law, iterate, highest):
-    sweep = strong(law, iterate)
+    sweep = strong(law, iterate, substeps=2)
     assert sweep.order.interval[1] < highest
 
 
@@ -167,6 +169,7 @@ class TestWeakError:
         wrong = weak(noise.gd(N), self.sgd).order
         assert wrong.interval[1] < 1.4
 
+    @pytest.mark.slow
     def test_order_one_has_no_power(self):
         """The noise-free flow is of weak order 1 as well, so that passing proves nothing."""
         for law in (self.sgd, noise.gd(N)):

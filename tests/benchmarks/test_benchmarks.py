@@ -109,6 +109,7 @@ def test_peak_memory_of_a_child_does_not_start_from_its_parents():
     assert 2**20 < child < memory.peak_bytes() - here.nbytes // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", everything.NAMES)
 def test_each_benchmark_writes_its_table_and_picture(name, tmp_path, capsys):
     if name == "against_torch":

@@ -24,7 +24,7 @@ def test_orders_and_pictures(tmp_path, capsys, monkeypatch):
     from matplotlib import image
 
     cases = sde_experiment.strong_cases(32)
-    monkeypatch.setattr(sde_experiment, "strong_cases", lambda n: [cases[0], cases[7]])
+    monkeypatch.setattr(sde_experiment, "strong_cases", lambda n: [cases[0]])
     exact = weak_order.table()[:6]
     monkeypatch.setattr(sde_experiment, "weak", lambda config: iter(exact[:1]))
     monkeypatch.setattr(weak_order, "table", lambda: exact)
@@ -32,9 +32,8 @@ def test_orders_and_pictures(tmp_path, capsys, monkeypatch):
     main(["sde", "--parts", "strong", "weak", "--strong-paths", "32", "--out", str(out)])
     results, printed = read(out / "summary.json"), capsys.readouterr().out
     assert set(results) == {"strong", "weak"}
-    coupled, sampled = results["strong"]
+    (coupled,) = results["strong"]
     assert abs(coupled["order"]["value"] - 1) < 0.05
-    assert abs(sampled["order"]["value"] - 0.5) < 0.2
     assert coupled["deterministic"]["value"] == pytest.approx(
         coupled["errors"][-1] / coupled["learning_rates"][-1], rel=0.05
     )
