@@ -5,13 +5,18 @@ import sys
 import tyro
 
 from experiments import commands, data
-from experiments.config import DemoConfig, SDEConfig, TrainConfig
+from experiments.config import ComplexityConfig, DemoConfig, SDEConfig, TrainConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command; what the user can mend is reported in one line, without a traceback."""
     config = tyro.extras.subcommand_cli_from_dict(
-        {"demo": DemoConfig, "train": TrainConfig, "sde": SDEConfig},
+        {
+            "demo": DemoConfig,
+            "train": TrainConfig,
+            "sde": SDEConfig,
+            "complexity": ComplexityConfig,
+        },
         prog="python -m experiments",
         description="Multiplicative-noise SGD on real images.",
         args=arguments,

@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments import data, figures, runs, sde
+from experiments import complexity, data, figures, runs, sde
 from experiments.algorithms import ALGORITHMS
-from experiments.config import DemoConfig, SDEConfig, TrainConfig
+from experiments.config import ComplexityConfig, DemoConfig, SDEConfig, TrainConfig
 from experiments.training import Evaluation, train_seeds
 
 
-def run(config: DemoConfig | SDEConfig | TrainConfig) -> pathlib.Path:
+def run(config: ComplexityConfig | DemoConfig | SDEConfig | TrainConfig) -> pathlib.Path:
     """Runs a command; returns the folder with its results."""
     if isinstance(config, DemoConfig):
         return demo(config)
     if isinstance(config, SDEConfig):
         return sde.run(config)
+    if isinstance(config, ComplexityConfig):
+        return complexity.run(config)
     return train(config)
 
 
@@ -57,7 +59,7 @@ def _train(
     )
     progress.set_description(ALGORITHMS[config.algorithm].label)
     evaluations = []
-    for evaluation in training:
+    for _, evaluation in training:
         folder.log(evaluation.record())
         progress.update(evaluation.step - (evaluations[-1].step if evaluations else 0))
         evaluations.append(evaluation)

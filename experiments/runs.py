@@ -50,7 +50,7 @@ class RunFolder:
     def log(self, record: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl."""
         with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(as_line(record))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
@@ -58,6 +58,11 @@ class RunFolder:
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         (self.path / name).write_text(json.dumps(record, indent=2, default=str) + "\n")
+
+
+def as_line(record: dict[str, Any]) -> str:
+    """One line of JSON."""
+    return json.dumps(record) + "\n"
 
 
 def create(path: pathlib.Path) -> None:

@@ -27,6 +27,7 @@ class Evaluation(NamedTuple):
         step: iterations made.
         train_loss: mean loss over all training images.
         train_accuracy: fraction of the training images classified correctly.
+        test_loss: mean loss over all test images.
         test_accuracy: the same of the test images.
         seconds: wall time of the training steps since the last evaluation, compilation included.
     """
@@ -34,6 +35,7 @@ class Evaluation(NamedTuple):
     step: int
     train_loss: np.ndarray
     train_accuracy: np.ndarray
+    test_loss: np.ndarray
     test_accuracy: np.ndarray
     seconds: float
 
@@ -44,23 +46,36 @@ class Evaluation(NamedTuple):
         }
 
 
-def train_seeds(config: TrainConfig, dataset: data.Dataset) -> Iterator[Evaluation]:
+def train_seeds(
+    config: TrainConfig,
+    dataset: data.Dataset,
+    regularizer: Callable[[Any], optax.GradientTransformation] | None = None,
+) -> Iterator[tuple[Any, Evaluation]]:
     """Trains `config.seeds` runs side by side; yields an evaluation every `eval_every` steps.
 
-    The first evaluation, at step 0, is of the initial parameters. Seed s has the key
+    With it come the parameters, a leading axis for the seeds: they are gone when the next ones are
+    asked for. The first evaluation, at step 0, is of the initial parameters. Seed s has the key
     ``jax.random.key(s)``, split for parameters and noise: what a seed does depends on neither the
     other seeds nor how often it is evaluated.
 
     Args:
         config: what to train.
         dataset: the images, as uint8.
+        regularizer: from a PRNG key, one for each seed, to what the noisy gradient goes through
+            before the optimizer; None for nothing.
 
     Raises:
         ValueError: at once, if noise or model does not allow the settings (a batch size above N,
           say); later, if the training loss leaves the finite numbers, naming step and seeds.
     """
     init_params, losses, evaluate = model_functions(config.model_name, dataset.max_value)
-    optimizer = optax.sgd(config.learning_rate, momentum=config.momentum or None)
+
+    def optimizer(key: Any) -> optax.GradientTransformation:
+        sgd = optax.sgd(config.learning_rate, momentum=config.momentum or None)
+        # Keys folded with 0, 1, 2, ... are the noise's.
+        last = np.uint32(2**32 - 1)
+        return optax.chain(regularizer(jax.random.fold_in(key, last)), sgd) if regularizer else sgd
+
     train_set, test_set = jax.device_put((dataset.train, dataset.test))
     noise = ALGORITHMS[config.algorithm].make(train_set.label.shape[0], config.noise)
 
@@ -68,25 +83,31 @@ def train_seeds(config: TrainConfig, dataset: data.Dataset) -> Iterator[Evaluati
         seeds = jnp.arange(config.seed, config.seed + config.seeds)
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
         params = init_params(keys[:, 0])
-        return jax.vmap(lambda p, key: train.init(p, optimizer, key))(params, keys[:, 1])
+        return jax.vmap(lambda p, key: train.init(p, optimizer(key), key))(params, keys[:, 1])
 
-    step = train.make_step(losses, optimizer, noise, microbatch_size=config.microbatch_size)
+    # A transformation keeps its key in the state: here any will do.
+    updater = optimizer(jax.random.key(0))
+    step = train.make_step(losses, updater, noise, microbatch_size=config.microbatch_size)
     every_seed = jax.vmap(step, in_axes=(0, None))
     jax.eval_shape(lambda: every_seed(start(), train_set))  # so that errors come now
     loop = train.make_loop(every_seed, max_steps=config.eval_every)
 
-    def evaluations() -> Iterator[Evaluation]:
+    def evaluations() -> Iterator[tuple[Any, Evaluation]]:
         state, done, seconds = start(), 0, 0.0
         while True:
             train_loss, train_accuracy = evaluate(state.params, train_set)
-            _, test_accuracy = evaluate(state.params, test_set)
+            test_loss, test_accuracy = evaluate(state.params, test_set)
             _check_finite(train_loss, done, config.seed)
-            yield Evaluation(
-                step=done,
-                train_loss=np.asarray(train_loss),
-                train_accuracy=np.asarray(train_accuracy),
-                test_accuracy=np.asarray(test_accuracy),
-                seconds=seconds,
+            yield (
+                state.params,
+                Evaluation(
+                    step=done,
+                    train_loss=np.asarray(train_loss),
+                    train_accuracy=np.asarray(train_accuracy),
+                    test_loss=np.asarray(test_loss),
+                    test_accuracy=np.asarray(test_accuracy),
+                    seconds=seconds,
+                ),
             )
             if done == config.steps:
                 return

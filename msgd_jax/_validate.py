@@ -31,6 +31,19 @@ def finite_nonnegative(name: str, value: Any) -> float:
 
 def positive_scalar(name: str, value: Any) -> None:
     """Raises unless `value` is a finite real scalar above 0 (a traced one is taken on trust)."""
+    _real_scalar(name, value)
+    if not isinstance(value, Tracer) and not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} must be finite and above 0, got {value}.")
+
+
+def nonnegative_scalar(name: str, value: Any) -> None:
+    """Raises unless `value` is a finite real scalar >= 0 (a traced one is taken on trust)."""
+    _real_scalar(name, value)
+    if not isinstance(value, Tracer) and not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+
+
+def _real_scalar(name: str, value: Any) -> None:
     if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
     kind = jnp.result_type(value)
@@ -38,8 +51,6 @@ def positive_scalar(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a real number, got {value!r} of type {kind}.")
     if jnp.shape(value) != ():
         raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}; use jax.vmap.")
-    if not isinstance(value, Tracer) and not 0 < float(value) < math.inf:
-        raise ValueError(f"{name} must be finite and above 0, got {value}.")
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:

@@ -93,8 +93,8 @@ def make_step(
 
     Args:
         loss_vector_fn: as in `loss.weighted_value_and_grad`.
-        optimizer: an optax transformation of the noisy gradient; ``value=`` is passed to those that
-          take it.
+        optimizer: an optax transformation of the noisy gradient; ``value=``, ``data=`` and (without
+          `has_aux`) ``loss_vector_fn=`` are passed to those that take them.
         noise: the M-noise; its num_examples must be the leading axis of the data.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
@@ -112,12 +112,15 @@ def make_step(
     if not isinstance(noise, MNoise):
         raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
     optimizer = optax.with_extra_args_support(optimizer)
+    problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
 
     def step(state: TrainState, data: Any) -> tuple[TrainState, StepMetrics]:
         weights = noise.sample(state.key, state.step)
         value, grads = value_and_grad(state.params, data, weights, state.aux)
         value, aux = value if has_aux else (value, state.aux)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, value=value, **problem, data=data
+        )
         params = optax.apply_updates(state.params, updates)
         metrics = StepMetrics(loss=value, gradient_norm=optax.tree.norm(grads))
         return TrainState(params, opt_state, aux, state.key, state.step + 1), metrics

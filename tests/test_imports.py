@@ -9,7 +9,7 @@ import pytest
 
 import msgd_jax
 
-MODULES = ["covariance", "loss", "noise", "sde", "train", "transform"]
+MODULES = ["complexity", "covariance", "loss", "noise", "sde", "train", "transform"]
 # Everything else (flax, tensorflow_datasets, matplotlib, ...) belongs to the extras.
 FORBIDDEN = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "tyro",
              "tqdm", "diffrax", "equinox", "lineax", "psutil", "torch", "experiments", "benchmarks",
@@ -27,7 +27,7 @@ def test_each_module_alone_pulls_in_the_core_only(module):
 def test_arrows_point_down(lower):
     """`noise` and `loss` know nothing of what stands on them: the sources import nothing above."""
     module = importlib.import_module(f"msgd_jax.{lower}")
-    top = ("covariance", "sde", "transform", "train")
+    top = ("complexity", "covariance", "sde", "transform", "train")
     above = {"loss": top, "noise": ("loss", *top)}[lower]
     files = [module] if lower == "loss" else [
         importlib.import_module(f"msgd_jax.noise.{name}")

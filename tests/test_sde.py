@@ -89,7 +89,9 @@ def test_drift(x64, microbatch_size):
 
 
 class TestBrownianIncrements:
-    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+    @pytest.mark.parametrize(
+        "dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)]
+    )
     def test_coarse_increments_are_sums_of_fine_ones_to_the_last_bit(self, x64, dtype):
         draw = functools.partial(sde.brownian_increments, jax.random.key(1), 3, 1000, dtype=dtype)
         finest = np.asarray(draw(substeps=16))

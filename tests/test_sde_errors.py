@@ -176,6 +176,7 @@ class TestWeakError:
             order = weak(law, self.sgd, order=1, rates=(0.2, 0.1, 0.05), paths=2_000).order
             assert abs(order.value - 1) < 3 * order.standard_error < 0.4
 
+    @pytest.mark.slow
     def test_control_variate_is_unbiased_and_sharper(self):
         """They agree (z < 4), and one has a standard error at most half as large."""
         options = {"order": 1, "rates": (0.2,), "paths": 1_000}

@@ -15,11 +15,12 @@ model can be simulated.
   learning rate, path by path (Theorem 3) and in expectation (Theorem 2).
 """
 
+from msgd_jax._estimate import Estimate
 from msgd_jax.sde._brownian import brownian_increments
 from msgd_jax.sde._diffrax import diffrax_terms
 from msgd_jax.sde._dynamics import coupling, diffusion, drift
 from msgd_jax.sde._euler_maruyama import Path, euler_maruyama
-from msgd_jax.sde._fits import ErrorModel, ErrorSweep, Estimate, Fit, fit_line
+from msgd_jax.sde._fits import ErrorModel, ErrorSweep, Fit, fit_line
 from msgd_jax.sde._strong import strong_error
 from msgd_jax.sde._weak import weak_error
 

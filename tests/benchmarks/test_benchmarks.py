@@ -124,6 +124,7 @@ def test_each_benchmark_writes_its_table_and_picture(name, tmp_path, capsys):
     assert headlines[0].figure in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_all_together_end_in_one_summary(tmp_path):
     config = everything.Config(only=("import_time",), quick=True, out=tmp_path / "all")
     folder = everything.main(config)

@@ -51,6 +51,7 @@ def test_the_demo(tmp_path):
     assert (demo / "sgd" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_train_prints_a_table(tmp_path, capsys):
     main(["train", "--dataset", "digits", "--algorithm", "m-sgd-estimated-cov", "--steps", "3",
           "--eval-every", "2", "--out", str(tmp_path / "run")])  # fmt: skip
@@ -66,7 +67,7 @@ def test_sgd_learns_the_digits():
     plan = config.TrainConfig(
         algorithm="sgd", dataset="digits", steps=1500, learning_rate=0.1, eval_every=1500
     )
-    *_, last = training.train_seeds(plan, data.load("digits"))
+    *_, (_, last) = training.train_seeds(plan, data.load("digits"))
     assert last.test_accuracy[0] > 0.95
 
 
@@ -76,12 +77,12 @@ def test_a_seed_does_not_depend_on_its_neighbours_or_on_the_evaluations():
         seeds=3, eval_every=20,
     )  # fmt: skip
     digits = data.load("digits")
-    *_, together = training.train_seeds(plan, digits)
+    *_, (_, together) = training.train_seeds(plan, digits)
     alone_plan = config.TrainConfig(
         algorithm="m-sgd-sparse-fisher", dataset="digits", steps=20, learning_rate=0.1,
         seeds=1, seed=2, eval_every=7,
     )  # fmt: skip
-    *_, alone = training.train_seeds(alone_plan, digits)
+    *_, (_, alone) = training.train_seeds(alone_plan, digits)
     np.testing.assert_allclose(together.train_loss[2], alone.train_loss[0], rtol=1e-4)
     assert together.train_loss[0] != together.train_loss[1]
 
@@ -198,7 +199,7 @@ def test_speed_leaves_out_the_stretch_that_compiles():
     accuracy = np.array([0.5])
 
     def evaluation(step, seconds):
-        return training.Evaluation(step, accuracy, accuracy, accuracy, seconds)
+        return training.Evaluation(step, *[accuracy] * 4, seconds)
 
     run = [evaluation(0, 0.0), evaluation(10, 99.0), evaluation(20, 1.0), evaluation(25, 1.0)]
     assert commands.summary(run)["seconds_per_1000_steps"] == 150.0  # of 100 and 200

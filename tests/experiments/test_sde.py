@@ -46,6 +46,7 @@ def test_orders_and_pictures(tmp_path, capsys, monkeypatch):
         main(["sde", "--parts", "weak", "--out", str(out)])
 
 
+@pytest.mark.slow
 def test_paths_on_the_plane(tmp_path, monkeypatch):
     from experiments import sde_figures
 

@@ -1,0 +1,98 @@
+"""The figures of the complexity experiment."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # also where there is no display
+import matplotlib.pyplot as plt
+
+from experiments import figures
+
+_Z95 = 1.96
+
+
+def plot_theorem1(
+    rows: Sequence[dict[str, Any]], columns: dict[str, str], path: pathlib.Path
+) -> None:
+    """The ratio of both sides of each inequality, with 95 % intervals; above 1 it is false."""
+    titles = {
+        "gaussian_lower": "(10) $\\sqrt{2/\\pi}\\,R(A) \\leq R(G)$",
+        "gaussian_upper": "(10) $R(G) \\leq E\\max|g_i|\\,R(A)$",
+        "without": "(11) without replacement",
+        "with": "(11) with replacement: false",
+        "with, corrected": "(11) with replacement, corrected",
+    }
+    figure, axes = plt.subplots(figsize=(10, 5.4), layout="constrained")
+    axes.axvspan(1, 1.3, color="C3", alpha=0.1, label="the inequality is violated")
+    heights = np.arange(len(rows))[::-1]
+    for i, name in enumerate(columns):
+        found = [
+            (height, row["inequalities"][name]["ratio"])
+            for height, row in zip(heights, rows, strict=True)
+            if name in row["inequalities"]
+        ]
+        axes.errorbar(
+            [ratio["value"] for _, ratio in found],
+            [height + 0.12 * (2 - i) for height, _ in found],
+            xerr=[_Z95 * ratio["standard_error"] for _, ratio in found],
+            fmt="osD^v"[i],
+            color=f"C{(0, 2, 4, 3, 1)[i]}",
+            markersize=5,
+            label=titles[name],
+        )
+    labels = [f"{row['label']}\nN = {row['num_examples']}, b = {row['batch_size']}" for row in rows]
+    axes.set_yticks(heights, labels, fontsize=8)
+    axes.set_xlim(0, 1.3)
+    axes.set_xlabel("left side over right side")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle("Theorem 1: how tight is each inequality", fontsize=11)
+    _save(figure, path)
+
+
+def plot_trace(records: Sequence[dict[str, Any]], config: Any, path: pathlib.Path) -> None:
+    """Complexities, losses and generalisation gaps against iteration, a band over seeds."""
+    algorithms = list(dict.fromkeys(record["algorithm"] for record in records))
+    names = list(records[0]["complexities"])
+    figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    below = {
+        "train loss": lambda r: np.array(r["train_loss"]),
+        "generalisation gap: test loss - train loss": lambda r: (
+            np.array(r["test_loss"]) - np.array(r["train_loss"])
+        ),
+        "test accuracy (%)": lambda r: 100 * np.array(r["test_accuracy"]),
+    }
+    above = {
+        f"local {name} complexity": lambda r, name=name: np.array(r["complexities"][name]["mean"])
+        for name in names
+    }
+    for axes, (title, value) in zip(panels.flat, [*above.items(), *below.items()], strict=True):
+        for i, algorithm in enumerate(algorithms):
+            own = [record for record in records if record["algorithm"] == algorithm]
+            steps = [record["step"] for record in own]
+            values = np.stack([value(record) for record in own])
+            mean, error = values.mean(1), figures.standard_error(values)
+            axes.plot(steps, mean, color=f"C{i}", marker=".", label=algorithm)
+            axes.fill_between(
+                steps, mean - error, mean + error, color=f"C{i}", alpha=0.2, linewidth=0
+            )
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("iteration")
+        axes.set_ylim(bottom=None if "accuracy" in title else 0)
+    panels[0, 0].legend(fontsize=9)
+    figure.suptitle(
+        f"Along training: balls of radius {config.radius:g}, b = {config.batch_size}, learning "
+        f"rate {config.learning_rate:g}, {config.seeds} seeds (band: one standard error)",
+        fontsize=11,
+    )
+    _save(figure, path)
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,282 @@
+"""The local complexity of a loss: Monte Carlo over multipliers, the supremum by ascent."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from msgd_jax import _validate, loss
+from msgd_jax._estimate import Estimate
+from msgd_jax.complexity import _ascent, _multipliers
+from msgd_jax.complexity._problem import Problem, Settings
+from msgd_jax.noise import MNoise, Weights
+
+# Two ascents agree if their heights differ by less than this share.
+AGREEMENT = 0.01
+
+
+class LocalComplexity(NamedTuple):
+    """What `local_complexity` measured, draw by draw; the factor 1/N is in all of it.
+
+    Attributes:
+        draws: the largest ``|sum v_i l_i| / N`` found in the ball, [draws]: a lower bound on the
+            supremum, no lower than `at_centre`.
+        probabilities: of the draws, [draws]: equal, unless all of them were enumerated.
+        exhaustive: whether these are all draws, so that only the suprema are uncertain.
+        at_centre: ``|sum v_i l_i| / N`` at the centre of the ball, [draws].
+        first_order: ``at_centre + radius * ||sum v_i grad l_i|| / N``, [draws]: the supremum of
+            the losses' linearisation, exact for affine losses.
+        upper: ``first_order + smoothness radius^2 sum |v_i| / (2 N)``, [draws]: an upper bound on
+            the supremum; None without a smoothness constant.
+        last_gain: what the last step of the best ascent added, relative to `draws`, [draws].
+        gap: the most that a linear function could gain from where the best ascent ended,
+            relative to `draws`, [draws]: 0 at a stationary point, and where the objective is
+            concave, `draws` is at most this share too low.
+        agreeing: how many of the ascents with the best one's sign came within 1 % of it, [draws]:
+            from 1, itself, to `num_starts`.
+        num_starts: ascents of each sign.
+    """
+
+    draws: Float[Array, " draws"]
+    probabilities: Float[Array, " draws"]
+    exhaustive: bool
+    at_centre: Float[Array, " draws"]
+    first_order: Float[Array, " draws"]
+    upper: Float[Array, " draws"] | None
+    last_gain: Float[Array, " draws"]
+    gap: Float[Array, " draws"]
+    agreeing: Int[Array, " draws"]
+    num_starts: int
+
+    @property
+    def mean(self) -> Float[Array, ""]:
+        """The complexity R(V, theta, radius, N), as far as the ascents reached."""
+        return self.probabilities @ self.draws
+
+    @property
+    def standard_error(self) -> Float[Array, ""]:
+        """Of `mean`, over draws; 0 where they are all there."""
+        if self.exhaustive:
+            return jnp.zeros_like(self.mean)
+        return self.draws.std(ddof=1) / np.sqrt(self.draws.size)
+
+    @property
+    def estimate(self) -> Estimate:
+        """Mean and standard error as numbers."""
+        draws, chances = (np.asarray(x, np.float64) for x in (self.draws, self.probabilities))
+        error = 0.0 if self.exhaustive else draws.std(ddof=1) / np.sqrt(draws.size)
+        return Estimate(float(chances @ draws / chances.sum()), float(error))
+
+
+def local_complexity(
+    loss_vector_fn: loss.LossVectorFn,
+    params: Any,
+    data: Any,
+    multipliers: _multipliers.Multipliers | MNoise,
+    *,
+    radius: float | Float[Array, ""],
+    key: Key[Array, ""] | None = None,
+    num_draws: int | None,
+    num_starts: int = 2,
+    num_steps: int = 30,
+    optimizer: optax.GradientTransformation | None = None,
+    smoothness: float | None = None,
+    microbatch_size: int | None = None,
+    ascents_per_pass: int | None = None,
+) -> LocalComplexity:
+    """The local complexity of section 3, ``E_v sup |sum v_i l_i(theta')| / N`` over a ball.
+
+    The ball is that of all parameters theta' with ``||theta' - theta||_2 <= radius``. For each draw
+    of v the supremum is sought by projected gradient ascent, of both signs, from `num_starts`
+    points each: the first where the linearised losses are largest (affine losses need no more), the
+    others random on the sphere. What is found is a lower bound; `first_order`, `upper` and the
+    ascents' `last_gain`, `gap` and `agreeing` of the result say how good.
+
+    An ascent costs ``num_steps + 2`` forward and backward passes over the N examples (over b, for
+    `rademacher` on subsets).
+
+    Args:
+        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        params: the centre theta: a pytree of float32 or float64 arrays.
+        data: a pytree of arrays [N, ...]; or a function from a PRNG key to one, which is called for
+            each draw: then the expectation is over the examples too, as in the paper's definition.
+        multipliers: the law of v: `rademacher`, `gaussian`, `sgd` or any `noise.MNoise`, whose v is
+            N W - 1.
+        radius: delta, at least 0.
+        key: a typed PRNG key. Draw j is a function of (key, j): equal keys pair the draws of
+            different multipliers, and their data. Needless where nothing is random.
+        num_draws: how many v, at least 2; or None for every v that can be drawn, for small N.
+        num_starts: ascents of each sign for each draw.
+        num_steps: of each ascent.
+        optimizer: an optax transformation that descends on minus the objective, in coordinates in
+            which the ball has radius 1; each of its steps is projected back. None for steps along
+            the normalised gradient with a length that decays from 1 to 0. (Methods that scale every
+            coordinate by itself, as Adam, do not settle at maxima once they are projected.)
+        smoothness: a Lipschitz constant of every grad l_i on the ball, for `upper`; None for none.
+        microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
+        ascents_per_pass: ascents made side by side by vmap, ``2 * num_starts`` for each draw; None
+            for all of them.
+
+    Returns:
+        The draws, their mean and standard error, and how the ascents ended. Under `jax.jit` nothing
+        can be raised: there, draws with losses that are not finite are NaN.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described, or a loss is not finite.
+    """
+    problem = Problem.of(loss_vector_fn, params, data, microbatch_size)
+    law = _multipliers.of(multipliers, problem.num_examples)
+    settings = Settings.of(
+        radius, num_starts, num_steps, optimizer, ascents_per_pass, problem.dtype
+    )
+    if smoothness is not None:
+        smoothness = _validate.finite_nonnegative("smoothness", smoothness)
+    if num_draws is None:
+        if callable(data):
+            raise ValueError(
+                "num_draws = None takes every v once, so data must be fixed, not a function of a "
+                "key: give num_draws."
+            )
+        vectors, chances = _multipliers.all_draws(law)
+        vectors, law = jnp.asarray(vectors, problem.dtype), None
+    else:
+        num_draws = _validate.positive_int("num_draws", num_draws, minimum=2)
+        vectors, chances = None, np.full(num_draws, 1 / num_draws)
+    if key is None:
+        if num_draws is not None:
+            raise ValueError("key is needed to draw at random: give key=jax.random.key(0), say.")
+        key = jax.random.key(0)  # only the starts are random, and only those after the first
+    _validate.prng_key("key", key)
+    result = _measured(problem, law, vectors, settings, key, len(chances), smoothness or 0.0)
+    result = result._replace(
+        probabilities=jnp.asarray(chances, problem.dtype),
+        exhaustive=vectors is not None,
+        upper=None if smoothness is None else result.upper,
+        num_starts=num_starts,
+    )
+    _check_finite(result.at_centre, result.draws)
+    return result
+
+
+class _Ascents(NamedTuple):
+    """Of every draw: the centre, and by sign and start what the ascents met."""
+
+    centre: Float[Array, " draws"]
+    slope: Float[Array, " draws"]
+    mean_size: Float[Array, " draws"]
+    value: Float[Array, "draws 2 starts"]
+    last_gain: Float[Array, "draws 2 starts"]
+    gap: Float[Array, "draws 2 starts"]
+    finite: Bool[Array, "draws 2 starts"]
+
+
+def _ascents(
+    problem: Problem,
+    law: _multipliers.Multipliers | None,
+    vectors: Float[Array, "draws N"] | None,
+    settings: Settings,
+    key: Key[Array, ""],
+    num_draws: int,
+) -> _Ascents:
+    """Every ascent of every draw; parameters, data, vectors and radius are traced."""
+    num_starts, num_examples, dtype = settings.num_starts, problem.num_examples, problem.dtype
+    weighted = problem.value_and_grad()
+    # Folded, not split: the same key is meant to be used again, to pair draws.
+    draw_key, data_key, start_key = (jax.random.fold_in(key, i) for i in range(3))
+
+    def one_ascent(position: Int[Array, ""]) -> Any:
+        draw, ascent = jnp.divmod(position, 2 * num_starts)
+        sign = jnp.where(ascent < num_starts, 1, -1).astype(dtype)
+        index = ascent % num_starts
+        if vectors is not None:
+            v = Weights(vectors[draw], None, num_examples)
+        else:
+            v = law.draw(jax.random.fold_in(draw_key, draw))  # type: ignore[union-attr]
+        examples = problem.examples(jax.random.fold_in(data_key, draw))
+        weights = Weights(v.values / num_examples, v.indices, num_examples)
+
+        def value_and_grad(params: Any) -> tuple[Float[Array, ""], Any]:
+            value, gradient = weighted(params, examples, weights)
+            return value.astype(dtype), gradient
+
+        centre = _ascent.Centre.of(value_and_grad, problem.params)
+        start = _ascent.start(
+            centre, sign, index, num_starts, jax.random.fold_in(start_key, position)
+        )
+        peak = _ascent.climb(
+            value_and_grad, problem.params, settings.radius, sign, centre, start,
+            settings.optimizer, settings.num_steps,
+        )  # fmt: skip
+        slope = optax.tree.norm(centre.gradient).astype(dtype)
+        mean_size = jnp.abs(weights.values).sum().astype(dtype)
+        return (
+            jnp.abs(centre.value), slope, mean_size,
+            peak.value, peak.last_gain, peak.gap, peak.finite,
+        )  # fmt: skip
+
+    total = num_draws * 2 * num_starts
+    positions = jnp.arange(total)
+    at_once = settings.ascents_per_pass
+    if at_once is None or at_once >= total:
+        outcome = jax.vmap(one_ascent)(positions)
+    else:
+        at_once = None if at_once == 1 else at_once  # a plain scan, without a `vmap` over one
+        outcome = jax.lax.map(one_ascent, positions, batch_size=at_once)
+    of_draws, of_ascents = outcome[:3], outcome[3:]
+    return _Ascents(
+        *(x.reshape(num_draws, -1)[:, 0] for x in of_draws),
+        *(x.reshape(num_draws, 2, num_starts) for x in of_ascents),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="num_draws")
+def _measured(
+    problem: Problem,
+    law: _multipliers.Multipliers | None,
+    vectors: Float[Array, "draws N"] | None,
+    settings: Settings,
+    key: Key[Array, ""],
+    num_draws: int,
+    smoothness: Float[Array, ""] | float,
+) -> LocalComplexity:
+    """Runs the ascents and takes the best of each draw; what is static is left out."""
+    ascents = _ascents(problem, law, vectors, settings, key, num_draws)
+    best = ascents.value.reshape(num_draws, -1).argmax(-1)
+
+    def of_best(values: Float[Array, "draws 2 starts"]) -> Float[Array, " draws"]:
+        return jnp.take_along_axis(values.reshape(num_draws, -1), best[:, None], 1)[:, 0]
+
+    draws = of_best(ascents.value)
+    same_sign = ascents.value[jnp.arange(num_draws), best // settings.num_starts]
+    first_order = ascents.centre + settings.radius * ascents.slope
+    return LocalComplexity(
+        draws=jnp.where(ascents.finite.all((1, 2)), draws, jnp.nan),
+        probabilities=None,  # type: ignore[arg-type]
+        exhaustive=False,
+        at_centre=ascents.centre,
+        first_order=first_order,
+        upper=first_order + smoothness * settings.radius**2 / 2 * ascents.mean_size,
+        last_gain=of_best(ascents.last_gain),
+        gap=of_best(ascents.gap) / jnp.maximum(draws, jnp.finfo(draws.dtype).tiny),
+        agreeing=(same_sign >= (1 - AGREEMENT) * draws[:, None]).sum(-1),
+        num_starts=0,
+    )
+
+
+def _check_finite(at_centre: Any, draws: Any) -> None:
+    if isinstance(draws, Tracer):
+        return
+    wrong = np.flatnonzero(~np.isfinite(np.asarray(draws)))
+    if wrong.size:
+        first = wrong[0]
+        inside = np.isfinite(np.asarray(at_centre)[first])
+        where = "inside the ball: choose a smaller radius" if inside else "at params"
+        raise ValueError(
+            f"loss_vector_fn gave losses or gradients that are not finite {where} (in draw {first}"
+            f"{f' and {wrong.size - 1} others' if wrong.size > 1 else ''})."
+        )

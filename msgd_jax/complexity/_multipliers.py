@@ -1,0 +1,256 @@
+"""The random vectors v of a local complexity: Rademacher, Gaussian, SGD, or of any M-noise."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from msgd_jax import _validate, noise
+from msgd_jax.noise import MNoise, Weights
+
+MAX_ENUMERATED = 200_000
+
+Enumerated = tuple[Float[np.ndarray, "M N"], Float[np.ndarray, " M"]]
+"""Every vector that can be drawn, [M, N], and its probability, [M], in float64."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Multipliers:
+    """A law of random vectors v in R^N with mean 0, whose complexity is measured (section 3).
+
+    Made by `rademacher`, `gaussian`, `sgd` and `from_noise`, or by you: `draw` is all it takes.
+    Like a `noise.MNoise` it holds no arrays and compares by identity: build it once.
+
+    Attributes:
+        name: the constructor and its arguments, for people.
+        num_examples: N.
+        draw: maps one PRNG key to v as `noise.Weights`: its values are the v_i, and examples that
+            are not among its indices have v_i = 0 and are not computed.
+        enumerate: returns all vectors that can be drawn with their probabilities; None where there
+            are infinitely many.
+
+    Raises:
+        TypeError, ValueError: if an attribute is not as described.
+    """
+
+    name: str
+    num_examples: int
+    draw: Callable[[Key[Array, ""]], Weights] = dataclasses.field(repr=False)
+    enumerate: Callable[[], Enumerated] | None = dataclasses.field(repr=False, default=None)
+
+    def __post_init__(self):
+        _validate.positive_int("num_examples", self.num_examples)
+        _validate.function("draw", self.draw)
+        if self.enumerate is not None:
+            _validate.function("enumerate", self.enumerate)
+
+    def sample(self, key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
+        """Draws the vector of one step, as `noise.MNoise.sample` draws weights.
+
+        Args:
+            key: a typed PRNG key, the same for all steps.
+            step: which one, at least 0; a traced integer is welcome.
+
+        Raises:
+            TypeError, ValueError: if an argument is not as described.
+        """
+        _validate.prng_key("key", key)
+        _validate.step(step)
+        return _sample(self, key, step)
+
+
+@jax.jit
+def _sample(multipliers: Multipliers, key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
+    return multipliers.draw(jax.random.fold_in(key, step))
+
+
+def rademacher(
+    num_examples: int,
+    subset_size: int | None = None,
+    *,
+    replace: bool = False,
+    dtype: Any = jnp.float32,
+) -> Multipliers:
+    """v_i = +-1 with equal probability: the local Rademacher complexity R(A, N).
+
+    With `subset_size` b, the complexity of b of the N examples, R(A, b) of Theorem 1 (2): v is
+    (N/b) a on b examples drawn uniformly, so that (1/N) sum v_i l_i is the (1/b) sum a_j l_j over
+    those b, and only they are computed.
+
+    Args:
+        num_examples: N, at least 1.
+        subset_size: b, between 1 and N; None for all N examples, each once.
+        replace: whether the b examples are drawn with replacement.
+        dtype: of v, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+    """
+    n = _validate.positive_int("num_examples", num_examples)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+    if subset_size is None:
+        return Multipliers(
+            f"rademacher({n})",
+            n,
+            lambda key: Weights(jax.random.rademacher(key, (n,), dtype), None, n),
+            lambda: _signs(n),
+        )
+    b = _validate.positive_int("subset_size", subset_size, maximum=n)
+    sampling = noise.sgd(n, b, replace=replace, dtype=dtype)
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        subset_key, sign_key = jax.random.split(key)
+        subset = sampling.draw(subset_key)  # of weight 1/b each
+        values = n * subset.values * jax.random.rademacher(sign_key, (b,), dtype)
+        return Weights(values, subset.indices, n)
+
+    name = f"rademacher({n}, {b}, replace={replace})"
+    return Multipliers(name, n, draw, lambda: _signed_subsets(n, b, replace))
+
+
+def gaussian(num_examples: int, *, dtype: Any = jnp.float32) -> Multipliers:
+    """v_i standard normal: the local Gaussian complexity R(G, N).
+
+    M-SGD-Fisher's own multipliers are sqrt(N/b) times these (`from_noise`): the paper leaves this
+    factor out.
+
+    Args:
+        num_examples: N, at least 1.
+        dtype: of v, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+    """
+    n = _validate.positive_int("num_examples", num_examples)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+    return Multipliers(
+        f"gaussian({n})", n, lambda key: Weights(jax.random.normal(key, (n,), dtype), None, n)
+    )
+
+
+def sgd(
+    num_examples: int, batch_size: int, *, replace: bool = False, dtype: Any = jnp.float32
+) -> Multipliers:
+    """V = N W - 1 of mini-batch SGD: the local SGD complexity R(V_sgd, N).
+
+    Without replacement, v_i is N/b - 1 on the batch and -1 off it.
+
+    Args:
+        num_examples: N, at least 1.
+        batch_size: b, between 1 and N.
+        replace: whether an example can be drawn more than once.
+        dtype: of v, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+    """
+    law = from_noise(noise.sgd(num_examples, batch_size, replace=replace, dtype=dtype))
+    return dataclasses.replace(
+        law, name=f"V of {law.name}", enumerate=lambda: _batches(num_examples, batch_size, replace)
+    )
+
+
+def from_noise(noise: MNoise) -> Multipliers:
+    """V = N W - 1 of an M-noise, so that L(theta) . W is the mean loss plus (1/N) sum v_i l_i.
+
+    All N losses are computed: an example that is not drawn has v_i = -1.
+
+    Args:
+        noise: the M-noise.
+
+    Raises:
+        TypeError: if `noise` is not an MNoise.
+    """
+    if not isinstance(noise, MNoise):
+        raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
+    n = noise.num_examples
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        return Weights(n * noise.draw(key).dense() - 1, None, n)
+
+    return Multipliers(noise.name, n, draw)
+
+
+def of(multipliers: Multipliers | MNoise, num_examples: int | None = None) -> Multipliers:
+    """Checks that these are multipliers, of N examples where that is given."""
+    if isinstance(multipliers, MNoise):
+        multipliers = from_noise(multipliers)
+    if not isinstance(multipliers, Multipliers):
+        raise TypeError(
+            "multipliers must be a complexity.Multipliers or a noise.MNoise, got "
+            f"{type(multipliers).__name__}."
+        )
+    if num_examples is not None and multipliers.num_examples != num_examples:
+        raise ValueError(
+            f"multipliers are for num_examples = {multipliers.num_examples}, but data has "
+            f"{num_examples} examples on its leading axis."
+        )
+    return multipliers
+
+
+def all_draws(multipliers: Multipliers) -> Enumerated:
+    """Every vector with its probability; equal vectors once.
+
+    Raises:
+        ValueError: if there are infinitely many, or more than `MAX_ENUMERATED`.
+    """
+    if multipliers.enumerate is None:
+        raise ValueError(
+            f"num_draws = None takes every draw, but those of {multipliers.name} cannot be "
+            "enumerated: give num_draws."
+        )
+    vectors, probabilities = multipliers.enumerate()
+    vectors, groups = np.unique(vectors, axis=0, return_inverse=True)
+    return vectors, np.bincount(groups.ravel(), weights=probabilities)
+
+
+def _signs(n: int) -> Enumerated:
+    _check_count(f"rademacher({n})", 2**n)
+    vectors = np.array(list(itertools.product((1.0, -1.0), repeat=n)))
+    return vectors, np.full(2**n, 2.0**-n)
+
+
+def _batches(n: int, b: int, replace: bool) -> Enumerated:
+    counts, probabilities = _counts(n, b, replace)
+    return n / b * counts - 1, probabilities
+
+
+def _signed_subsets(n: int, b: int, replace: bool) -> Enumerated:
+    if replace:  # b draws of 2N signed examples
+        counts, probabilities = _counts(2 * n, b, True)
+        return n / b * (counts[:, :n] - counts[:, n:]), probabilities
+    _check_count(f"rademacher({n}, {b})", math.comb(n, b) << b)
+    counts, _ = _counts(n, b, False)
+    signs, _ = _signs(b)
+    vectors = np.zeros((len(counts), len(signs), n))
+    for vector, count in zip(vectors, counts, strict=True):
+        vector[:, count > 0] = n / b * signs
+    return vectors.reshape(-1, n), np.full(vectors.shape[0] * len(signs), 1 / vectors[..., 0].size)
+
+
+def _counts(n: int, b: int, replace: bool) -> Enumerated:
+    """How often each of n examples is drawn, in every sample of b, with the probabilities."""
+    _check_count(f"samples of {b} out of {n}", math.comb(n + b - 1 if replace else n, b))
+    choose = itertools.combinations_with_replacement if replace else itertools.combinations
+    samples = np.array(list(choose(range(n), b)))
+    counts = np.stack([np.bincount(sample, minlength=n) for sample in samples])
+    if not replace:
+        return counts.astype(np.float64), np.full(len(counts), 1 / len(counts))
+    factorials = np.array([math.factorial(i) for i in range(b + 1)], np.float64)
+    orders = factorials[b] / factorials[counts].prod(1)
+    return counts.astype(np.float64), orders / float(n) ** b
+
+
+def _check_count(name: str, count: int) -> None:
+    if count > MAX_ENUMERATED:
+        raise ValueError(
+            f"num_draws = None takes every draw, but {name} has {count}, more than "
+            f"{MAX_ENUMERATED}: give num_draws."
+        )

@@ -1,0 +1,270 @@
+"""Theorem 1, measured: local Gaussian, Rademacher and SGD complexity bound one another."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from msgd_jax import _validate, loss
+from msgd_jax._estimate import Estimate
+from msgd_jax.complexity import _multipliers
+from msgd_jax.complexity._local import LocalComplexity, local_complexity
+
+_ROUNDING = 1e-5  # of float32 sums, where there is no sampling error
+
+
+class Inequality(NamedTuple):
+    """``left <= factor * right`` between two measured complexities.
+
+    Attributes:
+        name: the inequality, in words.
+        left: what is bounded, with how its ascents ended.
+        right: what bounds it, likewise.
+        factor: the constant.
+        ratio: ``left / (factor * right)``, at most 1 where the inequality holds; its standard error
+            takes account of draws that the two have in common.
+    """
+
+    name: str
+    left: LocalComplexity
+    right: LocalComplexity
+    factor: float
+    ratio: Estimate
+
+    @property
+    def violated(self) -> bool:
+        """Whether the 95 % confidence interval of `ratio` lies above 1."""
+        return self.ratio.interval[0] > 1 + _ROUNDING
+
+    def __str__(self) -> str:
+        verdict = "VIOLATED" if self.violated else "holds"
+        return f"{self.name}: ratio {self.ratio}, {verdict}"
+
+
+class Theorem1(NamedTuple):
+    """The three inequalities of Theorem 1.
+
+    Attributes:
+        gaussian_lower: sqrt(2/pi) R(A, N) <= R(G, N), the left of Eq. 10.
+        gaussian_upper: R(G, N) <= E max|g_i| R(A, N), the right of Eq. 10.
+        sgd: R(V_sgd, N) <= 2 (1 - b/N) R(A, b), Eq. 11 or what is right in its place.
+    """
+
+    gaussian_lower: Inequality
+    gaussian_upper: Inequality
+    sgd: Inequality
+
+    @property
+    def violated(self) -> tuple[Inequality, ...]:
+        """Those whose confidence interval lies beyond 1."""
+        return tuple(inequality for inequality in self if inequality.violated)
+
+
+def expected_max_normal(num_examples: int) -> float:
+    """E max |g_i| over N independent standard normals: the constant of Eq. 10, right side.
+
+    It is at most sqrt(2 ln(2N)), which grows more slowly than the paper's C ln N, and is attained
+    by losses of which each can be raised alone. By quadrature, to 1e-6.
+
+    Args:
+        num_examples: N, at least 1.
+
+    Raises:
+        TypeError, ValueError: if `num_examples` is not a positive integer.
+    """
+    n = _validate.positive_int("num_examples", num_examples)
+    x = np.linspace(0.0, 12.0, 24_001)
+    tails = np.array([math.erfc(t / math.sqrt(2)) for t in x])
+    beyond = -np.expm1(n * np.log1p(-np.minimum(tails, 1 - 1e-16)))  # P(max |g_i| > x)
+    return float((beyond[1:] + beyond[:-1]).sum() / 2 * (x[1] - x[0]))
+
+
+def gaussian_inequalities(
+    loss_vector_fn: loss.LossVectorFn,
+    params: Any,
+    data: Any,
+    *,
+    radius: float | Float[Array, ""],
+    key: Key[Array, ""],
+    num_draws: int,
+    **options: Any,
+) -> tuple[Inequality, Inequality]:
+    """Both sides of Eq. 10: sqrt(2/pi) R(A, N) <= R(G, N) <= E max|g_i| R(A, N).
+
+    They hold for every class of losses, for fixed examples and so for random ones. (The paper's
+    C ln N on the right is false for N = 1, and needs C >= 1.63 beyond.)
+
+    Args:
+        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        params: the centre of the ball.
+        data: a pytree of arrays [N, ...], or a function from a PRNG key to one.
+        radius: of the ball.
+        key: a typed PRNG key, the same for both complexities: their draws and data are paired.
+        num_draws: of each, at least 2.
+        **options: of `local_complexity`.
+
+    Returns:
+        The left inequality and the right one. The complexities are lower bounds on suprema unless
+        the ascents reach them: judge by `local_complexity` how close they come.
+
+    Raises:
+        TypeError, ValueError: as `local_complexity`, or if both complexities are 0.
+    """
+    n = _number_of_examples(data)
+
+    def complexity(law: _multipliers.Multipliers) -> LocalComplexity:
+        return local_complexity(
+            loss_vector_fn, params, data, law,
+            radius=radius, key=key, num_draws=num_draws, **options,
+        )  # fmt: skip
+
+    rademacher = complexity(_multipliers.rademacher(n))
+    gaussian = complexity(_multipliers.gaussian(n))
+    return (
+        _inequality("sqrt(2/pi) R(A, N) <= R(G, N)", rademacher, gaussian, math.sqrt(math.pi / 2)),
+        _inequality("R(G, N) <= E max|g| R(A, N)", gaussian, rademacher, expected_max_normal(n)),
+    )
+
+
+def sgd_inequality(
+    loss_vector_fn: loss.LossVectorFn,
+    params: Any,
+    data: Any,
+    *,
+    batch_size: int,
+    radius: float | Float[Array, ""],
+    key: Key[Array, ""] | None = None,
+    num_draws: int | None,
+    replace: bool = False,
+    bound: str = "corrected",
+    **options: Any,
+) -> Inequality:
+    """The local SGD complexity against a Rademacher complexity of b examples, Eq. 11.
+
+    For fixed data R(A, b) is the average over all b of the N examples. What bounds R(V_sgd, N):
+
+    ===========  ==================  ======================================================
+    bound        sampling            R(V_sgd, N) is at most
+    ===========  ==================  ======================================================
+    "paper"      either              2 (1 - b/N) R(A, b), for N = k b, k > 1: proved without
+                                     replacement, **false with**
+    "corrected"  without             the same for every b <= N/2; 2 (1 - b/N) R(A, N - b)
+                                     for N/2 < b < N
+    "corrected"  with replacement    2 (1 - 1/N) R(A, b), the b drawn with replacement
+    ===========  ==================  ======================================================
+
+    The counterexample: all losses 0 but one. Then with replacement the ratio of "paper" is
+    (1 - 1/N)^b / (1 - b/N) > 1 for b > 1.
+
+    Args:
+        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        params: the centre of the ball.
+        data: a pytree of arrays [N, ...], or a function from a PRNG key to one.
+        batch_size: b, between 1 and N - 1.
+        radius: of the ball.
+        key: a typed PRNG key, the same for both complexities.
+        num_draws: of each, at least 2; None for all draws, for small N.
+        replace: whether SGD draws with replacement.
+        bound: "corrected" or "paper".
+        **options: of `local_complexity`.
+
+    Raises:
+        TypeError, ValueError: as `local_complexity`; if b does not divide N where the paper's bound
+            needs it; if both complexities are 0.
+    """
+    n = _number_of_examples(data)
+    _validate.one_of("bound", bound, ("corrected", "paper"))
+    if n < 2:
+        raise ValueError("data must have at least 2 examples to have batches of fewer, got 1.")
+    b = _validate.positive_int("batch_size", batch_size, maximum=n - 1)
+    if bound == "paper" and n % b:
+        raise ValueError(
+            f"batch_size must divide N: Theorem 1 (2) needs N = k b with k > 1, got batch_size = "
+            f"{b} and N = {n}. bound='corrected' holds for every b below N."
+        )
+
+    def complexity(law: _multipliers.Multipliers) -> LocalComplexity:
+        return local_complexity(
+            loss_vector_fn, params, data, law,
+            radius=radius, key=key, num_draws=num_draws, **options,
+        )  # fmt: skip
+
+    with_replacement = replace and bound == "corrected"
+    if with_replacement:
+        size, factor, constant = b, 2 * (1 - 1 / n), "2 (1 - 1/N)"
+    else:
+        size, factor, constant = min(b, n - b), 2 * (1 - b / n), "2 (1 - b/N)"
+    of = "R(A, b)" if size == b else "R(A, N - b)"
+    how = "with" if replace else "without"
+    drawn = ", b drawn with replacement" if with_replacement else ""
+    return _inequality(
+        f"R(V_sgd {how} replacement, N) <= {constant} {of}{drawn}",
+        complexity(_multipliers.sgd(n, b, replace=replace)),
+        complexity(_multipliers.rademacher(n, size, replace=with_replacement)),
+        factor,
+    )
+
+
+def theorem1(
+    loss_vector_fn: loss.LossVectorFn,
+    params: Any,
+    data: Any,
+    *,
+    batch_size: int,
+    radius: float | Float[Array, ""],
+    key: Key[Array, ""],
+    num_draws: int,
+    replace: bool = False,
+    bound: str = "corrected",
+    **options: Any,
+) -> Theorem1:
+    """Both parts of Theorem 1 with their explicit constants, measured: how tight is each bound.
+
+    Args:
+        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        params: the centre of the ball.
+        data: a pytree of arrays [N, ...], or a function from a PRNG key to one.
+        batch_size: b of SGD.
+        radius: of the ball.
+        key: a typed PRNG key.
+        num_draws: of each complexity, at least 2.
+        replace: whether SGD draws with replacement.
+        bound: which bound on the SGD complexity, as in `sgd_inequality`.
+        **options: of `local_complexity`.
+
+    Raises:
+        TypeError, ValueError: as `gaussian_inequalities` and `sgd_inequality`.
+    """
+    settings = {"radius": radius, "key": key, "num_draws": num_draws, **options}
+    sgd = sgd_inequality(
+        loss_vector_fn, params, data,
+        batch_size=batch_size, replace=replace, bound=bound, **settings,
+    )  # fmt: skip
+    return Theorem1(*gaussian_inequalities(loss_vector_fn, params, data, **settings), sgd)
+
+
+def _number_of_examples(data: Any) -> int:
+    if callable(data):
+        return _validate.leading_axis("data(key)", jax.eval_shape(data, jax.random.key(0)))
+    return _validate.leading_axis("data", data)
+
+
+def _inequality(
+    name: str, left: LocalComplexity, right: LocalComplexity, factor: float
+) -> Inequality:
+    """The ratio of two means, its standard error by the delta method, the draws paired."""
+    above, below = (np.asarray(x.draws, np.float64) for x in (left, right))
+    means = left.estimate.value, right.estimate.value
+    if means[1] == 0:
+        raise ValueError(
+            "The complexities are 0, and have no ratio: every loss is 0 in the ball, or "
+            "radius = 0 where every loss is 0 at params."
+        )
+    ratio = means[0] / means[1]
+    error = 0.0
+    if not left.exhaustive:
+        residuals = (above - ratio * below) / means[1]
+        error = float(residuals.std(ddof=1) / math.sqrt(len(residuals)))
+    return Inequality(name, left, right, factor, Estimate(ratio / factor, error / factor))
