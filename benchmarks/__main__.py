@@ -15,6 +15,7 @@ NAMES = (
     "against_torch",
     "step_overhead",
     "many_draws",
+    "regularizer",
     "memory",
     "import_time",
     "noise_generation",

@@ -142,9 +142,12 @@ def _record(inequality: complexity.Inequality) -> dict[str, Any]:
     }
 
 
-def regularizers(config: ComplexityConfig) -> dict[str, tuple[AlgorithmName, Any]]:
-    """By label: the algorithm, and what is added to its gradient: None or the full regulariser."""
-    n, b = 1_000, config.batch_size
+def regularizers(config: ComplexityConfig, n: int) -> dict[str, tuple[AlgorithmName, Any]]:
+    """By label: the algorithm, and what is added to its gradient: None or the full regulariser.
+
+    N is `n`; b and the scale are those of `config`.
+    """
+    b = config.batch_size
     scale = config.regularizer_scale
     if scale is None:
         scale = noise.matching_scale(noise.fisher(n, b))
@@ -167,7 +170,7 @@ def regularizers(config: ComplexityConfig) -> dict[str, tuple[AlgorithmName, Any
 def regularizer(config: ComplexityConfig) -> Iterator[dict[str, Any]]:
     """Training on the digits with and without the regulariser: accuracies and time."""
     digits = data.load("digits")
-    cases = regularizers(config)
+    cases = regularizers(config, len(digits.train.label))
     steps = config.regularizer_steps
     with tqdm(total=len(cases) * steps, unit="step", dynamic_ncols=True) as progress:
         for label, (algorithm, extra) in cases.items():

@@ -91,10 +91,12 @@ class TestAgainstClosedForms:
             expected.append(max(high + v @ data["l"], low - v @ data["l"]))
         np.testing.assert_allclose(found.draws, expected, rtol=1e-3)
         assert (found.draws <= np.array(expected) * (1 + 1e-9)).all()  # a lower bound
-        assert (found.upper >= np.array(expected)).all()
+        assert (np.asarray(found.upper) >= expected).all()
         v = np.abs(drawn(law, 16))
         np.testing.assert_allclose(
-            found.upper - found.first_order, smoothness * radius**2 / 2 * v.mean(1), rtol=1e-9
+            np.asarray(found.upper) - found.first_order,
+            smoothness * radius**2 / 2 * v.mean(1),
+            rtol=1e-9,
         )
         assert (found.gap < 0.01).all()
         if radius > 1:  # several local maxima: starts disagree, and the report says so
@@ -246,7 +248,8 @@ def test_the_subset_law_computes_the_subset_only():
     """B values with their indices: `loss.weighted_value_and_grad` gathers no others."""
     law = complexity.rademacher(50, 3)
     weights = law.sample(KEY, 0)
-    assert weights.values.shape == weights.indices.shape == (3,)
+    assert weights.values.shape == (3,)
+    assert np.unique(np.asarray(weights.indices)).size == 3
     np.testing.assert_allclose(np.abs(weights.values), 50 / 3, rtol=1e-6)
 
 

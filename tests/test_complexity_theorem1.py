@@ -129,10 +129,7 @@ def test_both_parts_together():
 
 def test_a_violation_is_shown():
     left, right = (complexity.Estimate(1.2, 0.05), complexity.Estimate(1.05, 0.05))
-    shown = [
-        complexity.Inequality("x <= y", None, None, 1.0, ratio)  # type: ignore[arg-type]
-        for ratio in (left, right)
-    ]
+    shown = [complexity.Inequality("x <= y", None, None, 1.0, ratio) for ratio in (left, right)]
     assert [inequality.violated for inequality in shown] == [True, False]
     assert str(shown[0]) == "x <= y: ratio 1.2 ± 0.05, VIOLATED"
     assert complexity.Theorem1(shown[1], shown[0], shown[1]).violated == (shown[0],)
