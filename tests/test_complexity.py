@@ -9,50 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy import optimize
 
 from msgd_jax import complexity, noise
-
-EXACT = {"num_starts": 1, "num_steps": 1}  # enough for affine losses
-KEY = jax.random.key(3)
-
-
-def affine_losses(params, batch):
-    return batch["l"] + batch["g"] @ params
-
-
-def quadratic_losses(params, batch):
-    return affine_losses(params, batch) + 0.5 * jnp.einsum("nij,i,j->n", batch["h"], params, params)
-
-
-@functools.cache
-def examples(n, dim=4, seed=0):
-    """Values, slopes and symmetric Hessians of N losses."""
-    rng = np.random.default_rng(seed)
-    h = rng.normal(size=(n, dim, dim))
-    return {"l": rng.normal(size=n), "g": rng.normal(size=(n, dim)), "h": h + h.transpose(0, 2, 1)}
-
-
-@functools.cache  # laws compare by identity: one object is compiled for once
-def gaussian(n, dtype=jnp.float32):
-    return complexity.gaussian(n, dtype=dtype)
-
-
-def on_device(data):
-    return jax.tree.map(jnp.asarray, data)
-
-
-def affine(n, law, radius=0.7, num_draws=None, **options):
-    return complexity.local_complexity(
-        affine_losses, jnp.zeros(4), on_device(examples(n)), law,
-        radius=radius, num_draws=num_draws, **{**EXACT, **options},
-    )  # fmt: skip
-
-
-def affine_supremum(n, v, radius):
-    """|v . l| + radius ||G v||, over N."""
-    data = examples(n)
-    return (abs(data["l"] @ v) + radius * np.linalg.norm(data["g"].T @ v)) / n
+from tests.affine import (
+    EXACT,
+    KEY,
+    affine,
+    affine_losses,
+    affine_supremum,
+    examples,
+    gaussian,
+    on_device,
+    quadratic_losses,
+    sample_data,
+    trust_region,
+)  # fmt: skip
 
 
 def drawn(law, num_draws, key=KEY):
@@ -134,20 +105,6 @@ class TestAgainstClosedForms:
         plain = complexity.local_complexity(*problem, optimizer=optax.sgd(1.0), **settings)
         np.testing.assert_allclose(plain.draws, usual.draws, rtol=1e-3)
         assert not np.array_equal(plain.draws, usual.draws)
-
-
-def trust_region(hessian, slope, radius):
-    """Max x' H x / 2 + s' x over ||x|| <= radius, by the secular equation."""
-    values, vectors = np.linalg.eigh(hessian)
-    turned = vectors.T @ slope
-    length = lambda shift: np.linalg.norm(turned / (shift - values))  # noqa: E731
-    if values[-1] < 0 and length(0) <= radius:
-        x = turned / -values
-    else:
-        lowest = max(values[-1], 0) + 1e-12
-        highest = lowest + np.linalg.norm(slope) / radius + np.abs(values).max()
-        x = turned / (optimize.brentq(lambda s: length(s) - radius, lowest, highest) - values)
-    return 0.5 * x @ (values * x) + turned @ x
 
 
 class TestEnumeration:
@@ -251,11 +208,6 @@ def test_the_subset_law_computes_the_subset_only():
     assert weights.values.shape == (3,)
     assert np.unique(np.asarray(weights.indices)).size == 3
     np.testing.assert_allclose(np.abs(weights.values), 50 / 3, rtol=1e-6)
-
-
-def sample_data(key):
-    loss_key, slope_key = jax.random.split(key)
-    return {"l": jax.random.normal(loss_key, (32,)), "g": jax.random.normal(slope_key, (32, 4))}
 
 
 class TestDataDrawnAnew:

@@ -9,8 +9,7 @@ import optax
 import pytest
 
 from msgd_jax import complexity, noise, train, transform
-from tests.problems import loss_vector_fn, regression
-from tests.test_complexity import (
+from tests.affine import (
     KEY,
     affine_losses,
     affine_supremum,
@@ -18,6 +17,7 @@ from tests.test_complexity import (
     on_device,
     quadratic_losses,
 )  # fmt: skip
+from tests.problems import loss_vector_fn, regression
 
 PROBLEM = regression(12)
 LAW = complexity.rademacher(12)

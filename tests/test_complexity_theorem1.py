@@ -9,7 +9,7 @@ import pytest
 from scipy import integrate, special
 
 from msgd_jax import complexity
-from tests.test_complexity import EXACT, KEY, affine_losses, examples, on_device, sample_data
+from tests.affine import EXACT, KEY, affine_losses, examples, on_device, sample_data
 
 ALL = {"radius": 1.0, "num_draws": None, **EXACT}
 

@@ -1,0 +1,70 @@
+"""Affine and quadratic losses, whose suprema over a ball have closed forms."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import optimize
+
+from msgd_jax import complexity
+
+EXACT = {"num_starts": 1, "num_steps": 1}  # enough for affine losses
+KEY = jax.random.key(3)
+
+
+def affine_losses(params, batch):
+    return batch["l"] + batch["g"] @ params
+
+
+def quadratic_losses(params, batch):
+    return affine_losses(params, batch) + 0.5 * jnp.einsum("nij,i,j->n", batch["h"], params, params)
+
+
+@functools.cache
+def examples(n, dim=4, seed=0):
+    """Values, slopes and symmetric Hessians of N losses."""
+    rng = np.random.default_rng(seed)
+    h = rng.normal(size=(n, dim, dim))
+    return {"l": rng.normal(size=n), "g": rng.normal(size=(n, dim)), "h": h + h.transpose(0, 2, 1)}
+
+
+@functools.cache  # laws compare by identity: one object is compiled for once
+def gaussian(n, dtype=jnp.float32):
+    return complexity.gaussian(n, dtype=dtype)
+
+
+def on_device(data):
+    return jax.tree.map(jnp.asarray, data)
+
+
+def affine(n, law, radius=0.7, num_draws=None, **options):
+    return complexity.local_complexity(
+        affine_losses, jnp.zeros(4), on_device(examples(n)), law,
+        radius=radius, num_draws=num_draws, **{**EXACT, **options},
+    )  # fmt: skip
+
+
+def affine_supremum(n, v, radius):
+    """|v . l| + radius ||G v||, over N."""
+    data = examples(n)
+    return (abs(data["l"] @ v) + radius * np.linalg.norm(data["g"].T @ v)) / n
+
+
+def trust_region(hessian, slope, radius):
+    """Max x' H x / 2 + s' x over ||x|| <= radius, by the secular equation."""
+    values, vectors = np.linalg.eigh(hessian)
+    turned = vectors.T @ slope
+    length = lambda shift: np.linalg.norm(turned / (shift - values))  # noqa: E731
+    if values[-1] < 0 and length(0) <= radius:
+        x = turned / -values
+    else:
+        lowest = max(values[-1], 0) + 1e-12
+        highest = lowest + np.linalg.norm(slope) / radius + np.abs(values).max()
+        x = turned / (optimize.brentq(lambda s: length(s) - radius, lowest, highest) - values)
+    return 0.5 * x @ (values * x) + turned @ x
+
+
+def sample_data(key):
+    loss_key, slope_key = jax.random.split(key)
+    return {"l": jax.random.normal(loss_key, (32,)), "g": jax.random.normal(slope_key, (32, 4))}
