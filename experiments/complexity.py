@@ -58,9 +58,7 @@ def settings(config: ComplexityConfig) -> list[Setting]:
     # sup |sum v_i theta_i^2| over the unit ball is max |v_i|: the class {e_1, ..., e_N}.
     separate = (lambda p, batch: jnp.square(batch @ p), jnp.zeros(n), jnp.eye(n))
     net = _digits_problems(config)
-    options = {
-        "num_starts": 1, "num_steps": config.ascent_steps, "ascents_per_pass": 1,
-    }  # fmt: skip
+    options = {"num_starts": 1, "num_steps": 20, "ascents_per_pass": 1}
     few = max(many // 300, 2)
     return [
         Setting("affine", _affine(0.0), n, 8, 1.0, many, exact),
@@ -69,9 +67,9 @@ def settings(config: ComplexityConfig) -> list[Setting]:
         Setting("affine, mean loss 2", _affine(2.0), n, 8, 1.0, many, exact),
         Setting("one loss, b = 2", spike, 8, 2, 1.0, None, exact),
         Setting("one loss, b = 4", spike, 8, 4, 1.0, None, exact),
-        Setting("separate losses", separate, n, 8, 1.0, few, {"num_starts": 8}),
-        Setting("net at the start", net[0], 64, 16, 0.5, few, options),
-        Setting("net, trained", net[1], 64, 16, 0.5, few, options),
+        Setting("separate losses", separate, n, 8, 1.0, max(many // 10, 2), {"num_starts": 8}),
+        Setting("net at the start", net[0], 64, 16, 0.2, few, options),
+        Setting("net, trained", net[1], 64, 16, 0.2, few, options),
     ]
 
 

@@ -152,7 +152,7 @@ class ComplexityConfig:
     Attributes:
         parts: what to measure: how tight Theorem 1 is, training with the Rademacher regulariser on
             the digits, the complexities along training on FashionMNIST.
-        draws: multipliers of each complexity in Theorem 1, small problems; of the net a 300th.
+        draws: multipliers of each complexity in Theorem 1, affine losses; of the net a 300th.
         regularizer_steps: iterations of training with the regulariser.
         regularizer_radius: of its ball.
         regularizer_scale: its factor; None for the one at which its first order has the variance of
@@ -164,7 +164,7 @@ class ComplexityConfig:
         batch_size: b of SGD and M-SGD, and of the SGD complexity.
         radius: of the ball whose complexities are traced.
         trace_draws: multipliers of each traced complexity.
-        ascent_steps: of the search for each supremum on the nets.
+        ascent_steps: of the search for each supremum in the trace.
         seeds: initial weights and noises.
         seed: the first of them.
         microbatch_size: examples of LeNet in one pass; None for all at once.

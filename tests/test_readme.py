@@ -19,6 +19,9 @@ def test_the_examples_run_and_learn():
     assert names["gradients"].shape == (100, 20)
     distance = np.linalg.norm(names["fine"].last_params - names["msgd"].last_params)
     assert 0 < distance < 0.05 * np.linalg.norm(names["fine"].last_params - names["params"])
+    local = names["local"]
+    assert np.all(local.draws > local.at_centre)
+    assert 0 <= float(local.gap.max()) < 0.01
 
 
 def test_every_noise_is_in_the_table():

@@ -208,7 +208,7 @@ def _ascender(
         n = multipliers.num_examples
         weights = Weights(multipliers.values / n, multipliers.indices, n)
         dtype = _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
-        radius = settings.radius.astype(dtype)
+        ball = jnp.asarray(radius, dtype)
 
         def value_and_grad(params: Any) -> tuple[Float[Array, ""], Any]:
             value, gradient = weighted(params, data, weights)
@@ -222,7 +222,7 @@ def _ascender(
                 centre, sign, position // 2, num_starts, jax.random.fold_in(key, position)
             )
             return _ascent.climb(
-                value_and_grad, params, radius, sign, centre, start,
+                value_and_grad, params, ball, sign, centre, start,
                 settings.optimizer, settings.num_steps,
             )  # fmt: skip
 
