@@ -1,7 +1,9 @@
 """One row for every M-noise: the contract tests run over this table."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pytest
 
 from msgd_jax import noise
 
@@ -55,3 +57,22 @@ ROWS: dict[str, Row] = {
 def cases(*sizes: tuple[int, int]) -> list[tuple[str, int, int]]:
     """(name, N, b) for every noise and every given (N, b) where the noise is defined."""
     return [(name, n, b) for name, row in ROWS.items() for n, b in sizes if n >= row.smallest]
+
+
+# Each is made of the same pieces as one that is always tested.
+_RELATED = ("rademacher", "estimated_fisher", "sparse_fisher_gaussian", "sparse_cov_gaussian")
+
+
+def spared(rows: list) -> list:
+    """Marks the rows of the noises in `_RELATED` as slow, where every noise takes long to compile.
+
+    Args:
+        rows: names, or tuples that begin with one.
+    """
+
+    def mark(row: Any) -> Any:
+        values = row if isinstance(row, tuple) else (row,)
+        marks = pytest.mark.slow if values[0] in _RELATED else ()
+        return pytest.param(*values, marks=marks)
+
+    return [mark(row) for row in rows]

@@ -82,7 +82,7 @@ def test_order_three_halves_where_the_noise_dominates():
     assert sweep.order.standard_error < 0.02
 
 
-@pytest.mark.parametrize("b", [4, 32])
+@pytest.mark.parametrize("b", [pytest.param(4, marks=pytest.mark.slow), 32])
 def test_the_modified_drift_turns_order_one_into_three_halves(b):
     """Drift of L + eta/4 |grad L|^2: what is left is the noise's part. Order 1.5 +- 0.05."""
     sweep = strong(noise.cov(N, b), order=2)
@@ -161,6 +161,7 @@ def weak(law, iterate, *, order=2, rates=(0.4, 0.2, 0.1), paths=16_000, **option
 class TestWeakError:
     sgd = noise.sgd(N, 4, replace=True)
 
+    @pytest.mark.slow
     def test_order_two_needs_the_right_noise(self):
         """Order 2 with SGD's covariance (z < 4), and 1 without noise."""
         right = weak(self.sgd, None).order

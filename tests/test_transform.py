@@ -13,6 +13,7 @@ from tests.transforms import (
     assert_trees_close,
     assert_trees_identical,
     everywhere,
+    everywhere_compiled,
     fresh_key,
 )
 
@@ -38,7 +39,7 @@ def test_update_is_pure(row):
     )
 
 
-@everywhere
+@everywhere_compiled
 def test_jit_and_scan_give_the_same_updates(row):
     tx = row.make(fresh_key())
 
@@ -56,7 +57,7 @@ def test_jit_and_scan_give_the_same_updates(row):
     assert_trees_close(scanned, jax.tree.map(lambda *x: jnp.stack(x), *eager))
 
 
-@everywhere
+@everywhere_compiled
 def test_vmap_over_keys_draws_different_noise(row):
     def two_updates(key):
         tx = row.make(key)
