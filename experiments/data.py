@@ -1,8 +1,9 @@
 """Loads the data sets of the experiments as uint8 arrays in the computer's memory.
 
-`load("digits")` needs no file and no network; `load("fashion_mnist")` finds the original files or
-downloads them, and checks every byte before anything is trained on it. What a data set is split
-into depends on its name and the seed only, never on where its bytes came from.
+`load("digits")` needs no file and no network; the others, such as `load("fashion_mnist")`, find the
+original files or download them, and check every byte of them before anything is trained on it.
+What a data set is split into depends on its name and the seed only, never on where its bytes came
+from.
 """
 
 import dataclasses
@@ -13,9 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import fashion_mnist
-from experiments.fashion_mnist import DatasetNotFoundError
-from experiments.idx import DamagedDatasetError
+from experiments import cifar10, fashion_mnist, svhn
+from experiments.published import (
+    NUM_CLASSES,
+    DamagedDatasetError,
+    DatasetNotFoundError,
+    Split,
+    Splits,
+)
 
 __all__ = [
     "DATASETS",
@@ -24,8 +30,11 @@ __all__ = [
     "DatasetNotFoundError",
     "Examples",
     "load",
+    "load_cifar10",
     "load_digits",
     "load_fashion_mnist",
+    "subset",
+    "load_svhn",
 ]
 
 _NUM_DIGITS_FOR_TRAINING = 1000
@@ -117,7 +126,7 @@ def load_digits(seed: int, data_dir: Path | None = None, download: bool = True) 
     import sklearn.datasets
 
     pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
-    digits = _as_examples(pixels.reshape(-1, 8, 8).astype(np.uint8), labels)
+    digits = _as_examples(Split(pixels.reshape(-1, 8, 8, 1).astype(np.uint8), labels))
     permutation = _permutation(len(digits.label), seed)
     train_indices = permutation[:_NUM_DIGITS_FOR_TRAINING]
     return Dataset(
@@ -164,20 +173,86 @@ def load_fashion_mnist(
     """
     if published is None:
         published = fashion_mnist.published_files()
-    (num_drawn_from,) = published["test"].labels.shape
-    if not 1 <= num_train <= num_drawn_from:
-        raise ValueError(f"num_train must be between 1 and {num_drawn_from}, got {num_train}")
+    (num_test,) = published["test"].labels.shape
+    _check_num_train(num_train, num_test)
     splits, source = fashion_mnist.read(
         published, data_dir=data_dir, download=download, debian_folder=debian_folder
     )
-    train_indices = _permutation(num_drawn_from, seed)[:num_train]
+    return _trained_on_test("fashion_mnist", splits, source, seed, num_train)
+
+
+def load_svhn(
+    seed: int,
+    data_dir: Path | None = None,
+    download: bool = True,
+    *,
+    published: svhn.Published | None = None,
+    num_train: int | None = None,
+) -> Dataset:
+    """Loads SVHN (the cropped digits), split as in appendix B.2 of the paper.
+
+    The training set is drawn without replacement from the 26,032 original *test* images; the test
+    set is all 73,257 original *training* images, in their order. (The paper says 75,000, which is
+    more than there are.)
+
+    Args:
+        seed: decides which images are trained on.
+        data_dir: see `load`.
+        download: see `load`.
+        published: what "train" and "test" have to be; None means `svhn.published_files()`.
+        num_train: how many images are trained on, at least 1 and at most all original test images;
+            None means `svhn.NUM_TRAIN`.
+
+    Returns:
+        The data set; images have shape [32, 32, 3] and pixels from 0 to 255, labels are digits.
+
+    Raises:
+        ValueError: if `num_train` is out of range.
+        DatasetNotFoundError: if no place holds it and it cannot be downloaded.
+        DamagedDatasetError: if the first place that holds it does not hold what was published.
+    """
+    if published is None:
+        published = svhn.published_files()
+    if num_train is None:
+        num_train = svhn.NUM_TRAIN
+    _check_num_train(num_train, published["test"].num_examples)
+    splits, source = svhn.read(published, data_dir=data_dir, download=download)
+    return _trained_on_test("svhn", splits, source, seed, num_train)
+
+
+def load_cifar10(
+    seed: int,
+    data_dir: Path | None = None,
+    download: bool = True,
+    *,
+    published: cifar10.Archive | None = None,
+) -> Dataset:
+    """Loads CIFAR-10 with its standard split: 50,000 images to train on, 10,000 to test on.
+
+    Args:
+        seed: not used, since nothing is drawn.
+        data_dir: see `load`.
+        download: see `load`.
+        published: what the archive has to be; None means `cifar10.published_files()`.
+
+    Returns:
+        The data set; images have shape [32, 32, 3] and pixels from 0 to 255.
+
+    Raises:
+        DatasetNotFoundError: if no place holds it and it cannot be downloaded.
+        DamagedDatasetError: if the first place that holds it does not hold what was published.
+    """
+    del seed
+    if published is None:
+        published = cifar10.published_files()
+    splits, source = cifar10.read(published, data_dir=data_dir, download=download)
     return Dataset(
-        name="fashion_mnist",
-        train=_take(_as_examples(*splits["test"]), train_indices),
-        test=_as_examples(*splits["train"]),
-        num_classes=10,
+        name="cifar10",
+        train=_as_examples(splits["train"]),
+        test=_as_examples(splits["test"]),
+        num_classes=NUM_CLASSES,
         max_value=255,
-        train_indices=train_indices,
+        train_indices=np.arange(len(splits["train"].labels), dtype=np.int64),
         source=source,
     )
 
@@ -185,7 +260,59 @@ def load_fashion_mnist(
 DATASETS: Mapping[str, Callable[[int, Path | None, bool], Dataset]] = {
     "digits": load_digits,
     "fashion_mnist": load_fashion_mnist,
+    "svhn": load_svhn,
+    "cifar10": load_cifar10,
 }
+
+
+def _check_num_train(num_train: int, num_test: int) -> None:
+    if not 1 <= num_train <= num_test:
+        raise ValueError(f"num_train must be between 1 and {num_test}, got {num_train}")
+
+
+def _trained_on_test(name: str, splits: Splits, source: str, seed: int, num_train: int) -> Dataset:
+    """Trains on a draw from the original test split and tests on all of the training split."""
+    train_indices = _permutation(len(splits["test"].labels), seed)[:num_train]
+    return Dataset(
+        name=name,
+        train=_take(_as_examples(splits["test"]), train_indices),
+        test=_as_examples(splits["train"]),
+        num_classes=NUM_CLASSES,
+        max_value=255,
+        train_indices=train_indices,
+        source=source,
+    )
+
+
+def subset(dataset: Dataset, num_train: int | None, num_test: int | None, *, seed: int) -> Dataset:
+    """Draws some of the images of a data set.
+
+    Args:
+        dataset: a data set.
+        num_train: how many of the training images; None for all.
+        num_test: how many of the test images, the same for every seed; None for all.
+        seed: decides which training images.
+
+    Raises:
+        ValueError: if there are not as many.
+    """
+
+    def drawn(name: str, examples: Examples, count: int | None, seed: int) -> np.ndarray:
+        available = len(examples.label)
+        if count is None:
+            return np.arange(available)
+        if not 1 <= count <= available:
+            raise ValueError(f"{name} must be between 1 and {available}, or None, got {count}.")
+        return _permutation(available, seed)[:count]
+
+    train = drawn("num_train", dataset.train, num_train, seed)
+    test = drawn("num_test", dataset.test, num_test, 0)
+    return dataclasses.replace(
+        dataset,
+        train=_take(dataset.train, train),
+        test=_take(dataset.test, test),
+        train_indices=dataset.train_indices[train],
+    )
 
 
 def _permutation(num_examples: int, seed: int) -> np.ndarray:
@@ -198,9 +325,8 @@ def _permutation(num_examples: int, seed: int) -> np.ndarray:
     return np.argsort(draws, kind="stable").astype(np.int64)
 
 
-def _as_examples(images: np.ndarray, labels: np.ndarray) -> Examples:
-    """Examples from uint8 images of shape [N, H, W] and labels of shape [N]."""
-    return Examples(image=images[..., np.newaxis], label=labels.astype(np.int32))
+def _as_examples(split: Split) -> Examples:
+    return Examples(image=split.images, label=split.labels.astype(np.int32))
 
 
 def _take(examples: Examples, indices: np.ndarray) -> Examples:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.published import DamagedDatasetError, PublishedFile
+
 _UNSIGNED_BYTES = 8
 
 # Bits of the flag byte of a gzip header (RFC 1952); each announces one optional field.
@@ -24,27 +26,15 @@ _GZIP_FIXED_HEADER_LENGTH = 10
 _GZIP_DEFAULT_LEVEL_ON_UNIX = b"\x00\x03"
 
 
-class DamagedDatasetError(ValueError):
-    """A data set is there, but its contents are not the published ones."""
-
-
 @dataclasses.dataclass(frozen=True)
-class IdxFile:
-    """What one published file has to be.
+class IdxFile(PublishedFile):
+    """What one published file has to be; its name ends in ".gz".
 
     Attributes:
-        name: file name, ending in ".gz".
-        url: where it is published.
-        size: length of the published (compressed) file, in bytes.
-        sha256: checksum of the published (compressed) file, in hexadecimal digits.
         modified: time in the gzip header of the published file, in seconds since 1970 (UTC).
         shape: shape of the uint8 array that it holds; the first axis counts the examples.
     """
 
-    name: str
-    url: str
-    size: int
-    sha256: str
     modified: int
     shape: tuple[int, ...]
 

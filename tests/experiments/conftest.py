@@ -3,12 +3,12 @@
 import pytest
 
 from tests.experiments.fashion_files import TinyFashion, make_tiny_fashion
+from tests.experiments.source_files import NO_SERVER
 
 
 @pytest.fixture(scope="module")
 def tiny() -> TinyFashion:
-    # Port 9 of this machine: nothing listens there, so that asking it fails at once.
-    return make_tiny_fashion("http://127.0.0.1:9/")
+    return make_tiny_fashion(NO_SERVER)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import data, fashion_mnist, idx
+from experiments.published import Split
 
 MODIFIED = 1504176606
 # The first examples that seed 0 draws. Written down once; they may never change, or old runs could
@@ -46,14 +47,14 @@ def repacked_gzip(content: bytes) -> bytes:
 class TinyFashion:
     """A FashionMNIST of 12 training and 20 test images: the arrays and the original files."""
 
-    splits: dict[str, fashion_mnist.Split]
+    splits: dict[str, Split]
     published: dict[str, fashion_mnist.PublishedSplit]
 
     def contents(self) -> dict[str, bytes]:
         """The unpacked original files by their names."""
         contents = {}
         for name, split in self.published.items():
-            contents[split.images.name] = idx_file(self.splits[name].images)
+            contents[split.images.name] = idx_file(self.splits[name].images[..., 0])
             contents[split.labels.name] = idx_file(self.splits[name].labels)
         return contents
 
@@ -84,7 +85,7 @@ def make_tiny_fashion(base_url: str, seed: int = 0) -> TinyFashion:
     for name, prefix, num_examples in (("train", "train", 12), ("test", "t10k", 20)):
         images = random.integers(0, 256, (num_examples, 28, 28), dtype=np.uint8)
         labels = random.integers(0, 10, num_examples, dtype=np.uint8)
-        splits[name] = fashion_mnist.Split(images, labels)
+        splits[name] = Split(images[..., np.newaxis], labels)
         published[name] = fashion_mnist.PublishedSplit(
             images=publish(f"{prefix}-images-idx3-ubyte.gz", images),
             labels=publish(f"{prefix}-labels-idx1-ubyte.gz", labels),
@@ -95,9 +96,9 @@ def make_tiny_fashion(base_url: str, seed: int = 0) -> TinyFashion:
 
 def check_is_tiny(dataset: data.Dataset, tiny: TinyFashion) -> None:
     """Checks that it tests on the original training split and trains on some of the test split."""
-    np.testing.assert_array_equal(dataset.test.image[..., 0], tiny.splits["train"].images)
+    np.testing.assert_array_equal(dataset.test.image, tiny.splits["train"].images)
     np.testing.assert_array_equal(dataset.test.label, tiny.splits["train"].labels)
     drawn = dataset.train_indices
     assert len(set(drawn.tolist())) == NUM_TRAIN
-    np.testing.assert_array_equal(dataset.train.image[..., 0], tiny.splits["test"].images[drawn])
+    np.testing.assert_array_equal(dataset.train.image, tiny.splits["test"].images[drawn])
     np.testing.assert_array_equal(dataset.train.label, tiny.splits["test"].labels[drawn])

@@ -25,7 +25,7 @@ from tests.experiments.fashion_files import (
 
 
 def test_unknown_name_lists_the_choices():
-    with pytest.raises(ValueError, match=r"digits, fashion_mnist, got 'mnist'"):
+    with pytest.raises(ValueError, match=r"cifar10, digits, fashion_mnist, svhn, got 'mnist'"):
         data.load("mnist")
 
 
@@ -38,7 +38,7 @@ def test_negative_seed_is_refused(name):
 def test_import_does_not_import_the_heavy_packages():
     code = (
         "import sys, experiments.data; "
-        "print([m for m in ('tensorflow_datasets', 'sklearn', 'jax', 'requests', 'PIL') "
+        "print([m for m in ('tensorflow_datasets', 'sklearn', 'scipy', 'jax', 'requests', 'PIL') "
         "if m in sys.modules])"
     )
     result = subprocess.run(

@@ -1,23 +1,15 @@
 """Where FashionMNIST comes from: damaged, missing, downloaded and prepared copies."""
 
-import contextlib
-import functools
-import http.server
-import io
 import json
 import shutil
-import threading
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from etils import epath
-from PIL import Image
 
 from experiments import data
+from tests.experiments import source_files
 from tests.experiments.fashion_files import (
     TinyFashion,
     check_is_tiny,
@@ -25,11 +17,13 @@ from tests.experiments.fashion_files import (
     make_tiny_fashion,
     published_gzip,
 )
-
-
-def damage_payload(packed: bytes) -> bytes:
-    middle = len(packed) // 2
-    return packed[:middle] + bytes([packed[middle] ^ 0xFF]) + packed[middle + 1 :]
+from tests.experiments.source_files import (
+    NO_SERVER,
+    check_same_examples,
+    copy_with_other_information,
+    flip_middle_byte,
+    serve,
+)
 
 
 def damage_crc(packed: bytes) -> bytes:
@@ -46,7 +40,7 @@ def damage_crc(packed: bytes) -> bytes:
         (lambda packed: b"", "0 bytes end before"),
         (lambda packed: b"<html>404 Not Found</html>", "incorrect header check"),
         (lambda packed: zlib.compress(packed), "incorrect header check"),
-        (damage_payload, "is damaged"),  # zlib says one of several things
+        (flip_middle_byte, "is damaged"),  # zlib says one of several things
         (damage_crc, "incorrect data check"),
         (lambda packed: packed + b"more", "sha256"),
     ],
@@ -155,31 +149,6 @@ def test_without_a_network_loading_fails_at_once(tiny, tmp_path, no_proxy):
 # Downloading, from a server on this machine, through tfds's own download manager.
 
 
-@contextlib.contextmanager
-def serve(folder: Path, asked_for: list[str] | None = None) -> Iterator[str]:
-    """Serves a folder, yields its address, and lists the files that were asked for."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            if asked_for is not None:
-                asked_for.append(self.path)
-            super().do_GET()
-
-        def log_message(self, format, *args):
-            del format, args
-
-    handler = functools.partial(Handler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def test_download_is_read_and_found_again_without_a_network(tmp_path, no_proxy):
     (tmp_path / "served").mkdir()
     with serve(tmp_path / "served") as url:
@@ -225,58 +194,12 @@ def test_server_without_the_files_counts_as_not_found(tmp_path, no_proxy):
 
 
 def prepare(tiny: TinyFashion, folder: Path, shuffled: bool) -> Path:
-    """Lets tensorflow-datasets itself prepare the tiny data set in a folder."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import registered
-
-    def png(image: np.ndarray) -> io.BytesIO:
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "PNG")
-        file.seek(0)
-        return file
-
-    with registered.skip_registration():
-
-        class FashionMNIST(tfds.core.GeneratorBasedBuilder):
-            """The same features, version and keys as the builder in tensorflow-datasets."""
-
-            VERSION = tfds.core.Version("3.0.1")
-            pkg_dir_path = epath.Path(folder)
-
-            def _info(self):
-                features = tfds.features.FeaturesDict(
-                    {
-                        "image": tfds.features.Image(shape=(28, 28, 1)),
-                        "label": tfds.features.ClassLabel(num_classes=10),
-                    }
-                )
-                return tfds.core.DatasetInfo(
-                    builder=self, features=features, disable_shuffling=not shuffled
-                )
-
-            def _split_generators(self, dl_manager):
-                del dl_manager
-                return {name: self._generate_examples(name) for name in tiny.splits}
-
-            def _generate_examples(self, name):
-                for key, (image, label) in enumerate(zip(*tiny.splits[name], strict=True)):
-                    yield key, {"image": png(image), "label": int(label)}
-
-    FashionMNIST(data_dir=folder, file_format="array_record").download_and_prepare()
-    return folder
+    return source_files.prepare(folder, "fashion_mnist", "3.0.1", tiny.splits, shuffled=shuffled)
 
 
 @pytest.fixture(scope="module")
 def prepared(tiny, tmp_path_factory) -> Path:
     return prepare(tiny, tmp_path_factory.mktemp("prepared"), shuffled=True)
-
-
-def copy_with_other_information(prepared: Path, folder: Path, **changes) -> Path:
-    """A copy of the prepared data set with changes to what it says about itself."""
-    shutil.copytree(prepared, folder)
-    (path,) = folder.rglob("dataset_info.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
 
 
 @pytest.mark.parametrize("shuffled", [True, False])
@@ -285,14 +208,7 @@ def test_prepared_copy_gives_the_same_as_the_original_files(tiny, tmp_path, shuf
     check_is_tiny(dataset, tiny)
     assert dataset.source.startswith("prepared with tensorflow-datasets in ")
     from_files = tiny.load(tiny.write(tmp_path / "files"))
-    np.testing.assert_array_equal(dataset.train_indices, from_files.train_indices)
-    for ours, theirs in zip(
-        jax.tree.leaves((dataset.train, dataset.test)),
-        jax.tree.leaves((from_files.train, from_files.test)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, theirs)
-        assert ours.dtype == theirs.dtype
+    check_same_examples(dataset, from_files)
 
 
 def test_prepared_copy_that_lost_rows_is_refused(tiny, prepared, tmp_path):
@@ -317,7 +233,7 @@ def test_prepared_copy_with_fewer_rows_than_it_says_is_refused(tiny, prepared, t
         tiny.load(folder)
 
 
-@pytest.mark.parametrize("damage", [lambda packed: packed[: len(packed) // 2], damage_payload])
+@pytest.mark.parametrize("damage", [lambda packed: packed[: len(packed) // 2], flip_middle_byte])
 def test_prepared_copy_with_a_damaged_file_is_refused(tiny, prepared, tmp_path, damage):
     folder = tmp_path / "copy"
     shutil.copytree(prepared, folder)
@@ -329,7 +245,7 @@ def test_prepared_copy_with_a_damaged_file_is_refused(tiny, prepared, tmp_path, 
 
 
 def test_prepared_copy_of_other_images_is_refused(prepared):
-    other = make_tiny_fashion("http://127.0.0.1:9/", seed=1)
+    other = make_tiny_fashion(NO_SERVER, seed=1)
     with pytest.raises(data.DamagedDatasetError, match="other images or labels"):
         other.load(prepared)
 
