@@ -31,7 +31,7 @@ def lenet(num_examples: int, seed: int = 0) -> Problem:
 
     def loss_vector_fn(params: Any, batch: Any) -> Any:
         images, labels = batch
-        logits = model.apply(params, images.astype(jnp.float32) / 255)
+        logits, _ = model.apply(params, {}, images.astype(jnp.float32) / 255)
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     params = jax.jit(model.init)(jax.random.key(seed))

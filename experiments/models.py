@@ -1,7 +1,7 @@
 """The networks of the experiments: flax NNX modules, and the pure functions made from them.
 
 A module maps images [B, H, W, C], floating point in [0, 1], to logits [B, num_classes]. The
-library trains functions, not modules: `functional` turns a module class into a pair of them.
+library trains functions, not modules: `functional` makes them from a module class.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,54 +13,23 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from experiments.conv import conv_max_pool
+from experiments.layers import ConvMaxPool, batch_last, check_images, flat, linear
+from experiments.resnet import ResNet18
+from experiments.vgg import VGG11
 
-__all__ = ["MODELS", "ConvMaxPool", "DigitsNet", "LeNet", "Model", "functional", "num_parameters"]
+__all__ = [
+    "MODELS",
+    "VGG11",
+    "DigitsNet",
+    "LeNet",
+    "Model",
+    "ResNet18",
+    "functional",
+    "num_parameters",
+]
 
 Params = dict[str, Any]
-
-
-class ConvMaxPool(nnx.Module):
-    """A convolution with bias, then 2x2 max-pooling.
-
-    Stride 1, no padding, square kernel; initialised as `LeNet` says.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        rngs: nnx.Rngs,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-    ):
-        """Draws kernel [kernel_size, kernel_size, in_channels, out_channels] and bias.
-
-        Args:
-            in_channels: channels of the images.
-            out_channels: channels of the output.
-            kernel_size: height and width of the kernel, pixels.
-            rngs: the keys to draw the parameters with.
-            dtype: type to compute in; None for the type that images and parameters promote to.
-            param_dtype: type of the parameters.
-        """
-        initializer = _uniform(in_channels * kernel_size**2)
-        kernel_shape = (kernel_size, kernel_size, in_channels, out_channels)
-        self.kernel = nnx.Param(initializer(rngs.params(), kernel_shape, param_dtype))
-        self.bias = nnx.Param(initializer(rngs.params(), (out_channels,), param_dtype))
-        self.dtype = dtype
-
-    def __call__(
-        self, images: Float[Array, "in_channels height width batch"]
-    ) -> Float[Array, "out_channels out_height out_width batch"]:
-        """Returns the pooled feature maps, [O, (H - k + 1) // 2, (W - k + 1) // 2, B]."""
-        kernel, bias = self.kernel[...], self.bias[...]
-        dtype = jnp.result_type(images, kernel, bias) if self.dtype is None else self.dtype
-        # All values of a window get the same bias, so it can be added after the maximum.
-        pooled = conv_max_pool(images.astype(dtype), kernel.astype(dtype))
-        return pooled + bias.astype(dtype).reshape(-1, 1, 1, 1)
+Stats = dict[str, Any]
 
 
 class LeNet(nnx.Module):
@@ -99,8 +68,8 @@ class LeNet(nnx.Module):
         kwargs = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.conv1 = ConvMaxPool(1, 10, 5, **kwargs)
         self.conv2 = ConvMaxPool(10, 10, 5, **kwargs)
-        self.fc1 = _linear(4 * 4 * 10, 50, **kwargs)
-        self.fc2 = _linear(50, self.num_classes, **kwargs)
+        self.fc1 = linear(4 * 4 * 10, 50, **kwargs)
+        self.fc2 = linear(50, self.num_classes, **kwargs)
 
     def __call__(self, images: Float[Array, "batch 28 28 1"]) -> Float[Array, "batch num_classes"]:
         """Returns the logits.
@@ -114,10 +83,10 @@ class LeNet(nnx.Module):
         Raises:
             ValueError: if the images have another shape or are not floating point.
         """
-        _check_images(images, self.image_shape)
-        hidden = nnx.relu(self.conv1(_batch_last(images)))
+        check_images(images, self.image_shape)
+        hidden = nnx.relu(self.conv1(batch_last(images)))
         hidden = nnx.relu(self.conv2(hidden))
-        hidden = nnx.relu(self.fc1(_flat(hidden)))
+        hidden = nnx.relu(self.fc1(flat(hidden)))
         return self.fc2(hidden)
 
 
@@ -152,8 +121,8 @@ class DigitsNet(nnx.Module):
         """
         kwargs = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.conv1 = ConvMaxPool(1, 16, 3, **kwargs)
-        self.fc1 = _linear(3 * 3 * 16, 32, **kwargs)
-        self.fc2 = _linear(32, self.num_classes, **kwargs)
+        self.fc1 = linear(3 * 3 * 16, 32, **kwargs)
+        self.fc2 = linear(32, self.num_classes, **kwargs)
 
     def __call__(self, images: Float[Array, "batch 8 8 1"]) -> Float[Array, "batch num_classes"]:
         """Returns the logits.
@@ -167,13 +136,18 @@ class DigitsNet(nnx.Module):
         Raises:
             ValueError: if the images have another shape or are not floating point.
         """
-        _check_images(images, self.image_shape)
-        hidden = nnx.relu(self.conv1(_batch_last(images)))
-        hidden = nnx.relu(self.fc1(_flat(hidden)))
+        check_images(images, self.image_shape)
+        hidden = nnx.relu(self.conv1(batch_last(images)))
+        hidden = nnx.relu(self.fc1(flat(hidden)))
         return self.fc2(hidden)
 
 
-MODELS: Mapping[str, type[LeNet] | type[DigitsNet]] = {"lenet": LeNet, "digits_net": DigitsNet}
+MODELS: Mapping[str, Callable[..., nnx.Module]] = {
+    "lenet": LeNet,
+    "digits_net": DigitsNet,
+    "vgg11": VGG11,
+    "resnet18": ResNet18,
+}
 """The networks by name."""
 
 
@@ -183,99 +157,91 @@ class Model(NamedTuple):
     Attributes:
         init: maps a PRNG key to parameters: a nested dict of arrays. The same key gives the same
             parameters; `jax.vmap(init)(keys)` stacks those of several keys.
-        apply: maps parameters and images [B, H, W, C] to logits [B, num_classes]. Raises
-            ValueError if the parameters do not have the names and shapes that `init` gives.
+        init_stats: makes the initial running statistics of batch norm: a nested dict of arrays,
+            the same for every key; {} for a network without any.
+        apply: ``apply(params, stats, images, *, training=False) -> (logits, stats)`` maps images
+            [B, H, W, C] to logits [B, num_classes]. In training, batch norm normalises with the
+            statistics of these images, which are one ghost batch, and moves the running ones;
+            otherwise it uses the running ones and leaves them. Raises ValueError if parameters or
+            statistics do not have the names and shapes of the initial ones.
     """
 
     init: Callable[[Key[Array, ""]], Params]
-    apply: Callable[
-        [Params, Float[Array, "batch height width channels"]], Float[Array, "batch num_classes"]
-    ]
+    init_stats: Callable[[], Stats]
+    apply: Callable[..., tuple[Float[Array, "batch num_classes"], Stats]]
 
 
 def functional(module_class: Callable[..., nnx.Module], **kwargs: Any) -> Model:
-    """Turns a module class into two pure functions.
+    """Turns a module class into pure functions.
 
     Args:
-        module_class: makes a module from ``rngs=nnx.Rngs(key)`` and `kwargs`; all of the module's
-            state must be `nnx.Param` (no running statistics, no dropout), and calling it with
-            images gives logits.
+        module_class: makes a module from ``rngs=nnx.Rngs(key)`` and `kwargs`; the module's state
+            must be `nnx.Param` and `nnx.BatchStat` (no dropout), and calling it with images, and
+            with ``training=`` if it has `nnx.BatchStat`, gives logits.
         **kwargs: passed to `module_class`.
 
     Returns:
         A `Model`.
 
     Raises:
-        ValueError: if the module has other state than parameters.
+        ValueError: if the module has other state.
     """
 
     def build(key: Any) -> nnx.Module:
         return module_class(rngs=nnx.Rngs(key), **kwargs)
 
     abstract = nnx.eval_shape(lambda: build(0))
-    graphdef, template, other = nnx.split(abstract, nnx.Param, ...)
+    graphdef, *templates, other = nnx.split(abstract, nnx.Param, nnx.BatchStat, ...)
     if jax.tree.leaves(other):
         names = sorted(nnx.to_pure_dict(other))
-        raise ValueError(f"all state of the module must be nnx.Param, got other state in {names}.")
-    shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(template))
+        raise ValueError(
+            "all state of the module must be nnx.Param or nnx.BatchStat, got other state in "
+            f"{names}."
+        )
+    shapes = [jax.tree.map(jnp.shape, nnx.to_pure_dict(template)) for template in templates]
 
     def init(key: Key[Array, ""]) -> Params:
         return nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
 
-    def apply(
-        params: Params, images: Float[Array, "batch height width channels"]
-    ) -> Float[Array, "batch num_classes"]:
-        got = jax.tree.map(jnp.shape, params)
-        if got != shapes:
-            raise ValueError(f"params must have the names and shapes {shapes}, got {got}.")
-        state = jax.tree.map(lambda leaf: leaf, template)  # a copy, for what follows fills it in
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graphdef, state)(images)
+    @jax.jit  # which leaves out the parameters that are drawn along with them
+    def constants() -> Stats:
+        return nnx.to_pure_dict(nnx.state(build(0), nnx.BatchStat))
 
-    return Model(init, apply)
+    def init_stats() -> Stats:
+        return dict(constants()) if shapes[1] else {}
+
+    def apply(
+        params: Params,
+        stats: Stats,
+        images: Float[Array, "batch height width channels"],
+        *,
+        training: bool = False,
+    ) -> tuple[Float[Array, "batch num_classes"], Stats]:
+        states = [
+            _filled(name, template, wanted, values)
+            for name, template, wanted, values in zip(
+                ("params", "stats"), templates, shapes, (params, stats), strict=True
+            )
+        ]
+        module = nnx.merge(graphdef, *states)
+        if not shapes[1]:
+            return module(images), {}
+        logits = module(images, training=training)
+        return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+    return Model(init, init_stats, apply)
+
+
+def _filled(name: str, template: Any, wanted: Any, values: Any) -> Any:
+    """The state of a module with these values in it."""
+    got = jax.tree.map(jnp.shape, values)
+    if got != wanted:
+        raise ValueError(f"{name} must have the names and shapes {wanted}, got {got}.")
+    state = jax.tree.map(lambda leaf: leaf, template)  # a copy, for what follows fills it in
+    nnx.replace_by_pure_dict(state, values)
+    return state
 
 
 def num_parameters(params: Any) -> int:
     """The number of scalars in a pytree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _batch_last(
-    images: Float[Array, "batch height width channels"],
-) -> Float[Array, "channels height width batch"]:
-    """The layout that `experiments.conv` works in."""
-    return images.transpose(3, 1, 2, 0)
-
-
-def _flat(
-    features: Float[Array, "channels height width batch"],
-) -> Float[Array, "batch height*width*channels"]:
-    """One row for each image: its pixels in row-major order, the channels of a pixel together."""
-    return features.transpose(1, 2, 0, 3).reshape(-1, features.shape[3]).T
-
-
-def _linear(in_features: int, out_features: int, **kwargs: Any) -> nnx.Linear:
-    initializer = _uniform(in_features)
-    return nnx.Linear(
-        in_features, out_features, kernel_init=initializer, bias_init=initializer, **kwargs
-    )
-
-
-def _uniform(fan_in: int) -> nnx.Initializer:
-    """Draws uniformly from [-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-    bound = fan_in**-0.5
-
-    def initializer(key: Any, shape: Any, dtype: Any = jnp.float32, _: Any = None) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return initializer
-
-
-def _check_images(images: Array, image_shape: tuple[int, int, int]) -> None:
-    if images.ndim != 4 or images.shape[1:] != image_shape:
-        allowed = ", ".join(map(str, image_shape))
-        raise ValueError(f"images must have shape [B, {allowed}], got shape {images.shape}.")
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
-            f"images must be floating point, scaled to [0, 1], got type {images.dtype}."
-        )
