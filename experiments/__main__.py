@@ -5,7 +5,8 @@ import sys
 import tyro
 
 from experiments import commands, data
-from experiments.config import ComplexityConfig, DemoConfig, SDEConfig, TrainConfig
+from experiments.config import DemoConfig, FigureConfig, ListConfig, ReportConfig, TrainConfig
+from experiments.theory_config import ComplexityConfig, SDEConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -16,6 +17,9 @@ def main(arguments: list[str] | None = None) -> None:
             "train": TrainConfig,
             "sde": SDEConfig,
             "complexity": ComplexityConfig,
+            "figure": FigureConfig,
+            "list": ListConfig,
+            "report": ReportConfig,
         },
         prog="python -m experiments",
         description="Multiplicative-noise SGD on real images.",

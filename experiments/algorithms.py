@@ -14,22 +14,41 @@ class NoiseSettings:
     Attributes:
         batch_size: b, the batch size of SGD, and the scale of every other noise.
         estimate_size: how many examples [Fisher-b] and [Cov-b] estimate their matrices from.
-        support_size: how many examples a step of [M-SGD-Fisher]-b and [M-SGD-Cov]-b computes.
+        support_size: how many examples a step of [M-SGD-Fisher]-b, [M-SGD-Cov]-b and SGD-b
+            computes; their large batch, called b in the paper too.
         rademacher_scale: the factor of the Rademacher regulariser; None for the one at which its
           variances are those of M-SGD-Fisher. (The paper tunes it and does not say to what.)
+        refresh_every: steps for which the diagonal Langevin baseline keeps its variances.
     """
 
     batch_size: int = 50
     estimate_size: int = 50
     support_size: int = 100
     rademacher_scale: float | None = None
+    refresh_every: int = 10
+
+    def __post_init__(self):
+        if self.refresh_every < 1:
+            raise ValueError(f"refresh_every must be at least 1, got {self.refresh_every}.")
 
 
 class Algorithm(NamedTuple):
-    """An algorithm: its name in figures, and its noise for N examples."""
+    """An algorithm: its name in figures, and its noise for N examples.
+
+    Attributes:
+        label: the name; ``{b}`` stands for `batch_size`, ``{M}`` for `support_size`.
+        make: the M-noise for N examples.
+        diagonal_langevin: whether Gaussian noise with the diagonal of the empirical Fisher matrix
+            as covariance is added to the gradient: no M-noise, the baseline to compare with.
+    """
 
     label: str
     make: Callable[[int, NoiseSettings], noise.MNoise]
+    diagonal_langevin: bool = False
+
+    def name(self, settings: NoiseSettings) -> str:
+        """The label with its numbers."""
+        return self.label.format(b=settings.batch_size, M=settings.support_size)
 
 
 def _rademacher(n: int, settings: NoiseSettings) -> noise.MNoise:
@@ -41,7 +60,7 @@ def _rademacher(n: int, settings: NoiseSettings) -> noise.MNoise:
 
 ALGORITHMS: dict[str, Algorithm] = {
     "gd": Algorithm("GD", lambda n, s: noise.gd(n)),
-    "sgd": Algorithm("SGD", lambda n, s: noise.sgd(n, s.batch_size)),
+    "sgd": Algorithm("SGD-{b}", lambda n, s: noise.sgd(n, s.batch_size)),
     "m-sgd-fisher": Algorithm("M-SGD-Fisher", lambda n, s: noise.fisher(n, s.batch_size)),
     "m-sgd-cov": Algorithm("M-SGD-Cov", lambda n, s: noise.cov(n, s.batch_size)),
     "m-sgd-bernoulli": Algorithm("M-SGD-Bernoulli", lambda n, s: noise.bernoulli(n, s.batch_size)),
@@ -55,11 +74,15 @@ ALGORITHMS: dict[str, Algorithm] = {
         lambda n, s: noise.estimated_cov(n, s.batch_size, estimate_size=s.estimate_size),
     ),
     "m-sgd-sparse-fisher": Algorithm(
-        "[M-SGD-Fisher]-b",
+        "[M-SGD-Fisher]-{M}",
         lambda n, s: noise.sparse_fisher(n, s.batch_size, support_size=s.support_size),
     ),
     "m-sgd-sparse-cov": Algorithm(
-        "[M-SGD-Cov]-b",
+        "[M-SGD-Cov]-{M}",
         lambda n, s: noise.sparse_cov(n, s.batch_size, support_size=s.support_size),
+    ),
+    "sgd-b": Algorithm("SGD-{M}", lambda n, s: noise.sgd(n, s.support_size)),
+    "langevin-diagonal-fisher": Algorithm(
+        "Langevin, diagonal Fisher", lambda n, s: noise.gd(n), diagonal_langevin=True
     ),
 }

@@ -14,8 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import complexity_figures, data, figures, runs, training
-from experiments.algorithms import ALGORITHMS, NoiseSettings
-from experiments.config import AlgorithmName, ComplexityConfig, TrainConfig
+from experiments.algorithms import NoiseSettings
+from experiments.config import AlgorithmName, TrainConfig
+from experiments.theory_config import ComplexityConfig
 from msgd_jax import complexity, noise
 
 # How Theorem 1's columns are called; the ratios of `theorem1_rows` in their order.
@@ -222,14 +223,13 @@ def trace(config: ComplexityConfig, dataset: data.Dataset) -> Iterator[dict[str,
     total = len(config.algorithms) * times * config.seeds * len(multipliers)
     with tqdm(total=total, unit="complexity", dynamic_ncols=True) as progress:
         for algorithm in config.algorithms:
-            label = ALGORITHMS[algorithm].label
-            progress.set_description(label)
             plan = TrainConfig(
                 algorithm=algorithm, dataset=dataset.name, steps=config.steps,  # type: ignore
                 learning_rate=config.learning_rate, eval_every=config.every,
                 noise=NoiseSettings(batch_size=config.batch_size), seeds=config.seeds,
                 seed=config.seed, microbatch_size=config.microbatch_size,
             )  # fmt: skip
+            progress.set_description(plan.label)
             for params, evaluation in training.train_seeds(plan, dataset):
                 measured = {name: [] for name in multipliers}
                 for i in range(config.seeds):
@@ -238,7 +238,7 @@ def trace(config: ComplexityConfig, dataset: data.Dataset) -> Iterator[dict[str,
                         measured[name].append(_measure(config, losses, own, train_set, law))
                         progress.update()
                 yield {
-                    "algorithm": label,
+                    "algorithm": plan.label,
                     **evaluation.record(),
                     "complexities": {
                         name: _transposed(values) for name, values in measured.items()

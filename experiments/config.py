@@ -3,9 +3,11 @@
 import dataclasses
 import math
 import pathlib
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from experiments.algorithms import NoiseSettings
+import tyro
+
+from experiments.algorithms import ALGORITHMS, NoiseSettings
 
 AlgorithmName = Literal[
     "gd",
@@ -18,11 +20,24 @@ AlgorithmName = Literal[
     "m-sgd-estimated-cov",
     "m-sgd-sparse-fisher",
     "m-sgd-sparse-cov",
+    "sgd-b",
+    "langevin-diagonal-fisher",
 ]
-DatasetName = Literal["digits", "fashion_mnist"]
-ModelName = Literal["digits_net", "lenet"]
-SDEPart = Literal["strong", "weak", "paths", "network"]
-ComplexityPart = Literal["theorem1", "regularizer", "trace"]
+DatasetName = Literal["digits", "fashion_mnist", "svhn", "cifar10"]
+ModelName = Literal["digits_net", "lenet", "vgg11", "resnet18"]
+Scaling = Literal["none", "sqrt", "linear"]
+MODEL_OF: dict[DatasetName, ModelName] = {
+    "digits": "digits_net",
+    "fashion_mnist": "lenet",
+    "svhn": "vgg11",
+    "cifar10": "resnet18",
+}
+"""The net that fits the images: the paper's, where it has one for them."""
+
+PanelName = Literal[
+    "1a", "1b", "1c", "1d", "1e", "1f", "2a", "2b", "3a", "3b",
+    "1a-converged", "1b-converged", "large-batch",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,175 +53,127 @@ class TrainConfig:
         algorithm: which M-noise.
         dataset: which images.
         model: which net; None for the one that fits the images.
+        width: channels of the net's first layer, the others in proportion; None for the net's own.
         steps: iterations.
-        learning_rate: eta, constant.
+        learning_rate: eta, before decay and scaling.
         momentum: 0 for none.
+        weight_decay: factor of the parameters that is added to the noisy gradient.
+        decay_at: iterations at which the learning rate is multiplied by `decay_factor`.
+        decay_factor: see `decay_at`.
+        learning_rate_scaling: how the learning rate of SGD-b grows with its batch size M over b: as
+            its root (Hoffer et al. 2017), linearly, or not at all.
+        regime_adaptation: whether SGD-b makes as many iterations as SGD with b (Hoffer et al.), or,
+            if not, as many epochs: `steps` and `decay_at` are then divided by M/b.
+        augment: whether images are cropped at random, zero-padded by 4 pixels, and flipped.
         noise: the numbers the noise is built from.
         seeds: how many runs side by side, each with its own initial weights and noise.
         seed: of the first run; the others count up from it.
         data_seed: which images are drawn for training.
+        num_train: how many of the training images are used; None for all.
+        num_test: how many of the test images are used; None for all.
         eval_every: steps between two evaluations on all training and test images.
-        microbatch_size: examples in one pass; None for all at once.
+        checkpoint_every: steps after which the next evaluation writes a checkpoint; the last one
+            does in any case.
+        microbatch_size: examples in one pass, and in one ghost batch of a net with batch norm; None
+            for all at once.
         data_dir: where data sets are looked for, and downloaded to.
-        out: the folder of the run, which must be new; None for one named after the run.
+        out: the folder of the run, new or of the same run, which then goes on; None for one named
+            after the run.
     """
 
     algorithm: AlgorithmName = "sgd"
     dataset: DatasetName = "fashion_mnist"
     model: ModelName | None = None
+    width: int | None = None
     steps: int = 10_000
     learning_rate: float = 0.01
     momentum: float = 0.0
+    weight_decay: float = 0.0
+    decay_at: tuple[int, ...] = ()
+    decay_factor: float = 0.1
+    learning_rate_scaling: Scaling = "none"
+    regime_adaptation: bool = True
+    augment: bool = False
     noise: NoiseSettings = dataclasses.field(default_factory=NoiseSettings)
     seeds: int = 1
     seed: int = 0
     data_seed: int = 0
+    num_train: int | None = None
+    num_test: int | None = None
     eval_every: int = 250
+    checkpoint_every: int = 1_000
     microbatch_size: int | None = 100
     data_dir: pathlib.Path | None = None
     out: pathlib.Path | None = None
 
     def __post_init__(self):
-        for name in ("steps", "seeds", "eval_every"):
+        for name in ("steps", "seeds", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("width", "num_train", "num_test", "microbatch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None, got {value}.")
         for name in ("seed", "data_seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
-            raise ValueError(
-                f"learning_rate must be finite and at least 0, got {self.learning_rate}."
-            )
+        for name in ("learning_rate", "weight_decay", "decay_factor"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and at least 0, got {value}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}.")
+        if list(self.decay_at) != sorted(set(self.decay_at)) or min(self.decay_at, default=1) < 1:
+            raise ValueError(f"decay_at must be positive and ascending, got {self.decay_at}.")
+        if self.width is not None and self.model_name not in ("vgg11", "resnet18"):
+            raise ValueError(
+                f"width is for vgg11 and resnet18, got {self.width} with {self.model_name}."
+            )
+        if self.algorithm != "sgd-b" and self.learning_rate_scaling != "none":
+            raise ValueError(
+                "learning_rate_scaling is for sgd-b: every other algorithm has the noise of SGD "
+                f"with batch_size, got {self.learning_rate_scaling!r} with {self.algorithm!r}."
+            )
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> "TrainConfig":
+        """The configuration that a run's config.json was written from."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {k: v for k, v in record.items() if k in known}
+        values |= {
+            "noise": NoiseSettings(**record["noise"]),
+            "decay_at": tuple(record["decay_at"]),
+            **{k: record[k] and pathlib.Path(record[k]) for k in ("data_dir", "out")},
+        }
+        return cls(**values)
 
     @property
     def model_name(self) -> ModelName:
         """The net asked for, or the one that fits the images."""
-        return self.model or ("digits_net" if self.dataset == "digits" else "lenet")
+        return self.model or MODEL_OF[self.dataset]
 
+    @property
+    def label(self) -> str:
+        """The algorithm's name in figures, with its numbers."""
+        name = ALGORITHMS[self.algorithm].name(self.noise)
+        scaled = {"none": "", "sqrt": ", rate x root", "linear": ", rate x batch"}
+        return name + scaled[self.learning_rate_scaling]
 
-@dataclasses.dataclass(frozen=True)
-class SDEConfig:
-    """Measures how close iterations are to their SDE, and draws it.
+    @property
+    def batch_ratio(self) -> float:
+        """M/b: how much larger the batch of SGD-b is than the b of its settings; 1 for others."""
+        if self.algorithm != "sgd-b":
+            return 1.0
+        return self.noise.support_size / self.noise.batch_size
 
-    Strong and weak orders against the learning rate, paths on a loss of two parameters, and the
-    distance between M-SGD-Fisher and the SDE on the LeNet-like net and FashionMNIST. Prints tables,
-    and writes pictures and summary.json.
+    @property
+    def total_steps(self) -> int:
+        """The iterations made: `steps`, or fewer without regime adaptation."""
+        return self.in_regime(self.steps)
 
-    Attributes:
-        parts: what to measure: the strong orders, the weak orders, the paths on the loss of two
-            parameters, the net (which needs FashionMNIST).
-        strong_paths: paths of each strong order.
-        weak_paths: paths of each weak order 1 and each side; 4 times as many of each order 2.
-        learning_rate: eta of the net, the largest.
-        halvings: how often it is halved.
-        network_paths: Brownian paths of the net, from the same initial weights.
-        iterations: of the net at the largest learning rate; smaller ones go on for the same time.
-        batch_size: b of M-SGD-Fisher on the net.
-        substeps: of the net's SDE in one iteration, a power of two.
-        points: how often distances are measured on the way.
-        microbatch_size: examples of the net in one pass; None for all at once.
-        seed: of all keys.
-        data_dir: where data sets are looked for, and downloaded to.
-        out: the folder of the results, which must be new; None for runs/sde-DATE-TIME.
-    """
-
-    parts: tuple[SDEPart, ...] = ("strong", "weak", "paths", "network")
-    strong_paths: int = 256
-    weak_paths: int = 64_000
-    learning_rate: float = 0.1
-    halvings: int = 2
-    network_paths: int = 3
-    iterations: int = 80
-    batch_size: int = 50
-    substeps: int = 4
-    points: int = 20
-    microbatch_size: int | None = 100
-    seed: int = 0
-    data_dir: pathlib.Path | None = None
-    out: pathlib.Path | None = None
-
-    def __post_init__(self):
-        if not self.parts or len(set(self.parts)) < len(self.parts):
-            raise ValueError(f"parts must name one or more, each once, got {self.parts}.")
-        for name in ("strong_paths", "weak_paths"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
-        for name in ("iterations", "points", "network_paths"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("halvings", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate must be finite and above 0, got {self.learning_rate}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class ComplexityConfig:
-    """Measures local complexities: Theorem 1, the regulariser in training, and a trace of training.
-
-    Prints tables, and writes pictures and summary.json.
-
-    Attributes:
-        parts: what to measure: how tight Theorem 1 is, training with the Rademacher regulariser on
-            the digits, the complexities along training on FashionMNIST.
-        draws: multipliers of each complexity in Theorem 1, affine losses; of the net a 300th.
-        regularizer_steps: iterations of training with the regulariser.
-        regularizer_radius: of its ball.
-        regularizer_scale: its factor; None for the one at which its first order has the variance of
-            SGD's noise.
-        algorithms: whose training is traced.
-        steps: iterations of it.
-        every: iterations between two measurements.
-        learning_rate: eta of it.
-        batch_size: b of SGD and M-SGD, and of the SGD complexity.
-        radius: of the ball whose complexities are traced.
-        trace_draws: multipliers of each traced complexity.
-        ascent_steps: of the search for each supremum in the trace.
-        seeds: initial weights and noises.
-        seed: the first of them.
-        microbatch_size: examples of LeNet in one pass; None for all at once.
-        data_dir: where data sets are looked for, and downloaded to.
-        out: the folder of the results, which must be new; None for runs/complexity-DATE-TIME.
-    """
-
-    parts: tuple[ComplexityPart, ...] = ("theorem1", "regularizer", "trace")
-    draws: int = 20_000
-    regularizer_steps: int = 1_000
-    regularizer_radius: float = 0.1
-    regularizer_scale: float | None = None
-    algorithms: tuple[AlgorithmName, ...] = ("gd", "sgd", "m-sgd-cov")
-    steps: int = 2_000
-    every: int = 500
-    learning_rate: float = 0.1
-    batch_size: int = 50
-    radius: float = 0.1
-    trace_draws: int = 6
-    ascent_steps: int = 10
-    seeds: int = 3
-    seed: int = 0
-    microbatch_size: int | None = 100
-    data_dir: pathlib.Path | None = None
-    out: pathlib.Path | None = None
-
-    def __post_init__(self):
-        for name in ("parts", "algorithms"):
-            chosen = getattr(self, name)
-            if not chosen or len(set(chosen)) < len(chosen):
-                raise ValueError(f"{name} must name one or more, each once, got {chosen}.")
-        for name in ("draws", "trace_draws"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
-        for name in ("regularizer_steps", "steps", "every", "ascent_steps", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("radius", "regularizer_radius", "learning_rate"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}.")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}.")
+    def in_regime(self, iteration: int) -> int:
+        """The iteration of this run at which SGD with b has seen as much as asked for."""
+        return iteration if self.regime_adaptation else max(round(iteration / self.batch_ratio), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,3 +222,63 @@ class DemoConfig:
             )
             for algorithm in self.algorithms
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureConfig:
+    """Draws a panel of the paper's figures: runs what is missing, reuses what is there.
+
+    Every run has a folder of its own under `runs`, named after what it computes, and goes on where
+    it was stopped. Writes a picture, a table as CSV, and a page, into `out`.
+
+    Attributes:
+        panel: which; those with a word in their name are ours.
+        scale: "paper" for the panel in full; "small" for fewer images, channels, steps and seeds,
+            which runs on two cores.
+        seeds: runs of each algorithm; None for the panel's own number.
+        seeds_at_once: how many of them side by side in one process, as memory allows.
+        runs: the folder of the runs.
+        data_dir: where data sets are looked for, and downloaded to.
+        out: the folder of the figure, whose earlier version is replaced; None for
+            runs/figure-PANEL.
+    """
+
+    panel: Annotated[PanelName, tyro.conf.Positional]
+    scale: Literal["paper", "small"] = "paper"
+    seeds: int | None = None
+    seeds_at_once: int = 5
+    runs: pathlib.Path = pathlib.Path("runs")
+    data_dir: pathlib.Path | None = None
+    out: pathlib.Path | None = None
+
+    def __post_init__(self):
+        if self.seeds is not None and self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, or None, got {self.seeds}.")
+        if self.seeds_at_once < 1:
+            raise ValueError(f"seeds_at_once must be at least 1, got {self.seeds_at_once}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ListConfig:
+    """Lists the runs below a folder: their state, how far they are, and their accuracies.
+
+    Attributes:
+        runs: the folder.
+    """
+
+    runs: pathlib.Path = pathlib.Path("runs")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Draws the finished runs below a folder on one page, in Markdown and in HTML.
+
+    Runs that differ in nothing but algorithm and noise stand together.
+
+    Attributes:
+        runs: the folder.
+        out: the folder of the page, whose earlier version is replaced; None for report in `runs`.
+    """
+
+    runs: pathlib.Path = pathlib.Path("runs")
+    out: pathlib.Path | None = None

@@ -16,8 +16,8 @@ import optax
 from tqdm import tqdm
 
 from experiments import data, runs, sde_figures, training, weak_order
-from experiments.config import SDEConfig
 from experiments.sde_problems import Problem, at_minimum, logistic, two_wells
+from experiments.theory_config import SDEConfig
 from msgd_jax import loss, noise, sde, train
 
 RATES = (0.1, 0.05, 0.025, 0.0125)
@@ -210,9 +210,10 @@ def network(config: SDEConfig, dataset: data.Dataset) -> Iterator[NetworkRun]:
     At the first learning rate beside them: M-SGD-Fisher with another key, and GD. All paths start
     at the same initial weights.
     """
-    init_params, losses, _ = training.model_functions("lenet", dataset.max_value)
+    functions = training.model_functions("lenet", dataset.max_value)
+    losses = functions.losses
     start_key, *keys = jax.random.split(jax.random.key(config.seed), 1 + config.network_paths)
-    params = jax.tree.map(lambda leaf: leaf[0], init_params(start_key[None]))
+    params = jax.tree.map(lambda leaf: leaf[0], functions.init_params(start_key[None]))
     train_set = jax.device_put(dataset.train)
     fisher = noise.fisher(len(dataset.train.label), config.batch_size)
     rates = [config.learning_rate / 2**i for i in range(config.halvings + 1)]

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from experiments import data, models
+from experiments import augmentation, data, models, optimizers
 from experiments.algorithms import ALGORITHMS
 from experiments.config import TrainConfig
-from msgd_jax import loss, train
+from msgd_jax import loss, noise, train
 
 # Large enough to keep the cores busy, small enough for the activations of several seeds to fit.
 EVALUATION_BATCH = 500
@@ -45,18 +45,44 @@ class Evaluation(NamedTuple):
             k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self._asdict().items()
         }
 
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> "Evaluation":
+        """What `record` was made from, in float64."""
+        values: dict[str, Any] = {
+            k: np.array(v) if isinstance(v, list) else v for k, v in record.items()
+        }
+        return cls(**values)
 
-def train_seeds(
-    config: TrainConfig,
-    dataset: data.Dataset,
-    regularizer: Callable[[Any], optax.GradientTransformation] | None = None,
-) -> Iterator[tuple[Any, Evaluation]]:
-    """Trains `config.seeds` runs side by side; yields an evaluation every `eval_every` steps.
 
-    With it come the parameters, a leading axis for the seeds: they are gone when the next ones are
-    asked for. The first evaluation, at step 0, is of the initial parameters. Seed s has the key
-    ``jax.random.key(s)``, split for parameters and noise: what a seed does depends on neither the
-    other seeds nor how often it is evaluated.
+Regularizer = Callable[[Any], optax.GradientTransformation]
+
+
+class Trainer(NamedTuple):
+    """One configuration as functions; a state has a leading axis for the seeds.
+
+    Attributes:
+        start: makes the state before the first step.
+        advance: ``advance(state, num_steps) -> (state, metrics)``, up to `eval_every` steps in one
+            compiled loop, with losses [num_steps, seeds]; the state given is gone.
+        evaluate: ``evaluate(state, step, seconds) -> Evaluation``.
+    """
+
+    start: Callable[[], train.TrainState]
+    advance: Callable[[train.TrainState, int], tuple[train.TrainState, train.StepMetrics]]
+    evaluate: Callable[[train.TrainState, int, float], Evaluation]
+
+
+# Keys folded with 0, 1, 2, ... are the noise's; these are for what else is random.
+_REGULARIZER, _LANGEVIN, _AUGMENTATION = (np.uint32(2**32 - 1 - i) for i in range(3))
+
+
+def make_trainer(
+    config: TrainConfig, dataset: data.Dataset, regularizer: Regularizer | None = None
+) -> Trainer:
+    """Makes what `config.seeds` runs side by side need.
+
+    Seed s has the key ``jax.random.key(s)``, split for parameters and noise: what a seed does
+    depends on neither the other seeds nor how often it is stopped or evaluated.
 
     Args:
         config: what to train.
@@ -65,93 +91,199 @@ def train_seeds(
             before the optimizer; None for nothing.
 
     Raises:
-        ValueError: at once, if noise or model does not allow the settings (a batch size above N,
-          say); later, if the training loss leaves the finite numbers, naming step and seeds.
+        ValueError: if noise or model does not allow the settings (a batch size above N, say).
     """
-    init_params, losses, evaluate = model_functions(config.model_name, dataset.max_value)
+    functions = model_functions(config.model_name, dataset.max_value, config.width)
+    algorithm = ALGORITHMS[config.algorithm]
+    train_set, test_set = jax.device_put((dataset.train, dataset.test))
+    law = algorithm.make(train_set.label.shape[0], config.noise)
+    stats = functions.init_stats()
+    has_stats = bool(jax.tree.leaves(stats))
+    if has_stats:
+        _check_ghost_batches(law, config.microbatch_size)
 
     def optimizer(key: Any) -> optax.GradientTransformation:
-        sgd = optax.sgd(config.learning_rate, momentum=config.momentum or None)
-        # Keys folded with 0, 1, 2, ... are the noise's.
-        last = np.uint32(2**32 - 1)
-        return optax.chain(regularizer(jax.random.fold_in(key, last)), sgd) if regularizer else sgd
-
-    train_set, test_set = jax.device_put((dataset.train, dataset.test))
-    noise = ALGORITHMS[config.algorithm].make(train_set.label.shape[0], config.noise)
+        before = []
+        if regularizer is not None:
+            before.append(regularizer(jax.random.fold_in(key, _REGULARIZER)))
+        if algorithm.diagonal_langevin:
+            before.append(
+                optimizers.diagonal_langevin(
+                    jax.random.fold_in(key, _LANGEVIN), batch_size=config.noise.batch_size,
+                    refresh_every=config.noise.refresh_every,
+                    microbatch_size=config.microbatch_size,
+                )
+            )  # fmt: skip
+        return optimizers.make(config, *before)
 
     def start() -> train.TrainState:
         seeds = jnp.arange(config.seed, config.seed + config.seeds)
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
-        params = init_params(keys[:, 0])
-        return jax.vmap(lambda p, key: train.init(p, optimizer(key), key))(params, keys[:, 1])
+        params = functions.init_params(keys[:, 0])
+        return jax.vmap(lambda p, key: train.init(p, optimizer(key), key, aux=stats))(
+            params, keys[:, 1]
+        )
 
     # A transformation keeps its key in the state: here any will do.
-    updater = optimizer(jax.random.key(0))
-    step = train.make_step(losses, updater, noise, microbatch_size=config.microbatch_size)
-    every_seed = jax.vmap(step, in_axes=(0, None))
+    plain_step = train.make_step(
+        functions.losses, optimizer(jax.random.key(0)), law,
+        microbatch_size=config.microbatch_size, has_aux=has_stats,
+    )  # fmt: skip
+
+    def step(state: train.TrainState, examples: Any) -> tuple[train.TrainState, train.StepMetrics]:
+        if config.augment:
+            key = jax.random.fold_in(state.key, _AUGMENTATION)
+            examples = augmentation.draw(key, state.step, examples)
+        return plain_step(state, examples)
+
+    def every_seed(
+        states: train.TrainState, examples: Any
+    ) -> tuple[train.TrainState, train.StepMetrics]:
+        if algorithm.diagonal_langevin:
+            # Under `vmap` both branches of a `cond` are computed: no variances would be kept.
+            return jax.lax.map(lambda state: step(state, examples), states)
+        return jax.vmap(step, in_axes=(0, None))(states, examples)
+
     jax.eval_shape(lambda: every_seed(start(), train_set))  # so that errors come now
     loop = train.make_loop(every_seed, max_steps=config.eval_every)
 
+    def evaluate(state: train.TrainState, step: int, seconds: float) -> Evaluation:
+        train_loss, train_accuracy = functions.evaluate(state.params, state.aux, train_set)
+        test_loss, test_accuracy = functions.evaluate(state.params, state.aux, test_set)
+        return Evaluation(
+            step=step,
+            train_loss=np.asarray(train_loss),
+            train_accuracy=np.asarray(train_accuracy),
+            test_loss=np.asarray(test_loss),
+            test_accuracy=np.asarray(test_accuracy),
+            seconds=seconds,
+        )
+
+    return Trainer(start, lambda state, num_steps: loop(state, train_set, num_steps), evaluate)
+
+
+def _check_ghost_batches(law: noise.MNoise, microbatch_size: int | None) -> None:
+    support = law.support_size
+    size = support if microbatch_size is None else microbatch_size
+    if support % size and size < support:
+        raise ValueError(
+            f"microbatch_size must divide the {support} examples of a step, since it is the ghost "
+            f"batch whose statistics batch norm takes, got {size}."
+        )
+
+
+def train_seeds(
+    config: TrainConfig, dataset: data.Dataset, regularizer: Regularizer | None = None
+) -> Iterator[tuple[Any, Evaluation]]:
+    """Trains `config.seeds` runs side by side; yields an evaluation every `eval_every` steps.
+
+    With it come the parameters, a leading axis for the seeds: they are gone when the next ones are
+    asked for. The first evaluation, at step 0, is of the initial parameters.
+
+    Args:
+        config: what to train.
+        dataset: the images, as uint8.
+        regularizer: as in `make_trainer`.
+
+    Raises:
+        ValueError: at once, as `make_trainer`; later, if a loss leaves the finite numbers, naming
+            step and seeds.
+    """
+    trainer = make_trainer(config, dataset, regularizer)
+
     def evaluations() -> Iterator[tuple[Any, Evaluation]]:
-        state, done, seconds = start(), 0, 0.0
+        state, done, seconds = trainer.start(), 0, 0.0
         while True:
-            train_loss, train_accuracy = evaluate(state.params, train_set)
-            test_loss, test_accuracy = evaluate(state.params, test_set)
-            _check_finite(train_loss, done, config.seed)
-            yield (
-                state.params,
-                Evaluation(
-                    step=done,
-                    train_loss=np.asarray(train_loss),
-                    train_accuracy=np.asarray(train_accuracy),
-                    test_loss=np.asarray(test_loss),
-                    test_accuracy=np.asarray(test_accuracy),
-                    seconds=seconds,
-                ),
-            )
-            if done == config.steps:
+            evaluation = trainer.evaluate(state, done, seconds)
+            check_finite(evaluation.train_loss[None], done, config.seed)
+            yield state.params, evaluation
+            if done == config.total_steps:
                 return
-            num_steps = min(config.eval_every, config.steps - done)
+            num_steps = min(config.eval_every, config.total_steps - done)
             before = time.perf_counter()
-            state, _ = jax.block_until_ready(loop(state, train_set, num_steps))
+            state, metrics = jax.block_until_ready(trainer.advance(state, num_steps))
             seconds = time.perf_counter() - before
+            check_finite(metrics.loss, done, config.seed)
             done += num_steps
 
     return evaluations()
 
 
+class DivergedError(ValueError):
+    """A loss is not finite.
+
+    Attributes:
+        step: the iterations after which it was not.
+        seeds: whose loss.
+    """
+
+    def __init__(self, step: int, seeds: list[int]):
+        self.step, self.seeds = step, seeds
+        which = ", ".join(map(str, seeds))
+        super().__init__(
+            f"The training loss is not finite after {step} steps (seed {which}): choose a smaller "
+            "learning_rate."
+        )
+
+
+def check_finite(losses: Any, step: int, first_seed: int) -> None:
+    """Raises DivergedError at the first of these losses that is not finite.
+
+    Args:
+        losses: [steps, seeds], the loss before each step.
+        step: iterations made before the first of them.
+        first_seed: the seed of the first column.
+    """
+    bad = ~np.isfinite(np.asarray(losses))
+    if bad.any():
+        row = int(bad.any(1).argmax())
+        raise DivergedError(step + row, (first_seed + np.flatnonzero(bad[row])).tolist())
+
+
 class ModelFunctions(NamedTuple):
-    """What is the same for every algorithm: initial parameters of a vector of keys, the loss
-    vector function, and the evaluation of every seed: mean loss and accuracy.
+    """What is the same for every algorithm.
+
+    Attributes:
+        init_params: initial parameters of a vector of keys.
+        losses: the loss vector function, with the net's statistics as third argument if it has any.
+        evaluate: mean loss and accuracy of every seed, from parameters, statistics and examples.
+        init_stats: the net's initial running statistics, {} for none.
     """
 
     init_params: Callable[[Any], Any]
     losses: loss.LossVectorFn
-    evaluate: Callable[[Any, data.Examples], tuple[Array, Array]]
+    evaluate: Callable[[Any, Any, data.Examples], tuple[Array, Array]]
+    init_stats: Callable[[], Any]
 
 
 @functools.cache  # so that several runs in one process compile these once
-def model_functions(model_name: str, max_value: int) -> ModelFunctions:
+def model_functions(model_name: str, max_value: int, width: int | None = None) -> ModelFunctions:
     """The functions of a net that takes images with pixels from 0 to `max_value`."""
-    model = models.functional(models.MODELS[model_name])
+    own = {} if width is None else {"width": width}
+    model = models.functional(models.MODELS[model_name], **own)
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
-    def logits(params: Any, images: Any) -> Float[Array, "batch classes"]:
-        return model.apply(params, images.astype(jnp.float32) / max_value)
-
-    def losses(params: Any, batch: data.Examples) -> Float[Array, " batch"]:
-        return optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits(params, batch.image), batch.label
+    def losses_and_stats(params: Any, batch: Any, stats: Any) -> tuple[Float[Array, " batch"], Any]:
+        augmented = isinstance(batch, augmentation.Augmented)
+        images = augmentation.apply(batch) if augmented else batch.image
+        logits, stats = model.apply(
+            params, stats, images.astype(jnp.float32) / max_value, training=True
         )
+        return cross_entropy(logits, batch.label), stats
 
-    def sums(params: Any, examples: data.Examples, counts: Array) -> tuple[Array, Array]:
+    def losses(params: Any, batch: Any) -> Float[Array, " batch"]:
+        return losses_and_stats(params, batch, {})[0]
+
+    def sums(
+        params: Any, stats: Any, examples: data.Examples, counts: Array
+    ) -> tuple[Array, Array]:
         """Summed loss and correct answers of one batch; examples with count 0 do not count."""
-        scores = logits(params, examples.image)
-        cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+        scores, _ = model.apply(params, stats, examples.image.astype(jnp.float32) / max_value)
         correct = scores.argmax(-1) == examples.label
         return counts @ cross_entropy(scores, examples.label), counts @ correct
 
     @jax.jit
-    def evaluate(params: Any, examples: data.Examples) -> tuple[Array, Array]:
+    def evaluate(params: Any, stats: Any, examples: data.Examples) -> tuple[Array, Array]:
         size = examples.label.shape[0]
         positions = jnp.arange(-(-size // EVALUATION_BATCH) * EVALUATION_BATCH)
         batches = positions.reshape(-1, EVALUATION_BATCH)
@@ -160,18 +292,14 @@ def model_functions(model_name: str, max_value: int) -> ModelFunctions:
             # The last batch is filled up with the last example, which does not count.
             batch = jax.tree.map(lambda x: x.take(positions, axis=0, mode="clip"), examples)
             counts = (positions < size).astype(jnp.float32)
-            return jax.vmap(sums, in_axes=(0, None, None))(params, batch, counts)
+            return jax.vmap(sums, in_axes=(0, 0, None, None))(params, stats, batch, counts)
 
         return jax.tree.map(lambda x: x.sum(0) / size, jax.lax.map(one_batch, batches))
 
-    return ModelFunctions(jax.jit(jax.vmap(model.init)), losses, evaluate)
-
-
-def _check_finite(train_loss: Array, step: int, first_seed: int) -> None:
-    diverged = np.flatnonzero(~np.isfinite(np.asarray(train_loss)))
-    if diverged.size:
-        seeds = ", ".join(str(first_seed + i) for i in diverged)
-        raise ValueError(
-            f"The training loss is not finite after {step} steps (seed {seeds}): "
-            "choose a smaller learning_rate."
-        )
+    has_stats = bool(jax.tree.leaves(model.init_stats()))
+    return ModelFunctions(
+        jax.jit(jax.vmap(model.init)),
+        losses_and_stats if has_stats else losses,
+        evaluate,
+        model.init_stats,
+    )

@@ -10,8 +10,8 @@ import pytest
 from experiments import sde as sde_experiment
 from experiments import sde_problems, training, weak_order
 from experiments.__main__ import main
-from experiments.config import SDEConfig
 from experiments.data import load_digits
+from experiments.theory_config import SDEConfig
 from msgd_jax import sde
 
 
@@ -71,7 +71,9 @@ def test_network(tmp_path, monkeypatch, capsys):
         logits = batch.image.reshape(-1, 64).astype(jnp.float32) / digits.max_value @ params
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.label)
 
-    functions = (lambda keys: jnp.zeros((1, 64, 10)), losses, None)
+    functions = training.model_functions("lenet", 1)._replace(
+        init_params=lambda keys: jnp.zeros((1, 64, 10)), losses=losses
+    )
     monkeypatch.setattr(training, "model_functions", lambda *_: functions)
     config = SDEConfig(
         network_paths=2, iterations=4, points=2, halvings=1, substeps=2, microbatch_size=None

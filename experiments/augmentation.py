@@ -1,0 +1,59 @@
+"""Random crops and horizontal flips inside the compiled step, as functions of (key, step).
+
+`draw` makes two small integers and a bit for every training example; they travel with the images
+through the loss's gathering and micro-batching, and `apply` shifts and flips only the images that a
+step computes.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key, UInt8
+
+PADDING = 4
+
+Images = UInt8[Array, "batch height width channels"]
+
+
+class Augmented(NamedTuple):
+    """Examples with what happens to them in one step.
+
+    Attributes:
+        image: as in `data.Examples`.
+        label: as in `data.Examples`.
+        shift: where the crop begins in the padded image, rows and columns, 0 to twice `PADDING`.
+        flip: whether left and right are exchanged.
+    """
+
+    image: Images
+    label: Int[Array, " batch"]
+    shift: Int[Array, "batch 2"]
+    flip: Bool[Array, " batch"]
+
+
+def draw(key: Key[Array, ""], step: Int[Array, ""], examples: Any) -> Augmented:
+    """Draws shifts and flips for every example.
+
+    Args:
+        key: of the run's augmentation.
+        step: the iteration.
+        examples: `data.Examples`, [N, ...].
+    """
+    shift_key, flip_key = jax.random.split(jax.random.fold_in(key, step))
+    n = examples.label.shape[0]
+    shift = jax.random.randint(shift_key, (n, 2), 0, 2 * PADDING + 1)
+    flip = jax.random.bernoulli(flip_key, shape=(n,))
+    return Augmented(examples.image, examples.label, shift, flip)
+
+
+def apply(batch: Augmented) -> Images:
+    """The images, cropped from their zero-padded versions, and flipped."""
+
+    def one(image: Array, shift: Array, flip: Array) -> Array:
+        height, width, _ = image.shape
+        padded = jnp.pad(image, ((PADDING, PADDING), (PADDING, PADDING), (0, 0)))
+        crop = jax.lax.dynamic_slice(padded, (*shift, 0), (height, width, image.shape[2]))
+        return jnp.where(flip, crop[:, ::-1], crop)
+
+    return jax.vmap(one)(batch.image, batch.shift, batch.flip)

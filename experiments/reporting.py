@@ -1,0 +1,207 @@
+"""Figures of the paper's panels, the list of runs, and the report of many runs on one page."""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments import comparison, execution, figures, runs
+from experiments.config import FigureConfig, ListConfig, ReportConfig, TrainConfig
+from experiments.panels import PANELS
+
+
+def run_folder(root: pathlib.Path, config: TrainConfig) -> pathlib.Path:
+    """Where the run of a configuration lives: named after what it computes, whatever draws it."""
+    digest = hashlib.sha256(json.dumps(runs.settings(config), sort_keys=True).encode()).hexdigest()
+    last = config.seed + config.seeds - 1
+    seeds = f"seed{config.seed}" if config.seeds == 1 else f"seeds{config.seed}-{last}"
+    return root / f"{config.dataset}-{config.model_name}-{config.algorithm}-{seeds}-{digest[:8]}"
+
+
+def figure(config: FigureConfig) -> pathlib.Path:
+    """Runs what a panel misses and draws it; returns the folder with picture, table and page."""
+    panel = PANELS[config.panel]
+    plans = [
+        dataclasses.replace(plan, data_dir=config.data_dir, seeds=config.seeds or plan.seeds)
+        for plan in panel.at_scale(config.scale == "small")
+    ]
+    results = _results(plans, config)
+    small = " (small scale)" if config.scale == "small" else ""
+    title = f"Figure {config.panel}{small}. {panel.title}"
+    suffix = "-small" if small else ""
+    folder = config.out or config.runs / f"figure-{config.panel}{suffix}"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = write_section(folder, f"figure-{config.panel}", title, plans[0], results)
+    assumptions = "\n".join(f"* {line}" for line in panel.assumptions)
+    text += f"\nOur choices, where the paper is silent:\n\n{assumptions}\n"
+    runs.replace_text(folder / "README.md", text)
+    print(text)
+    return folder
+
+
+def _results(plans: list[TrainConfig], config: FigureConfig) -> list[comparison.Result]:
+    """Runs the plans, the seeds in groups; what has finished is only read."""
+    groups = [list(_groups(plan, config.seeds_at_once)) for plan in plans]
+    dataset = None
+    results = []
+    total = sum(part.total_steps for parts in groups for part in parts)
+    with tqdm(total=total, unit="step", dynamic_ncols=True) as progress:
+        for plan, parts in zip(plans, groups, strict=True):
+            progress.set_description(plan.label)
+            evaluations = []
+            for part in parts:
+                path = run_folder(config.runs, part)
+                if path.exists() and runs.state(path) == "finished":
+                    evaluations.append(comparison.of_folder(path))
+                    progress.update(part.total_steps)
+                    continue
+                dataset = dataset or execution.load(part)  # the same for the whole panel
+                evaluations.append(execution.run(part, dataset, path, progress))
+            results.append(comparison.of_evaluations(plan.label, evaluations))
+    return results
+
+
+def _groups(plan: TrainConfig, at_once: int) -> Any:
+    for first in range(0, plan.seeds, at_once):
+        seeds = min(at_once, plan.seeds - first)
+        yield dataclasses.replace(plan, seed=plan.seed + first, seeds=seeds)
+
+
+def write_section(
+    folder: pathlib.Path, name: str, title: str, plan: TrainConfig,
+    results: list[comparison.Result],
+) -> str:  # fmt: skip
+    """Writes NAME.png and NAME.csv; returns their page in Markdown."""
+    labels = [result.label for result in results]
+    reference = next((label for label in labels if label.startswith("SGD")), labels[0])
+    rows = comparison.compare(results, reference)
+    comparison.write_csv(rows, folder / f"{name}.csv")
+    curves = [figures.Curve(r.label, r.steps, r.test_accuracy) for r in results]
+    seeds = rows[0].seeds
+    plural = "seed" if seeds == 1 else "seeds"
+    subtitle = (
+        f"{plan.dataset}, {plan.model_name}, learning rate {plan.learning_rate:g}, "
+        f"b = {plan.noise.batch_size}, {seeds} {plural} (band: one standard error)"
+    )
+    figures.plot_curves(curves, folder / f"{name}.png", f"{title}\n{subtitle}")
+    return (
+        f"## {title}\n\n{subtitle[0].upper()}{subtitle[1:]}; {rows[0].steps:,} iterations.\n\n"
+        f"![{title}]({name}.png)\n\n{comparison.markdown_table(rows)}\n\n"
+        "±: 95 % intervals over seeds (Student's t); differences are paired, seed by seed.\n"
+    )
+
+
+def list_runs(config: ListConfig) -> None:
+    """Prints one line for each run below the folder."""
+    _check_folder(config.runs)
+    header = f"{'run':<58}{'algorithm':<27}{'state':<18}{'step':>16}{'test %':>9}{'s/1000':>9}"
+    print(header)
+    print("-" * len(header))
+    for path in runs.find(config.runs):
+        asked = runs.read_json(path / "config.json")
+        if "algorithm" not in asked:
+            continue
+        metrics = runs.read_lines(path / "metrics.jsonl")
+        step, accuracy = 0, ""
+        if metrics:
+            step = metrics[-1]["step"]
+            values = metrics[-1]["test_accuracy"]
+            accuracy = f"{100 * sum(values) / len(values):.2f}"
+        ended = runs.read_json(path / "summary.json") or {}
+        speed = ended.get("seconds_per_1000_steps")
+        print(
+            f"{path.relative_to(config.runs)!s:<58}{asked['algorithm']:<27}{runs.state(path):<18}"
+            f"{step:>7,}/{asked['steps']:<8,}{accuracy:>9}"
+            f"{'' if speed is None else f'{speed:.1f}':>9}"
+        )
+
+
+def report(config: ReportConfig) -> pathlib.Path:
+    """Draws all finished runs below a folder on one page; returns the folder with the page."""
+    _check_folder(config.runs)
+    groups: dict[str, dict[str, list[pathlib.Path]]] = {}
+    for path in runs.find(config.runs):
+        asked = runs.read_json(path / "config.json")
+        if "algorithm" in asked and runs.state(path) == "finished":
+            algorithm = json.dumps([asked[name] for name in _OWN])
+            groups.setdefault(_problem(asked), {}).setdefault(algorithm, []).append(path)
+    if not groups:
+        raise ValueError(f"runs must hold finished runs, found none below {config.runs}.")
+    folder = config.out or config.runs / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for i, (_, algorithms) in enumerate(sorted(groups.items()), start=1):
+        plans, results = zip(*(_read_runs(paths) for paths in algorithms.values()), strict=True)
+        order = sorted(range(len(plans)), key=lambda k: _ORDER.index(plans[k].algorithm))
+        for part in _same_seeds([results[k] for k in order]):
+            title = f"{i}. {plans[0].dataset}, {plans[0].model_name}"
+            name = f"runs-{len(sections) + 1}"
+            sections.append(write_section(folder, name, title, plans[0], part))
+    text = "# Runs\n\n" + "\n".join(sections)
+    runs.replace_text(folder / "report.md", text)
+    runs.replace_text(folder / "report.html", _as_html(text, folder))
+    print(f"{folder / 'report.md'} and report.html: {len(sections)} sections.")
+    return folder
+
+
+_OWN = ("algorithm", "noise", "learning_rate_scaling", "regime_adaptation")
+_ORDER = (
+    "gd", "sgd", "sgd-b", "m-sgd-fisher", "m-sgd-cov", "m-sgd-bernoulli", "gd-rademacher",
+    "m-sgd-estimated-fisher", "m-sgd-estimated-cov", "m-sgd-sparse-fisher", "m-sgd-sparse-cov",
+    "langevin-diagonal-fisher",
+)  # fmt: skip
+
+
+def _problem(asked: dict[str, Any]) -> str:
+    """What runs that are drawn together have in common, as text that sorts."""
+    own = (*_OWN, "seeds", "seed", "eval_every", "microbatch_size", "out", "data_dir", "versions")
+    common = {name: value for name, value in asked.items() if name not in own}
+    for name in ("device", "data_source", "checkpoint_every"):
+        common.pop(name, None)
+    b = asked["noise"]["batch_size"]
+    return json.dumps({"b": b, **common}, sort_keys=True)
+
+
+def _read_runs(paths: list[pathlib.Path]) -> tuple[TrainConfig, comparison.Result]:
+    """The runs of one algorithm, their seeds side by side."""
+    plan = TrainConfig.of_record(runs.read_json(paths[0] / "config.json"))
+    parts = [comparison.of_folder(path) for path in paths]
+    same = [part for part in parts if [e.step for e in part] == [e.step for e in parts[0]]]
+    return plan, comparison.of_evaluations(plan.label, same)
+
+
+def _same_seeds(results: list[comparison.Result]) -> list[list[comparison.Result]]:
+    """Results with the same number of seeds, which can be compared."""
+    parts: dict[int, list[comparison.Result]] = {}
+    for result in results:
+        parts.setdefault(result.test_accuracy.shape[1], []).append(result)
+    return list(parts.values())
+
+
+def _as_html(text: str, folder: pathlib.Path) -> str:
+    """A page that needs no other file: the pictures are in it."""
+    import markdown_it
+
+    body = markdown_it.MarkdownIt().enable("table").render(text)
+    for picture in folder.glob("*.png"):
+        data = base64.b64encode(picture.read_bytes()).decode()
+        body = body.replace(f'src="{picture.name}"', f'src="data:image/png;base64,{data}"')
+    style = (
+        "body{font-family:sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}"
+        "img{max-width:100%}table{border-collapse:collapse}"
+        "td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left}"
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Runs</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{style}</style></head>\n'
+        f"<body>\n{body}</body></html>\n"
+    )
+
+
+def _check_folder(path: pathlib.Path) -> None:
+    if not path.is_dir():
+        raise ValueError(f"runs must be a folder, got {path}.")

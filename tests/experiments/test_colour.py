@@ -1,0 +1,141 @@
+"""SVHN and CIFAR-10 from files in their original formats to trained nets with batch norm."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments import cifar10, data, execution, models, svhn, training
+from experiments.__main__ import main
+from experiments.algorithms import NoiseSettings
+from experiments.config import TrainConfig
+from tests.experiments.cifar_files import write_tiny_cifar10
+from tests.experiments.svhn_files import write_tiny_svhn
+from tests.experiments.test_deep_models import OneBlock
+
+PLAN = TrainConfig(
+    algorithm="m-sgd-sparse-cov", dataset="cifar10", width=4, steps=6, learning_rate=0.05,
+    momentum=0.9, weight_decay=5e-4, decay_at=(3,), augment=True, seeds=2, eval_every=2,
+    checkpoint_every=2, microbatch_size=5,
+    noise=NoiseSettings(batch_size=5, support_size=10),
+)  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Both data sets in one folder, in their original formats."""
+    folder = tmp_path / "files"
+    published, _ = write_tiny_svhn(folder)
+    monkeypatch.setattr(svhn, "published_files", lambda: published)
+    monkeypatch.setattr(svhn, "NUM_TRAIN", 10)
+    published_cifar, _ = write_tiny_cifar10(folder)
+    monkeypatch.setattr(cifar10, "published_files", lambda: published_cifar)
+    return folder
+
+
+@pytest.fixture
+def one_block(monkeypatch):
+    """ResNet-18 shrunk to one of its blocks, which compiles in seconds."""
+    training.model_functions.cache_clear()
+    monkeypatch.setattr(models, "MODELS", {**models.MODELS, "resnet18": OneBlock})
+    yield
+    training.model_functions.cache_clear()
+
+
+class Progress:
+    def __init__(self, last=None):
+        self.count, self.last = 0, last
+
+    def update(self, steps):
+        self.count += steps
+        if self.last and self.count >= self.last:
+            raise KeyboardInterrupt
+
+
+def final_state(path):
+    with ocp.CheckpointManager(path / "checkpoints") as manager:
+        assert manager.latest_step() == PLAN.steps
+        state = manager.restore(PLAN.steps, args=ocp.args.StandardRestore())["state"]
+    return {name: jax.tree.map(np.asarray, state[name]) for name in ("params", "aux", "opt_state")}
+
+
+def test_cifar10_with_batch_norm_goes_on_as_if_it_had_not_been_stopped(
+    files, one_block, tmp_path, monkeypatch
+):
+    dataset = data.load("cifar10", data_dir=files)
+    trainer = training.make_trainer(PLAN, dataset)  # once for all, to compile once
+    monkeypatch.setattr(training, "make_trainer", lambda *_: trainer)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    evaluations = execution.run(PLAN, dataset, straight, Progress())
+    assert [e.step for e in evaluations] == [0, 2, 4, 6]
+    with pytest.raises(KeyboardInterrupt):
+        execution.run(PLAN, dataset, resumed, Progress(3))
+    execution.run(PLAN, dataset, resumed, Progress())
+    ends = [final_state(path) for path in (straight, resumed)]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    # Ten ghost batches' statistics have moved the running ones, differently for each seed.
+    means = ends[0]["aux"]["block"]["norm1"]["mean"]
+    assert (means[0] != means[1]).all()
+    metrics = [(path / "metrics.jsonl").read_text().splitlines() for path in (straight, resumed)]
+    for before, after in zip(*metrics, strict=True):
+        assert json.loads(before)["test_loss"] == json.loads(after)["test_loss"]
+
+
+def test_svhn_from_the_command_line(files, one_block, tmp_path):
+    path = tmp_path / "run"
+    main(["train", "--dataset", "svhn", "--model", "resnet18", "--width", "4", "--data-dir",
+          str(files), "--steps", "2", "--eval-every", "1", "--noise.batch-size", "5",
+          "--microbatch-size", "5", "--out", str(path)])  # fmt: skip
+    drawn = json.loads((path / "train_images.json").read_text())["train_indices"]
+    assert len(set(drawn)) == 10
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    # Fractions of the twelve images of the original training set.
+    counts = np.array([line["test_accuracy"][0] for line in lines]) * 12
+    np.testing.assert_allclose(counts, np.round(counts), atol=1e-3)
+
+
+@pytest.mark.slow  # compiling the nets takes a minute
+@pytest.mark.parametrize(("dataset", "model"), [("svhn", "vgg11"), ("cifar10", "resnet18")])
+def test_the_papers_nets_from_the_command_line(dataset, model, files, tmp_path):
+    path = tmp_path / "run"
+    main(["train", "--dataset", dataset, "--width", "2", "--data-dir", str(files), "--steps", "2",
+          "--eval-every", "1", "--noise.batch-size", "5", "--microbatch-size", "5", "--augment",
+          "--out", str(path)])  # fmt: skip
+    assert json.loads((path / "summary.json").read_text())["step"] == 2
+    assert json.loads((path / "config.json").read_text())["dataset"] == dataset
+    plan = TrainConfig(dataset=dataset)
+    assert plan.model_name == model
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"microbatch_size": 3}, "microbatch_size must divide the 10 examples of a step"),
+        ({"algorithm": "langevin-diagonal-fisher"}, "needs loss_vector_fn"),
+        ({"num_train": 16}, "num_train must be between 1 and 15, or None, got 16"),
+        ({"num_test": 4}, "num_test must be between 1 and 3, or None, got 4"),
+    ],
+)
+def test_what_batch_norm_and_few_images_do_not_allow(changes, message, files, one_block):
+    plan = dataclasses.replace(PLAN, data_dir=files, **changes)
+    with pytest.raises(ValueError, match=message):
+        training.make_trainer(plan, execution.load(plan))
+
+
+def test_width_is_for_nets_that_have_one():
+    with pytest.raises(ValueError, match="width is for vgg11 and resnet18, got 3 with lenet"):
+        TrainConfig(width=3)
+
+
+def test_subsets_are_drawn_by_the_seed(files):
+    whole = data.load("cifar10", data_dir=files)
+    some, again, other = (data.subset(whole, 7, 2, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(some.train.image, again.train.image)
+    np.testing.assert_array_equal(some.train.image, whole.train.image[some.train_indices])
+    assert set(some.train_indices) != set(other.train_indices)
+    np.testing.assert_array_equal(some.test.image, other.test.image)
+    assert len(some.test.label) == 2

@@ -1,0 +1,115 @@
+"""Panels, the list of runs and the report, end to end on the digits."""
+
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import panels, reporting, runs, training
+from experiments.__main__ import main
+from experiments.config import TrainConfig
+from experiments.panels import Panel
+
+BASE = TrainConfig(
+    dataset="digits", steps=20, learning_rate=0.1, eval_every=10, seeds=3, microbatch_size=None
+)
+PANEL = Panel(
+    "two of them",
+    tuple(dataclasses.replace(BASE, algorithm=name) for name in ("sgd", "m-sgd-sparse-cov")),
+    {"steps": 10, "seeds": 2, "num_train": 200, "num_test": 50, "batch_size": 20},
+    ("everything",),
+)
+
+
+@pytest.fixture
+def small_panel(monkeypatch):
+    monkeypatch.setattr(reporting, "PANELS", {**panels.PANELS, "1a": PANEL})
+
+
+def never(*_):
+    raise AssertionError("nothing should be trained")
+
+
+def test_a_panel_is_run_drawn_listed_and_reported(tmp_path, small_panel, monkeypatch, capsys):
+    from matplotlib import image
+
+    root = tmp_path / "runs"
+    main(["figure", "1a", "--runs", str(root), "--seeds-at-once", "2"])
+    folders = list(runs.find(root))
+    assert len(folders) == 4  # two algorithms, seeds 0 to 1 and seed 2
+    assert all(runs.state(path) == "finished" for path in folders)
+    page = (root / "figure-1a" / "README.md").read_text()
+    assert "two of them" in page
+    assert "* everything" in page
+    assert image.imread(root / "figure-1a" / "figure-1a.png").shape[0] > 300
+    with open(root / "figure-1a" / "figure-1a.csv", newline="") as file:
+        rows = {row["label"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["SGD-50", "[M-SGD-Cov]-100"]
+    assert rows["SGD-50"]["verdict"] == "the reference"
+    finals = [
+        value
+        for path in folders
+        if runs.read_json(path / "config.json")["algorithm"] == "m-sgd-sparse-cov"
+        for value in runs.read_lines(path / "metrics.jsonl")[-1]["test_accuracy"]
+    ]
+    assert len(finals) == 3
+    assert float(rows["[M-SGD-Cov]-100"]["test_accuracy"]) == pytest.approx(np.mean(finals))
+
+    # Drawn again, nothing is trained again, by whatever panel.
+    monkeypatch.setattr(training, "make_trainer", never)
+    before = {path: (path / "metrics.jsonl").read_bytes() for path in folders}
+    other = dataclasses.replace(PANEL, runs=PANEL.runs[:1], title="one of them")
+    monkeypatch.setattr(reporting, "PANELS", {**panels.PANELS, "1b": other})
+    main(["figure", "1b", "--runs", str(root), "--seeds-at-once", "2"])
+    assert "one of them" in (root / "figure-1b" / "README.md").read_text()
+    assert before == {path: (path / "metrics.jsonl").read_bytes() for path in folders}
+
+    capsys.readouterr()
+    stopped = runs.RunFolder(root / "another", BASE)
+    main(["list", "--runs", str(root)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 5
+    assert sum("finished" in line and "20/20" in line for line in lines) == 4
+    assert sum("running" in line and "0/20" in line for line in lines) == 1
+    stopped.close()
+
+    main(["report", "--runs", str(root), "--out", str(tmp_path / "report")])
+    text = (tmp_path / "report" / "report.md").read_text()
+    html = (tmp_path / "report" / "report.html").read_text()
+    for label in ("SGD-50", "[M-SGD-Cov]-100"):
+        assert f"| {label} |" in text
+        assert f"<td>{label}</td>" in html
+    assert text.count("![") == html.count('src="data:image/png;base64,') == 1
+    assert (tmp_path / "report" / "runs-1.png").stat().st_size > 10_000
+
+
+def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
+    root = tmp_path / "runs"
+    main(["figure", "1a", "--scale", "small", "--runs", str(root)])
+    for path in runs.find(root):
+        asked = runs.read_json(path / "config.json")
+        assert (asked["steps"], asked["seeds"], asked["num_train"]) == (10, 2, 200)
+        assert asked["noise"]["batch_size"] == 20
+        drawn = runs.read_json(path / "train_images.json")["train_indices"]
+        assert len(set(drawn)) == 200
+        # Fractions of 50 test images.
+        last = np.array(runs.read_lines(path / "metrics.jsonl")[-1]["test_accuracy"]) * 50
+        np.testing.assert_allclose(last, np.round(last), atol=1e-3)
+    assert "(small scale)" in (root / "figure-1a-small" / "README.md").read_text()
+
+
+def test_a_folder_is_named_after_what_is_computed(tmp_path):
+    name = reporting.run_folder(tmp_path, BASE).name
+    assert name.startswith("digits-digits_net-sgd-seeds0-2-")
+    free = dataclasses.replace(BASE, out=tmp_path, data_dir=tmp_path, checkpoint_every=7)
+    assert reporting.run_folder(tmp_path, free).name == name
+    for change in ({"learning_rate": 0.2}, {"augment": True}, {"seeds": 1}, {"data_seed": 1}):
+        assert reporting.run_folder(tmp_path, dataclasses.replace(BASE, **change)).name != name
+
+
+def test_nothing_to_list_or_report(tmp_path):
+    with pytest.raises(SystemExit, match="runs must be a folder, got"):
+        main(["list", "--runs", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="found none below"):
+        main(["report", "--runs", str(tmp_path)])
