@@ -160,25 +160,28 @@ class GhostBatchNorm(nnx.Module):
         """
         scale, bias = self.scale[...], self.bias[...]
         dtype = jnp.result_type(images, scale, bias) if self.dtype is None else self.dtype
+        # One long axis a channel: sums over it are twice as fast on CPU as sums over three.
         values = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+        values = values.reshape(images.shape[0], -1)
         if training:
             mean, variance = self._statistics(values)
         else:
             mean, variance = self.mean[...], self.variance[...]
         factor = scale * jax.lax.rsqrt(variance + self.epsilon)
-        return ((values - _per_channel(mean)) * _per_channel(factor) + _per_channel(bias)).astype(
-            dtype
-        )
+        normal = (values - mean[:, None]) * factor[:, None] + bias[:, None]
+        return normal.reshape(images.shape).astype(dtype)
 
-    def _statistics(self, values: Features) -> tuple[Array, Array]:
-        count = values.size // values.shape[0]
+    def _statistics(
+        self, values: Float[Array, "channels values"]
+    ) -> tuple[Float[Array, " channels"], Float[Array, " channels"]]:
+        count = values.shape[1]
         if count == 1:
             raise ValueError(
-                "a ghost batch must have more than one value a channel, got images of shape "
-                f"{values.shape} [C, H, W, B]: choose a larger microbatch_size."
+                "a ghost batch must have more than one value a channel, got one image of one "
+                "pixel: choose a larger microbatch_size."
             )
-        mean = values.mean((1, 2, 3))
-        variance = jnp.square(values - _per_channel(mean)).mean((1, 2, 3))
+        mean = values.mean(1)
+        variance = jnp.square(values - mean[:, None]).mean(1)
         unbiased = variance * (count / (count - 1))
         for running, now in ((self.mean, mean), (self.variance, unbiased)):
             moved = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(now)

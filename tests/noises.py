@@ -60,7 +60,10 @@ def cases(*sizes: tuple[int, int]) -> list[tuple[str, int, int]]:
 
 
 # Each is made of the same pieces as one that is always tested.
-_RELATED = ("rademacher", "estimated_fisher", "sparse_fisher_gaussian", "sparse_cov_gaussian")
+_RELATED = (
+    "sgd_replace", "rademacher", "estimated_fisher", "estimated_cov", "sparse_fisher_gaussian",
+    "sparse_cov_gaussian", "svag",
+)  # fmt: skip
 
 
 def spared(rows: list) -> list:

@@ -274,6 +274,7 @@ class TestSameNumbers:
     def test_passes_and_microbatches_change_the_rounding_only(self, changed):
         np.testing.assert_allclose(self.found(**changed).draws, self.found().draws, rtol=2e-5)
 
+    @pytest.mark.slow
     def test_draw_j_does_not_depend_on_how_many(self):
         np.testing.assert_allclose(self.found(num_draws=6).draws[:3], self.found().draws, rtol=1e-6)
 

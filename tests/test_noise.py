@@ -48,7 +48,14 @@ def z_scores(w: np.ndarray, covariance: noise.Exchangeable) -> dict[str, float]:
     return scores
 
 
-@pytest.mark.parametrize(("name", "n", "b"), spared(cases((1, 1), (7, 3), (100, 10))))
+@pytest.mark.parametrize(
+    ("name", "n", "b"),
+    [
+        *spared(cases((1, 1), (100, 10))),
+        # Few enough examples to be enumerated, which other tests do.
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in cases((7, 3))),
+    ],
+)
 def test_moments_agree_with_monte_carlo(name, n, b):
     scores = z_scores(draws(name, n, b), ROWS[name].make(n, b).covariance)
     assert max(scores.values()) < Z, scores

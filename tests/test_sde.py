@@ -263,7 +263,9 @@ def quadratic(H, Z):
     return losses, jnp.asarray(Z - Z.mean(0), jnp.float32)
 
 
-@pytest.mark.parametrize(("substeps", "eta"), [(1, 0.4), (16, 0.1)])
+@pytest.mark.parametrize(
+    ("substeps", "eta"), [(1, 0.4), pytest.param(16, 0.1, marks=pytest.mark.slow)]
+)
 def test_ornstein_uhlenbeck(substeps, eta):
     """Mean and covariance of 4,000 paths against the Lyapunov equations; z < 4.5.
 

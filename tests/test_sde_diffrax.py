@@ -90,7 +90,9 @@ def test_stratonovich_solvers_find_the_same_solution():
     assert distance(corrected, 1 / 256) < 0.25 * distance(wrong, 1 / 256)
 
 
-@pytest.mark.parametrize("law", [LAW, noise.fisher(N, B)], ids=["cov", "fisher"])
+@pytest.mark.parametrize(
+    "law", [LAW, pytest.param(noise.fisher(N, B), marks=pytest.mark.slow)], ids=["cov", "fisher"]
+)
 def test_stratonovich_drift_against_dense_algebra(x64, law):
     """-grad L - eta/4 grad tr(C C^T), the trace of a dense covariance differentiated by jax."""
     problem = logistic(N, dtype=jnp.float64)

@@ -72,7 +72,7 @@ def test_resnet_has_statistics_and_vgg_has_none():
 # Convolutions -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (5, 3)])
+@pytest.mark.parametrize(("size", "stride"), [(1, 2), (3, 1), (3, 2)])
 def test_conv_same_and_its_gradients_equal_xlas(size, stride):
     random = np.random.default_rng(0)
     images = jnp.asarray(random.normal(size=(2, 7, 6, 3)), jnp.float32)
