@@ -6,6 +6,7 @@ import tyro
 
 from experiments import commands, data
 from experiments.config import DemoConfig, FigureConfig, ListConfig, ReportConfig, TrainConfig
+from experiments.distributed import DistributedConfig
 from experiments.theory_config import ComplexityConfig, SDEConfig
 
 
@@ -15,6 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
         {
             "demo": DemoConfig,
             "train": TrainConfig,
+            "distributed": DistributedConfig,
             "sde": SDEConfig,
             "complexity": ComplexityConfig,
             "figure": FigureConfig,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments import complexity, data, execution, figures, reporting, runs, sde
+from experiments import complexity, data, distributed, execution, figures, reporting, runs, sde
 from experiments.config import DemoConfig, FigureConfig, ListConfig, ReportConfig, TrainConfig
 from experiments.theory_config import ComplexityConfig, SDEConfig
 from experiments.training import Evaluation
@@ -14,6 +14,7 @@ from experiments.training import Evaluation
 Config = (
     ComplexityConfig
     | DemoConfig
+    | distributed.DistributedConfig
     | FigureConfig
     | ListConfig
     | ReportConfig
@@ -39,6 +40,8 @@ def run(config: Config) -> pathlib.Path | None:
             return complexity.run(config)
         case TrainConfig():
             return train(config)
+        case distributed.DistributedConfig():
+            return distributed.run(config)
 
 
 def train(config: TrainConfig) -> pathlib.Path:

@@ -87,7 +87,7 @@ class _Run:
 
     def to_the_end(self) -> list[Evaluation]:
         with (
-            contextlib.closing(_Checkpoints(self.folder.path / "checkpoints")) as checkpoints,
+            contextlib.closing(Checkpoints(self.folder.path / "checkpoints")) as checkpoints,
             _signals() as stop,
         ):
             state = self._begin(checkpoints)
@@ -108,7 +108,7 @@ class _Run:
         self.folder.finish(summary(evaluations))
         return evaluations
 
-    def _begin(self, checkpoints: "_Checkpoints") -> Any:
+    def _begin(self, checkpoints: "Checkpoints") -> Any:
         """The last checkpoint's state, or the initial one; cuts the metrics to it."""
         state = self.trainer.start()
         latest = checkpoints.latest()
@@ -124,7 +124,7 @@ class _Run:
         at_end = self.step == self.config.total_steps
         return self.logged < self.step and (self.step % self.config.eval_every == 0 or at_end)
 
-    def _evaluate(self, state: Any, scalars: "_Scalars", checkpoints: "_Checkpoints") -> None:
+    def _evaluate(self, state: Any, scalars: "_Scalars", checkpoints: "Checkpoints") -> None:
         evaluation = self.trainer.evaluate(state, self.step, self.seconds)
         training.check_finite(evaluation.train_loss[None], self.step, self.config.seed)
         self.seconds, self.logged = 0.0, self.step
@@ -152,7 +152,7 @@ class _Run:
         self.progress.update(num_steps)
         return state
 
-    def _save(self, checkpoints: "_Checkpoints", state: Any) -> None:
+    def _save(self, checkpoints: "Checkpoints", state: Any) -> None:
         bad = [
             ~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(1)
             for x in jax.tree.leaves(state.params)
@@ -165,7 +165,7 @@ class _Run:
         self.saved = self.step
 
 
-class _Checkpoints:
+class Checkpoints:
     """The last two states of a run, through orbax; a half-written one does not count."""
 
     def __init__(self, path: pathlib.Path):
@@ -179,15 +179,19 @@ class _Checkpoints:
         self._manager = ocp.CheckpointManager(path.resolve(), options=options)
 
     def latest(self) -> int | None:
+        """The step of the last state; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
+        """Keeps a pytree of arrays; on the disk when this returns."""
         self._manager.save(step, args=self._ocp.args.StandardSave(state))
 
     def restore(self, step: int, like: Any) -> Any:
+        """The state of a step, laid out over devices as `like` is."""
         return self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
 
     def close(self) -> None:
+        """Ends what the manager has running."""
         self._manager.close()
 
 

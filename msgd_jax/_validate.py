@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, Int
+
+MAX_EXAMPLES = 2**31 - 1
 
 
 def positive_int(name: str, value: Any, maximum: int | None = None, minimum: int = 1) -> int:
@@ -18,6 +21,27 @@ def positive_int(name: str, value: Any, maximum: int | None = None, minimum: int
         allowed = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
         raise ValueError(f"{name} must be {allowed}, got {value}.")
     return int(value)
+
+
+def num_examples(name: str, value: Any, minimum: int = 1) -> int:
+    """Returns `value` as an int in [minimum, 2^31 - 1]; raises TypeError or ValueError."""
+    if isinstance(value, (int, np.integer)) and value > MAX_EXAMPLES:
+        raise ValueError(
+            f"{name} must be at most 2^31 - 1 = {MAX_EXAMPLES}, since the indices of examples are "
+            f"int32, got {value}."
+        )
+    return positive_int(name, value, minimum=minimum)
+
+
+def positions(name: str, value: Any, size: int) -> Int[Array, "*shape"]:
+    """Returns integers in [0, size) as an array; raises (traced ones are clipped)."""
+    if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise TypeError(f"{name} must be integers, got {jnp.result_type(value)}.")
+    if not isinstance(value, Tracer) and np.size(value):
+        low, high = int(np.min(value)), int(np.max(value))
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} must be in [0, {size}), got values from {low} to {high}.")
+    return jnp.clip(jnp.asarray(value), 0, size - 1)
 
 
 def finite_nonnegative(name: str, value: Any) -> float:

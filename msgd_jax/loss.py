@@ -6,18 +6,19 @@ covariance matrix, nothing larger than the gradient itself.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float, Int, Shaped
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int, Key
 
-from msgd_jax import _dtypes, _validate
-from msgd_jax.noise import Weights
+from msgd_jax import _dtypes, _rows, _shards, _validate
+from msgd_jax.noise import MNoise, Weights
 
 __all__ = [
     "LossVectorFn",
+    "noisy_value_and_grad",
     "per_example",
     "weighted_value_and_grad",
     "weighted_values_and_grads",
@@ -55,7 +56,11 @@ def per_example(loss_fn: Callable[[Any, Any], Float[Array, ""]]) -> LossVectorFn
 
 
 def weighted_value_and_grad(
-    loss_vector_fn: LossVectorFn, *, microbatch_size: int | None = None, has_aux: bool = False
+    loss_vector_fn: LossVectorFn,
+    *,
+    microbatch_size: int | None = None,
+    has_aux: bool = False,
+    sharding: NamedSharding | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """The value and the gradient of ``loss_vector_fn(params, data) . weights``.
 
@@ -71,11 +76,22 @@ def weighted_value_and_grad(
     With `has_aux`, mutable statistics are carried through the micro-batches in order: a micro-batch
     is a ghost batch. Only here can losses depend on each other, within one ghost batch.
 
+    With `sharding`, the examples are spread over devices: each computes the losses of its own, in
+    its own micro-batches, with its own part of the weights (XLA draws each part where it is used),
+    and one reduction adds up the gradients. The result is that of one device up to rounding.
+    Parameters enter whole along the axes of the examples and keep their layout along the other axes
+    of the mesh. Examples that the devices do not divide are filled up at weight 0, on each call; to
+    do it once, see `sharding.shard_examples`. Sparse weights send the examples they list to the
+    devices that compute them. Statistics pass through the micro-batches of each device from the
+    same start, and are averaged over devices then: they depend on the number of devices.
+
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B]; with
           `has_aux`, ``loss_vector_fn(params, batch, aux)`` returns ``(losses, aux)``.
-        microbatch_size: examples in one pass; None for all of them at once.
+        microbatch_size: examples in one pass, on each device; None for all of them at once.
         has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
+        sharding: how the examples are spread, ``NamedSharding(mesh, PartitionSpec("data"))`` for
+          the axis "data" of a mesh; None if they are not.
 
     Returns:
         ``f(params, data, weights) -> (value, grads)``, or with `has_aux`
@@ -89,43 +105,67 @@ def weighted_value_and_grad(
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    _validate.function("loss_vector_fn", loss_vector_fn)
-    if microbatch_size is not None:
-        _validate.positive_int("microbatch_size", microbatch_size)
+    _check_arguments(loss_vector_fn, microbatch_size, sharding)
 
-    def one_batch(params: Any, batch: Any, values: Float[Array, " batch"], aux: Any) -> "_Terms":
-        def weighted_loss(params: Any) -> tuple[Float[Array, ""], Any]:
-            if has_aux:
-                losses, new_aux = loss_vector_fn(params, batch, aux)
-                _check_aux(aux, new_aux)
-            else:
-                losses, new_aux = loss_vector_fn(params, batch), aux
-            _validate.loss_vector(losses, values.shape[0])
-            dtype = _dtypes.accumulator(losses.dtype, values.dtype)
-            return jnp.sum(losses.astype(dtype) * values.astype(dtype)), new_aux
+    value_and_grad = _of_drawn(
+        loss_vector_fn, lambda weights: weights, microbatch_size, has_aux, sharding
+    )
 
-        (value, new_aux), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
-        return _Terms(value, grads, new_aux)
+    def of_weights(params: Any, data: Any, weights: Weights, aux: Any = None) -> Any:
+        return value_and_grad(params, data, (weights,), aux)
 
-    def value_and_grad(params: Any, data: Any, weights: Weights, aux: Any = None) -> Any:
-        _validate.floating_params(params)
-        _check_weights(weights, _validate.leading_axis("data", data))
-        support = weights.values.shape[0]
-        if microbatch_size is None or microbatch_size >= support:
-            batch = _take(data, weights.indices)
-            terms = one_batch(params, batch, weights.values, aux)
-        else:
-            indices = jnp.arange(support) if weights.indices is None else weights.indices
-            terms = _accumulate(
-                one_batch, params, data, indices, weights.values, aux, microbatch_size
-            )
-        return ((terms.value, terms.aux), terms.grads) if has_aux else (terms.value, terms.grads)
+    return of_weights
 
-    return value_and_grad
+
+def noisy_value_and_grad(
+    loss_vector_fn: LossVectorFn,
+    noise: MNoise,
+    *,
+    microbatch_size: int | None = None,
+    has_aux: bool = False,
+    sharding: NamedSharding | None = None,
+) -> Callable[..., tuple[Any, Any]]:
+    """`weighted_value_and_grad` at the weights of one step of a noise (Algorithm 1).
+
+    Where examples are spread over devices, each draws its own part of the weights: what
+    ``noise.sample(key, step)`` says there, bit for bit.
+
+    Args:
+        loss_vector_fn: as in `weighted_value_and_grad`.
+        noise: the M-noise; its num_examples must be the leading axis of the data.
+        microbatch_size: as in `weighted_value_and_grad`.
+        has_aux: as in `weighted_value_and_grad`.
+        sharding: as in `weighted_value_and_grad`.
+
+    Returns:
+        ``f(params, data, key, step) -> (value, grads)``, or with `has_aux`
+        ``f(params, data, key, step, aux) -> ((value, aux), grads)``; raises as that of
+        `weighted_value_and_grad`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+    """
+    _check_arguments(loss_vector_fn, microbatch_size, sharding)
+    if not isinstance(noise, MNoise):
+        raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
+    value_and_grad = _of_drawn(loss_vector_fn, noise.sample, microbatch_size, has_aux, sharding)
+
+    def of_step(
+        params: Any, data: Any, key: Key[Array, ""], step: int | Int[Array, ""], aux: Any = None
+    ) -> Any:
+        _validate.prng_key("key", key)
+        _validate.step(step)
+        return value_and_grad(params, data, (key, step), aux)
+
+    return of_step
 
 
 def weighted_values_and_grads(
-    loss_vector_fn: LossVectorFn, *, microbatch_size: int | None = None, draws_per_pass: int = 1
+    loss_vector_fn: LossVectorFn,
+    *,
+    microbatch_size: int | None = None,
+    draws_per_pass: int = 1,
+    sharding: NamedSharding | None = None,
 ) -> Callable[[Any, Any, Weights], tuple[Float[Array, " draws"], Any]]:
     """The values and the gradients of ``loss_vector_fn(params, data) . W`` for K draws of W.
 
@@ -143,6 +183,7 @@ def weighted_values_and_grads(
         microbatch_size: examples in one pass, as in `weighted_value_and_grad`; None for all.
         draws_per_pass: draws whose backward passes are made at once, by `jax.vmap`: more memory,
             fewer passes, and nothing else changes but the rounding.
+        sharding: how the examples are spread over devices, as in `weighted_value_and_grad`.
 
     Returns:
         ``f(params, data, weights) -> (values, grads)``: `weights` is a `noise.Weights` with leading
@@ -152,14 +193,12 @@ def weighted_values_and_grads(
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    _validate.function("loss_vector_fn", loss_vector_fn)
-    if microbatch_size is not None:
-        _validate.positive_int("microbatch_size", microbatch_size)
+    _check_arguments(loss_vector_fn, microbatch_size, sharding)
     _validate.positive_int("draws_per_pass", draws_per_pass)
 
     def one_batch(
         params: Any, batch: Any, values: Float[Array, "batch draws"], aux: Any
-    ) -> "_Terms":
+    ) -> _rows.Terms:
         def losses_of(params: Any) -> Float[Array, " batch"]:
             losses = loss_vector_fn(params, batch)
             _validate.loss_vector(losses, values.shape[0])
@@ -175,111 +214,94 @@ def weighted_values_and_grads(
         # One draw at a time is a plain scan, without a `vmap` over one inside.
         at_once = None if draws_per_pass == 1 else draws_per_pass
         totals, grads = jax.lax.map(one_draw, values.T, batch_size=at_once)
-        return _Terms(totals, grads, aux)
+        return _rows.Terms(totals, grads, aux)
+
+    total = _rows.over_rows(one_batch, microbatch_size, sharding)
 
     def values_and_grads(
         params: Any, data: Any, weights: Weights
     ) -> tuple[Float[Array, " draws"], Any]:
         _validate.floating_params(params)
-        num_examples = _validate.leading_axis("data", data)
-        _check_weights(weights, num_examples, stacked=True)
-        values = jax.vmap(Weights.dense)(weights).T
-        if microbatch_size is None or microbatch_size >= num_examples:
-            terms = one_batch(params, data, values, ())
-        else:
-            positions = jnp.arange(num_examples)
-            terms = _accumulate(one_batch, params, data, positions, values, (), microbatch_size)
-        return terms.value, terms.grads
+        _check_weights(weights, _validate.leading_axis("data", data), sharding, stacked=True)
+
+        def dense(weights: Weights) -> tuple[Array, None]:
+            return jax.vmap(Weights.dense)(weights).T, None
+
+        rows = _rows.spread_rows(data, dense, (weights,), sharding)
+        (totals, grads), _ = total(params, rows, ())
+        return totals, _like(params, grads)
 
     return values_and_grads
 
 
-class _Terms(NamedTuple):
-    """What one micro-batch adds to values and gradients, and the statistics after it."""
+def _of_drawn(
+    loss_vector_fn: LossVectorFn,
+    draw: Callable[..., Weights],
+    microbatch_size: int | None,
+    has_aux: bool,
+    sharding: NamedSharding | None,
+) -> Callable[..., tuple[Any, Any]]:
+    """``f(params, data, args, aux)``: value and gradient at the weights ``draw(*args)``."""
 
-    value: Float[Array, "*draws"]
-    grads: Any
-    aux: Any
+    def one_batch(params: Any, batch: Any, values: Float[Array, " batch"], aux: Any) -> _rows.Terms:
+        def weighted_loss(params: Any) -> tuple[Float[Array, ""], Any]:
+            if has_aux:
+                losses, new_aux = loss_vector_fn(params, batch, aux)
+                _check_aux(aux, new_aux)
+            else:
+                losses, new_aux = loss_vector_fn(params, batch), aux
+            _validate.loss_vector(losses, values.shape[0])
+            dtype = _dtypes.accumulator(losses.dtype, values.dtype)
+            return jnp.sum(losses.astype(dtype) * values.astype(dtype)), new_aux
 
+        (value, new_aux), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
+        return _rows.Terms(value, grads, new_aux)
 
-def _accumulate(
-    one_batch: Callable[..., _Terms],
-    params: Any,
-    data: Any,
-    indices: Int[Array, " support"],
-    values: Float[Array, "support *draws"],
-    aux: Any,
-    microbatch_size: int,
-) -> _Terms:
-    """Sums `one_batch` over micro-batches in order, the statistics threaded through."""
-    missing = -indices.shape[0] % microbatch_size
-    positions = jnp.concatenate([indices, indices[:missing]])
-    values = jnp.concatenate([values, jnp.zeros((missing, *values.shape[1:]), values.dtype)])
-    # What is micro-batched is positions and weights: data are gathered run by run, never copied.
-    runs = (
-        _for_microbatching(positions, microbatch_size),
-        _for_microbatching(values, microbatch_size),
-    )
+    total = _rows.over_rows(one_batch, microbatch_size, sharding)
 
-    def add(terms: Any, run: Any, _: Any) -> Any:
-        positions, values = run
-        new = one_batch(params, _take(data, positions), values, terms.aux)
-        value, grads = jax.tree.map(
-            lambda total, term: total + term.astype(total.dtype),
-            (terms.value, terms.grads),
-            (new.value, new.grads),
-        )
-        return _Terms(value, grads, new.aux)
+    def value_and_grad(params: Any, data: Any, args: tuple[Any, ...], aux: Any) -> Any:
+        _validate.floating_params(params)
+        data_size = _validate.leading_axis("data", data)
 
-    def zero(run: Any) -> Any:
-        def first_terms(positions: Array, values: Array) -> _Terms:
-            return one_batch(params, _take(data, positions), values, aux)
+        def checked(*args: Any) -> tuple[Array, Array | None]:
+            weights = draw(*args)
+            _check_weights(weights, data_size, sharding)
+            return weights.values, weights.indices
 
-        shapes = jax.eval_shape(first_terms, *run)
-        value, grads = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, _dtypes.accumulator(x.dtype)), (shapes.value, shapes.grads)
-        )
-        return _Terms(value, grads, aux)
+        rows = _rows.spread_rows(data, checked, args, sharding)
+        (value, grads), aux = total(params, rows, aux)
+        grads = _like(params, grads)
+        return ((value, aux), grads) if has_aux else (value, grads)
 
-    def finish(terms: Any) -> Any:
-        grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), terms.grads, params)
-        return terms._replace(grads=grads)
-
-    accumulator = optax.microbatching.Accumulator(
-        init=zero, update=add, finalize=finish, aggregate=lambda terms: terms
-    )
-    walk = optax.microbatching.microbatch(
-        lambda positions, values: (positions, values),
-        argnums=(0, 1),
-        microbatch_size=microbatch_size,
-        accumulator=accumulator,
-    )
-    return walk(*runs)
+    return value_and_grad
 
 
-def _for_microbatching(values: Shaped[Array, "size *rest"], microbatch_size: int) -> Array:
-    """Orders entries so that optax's micro-batch k holds its k-th run of consecutive entries.
-
-    `optax.microbatching` deals entries out like cards (column-major), to keep shardings in place.
-    """
-    runs = values.reshape(-1, microbatch_size, *values.shape[1:])
-    return runs.swapaxes(0, 1).reshape(values.shape)
+def _like(params: Any, grads: Any) -> Any:
+    """The gradients, summed in wide types, in the types of the parameters."""
+    return jax.tree.map(_shards.like, params, grads)
 
 
-def _take(data: Any, indices: Int[Array, " size"] | None) -> Any:
-    """The examples at these indices, all of them for None."""
-    if indices is None:
-        return data
-    return jax.tree.map(lambda x: jnp.take(x, indices, axis=0, mode="clip"), data)
+def _check_arguments(
+    loss_vector_fn: Any, microbatch_size: int | None, sharding: NamedSharding | None
+) -> None:
+    _validate.function("loss_vector_fn", loss_vector_fn)
+    if microbatch_size is not None:
+        _validate.positive_int("microbatch_size", microbatch_size)
+    _shards.check("sharding", sharding)
 
 
-def _check_weights(weights: Weights, num_examples: int, stacked: bool = False) -> None:
+def _check_weights(
+    weights: Weights, data_size: int, sharding: NamedSharding | None, stacked: bool = False
+) -> None:
     if not isinstance(weights, Weights):
         raise TypeError(f"weights must be a noise.Weights, got {type(weights).__name__}.")
-    if weights.num_examples != num_examples:
+    num_examples = weights.num_examples
+    filled = num_examples + _shards.missing(num_examples, sharding)
+    if data_size not in (num_examples, filled):
+        or_filled = f" ({filled} when filled up for its devices)" if filled > num_examples else ""
         raise ValueError(
-            f"weights are for num_examples = {weights.num_examples}, "
-            f"but data has {num_examples} examples on its leading axis."
+            f"weights are for num_examples = {num_examples}{or_filled}, "
+            f"but data has {data_size} examples on its leading axis."
         )
     shape, indices = weights.values.shape, weights.indices
     dims, draws = (2, "(draws, ") if stacked else (1, "(")

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax.noise import MNoise
+from msgd_jax.sharding import check_key_agrees
 
 __all__ = ["StepMetrics", "TrainState", "init", "make_loop", "make_step"]
 
@@ -73,10 +75,11 @@ def init(
 
     Raises:
         TypeError: if a parameter is not floating point or `key` is not a typed PRNG key.
-        ValueError: if `params` is empty or `key` is an array of keys.
+        ValueError: if `params` is empty, `key` is an array of keys, or not the same in all
+          processes of `jax.distributed`.
     """
     _validate.floating_params(params)
-    _validate.prng_key("key", key)
+    check_key_agrees("key", key)
     params, aux, key = jax.tree.map(jnp.copy, (params, aux, jax.random.clone(key)))
     return TrainState(params, optimizer.init(params), aux, key, jnp.zeros((), jnp.int32))
 
@@ -88,6 +91,7 @@ def make_step(
     *,
     microbatch_size: int | None = None,
     has_aux: bool = False,
+    sharding: NamedSharding | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
     """One step of M-SGD (Eq. 6) under any optimizer, as a pure function of state and data.
 
@@ -98,6 +102,7 @@ def make_step(
         noise: the M-noise; its num_examples must be the leading axis of the data.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
+        sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
 
     Returns:
         ``step(state, data) -> (state, metrics)``, not compiled: give it to ``jax.jit`` (with
@@ -106,17 +111,14 @@ def make_step(
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    value_and_grad = loss_lib.weighted_value_and_grad(
-        loss_vector_fn, microbatch_size=microbatch_size, has_aux=has_aux
+    value_and_grad = loss_lib.noisy_value_and_grad(
+        loss_vector_fn, noise, microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding
     )
-    if not isinstance(noise, MNoise):
-        raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
     optimizer = optax.with_extra_args_support(optimizer)
     problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
 
     def step(state: TrainState, data: Any) -> tuple[TrainState, StepMetrics]:
-        weights = noise.sample(state.key, state.step)
-        value, grads = value_and_grad(state.params, data, weights, state.aux)
+        value, grads = value_and_grad(state.params, data, state.key, state.step, state.aux)
         value, aux = value if has_aux else (value, state.aux)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, value=value, **problem, data=data

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 from optax.experimental import aggregating
 
-from msgd_jax import _dtypes, _validate
+from msgd_jax import _dtypes, _shards, _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax.noise import MNoise
+from msgd_jax.sharding import check_key_agrees
 
 __all__ = [
     "AggregateState",
@@ -59,7 +61,11 @@ class AggregateState(NamedTuple):
 
 
 def multiplicative_noise(
-    noise: MNoise, key: Key[Array, ""], *, microbatch_size: int | None = None
+    noise: MNoise,
+    key: Key[Array, ""],
+    *,
+    microbatch_size: int | None = None,
+    sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the noisy gradient ``grad(L(params) . W)`` with one backward pass (Algorithm 1).
 
@@ -88,6 +94,7 @@ def multiplicative_noise(
         noise: the M-noise; its num_examples must be the leading axis of the data.
         key: a typed PRNG key, copied into the state by ``init``.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
+        sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
 
     Returns:
         A transformation with ``update((), state, params, *, loss_vector_fn, data)``: the update is
@@ -100,8 +107,10 @@ def multiplicative_noise(
     _check_noise_and_key(noise, key)
     if microbatch_size is not None:
         _validate.positive_int("microbatch_size", microbatch_size)
+    _shards.check("sharding", sharding)
 
     def init_fn(params: Any) -> MultiplicativeNoiseState:
+        check_key_agrees("key", key)
         dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
         value = jnp.full((), jnp.inf, _dtypes.accumulator(*dtypes))
         return MultiplicativeNoiseState(jnp.zeros((), jnp.int32), _copy(key), value)
@@ -121,11 +130,10 @@ def multiplicative_noise(
             if value is None:
                 raise ValueError(f"multiplicative_noise needs {name}: update(..., {name}=...).")
         loss_vector_fn = _unmasked(loss_vector_fn, updates, params, full_params)
-        weights = noise.sample(state.key, state.step)
-        value_and_grad = loss_lib.weighted_value_and_grad(
-            loss_vector_fn, microbatch_size=microbatch_size
+        value_and_grad = loss_lib.noisy_value_and_grad(
+            loss_vector_fn, noise, microbatch_size=microbatch_size, sharding=sharding
         )
-        value, grads = value_and_grad(params, data, weights)
+        value, grads = value_and_grad(params, data, state.key, state.step)
         value = value.astype(state.value.dtype)
         return grads, MultiplicativeNoiseState(state.step + 1, state.key, value)
 
@@ -158,6 +166,7 @@ def aggregate_per_example(noise: MNoise, key: Key[Array, ""]) -> aggregating.Agg
 
     def init_fn(params: Any) -> AggregateState:
         del params
+        check_key_agrees("key", key)
         return AggregateState(jnp.zeros((), jnp.int32), _copy(key))
 
     def update_fn(
@@ -193,6 +202,7 @@ def msgd(
     *,
     accumulator_dtype: Any = None,
     microbatch_size: int | None = None,
+    sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """M-SGD (Eq. 6): `optax.sgd` on the noisy gradient of `multiplicative_noise`.
 
@@ -204,6 +214,7 @@ def msgd(
         nesterov: whether the momentum is Nesterov's.
         accumulator_dtype: of the momentum; None for the parameters' own.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
+        sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
 
     Returns:
         A transformation with ``update((), state, params, *, loss_vector_fn, data)``; see
@@ -217,7 +228,7 @@ def msgd(
         if value is not None and not callable(value) and not isinstance(value, jax.Array):
             _validate.finite_nonnegative(name, value)
     return optax.chain(
-        multiplicative_noise(noise, key, microbatch_size=microbatch_size),
+        multiplicative_noise(noise, key, microbatch_size=microbatch_size, sharding=sharding),
         optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype),
     )
 

@@ -50,6 +50,9 @@ ROWS: dict[str, Row] = {
         ),
         smallest=2,
     ),
+    "random_reshuffling": Row(
+        lambda n, b, **kw: noise.random_reshuffling(n, b, drop_remainder=True, **kw)
+    ),
     "svag": Row(lambda n, b, **kw: noise.svag(noise.sgd(n, b, **kw), refinement=3)),
 }
 
@@ -62,7 +65,7 @@ def cases(*sizes: tuple[int, int]) -> list[tuple[str, int, int]]:
 # Each is made of the same pieces as one that is always tested.
 _RELATED = (
     "sgd_replace", "rademacher", "estimated_fisher", "estimated_cov", "sparse_fisher_gaussian",
-    "sparse_cov_gaussian", "svag",
+    "sparse_cov_gaussian", "random_reshuffling", "svag",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ Z = 4.5  # two-sided 6.8e-6 for each statistic; about 120 of them below: 0.1 % i
 def draws(name: str, n: int, b: int) -> np.ndarray:
     """NUM_DRAWS weight vectors, [NUM_DRAWS, N] in float64, drawn in float32."""
     law = ROWS[name].make(n, b)
-    sample = jax.jit(jax.vmap(lambda step: law.sample(KEY, step).dense()))
+    sample = jax.jit(jax.vmap(lambda step: law.sample(jax.random.fold_in(KEY, step), step).dense()))
     return np.asarray(sample(jnp.arange(NUM_DRAWS)), np.float64)
 
 

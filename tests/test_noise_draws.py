@@ -47,7 +47,7 @@ def test_shapes_dtypes_and_supports(name, n, fraction):
 
 
 CENTRED = ("gd", "sgd", "sgd_replace", "cov", "estimated_cov", "sparse_cov", "sparse_cov_gaussian",
-           "svag")  # fmt: skip
+           "random_reshuffling", "svag")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(ROWS))

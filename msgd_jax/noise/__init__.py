@@ -5,28 +5,31 @@ that does not depend on theta (the paper's Eq. 6). Every noise here is exchangea
 covariance is two numbers, ``Cov(W) = alpha I + beta 1 1^T``, known exactly; the noisy gradient then
 has covariance ``alpha N F + beta N^2 grad L grad L^T``, with F the empirical Fisher matrix.
 
-========================  =====================================  ===========  =====================
-noise                     W                                      evaluations  Cov(grad(L . W))
-========================  =====================================  ===========  =====================
-:func:`gd`                1/N                                    N            0
-:func:`sgd`               1/b on b examples                      b            (N-b)/(N-1) S/b
-:func:`sgd`, replacing    counts/b                               b            S/b
-:func:`fisher`            1/N + eps/sqrt(bN)                     N            F/b
-:func:`cov`               1/N + (eps - mean eps)/sqrt(bN)        N            S/b
-:func:`bernoulli`         z/b, z ~ Bernoulli(b/N)                N            (1 - b/N) F/b
-:func:`rademacher`        1/N + scale a/N, a = +-1               N            scale^2 F/N
-:func:`estimated_fisher`  1/N + s eps on m examples              N            F/b
-:func:`estimated_cov`     1/N + s (eps - mean eps) on m          N            S/b
-:func:`sparse_fisher`     (1 + s eps)/B on B examples            B            see the function
-:func:`sparse_cov`        (1 + s (eps - mean eps))/B on B        B            S/b
-:func:`svag`              p W1 + q W2, two draws of any base     2b for sgd   l times the base's
-========================  =====================================  ===========  =====================
+==========================  =====================================  ===========  ====================
+noise                       W                                      evaluations  Cov(grad(L . W))
+==========================  =====================================  ===========  ====================
+:func:`gd`                  1/N                                    N            0
+:func:`sgd`                 1/b on b examples                      b            (N-b)/(N-1) S/b
+:func:`sgd`, replacing      counts/b                               b            S/b
+:func:`fisher`              1/N + eps/sqrt(bN)                     N            F/b
+:func:`cov`                 1/N + (eps - mean eps)/sqrt(bN)        N            S/b
+:func:`bernoulli`           z/b, z ~ Bernoulli(b/N)                N            (1 - b/N) F/b
+:func:`rademacher`          1/N + scale a/N, a = +-1               N            scale^2 F/N
+:func:`estimated_fisher`    1/N + s eps on m examples              N            F/b
+:func:`estimated_cov`       1/N + s (eps - mean eps) on m          N            S/b
+:func:`sparse_fisher`       (1 + s eps)/B on B examples            B            see the function
+:func:`sparse_cov`          (1 + s (eps - mean eps))/B on B        B            S/b
+:func:`random_reshuffling`  1/b on an epoch's next b examples      b            (N-b)/(N-1) S/b
+:func:`svag`                p W1 + q W2, two draws of any base     2b for sgd   l times the base's
+==========================  =====================================  ===========  ====================
 
 F = G G^T / N is the empirical Fisher, S = F - grad L grad L^T the gradient covariance, and
 `batch_size` (b) always means the scale: the batch size of the SGD that the noise imitates.
 """
 
 from msgd_jax.noise._full import bernoulli, cov, fisher, gd, matching_scale, rademacher, sgd
+from msgd_jax.noise._permutation import permute
+from msgd_jax.noise._reshuffling import random_reshuffling
 from msgd_jax.noise._subset import estimated_cov, estimated_fisher, sparse_cov, sparse_fisher
 from msgd_jax.noise._svag import svag
 from msgd_jax.noise._types import Exchangeable, MNoise, Weights
@@ -42,7 +45,9 @@ __all__ = [
     "fisher",
     "gd",
     "matching_scale",
+    "permute",
     "rademacher",
+    "random_reshuffling",
     "sgd",
     "sparse_cov",
     "sparse_fisher",

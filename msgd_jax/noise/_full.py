@@ -22,7 +22,7 @@ def gd(num_examples: int, *, dtype: Any = jnp.float32) -> MNoise:
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    n = _validate.positive_int("num_examples", num_examples)
+    n = _validate.num_examples("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
     def draw(key: Key[Array, ""]) -> Weights:
@@ -81,7 +81,7 @@ def fisher(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> M
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
     def draw(key: Key[Array, ""]) -> Weights:
-        noise = jax.random.normal(key, (n,), dtype)
+        noise = _pieces.normals(key, n, dtype)
         return Weights(1 / n + noise / math.sqrt(b * n), None, n)
 
     return MNoise(f"fisher({n}, {b})", n, n, Exchangeable(1 / (b * n), 0.0), draw)
@@ -104,7 +104,7 @@ def cov(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoi
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
     def draw(key: Key[Array, ""]) -> Weights:
-        noise = _pieces.centre_normals(jax.random.normal(key, (n,), dtype))
+        noise = _pieces.centre_normals(_pieces.normals(key, n, dtype))
         return Weights(1 / n + noise / math.sqrt(b * n), None, n)
 
     return MNoise(f"cov({n}, {b})", n, n, _pieces.centred_covariance(n, (n - 1) / (b * n**2)), draw)
@@ -151,7 +151,7 @@ def rademacher(num_examples: int, scale: float, *, dtype: Any = jnp.float32) -> 
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    n = _validate.positive_int("num_examples", num_examples)
+    n = _validate.num_examples("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
     scale = _validate.finite_nonnegative("scale", scale)
 

@@ -7,18 +7,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _validate
+from msgd_jax.noise._permutation import permute
 from msgd_jax.noise._types import Exchangeable
 
 
 def sizes(num_examples: int, batch_size: int, *, smallest: int = 1) -> tuple[int, int]:
     """Checks smallest <= N and 1 <= b <= N."""
-    n = _validate.positive_int("num_examples", num_examples, minimum=smallest)
+    n = _validate.num_examples("num_examples", num_examples, minimum=smallest)
     return n, _validate.positive_int("batch_size", batch_size, maximum=n)
 
 
 def subset(key: Key[Array, ""], num_examples: int, size: int) -> Int[Array, " {size}"]:
     """A uniform subset of `size` of the N examples, in random order."""
-    return jax.random.choice(key, num_examples, (size,), replace=False)
+    return permute(key, jnp.arange(size), num_examples)
+
+
+def normals(key: Key[Array, ""], size: int, dtype: jnp.dtype) -> Float[Array, " {size}"]:
+    """Standard normals, the same bits in any program: never fused with what is done to them."""
+    return jax.lax.optimization_barrier(jax.random.normal(key, (size,), dtype))
 
 
 def subset_and_normals(
@@ -26,7 +32,7 @@ def subset_and_normals(
 ) -> tuple[Int[Array, " {size}"], Float[Array, " {size}"]]:
     """A uniform subset of the N examples and an independent standard normal for each."""
     subset_key, normal_key = jax.random.split(key)
-    return subset(subset_key, num_examples, size), jax.random.normal(normal_key, (size,), dtype)
+    return subset(subset_key, num_examples, size), normals(normal_key, size, dtype)
 
 
 def scatter(

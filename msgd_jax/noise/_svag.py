@@ -36,9 +36,10 @@ def svag(base: MNoise, refinement: int) -> MNoise:
     there is one draw only, of the unsplit key, and the weights are those of `base` bit for bit.
 
     Args:
-        base: any M-noise; `sgd` in the paper. The weights have its dtype. If its draws list some
-          examples only, those of W are the values and indices of both draws one after the other
-          (repeats add up) and a step computes twice as many losses; if they are dense, W is too.
+        base: any M-noise of independent steps; `sgd` in the paper. The weights have its dtype. If
+          its draws list some examples only, those of W are the values and indices of both draws
+          one after the other (repeats add up) and a step computes twice as many losses; if they
+          are dense, W is too.
         refinement: l, at least 1: how many steps one step of `base` becomes.
 
     Raises:
@@ -47,6 +48,11 @@ def svag(base: MNoise, refinement: int) -> MNoise:
     if not isinstance(base, MNoise):
         got = type(base).__name__
         raise TypeError(f"base must be a noise.MNoise, got {base!r} of type {got}.")
+    if base.draw_at is not None:
+        raise ValueError(
+            f"base must have independent steps, got {base.name}: the two draws of a step would not "
+            "be those of an epoch."
+        )
     refinement = _validate.positive_int("refinement", refinement)
     name = f"svag({base.name}, {refinement})"
     if refinement == 1:

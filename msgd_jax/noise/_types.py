@@ -104,6 +104,11 @@ class MNoise:
         support_size: how many per-example losses one step computes.
         covariance: Cov(W), exact.
         draw: maps one PRNG key to `Weights`.
+        draw_at: for steps that depend on each other: maps (key of the run, step) to `Weights`, each
+            step by itself with the law of `draw`. None: the steps are independent, each of them
+            `draw` with a key of its own.
+        between: with `draw_at`, Cov(W_s, W_t) of two different steps, exact; see
+            `covariance_between`.
 
     Raises:
         TypeError, ValueError: if an attribute is not as described.
@@ -114,14 +119,37 @@ class MNoise:
     support_size: int
     covariance: Exchangeable
     draw: Callable[[Key[Array, ""]], Weights] = dataclasses.field(repr=False)
+    draw_at: Callable[[Key[Array, ""], int | Int[Array, ""]], Weights] | None = dataclasses.field(
+        default=None, repr=False
+    )
+    between: Callable[[int, int], Exchangeable] | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
         _validate.positive_int("num_examples", self.num_examples)
         _validate.positive_int("support_size", self.support_size)
         _validate.function("draw", self.draw)
+        if (self.draw_at is None) != (self.between is None):
+            raise ValueError("draw_at and between must be given together, or neither.")
+        if self.draw_at is not None:
+            _validate.function("draw_at", self.draw_at)
+            _validate.function("between", self.between)
         if not isinstance(self.covariance, Exchangeable):
             got = type(self.covariance).__name__
             raise TypeError(f"covariance must be a noise.Exchangeable, got {got}.")
+
+    def covariance_between(self, step: int, other: int) -> Exchangeable:
+        """The covariance of the weight vectors of two steps: Cov(W_s,i, W_t,i), Cov(W_s,i, W_t,j).
+
+        Raises:
+            TypeError, ValueError: if a step is not an integer, or negative.
+        """
+        step, other = (
+            _validate.positive_int(name, value, minimum=0)
+            for name, value in (("step", step), ("other", other))
+        )
+        if step == other:
+            return self.covariance
+        return Exchangeable(0.0, 0.0) if self.between is None else self.between(step, other)
 
     def sample(self, key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
         """Draws the weight vector of one step.
@@ -145,5 +173,10 @@ class MNoise:
 
 @jax.jit
 def _sample(noise: MNoise, key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
-    # Compiled also when called eagerly: fused and unfused arithmetic round differently.
-    return noise.draw(jax.random.fold_in(key, step))
+    # Compiled also when called eagerly, and not fused with what uses the weights: arithmetic that
+    # is fused otherwise rounds otherwise.
+    if noise.draw_at is not None:
+        weights = noise.draw_at(key, step)
+    else:
+        weights = noise.draw(jax.random.fold_in(key, step))
+    return jax.lax.optimization_barrier(weights)

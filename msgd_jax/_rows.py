@@ -1,0 +1,139 @@
+"""Going through weighted examples: micro-batches in order, on one device or many."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int, Shaped
+
+from msgd_jax import _dtypes, _shards, _validate
+
+
+class Terms(NamedTuple):
+    """What one micro-batch adds to values and gradients, and the statistics after it."""
+
+    value: Float[Array, "*draws"]
+    grads: Any
+    aux: Any
+
+
+class Rows(NamedTuple):
+    """Examples and their weights; with indices, row k is example ``indices[k]`` of the data."""
+
+    data: Any
+    indices: Int[Array, " support"] | None
+    values: Float[Array, "support *draws"]
+
+
+def spread_rows(
+    data: Any,
+    weights_of: Callable[..., tuple[Array, Array | None]],
+    args: tuple[Any, ...],
+    sharding: NamedSharding | None,
+) -> Rows:
+    """The data and the weights ``values, indices = weights_of(*args)``, in equal parts if spread.
+
+    What draws the weights belongs into `weights_of`: then each device draws its part only.
+    """
+
+    def filled(data: Any, *args: Any) -> Rows:
+        values, indices = weights_of(*args)
+        if sharding is None:
+            return Rows(data, indices, values)
+        num_rows = _shards.missing(values.shape[0], sharding)
+        if indices is not None:
+            data = take(data, _shards.fill(indices, num_rows))
+        elif _validate.leading_axis("data", data) == values.shape[0]:
+            data = jax.tree.map(lambda x: _shards.fill(jnp.asarray(x), num_rows), data)
+        return Rows(data, None, _shards.fill_zeros(values, num_rows))
+
+    return _shards.spread(filled, sharding)(data, *args)
+
+
+def over_rows(
+    one_batch: Callable[..., Terms], microbatch_size: int | None, sharding: NamedSharding | None
+) -> Callable[[Any, Rows, Any], tuple[tuple[Array, Any], Any]]:
+    """The sum of `one_batch` over all rows, in micro-batches on each device."""
+
+    def terms_of(params: Any, rows: Rows, aux: Any) -> tuple[tuple[Array, Any], Any]:
+        support = rows.values.shape[0]
+        if microbatch_size is None or microbatch_size >= support:
+            terms = one_batch(params, take(rows.data, rows.indices), rows.values, aux)
+        else:
+            indices = jnp.arange(support) if rows.indices is None else rows.indices
+            terms = _accumulate(
+                one_batch, params, rows.data, indices, rows.values, aux, microbatch_size
+            )
+        return (terms.value, terms.grads), terms.aux
+
+    return _shards.summed(terms_of, sharding)
+
+
+def _accumulate(
+    one_batch: Callable[..., Terms],
+    params: Any,
+    data: Any,
+    indices: Int[Array, " support"],
+    values: Float[Array, "support *draws"],
+    aux: Any,
+    microbatch_size: int,
+) -> Terms:
+    """Sums `one_batch` over micro-batches in order, the statistics threaded through."""
+    missing = -indices.shape[0] % microbatch_size
+    positions = jnp.concatenate([indices, indices[:missing]])
+    values = jnp.concatenate([values, jnp.zeros((missing, *values.shape[1:]), values.dtype)])
+    # What is micro-batched is positions and weights: data are gathered run by run, never copied.
+    runs = (
+        _for_microbatching(positions, microbatch_size),
+        _for_microbatching(values, microbatch_size),
+    )
+
+    def add(terms: Any, run: Any, _: Any) -> Any:
+        positions, values = run
+        new = one_batch(params, take(data, positions), values, terms.aux)
+        value, grads = jax.tree.map(
+            lambda total, term: total + term.astype(total.dtype),
+            (terms.value, terms.grads),
+            (new.value, new.grads),
+        )
+        return Terms(value, grads, new.aux)
+
+    def zero(run: Any) -> Any:
+        def first_terms(positions: Array, values: Array) -> Terms:
+            return one_batch(params, take(data, positions), values, aux)
+
+        shapes = jax.eval_shape(first_terms, *run)
+        value, grads = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, _dtypes.accumulator(x.dtype)), (shapes.value, shapes.grads)
+        )
+        return Terms(value, grads, aux)
+
+    accumulator = optax.microbatching.Accumulator(
+        init=zero, update=add, finalize=lambda terms: terms, aggregate=lambda terms: terms
+    )
+    walk = optax.microbatching.microbatch(
+        lambda positions, values: (positions, values),
+        argnums=(0, 1),
+        microbatch_size=microbatch_size,
+        accumulator=accumulator,
+    )
+    return walk(*runs)
+
+
+def _for_microbatching(values: Shaped[Array, "size *rest"], microbatch_size: int) -> Array:
+    """Orders entries so that optax's micro-batch k holds its k-th run of consecutive entries.
+
+    `optax.microbatching` deals entries out like cards (column-major), to keep shardings in place.
+    """
+    runs = values.reshape(-1, microbatch_size, *values.shape[1:])
+    return runs.swapaxes(0, 1).reshape(values.shape)
+
+
+def take(data: Any, indices: Int[Array, " size"] | None) -> Any:
+    """The examples at these indices, all of them for None."""
+    if indices is None:
+        return data
+    return jax.tree.map(lambda x: jnp.take(x, indices, axis=0, mode="clip"), data)

@@ -1,0 +1,67 @@
+"""Random reshuffling: what most training loops do instead of drawing every batch anew."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from msgd_jax import _validate
+from msgd_jax.noise import _pieces
+from msgd_jax.noise._permutation import permute
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights
+
+
+def random_reshuffling(
+    num_examples: int, batch_size: int, *, drop_remainder: bool = False, dtype: Any = jnp.float32
+) -> MNoise:
+    """SGD through shuffled epochs: weight 1/b on the examples of one batch of a partition.
+
+    An epoch is N/b steps, and its batches partition the examples; each epoch has a permutation of
+    its own. The batch of step t is computed from (key, t) alone, in O(b) time and memory for any N
+    (`permute`), so runs resume anywhere.
+
+    A single step has the law of `sgd` without replacement, and its covariance, exactly. The steps
+    of one epoch are not independent: an example seen in one is not seen in the others, and for
+    s != t their weights have Cov(W_s,i, W_t,i) = -1/N^2 and Cov(W_s,i, W_t,j) = 1/(N^2 (N-1));
+    steps of different epochs are independent. That is `covariance_between`. (For N <= 1,024; above,
+    to within what `permute` says.)
+
+    Args:
+        num_examples: N, between 1 and 2^31 - 1.
+        batch_size: b, between 1 and N.
+        drop_remainder: whether an epoch may leave N mod b examples out, others each time; if not, b
+            must divide N.
+        dtype: of the weights, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+    """
+    n, b = _pieces.sizes(num_examples, batch_size)
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+    if n % b and not drop_remainder:
+        raise ValueError(
+            f"batch_size must divide num_examples = {n}, got {b}, which leaves {n % b} examples "
+            "over: drop_remainder=True leaves out as many in each epoch, others each time."
+        )
+    steps_an_epoch = n // b
+
+    def weights(indices: Int[Array, " batch"]) -> Weights:
+        return Weights(jnp.full(b, 1 / b, dtype), indices, n)
+
+    def draw(key: Key[Array, ""]) -> Weights:
+        return weights(_pieces.subset(key, n, b))
+
+    def draw_at(key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
+        epoch, batch = jnp.divmod(jnp.asarray(step), steps_an_epoch)
+        positions = (batch * b).astype(jnp.int32) + jnp.arange(b, dtype=jnp.int32)
+        return weights(permute(jax.random.fold_in(key, epoch), positions, n))
+
+    def between(step: int, other: int) -> Exchangeable:
+        if step // steps_an_epoch == other // steps_an_epoch:
+            return _pieces.centred_covariance(n, -1 / n**2)
+        return Exchangeable(0.0, 0.0)
+
+    name = f"random_reshuffling({n}, {b}, drop_remainder={drop_remainder})"
+    covariance = _pieces.subset_covariance(n, b)
+    return MNoise(name, n, b, covariance, draw, draw_at, between)

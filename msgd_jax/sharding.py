@@ -1,0 +1,94 @@
+"""Many devices, many processes: examples spread over a mesh, and one key everywhere.
+
+Everything that computes losses takes ``sharding=NamedSharding(mesh, PartitionSpec("data"))``
+(`loss.weighted_value_and_grad` says what it does)::
+
+  mesh = jax.make_mesh((jax.device_count(),), ("data",))
+  rows = NamedSharding(mesh, PartitionSpec("data"))
+  data = sharding.shard_examples(data, rows)
+  step = train.make_step(loss_vector_fn, optimizer, noise, sharding=rows)
+
+The same under `jax.distributed`, where every process runs the same lines: devices are then those of
+all processes, and each process reads and holds the examples of its own devices only.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Key, Shaped
+
+from msgd_jax import _shards, _validate
+
+__all__ = ["check_key_agrees", "shard_examples"]
+
+
+def shard_examples(data: Any, sharding: NamedSharding) -> Any:
+    """Places examples on the devices of a mesh, in equal parts.
+
+    Where the devices do not divide N, the last example is repeated up to the next multiple: these
+    rows have weight 0 in every loss, for any noise of N examples. Only the rows that a device of
+    this process needs are read, so `data` may be memory-mapped, or larger than memory.
+
+    Args:
+        data: a pytree of arrays [N, ...]: numpy's (memory-mapped too), anything that slices like
+          them, or jax's. Under `jax.distributed` every process gives all of the data.
+        sharding: ``NamedSharding(mesh, PartitionSpec("data"))`` for the axis "data" of a mesh; the
+          other axes of the examples are not spread.
+
+    Returns:
+        The same pytree of `jax.Array`, [N rounded up, ...], of these dtypes (64-bit ones as jax's
+        settings say).
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+    """
+    if _shards.check("sharding", sharding) is None:
+        raise TypeError("sharding must be a jax.sharding.NamedSharding, got None.")
+    num_examples = _validate.leading_axis("data", data)
+    num_rows = num_examples + _shards.missing(num_examples, sharding)
+    rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+
+    def place(leaf: Any) -> Shaped[Array, "rows *rest"]:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return _shards.spread(lambda x: _shards.fill(x, num_rows - len(x)), sharding)(leaf)
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(num_rows)
+            own = np.asarray(leaf[min(start, num_examples - 1) : min(stop, num_examples)], dtype)
+            return np.concatenate([own, np.repeat(own[-1:], stop - start - len(own), axis=0)])
+
+        shape = (num_rows, *leaf.shape[1:])
+        return jax.make_array_from_callback(shape, rows, part, dtype=dtype)
+
+    return jax.tree.map(place, data)
+
+
+def check_key_agrees(name: str, key: Key[Array, ""]) -> None:
+    """Raises unless the key is the same in all processes; free where there is one.
+
+    Each process draws its part of the weights: with a key of its own, their parts would belong to
+    different vectors, and nothing downstream would look wrong. `train.init` and the ``init`` of our
+    optax transformations call this; call it yourself before you draw by `noise.MNoise.sample`. All
+    processes have to call it at the same point. A traced key is taken on trust.
+
+    Raises:
+        TypeError, ValueError: if `key` is not a typed PRNG key, or not the same one everywhere: the
+            message says which processes differ from the first.
+    """
+    _validate.prng_key(name, key)
+    if jax.process_count() == 1 or isinstance(key, Tracer):
+        return
+    words = np.asarray(jax.random.key_data(jax.random.clone(key)))
+    everywhere = np.asarray(multihost_utils.process_allgather(words))
+    differing = np.flatnonzero((everywhere != everywhere[0]).any(axis=1)).tolist()
+    if differing:
+        raise ValueError(
+            f"{name} must be the same in all processes, got {everywhere[0].tolist()} in process 0 "
+            f"and others in {differing}; process {jax.process_index()} has {words.tolist()}. Make "
+            "it from a seed that all of them share."
+        )

@@ -1,0 +1,61 @@
+"""One process of two: ``python -m tests.process_worker TASK COORDINATOR PROCESS_ID FOLDER``."""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+LAWS = ("fisher", "cov", "bernoulli", "sgd", "sparse_cov", "random_reshuffling")
+
+
+def weights(process_id: int, folder: pathlib.Path) -> None:
+    """Weights and gradients of step 3, as this process has them."""
+    from msgd_jax import loss, sharding
+    from tests.noises import ROWS
+    from tests.problems import loss_vector_fn, regression
+
+    n, key, problem = 1003, jax.random.key(314), regression(1003)
+    rows = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
+    numbers, placed = sharding.shard_examples((np.arange(n), problem.data), rows)
+    assert [shard.data.shape for shard in numbers.addressable_shards] == [(126,)] * 4
+    results = {}
+    for name in LAWS:
+        law = ROWS[name].make(n, 16)
+        f = loss.noisy_value_and_grad(lambda theta, i: theta[i], law, sharding=rows)
+        results[f"{name} weights"] = jax.jit(f)(np.ones(n, np.float32), numbers, key, 3)[1]
+    f = loss.noisy_value_and_grad(
+        loss_vector_fn, ROWS["cov"].make(n, 16), sharding=rows, microbatch_size=50
+    )
+    params = jax.tree.map(np.asarray, problem.params)
+    results["value"], grads = jax.jit(f)(params, placed, key, 3)
+    results |= {f"grad {leaf}": grad for leaf, grad in grads.items()}
+    np.savez(folder / f"{process_id}.npz", **{k: np.asarray(v) for k, v in results.items()})
+
+
+def keys(process_id: int, folder: pathlib.Path) -> None:
+    """A key of its own for each process, which each of them has to refuse."""
+    from msgd_jax import noise, train, transform
+
+    key, params = jax.random.key(process_id), jnp.ones(3)
+    law = noise.gd(8)
+    train.init(params, optax.sgd(0.1), jax.random.key(0))  # the same everywhere is fine
+    for start in (
+        lambda: train.init(params, optax.sgd(0.1), key),
+        lambda: transform.multiplicative_noise(law, key).init(params),
+        lambda: transform.aggregate_per_example(law, key).init(params),
+    ):
+        try:
+            start()
+        except ValueError as error:
+            with open(folder / f"{process_id}.txt", "a") as file:
+                file.write(f"{error}\n")
+
+
+if __name__ == "__main__":
+    task, coordinator, process_id, folder = sys.argv[1:]
+    jax.distributed.initialize(coordinator, 2, int(process_id), heartbeat_timeout_seconds=20)
+    {"weights": weights, "keys": keys}[task](int(process_id), pathlib.Path(folder))
