@@ -114,8 +114,21 @@ def make_step(
     value_and_grad = loss_lib.noisy_value_and_grad(
         loss_vector_fn, noise, microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding
     )
-    optimizer = optax.with_extra_args_support(optimizer)
     problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
+    return step_of(value_and_grad, optimizer, has_aux, problem)
+
+
+def step_of(
+    value_and_grad: Callable[..., tuple[Any, Any]],
+    optimizer: optax.GradientTransformation,
+    has_aux: bool,
+    problem: dict[str, Any],
+) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
+    """A step along ``value_and_grad(params, data, key, step, aux)``, of `loss`'s kind.
+
+    `problem` is passed on to optimizers that take more than the gradient.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(state: TrainState, data: Any) -> tuple[TrainState, StepMetrics]:
         value, grads = value_and_grad(state.params, data, state.key, state.step, state.aux)

@@ -5,11 +5,13 @@ keyed bijection of a grid that is hardly larger than N; walking on its cycle unt
 comes up makes it a bijection of range(N). Time and memory are those of the positions asked for.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Int, Key, UInt32
 
@@ -78,10 +80,18 @@ class _Grid(NamedTuple):
     columns: int
 
 
+@functools.cache
 def _grid(n: int) -> _Grid:
-    """The smallest with ceil(sqrt(N)) rows: fewer than sqrt(N) + 1 of its cells are too many."""
-    rows = math.isqrt(n - 1) + 1
-    return _Grid(rows, -(-n // rows))
+    """The one with the fewest cells too many, among those at most 16 by 9.
+
+    These are a few cells, none where N has a divisor there. So the walk is as good as always one
+    step, and time does not depend on N; the smallest square would have up to sqrt(N) too many.
+    """
+    most = math.isqrt(n - 1) + 1
+    rows = np.arange(-(-3 * most // 4), most + 1)
+    too_many = -n % rows
+    best = int(rows[np.flatnonzero(too_many == too_many.min())[-1]])  # the most nearly square
+    return _Grid(best, -(-n // best))
 
 
 def _encrypt(

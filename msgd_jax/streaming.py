@@ -1,0 +1,269 @@
+"""Training on examples that are read as they are needed: indices first, then just those examples.
+
+A sparse noise says which examples a step uses from (key, step) alone, so they can be read while
+earlier steps are computed, and no others ever are. Memory is that of a few batches, whatever N is.
+The reading threads are grain's: ``pip install 'msgd-jax[streaming]'``::
+
+  source = streaming.ArraySource((np.load("images.npy", mmap_mode="r"), labels))
+  loop = streaming.make_loop(loss_vector_fn, optimizer, noise.mini_batch(len(source), 50), source)
+  state, metrics = loop(train.init(params, optimizer, key), 1000)
+"""
+
+import collections
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, Key
+
+from msgd_jax import _shards, _validate
+from msgd_jax import loss as loss_lib
+from msgd_jax.noise import MNoise, Weights
+from msgd_jax.train import StepMetrics, TrainState, step_of
+
+__all__ = ["ArraySource", "Source", "make_loop"]
+
+# Steps whose results nobody has waited for: one that runs, one that is ready to.
+_IN_FLIGHT = 2
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Examples by their number: grain's and tfds's data sources, grain's ``MapDataset``, or yours.
+
+    ``source[i]`` is one example, a pytree of arrays or numbers, the same structure, shapes and
+    dtypes for all; it is called from several threads. Sources that are quicker at many examples at
+    once have ``batch(indices)``, which returns a pytree of arrays [len(indices), ...].
+    """
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """One example."""
+        ...
+
+
+class ArraySource:
+    """A pytree of arrays [N, ...] as a source: numpy's, memory-mapped ones too.
+
+    Raises:
+        ValueError: if the leading axes disagree, or there are no arrays.
+    """
+
+    def __init__(self, data: Any):
+        self._size = _validate.leading_axis("data", data)
+        self._data = data
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: Any, /) -> Any:
+        return jax.tree.map(lambda leaf: leaf[index], self._data)
+
+    def batch(self, indices: Int[np.ndarray, " size"]) -> Any:
+        """The examples at these indices, [size, ...]."""
+        return jax.tree.map(lambda leaf: np.asarray(leaf[indices]), self._data)
+
+
+def make_loop(
+    loss_vector_fn: loss_lib.LossVectorFn,
+    optimizer: optax.GradientTransformation,
+    noise: MNoise,
+    source: Source,
+    *,
+    microbatch_size: int | None = None,
+    has_aux: bool = False,
+    sharding: NamedSharding | None = None,
+    prefetch: int = 4,
+    num_threads: int = 4,
+) -> Callable[[TrainState, int], tuple[TrainState, StepMetrics]]:
+    """`train.make_step` in a loop, on examples that are read while earlier steps are computed.
+
+    The parameters are those of the same noise and key on data that are all on the device, bit for
+    bit: only where the examples come from differs. What is read is a function of the state's key
+    and step, so a loop goes on from any state, also in another process; nothing else has to be
+    saved.
+
+    Under `jax.distributed` every process reads the examples of its own devices only.
+
+    Args:
+        loss_vector_fn: as in `train.make_step`.
+        optimizer: as in `train.make_step`.
+        noise: a noise that lists the examples it uses, so not a dense one.
+        source: the examples; see `Source`.
+        microbatch_size: as in `train.make_step`.
+        has_aux: as in `train.make_step`.
+        sharding: as in `train.make_step`; it spreads the examples of each step.
+        prefetch: steps that are read ahead.
+        num_threads: threads that read, a step each.
+
+    Returns:
+        ``loop(state, num_steps) -> (state, metrics)``, `state` donated; arrays in `metrics` are
+        [num_steps]. It raises what reading raises, and ValueError where examples do not stack.
+
+    Raises:
+        ImportError: if grain is not installed.
+        TypeError, ValueError: if an argument is not as described: the noise is dense, or for
+            another number of examples than the source has.
+    """
+    grain = _grain()
+    _check(noise, source)
+    prefetch = _validate.positive_int("prefetch", prefetch)
+    num_threads = _validate.positive_int("num_threads", num_threads)
+    reader = _Reader(noise, source, sharding)
+    of_weights = loss_lib.weighted_value_and_grad(
+        loss_vector_fn, microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding
+    )
+
+    def of_batch(params: Any, batch: Any, key: Key[Array, ""], step: Any, aux: Any) -> Any:
+        weights = Weights(noise.sample(key, step).values, None, noise.support_size)
+        return of_weights(params, batch, weights, aux)
+
+    problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
+    step = jax.jit(step_of(of_batch, optimizer, has_aux, problem), donate_argnums=0)
+
+    def loop(state: TrainState, num_steps: int) -> tuple[TrainState, StepMetrics]:
+        num_steps = _validate.positive_int("num_steps", num_steps)
+        first = int(state.step)
+        read = reader.of_key(state.key)
+        steps = grain.MapDataset.range(first, first + num_steps).map(read)
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+        state, metrics = _run(step, state, iter(steps.to_iter_dataset(options)), reader.place)
+        return state, jax.tree.map(lambda *values: jnp.stack(values), *metrics)
+
+    return loop
+
+
+def _run(
+    step: Callable[..., Any], state: TrainState, batches: Iterator[Any], place: Callable[..., Any]
+) -> tuple[TrainState, list[StepMetrics]]:
+    metrics: list[StepMetrics] = []
+    in_flight: collections.deque[StepMetrics] = collections.deque()
+    for batch in batches:
+        if len(in_flight) == _IN_FLIGHT:  # or batches would pile up on the device
+            jax.block_until_ready(in_flight.popleft())
+        state, new = step(state, place(batch))
+        metrics.append(new)
+        in_flight.append(new)
+    return state, metrics
+
+
+class _Reader:
+    """Reads the examples of a step that belong to this process, and places them on its devices."""
+
+    def __init__(self, noise: MNoise, source: Source, sharding: NamedSharding | None):
+        size = noise.support_size
+        self._noise, self._source, self._sharding = noise, source, _shards.check("sharding", sharding)
+        self._num_rows = size + _shards.missing(size, sharding)
+        self._rows = None
+        own = np.arange(self._num_rows)
+        if sharding is not None:
+            self._rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+            parts = self._rows.addressable_devices_indices_map((self._num_rows,)).values()
+            own = np.unique(np.concatenate([own[part] for part in parts if part is not None]))
+        self._own = own  # the rows that this process needs, ascending
+
+    def of_key(self, key: Key[Array, ""]) -> Callable[[Any], Any]:
+        """``read(step)``: the examples of this process's rows, in memory."""
+        # On the host, whatever the devices of training are busy with.
+        cpu = jax.local_devices(backend="cpu")[0]
+        words = np.asarray(jax.random.key_data(jax.random.clone(key)))
+        key = jax.random.wrap_key_data(jax.device_put(words, cpu), impl=jax.random.key_impl(key))
+
+        @jax.jit
+        def indices_of(key: Key[Array, ""], step: Int[Array, ""]) -> Int[Array, " support"]:
+            indices = self._noise.sample(key, step).indices
+            assert indices is not None
+            return indices
+
+        def read(step: Any) -> Any:
+            indices = np.asarray(indices_of(jax.random.clone(key), np.int32(step)))
+            filled = indices[np.minimum(self._own, len(indices) - 1)]
+            return _batch(self._source, filled)
+
+        return read
+
+    def place(self, batch: Any) -> Any:
+        """On the device, or each device's part on it."""
+        if self._rows is None:
+            return jax.device_put(batch)
+        return jax.tree.map(self._spread, batch)
+
+    def _spread(self, own: Any) -> Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(self._num_rows)
+            first = np.searchsorted(self._own, start)
+            return own[first : first + stop - start]
+
+        dtype = jax.dtypes.canonicalize_dtype(own.dtype)
+        shape = (self._num_rows, *own.shape[1:])
+        own = own.astype(dtype, copy=False)
+        return jax.make_array_from_callback(shape, self._rows, part, dtype=dtype)
+
+
+def _batch(source: Any, indices: Int[np.ndarray, " size"]) -> Any:
+    """The examples at these indices, stacked."""
+    if hasattr(source, "batch") and not _is_grain(source):
+        batch = source.batch(indices)
+        size = _validate.leading_axis("source.batch(indices)", batch)
+        if size != len(indices):
+            raise ValueError(
+                f"source.batch(indices) must return {len(indices)} examples, one for each index, "
+                f"got {size}."
+            )
+        return batch
+    examples = [source[int(index)] for index in indices]
+    first = jax.tree.map(_kind, examples[0])
+    for index, example in zip(indices, examples, strict=True):
+        if (kind := jax.tree.map(_kind, example)) != first:
+            raise ValueError(
+                f"source must have examples of one structure, shape and dtype: source[{indices[0]}]"
+                f" has {first}, source[{index}] has {kind}."
+            )
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
+
+
+def _kind(leaf: Any) -> str:
+    leaf = np.asarray(leaf)
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _is_grain(source: Any) -> bool:
+    """A `MapDataset` has a method `batch` too, which is something else."""
+    return isinstance(source, _grain().MapDataset)
+
+
+def _check(noise: Any, source: Any) -> None:
+    if not isinstance(noise, MNoise):
+        raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
+    if not isinstance(source, Source):
+        raise TypeError(
+            "source must have __len__ and __getitem__, such as streaming.ArraySource, got "
+            f"{type(source).__name__}."
+        )
+    if len(source) != noise.num_examples:
+        raise ValueError(
+            f"noise is for num_examples = {noise.num_examples}, but source has {len(source)}."
+        )
+    drawn = jax.eval_shape(noise.sample, jax.eval_shape(lambda: jax.random.key(0)), 0)
+    if drawn.indices is None:
+        raise ValueError(
+            "noise must list the examples that it uses, as mini_batch, random_reshuffling and the "
+            f"sparse noises do, got {noise.name}, which uses all {noise.num_examples}."
+        )
+
+
+def _grain() -> Any:
+    try:
+        import grain
+    except ImportError:
+        raise ImportError(
+            "msgd_jax.streaming needs grain: pip install 'msgd-jax[streaming]'."
+        ) from None
+    return grain
