@@ -1,8 +1,8 @@
 """Mini-batches without replacement from N examples: `noise.permute` against `jax.random.choice`.
 
-``python -m benchmarks.index_sampling``. `jax.random.choice(replace=False)` sorts N numbers; `permute`
-computes the b indices asked for, and nothing else. Memory is what XLA sets aside for one draw.
-Contestants of one size take turns; so do the sizes of `permute`, for the ratio between them.
+``python -m benchmarks.index_sampling``. `jax.random.choice(replace=False)` sorts N numbers;
+`permute` computes the b indices asked for, and nothing else. Memory is what XLA sets aside for one
+draw. The sizes of `permute` take turns, for the ratio between them.
 """
 
 import dataclasses

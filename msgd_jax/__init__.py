@@ -1,6 +1,16 @@
 """Multiplicative-noise SGD: noisy gradients as a loss vector times a random weight vector."""
 
-from msgd_jax import complexity, covariance, loss, noise, sde, sharding, train, transform
+from msgd_jax import complexity, covariance, loss, noise, sde, sharding, streaming, train, transform
 
-__all__ = ["complexity", "covariance", "loss", "noise", "sde", "sharding", "train", "transform"]
+__all__ = [
+    "complexity",
+    "covariance",
+    "loss",
+    "noise",
+    "sde",
+    "sharding",
+    "streaming",
+    "train",
+    "transform",
+]
 __version__ = "0.1.0"

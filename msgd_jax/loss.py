@@ -5,7 +5,7 @@ gradient of its product with a weight vector is the noisy gradient: no gradient 
 covariance matrix, nothing larger than the gradient itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -107,12 +107,11 @@ def weighted_value_and_grad(
     """
     _check_arguments(loss_vector_fn, microbatch_size, sharding)
 
-    value_and_grad = _of_drawn(
-        loss_vector_fn, lambda weights: weights, microbatch_size, has_aux, sharding
-    )
+    value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_aux, sharding)
 
     def of_weights(params: Any, data: Any, weights: Weights, aux: Any = None) -> Any:
-        return value_and_grad(params, data, (weights,), aux)
+        leaves, made_of = jax.tree.flatten(weights)
+        return value_and_grad(params, data, lambda *x: jax.tree.unflatten(made_of, x), leaves, aux)
 
     return of_weights
 
@@ -148,14 +147,14 @@ def noisy_value_and_grad(
     _check_arguments(loss_vector_fn, microbatch_size, sharding)
     if not isinstance(noise, MNoise):
         raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
-    value_and_grad = _of_drawn(loss_vector_fn, noise.sample, microbatch_size, has_aux, sharding)
+    value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_aux, sharding)
 
     def of_step(
         params: Any, data: Any, key: Key[Array, ""], step: int | Int[Array, ""], aux: Any = None
     ) -> Any:
         _validate.prng_key("key", key)
         _validate.step(step)
-        return value_and_grad(params, data, (key, step), aux)
+        return value_and_grad(params, data, noise.sample, (key, step), aux)
 
     return of_step
 
@@ -224,10 +223,12 @@ def weighted_values_and_grads(
         _validate.floating_params(params)
         _check_weights(weights, _validate.leading_axis("data", data), sharding, stacked=True)
 
-        def dense(weights: Weights) -> tuple[Array, None]:
-            return jax.vmap(Weights.dense)(weights).T, None
+        leaves, made_of = jax.tree.flatten(weights)
 
-        rows = _rows.spread_rows(data, dense, (weights,), sharding)
+        def dense(*leaves: Array) -> tuple[Array, None]:
+            return jax.vmap(Weights.dense)(jax.tree.unflatten(made_of, leaves)).T, None
+
+        rows = _rows.spread_rows(data, dense, tuple(leaves), sharding)
         (totals, grads), _ = total(params, rows, ())
         return totals, _like(params, grads)
 
@@ -236,12 +237,11 @@ def weighted_values_and_grads(
 
 def _of_drawn(
     loss_vector_fn: LossVectorFn,
-    draw: Callable[..., Weights],
     microbatch_size: int | None,
     has_aux: bool,
     sharding: NamedSharding | None,
 ) -> Callable[..., tuple[Any, Any]]:
-    """``f(params, data, args, aux)``: value and gradient at the weights ``draw(*args)``."""
+    """``f(params, data, draw, args, aux)``: value and gradient at the weights ``draw(*args)``."""
 
     def one_batch(params: Any, batch: Any, values: Float[Array, " batch"], aux: Any) -> _rows.Terms:
         def weighted_loss(params: Any) -> tuple[Float[Array, ""], Any]:
@@ -259,7 +259,9 @@ def _of_drawn(
 
     total = _rows.over_rows(one_batch, microbatch_size, sharding)
 
-    def value_and_grad(params: Any, data: Any, args: tuple[Any, ...], aux: Any) -> Any:
+    def value_and_grad(
+        params: Any, data: Any, draw: Callable[..., Weights], args: Sequence[Any], aux: Any
+    ) -> Any:
         _validate.floating_params(params)
         data_size = _validate.leading_axis("data", data)
 
@@ -268,7 +270,7 @@ def _of_drawn(
             _check_weights(weights, data_size, sharding)
             return weights.values, weights.indices
 
-        rows = _rows.spread_rows(data, checked, args, sharding)
+        rows = _rows.spread_rows(data, checked, tuple(args), sharding)
         (value, grads), aux = total(params, rows, aux)
         grads = _like(params, grads)
         return ((value, aux), grads) if has_aux else (value, grads)

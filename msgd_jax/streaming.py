@@ -5,7 +5,7 @@ earlier steps are computed, and no others ever are. Memory is that of a few batc
 The reading threads are grain's: ``pip install 'msgd-jax[streaming]'``::
 
   source = streaming.ArraySource((np.load("images.npy", mmap_mode="r"), labels))
-  loop = streaming.make_loop(loss_vector_fn, optimizer, noise.mini_batch(len(source), 50), source)
+  loop = streaming.make_loop(loss_vector_fn, optimizer, noise.sgd(len(source), 50), source)
   state, metrics = loop(train.init(params, optimizer, key), 1000)
 """
 
@@ -159,7 +159,11 @@ class _Reader:
 
     def __init__(self, noise: MNoise, source: Source, sharding: NamedSharding | None):
         size = noise.support_size
-        self._noise, self._source, self._sharding = noise, source, _shards.check("sharding", sharding)
+        self._noise, self._source, self._sharding = (
+            noise,
+            source,
+            _shards.check("sharding", sharding),
+        )
         self._num_rows = size + _shards.missing(size, sharding)
         self._rows = None
         own = np.arange(self._num_rows)
@@ -191,11 +195,12 @@ class _Reader:
 
     def place(self, batch: Any) -> Any:
         """On the device, or each device's part on it."""
-        if self._rows is None:
+        rows = self._rows
+        if rows is None:
             return jax.device_put(batch)
-        return jax.tree.map(self._spread, batch)
+        return jax.tree.map(lambda own: self._spread(own, rows), batch)
 
-    def _spread(self, own: Any) -> Array:
+    def _spread(self, own: Any, rows: NamedSharding) -> Array:
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(self._num_rows)
             first = np.searchsorted(self._own, start)
@@ -204,7 +209,7 @@ class _Reader:
         dtype = jax.dtypes.canonicalize_dtype(own.dtype)
         shape = (self._num_rows, *own.shape[1:])
         own = own.astype(dtype, copy=False)
-        return jax.make_array_from_callback(shape, self._rows, part, dtype=dtype)
+        return jax.make_array_from_callback(shape, rows, part, dtype=dtype)
 
 
 def _batch(source: Any, indices: Int[np.ndarray, " size"]) -> Any:
@@ -251,10 +256,9 @@ def _check(noise: Any, source: Any) -> None:
         raise ValueError(
             f"noise is for num_examples = {noise.num_examples}, but source has {len(source)}."
         )
-    drawn = jax.eval_shape(noise.sample, jax.eval_shape(lambda: jax.random.key(0)), 0)
-    if drawn.indices is None:
+    if jax.eval_shape(lambda: noise.sample(jax.random.key(0), 0).indices) is None:
         raise ValueError(
-            "noise must list the examples that it uses, as mini_batch, random_reshuffling and the "
+            "noise must list the examples that it uses, as sgd, random_reshuffling and the "
             f"sparse noises do, got {noise.name}, which uses all {noise.num_examples}."
         )
 

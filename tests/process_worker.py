@@ -36,6 +36,32 @@ def weights(process_id: int, folder: pathlib.Path) -> None:
     np.savez(folder / f"{process_id}.npz", **{k: np.asarray(v) for k, v in results.items()})
 
 
+def streaming(process_id: int, folder: pathlib.Path) -> None:
+    """Three steps on examples that are read as needed; which ones this process has read."""
+    from msgd_jax import noise, streaming, train
+    from tests.problems import loss_vector_fn, regression
+
+    problem, read = regression(1003), []
+
+    class Recorder(streaming.ArraySource):
+        def batch(self, indices):
+            read.append(np.array(indices))
+            return super().batch(indices)
+
+    rows = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
+    source = Recorder(jax.tree.map(np.asarray, problem.data))
+    optimizer, law = optax.sgd(0.5), noise.sgd(1003, 16)
+    loop = streaming.make_loop(
+        loss_vector_fn, optimizer, law, source, sharding=rows, num_threads=1, prefetch=1
+    )
+    params = jax.tree.map(np.asarray, problem.params)
+    state, metrics = loop(train.init(params, optimizer, jax.random.key(314)), 3)
+    np.savez(
+        folder / f"{process_id}.npz", read=np.stack(read), loss=np.asarray(metrics.loss),
+        **{k: np.asarray(v) for k, v in state.params.items()},
+    )  # fmt: skip
+
+
 def keys(process_id: int, folder: pathlib.Path) -> None:
     """A key of its own for each process, which each of them has to refuse."""
     from msgd_jax import noise, train, transform
@@ -58,4 +84,5 @@ def keys(process_id: int, folder: pathlib.Path) -> None:
 if __name__ == "__main__":
     task, coordinator, process_id, folder = sys.argv[1:]
     jax.distributed.initialize(coordinator, 2, int(process_id), heartbeat_timeout_seconds=20)
-    {"weights": weights, "keys": keys}[task](int(process_id), pathlib.Path(folder))
+    tasks = {"weights": weights, "streaming": streaming, "keys": keys}
+    tasks[task](int(process_id), pathlib.Path(folder))

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pathlib
 import subprocess
 import sys
 
@@ -9,11 +10,12 @@ import pytest
 
 import msgd_jax
 
-MODULES = ["complexity", "covariance", "loss", "noise", "sde", "train", "transform"]
+MODULES = ["complexity", "covariance", "loss", "noise", "sde", "sharding", "streaming", "train",
+           "transform"]  # fmt: skip
 # Everything else (flax, tensorflow_datasets, matplotlib, ...) belongs to the extras.
 FORBIDDEN = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "tyro",
-             "tqdm", "diffrax", "equinox", "lineax", "psutil", "torch", "experiments", "benchmarks",
-             "pytest", "hypothesis", "beartype")  # fmt: skip
+             "tqdm", "diffrax", "equinox", "lineax", "psutil", "torch", "grain", "experiments",
+             "benchmarks", "pytest", "hypothesis", "beartype")  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ["msgd_jax", *(f"msgd_jax.{name}" for name in MODULES)])
@@ -27,12 +29,13 @@ def test_each_module_alone_pulls_in_the_core_only(module):
 def test_arrows_point_down(lower):
     """`noise` and `loss` know nothing of what stands on them: the sources import nothing above."""
     module = importlib.import_module(f"msgd_jax.{lower}")
-    top = ("complexity", "covariance", "sde", "transform", "train")
+    top = ("complexity", "covariance", "sde", "streaming", "transform", "train")
     above = {"loss": top, "noise": ("loss", *top)}[lower]
-    files = [module] if lower == "loss" else [
-        importlib.import_module(f"msgd_jax.noise.{name}")
-        for name in ("_types", "_pieces", "_full", "_subset", "_svag")
-    ]  # fmt: skip
+    files = [module]
+    if lower == "noise":
+        parts = [part.stem for part in pathlib.Path(str(module.__file__)).parent.glob("_*.py")]
+        files = [importlib.import_module(f"msgd_jax.noise.{n}") for n in parts if n != "__init__"]
+        assert len(files) >= 7
     for file in files:
         source = inspect.getsource(file)
         for name in above:

@@ -11,12 +11,14 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from experiments import runs
+from msgd_jax import noise, train
 from tests import process_worker
 from tests.noises import ROWS
-from tests.problems import regression
+from tests.problems import loss_vector_fn, regression
 from tests.test_sharding import assert_is_dense_gradient
 
 PATIENCE = 300  # seconds, for a busy machine
@@ -70,6 +72,24 @@ def test_two_processes_use_the_bits_of_one_device(tmp_path):
     grads = {leaf: first[f"grad {leaf}"] for leaf in problem.params}
     weights = ROWS["cov"].make(1003, 16).sample(key, 3)
     assert_is_dense_gradient(problem, weights, first["value"], grads)
+
+
+def test_each_process_reads_the_examples_of_its_own_devices(tmp_path):
+    both("streaming", tmp_path)
+    first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
+    law, optimizer, problem = noise.sgd(1003, 16), optax.sgd(0.5), regression(1003)
+    for step, halves in enumerate(zip(first["read"], second["read"], strict=True)):
+        assert [half.shape for half in halves] == [(8,), (8,)]
+        indices = law.sample(jax.random.key(314), step).indices
+        np.testing.assert_array_equal(np.concatenate(halves), indices)
+    loop = train.make_loop(train.make_step(loss_vector_fn, optimizer, law), max_steps=3)
+    state, metrics = loop(
+        train.init(problem.params, optimizer, jax.random.key(314)), problem.data, 3
+    )
+    for half in (first, second):
+        np.testing.assert_allclose(half["loss"], metrics.loss, rtol=1e-5)
+        for leaf, value in state.params.items():
+            np.testing.assert_allclose(half[leaf], value, rtol=1e-5, atol=1e-6)
 
 
 def test_keys_that_differ_between_processes_are_refused(tmp_path):

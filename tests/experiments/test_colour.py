@@ -62,6 +62,7 @@ def final_state(path):
     return {name: jax.tree.map(np.asarray, state[name]) for name in ("params", "aux", "opt_state")}
 
 
+@pytest.mark.slow
 def test_cifar10_with_batch_norm_goes_on_as_if_it_had_not_been_stopped(
     files, one_block, tmp_path, monkeypatch
 ):
