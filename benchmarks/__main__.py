@@ -18,6 +18,9 @@ NAMES = (
     "regularizer",
     "memory",
     "import_time",
+    "index_sampling",
+    "streaming",
+    "weak_scaling",
     "noise_generation",
 )
 

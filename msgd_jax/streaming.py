@@ -114,6 +114,7 @@ def make_loop(
     """
     grain = _grain()
     _check(noise, source)
+    _shards.check("sharding", sharding)
     prefetch = _validate.positive_int("prefetch", prefetch)
     num_threads = _validate.positive_int("num_threads", num_threads)
     reader = _Reader(noise, source, sharding)
@@ -159,12 +160,9 @@ class _Reader:
 
     def __init__(self, noise: MNoise, source: Source, sharding: NamedSharding | None):
         size = noise.support_size
-        self._noise, self._source, self._sharding = (
-            noise,
-            source,
-            _shards.check("sharding", sharding),
-        )
+        self._source = source
         self._num_rows = size + _shards.missing(size, sharding)
+        self._indices = jax.jit(lambda key, step: noise.sample(key, step).indices)
         self._rows = None
         own = np.arange(self._num_rows)
         if sharding is not None:
@@ -180,14 +178,8 @@ class _Reader:
         words = np.asarray(jax.random.key_data(jax.random.clone(key)))
         key = jax.random.wrap_key_data(jax.device_put(words, cpu), impl=jax.random.key_impl(key))
 
-        @jax.jit
-        def indices_of(key: Key[Array, ""], step: Int[Array, ""]) -> Int[Array, " support"]:
-            indices = self._noise.sample(key, step).indices
-            assert indices is not None
-            return indices
-
         def read(step: Any) -> Any:
-            indices = np.asarray(indices_of(jax.random.clone(key), np.int32(step)))
+            indices = np.asarray(self._indices(jax.random.clone(key), np.int32(step)))
             filled = indices[np.minimum(self._own, len(indices) - 1)]
             return _batch(self._source, filled)
 
