@@ -87,9 +87,9 @@ def _again(draw: Any, times: int) -> Any:
 
 
 def _seconds_sorted(n: int, b: int, repeats: int) -> np.ndarray:
-    """The baseline at one size: fewer rounds where one takes longer than a second."""
+    """The baseline at one size: fewer rounds where one takes seconds, or half a minute."""
     draw = _choice(n, b)
-    repeats = repeats if n < 10**6 else 3
+    repeats = repeats if n < 10**6 else 3 if n < 10**7 else 1
     seconds = timing.alternate(
         {BASELINE: _again(draw, 1)}, repeats=repeats, warmups=1, description=f"{BASELINE}, N={n:,}"
     )

@@ -58,7 +58,7 @@ class Computed:
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.int32]:
         shape = models.LeNet.image_shape
         pixels = (index + np.arange(int(np.prod(shape)))) % 251
         return pixels.reshape(shape).astype(np.uint8), np.int32(index % 10)
