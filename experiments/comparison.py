@@ -14,6 +14,7 @@ from experiments import runs
 from experiments.training import Evaluation
 
 MARGIN = 0.01
+AVERAGED = 5  # evaluations at the end
 CONFIDENCE = 0.95
 
 
@@ -67,9 +68,9 @@ class Row(NamedTuple):
         label: the algorithm.
         seeds: how many.
         steps: iterations.
-        train_loss: mean over seeds at the end.
-        train_accuracy: mean over seeds at the end.
-        test_accuracy: mean over seeds at the end.
+        train_loss: mean over seeds at the end, or over the last evaluations.
+        train_accuracy: the same.
+        test_accuracy: the same.
         half_width: of the 95 % interval of `test_accuracy` (Student's t); NaN for one seed.
         difference: mean of `test_accuracy` minus the reference's, seed by seed; NaN for itself.
         difference_half_width: of the 95 % interval of `difference`.
@@ -98,23 +99,31 @@ class Row(NamedTuple):
         return "different" if apart else "undecided"
 
 
-def compare(results: list[Result], reference: str) -> list[Row]:
+def compare(results: list[Result], reference: str, last: int = 1) -> list[Row]:
     """Compares the last evaluations with those of one of the algorithms.
 
     Args:
         results: one for each algorithm, with the same seeds.
         reference: the label of the one to compare with.
+        last: how many evaluations at the end are averaged, for each seed.
 
     Raises:
-        ValueError: if no result has that label, or the numbers of seeds differ.
+        ValueError: if no result has that label, the numbers of seeds differ, or there are fewer
+            evaluations than `last`.
     """
+    for result in results:
+        if not 1 <= last <= len(result.steps):
+            raise ValueError(
+                f"last must be between 1 and the {len(result.steps)} evaluations of "
+                f"{result.label}, got {last}."
+            )
     by_label = {result.label: result for result in results}
     if reference not in by_label:
         raise ValueError(f"reference must be one of {', '.join(by_label)}, got {reference!r}.")
-    against = by_label[reference].test_accuracy[-1]
+    against = by_label[reference].test_accuracy[-last:].mean(axis=0)
     rows = []
     for result in results:
-        final = result.test_accuracy[-1]
+        final = result.test_accuracy[-last:].mean(axis=0)
         if final.shape != against.shape:
             raise ValueError(
                 f"{result.label} has {final.size} seeds and {reference} has {against.size}: "
@@ -127,8 +136,8 @@ def compare(results: list[Result], reference: str) -> list[Row]:
                 label=result.label,
                 seeds=final.size,
                 steps=int(result.steps[-1]),
-                train_loss=float(result.train_loss[-1].mean()),
-                train_accuracy=float(result.train_accuracy[-1].mean()),
+                train_loss=float(result.train_loss[-last:].mean()),
+                train_accuracy=float(result.train_accuracy[-last:].mean()),
                 test_accuracy=float(final.mean()),
                 half_width=half_width(final),
                 difference=float(differences.mean()),

@@ -75,11 +75,20 @@ def write_section(
     folder: pathlib.Path, name: str, title: str, plan: TrainConfig,
     results: list[comparison.Result],
 ) -> str:  # fmt: skip
-    """Writes NAME.png and NAME.csv; returns their page in Markdown."""
+    """Writes NAME.png, NAME.csv, of long runs NAME-averaged.csv; returns their page in Markdown."""
     labels = [result.label for result in results]
     reference = next((label for label in labels if label.startswith("SGD")), labels[0])
     rows = comparison.compare(results, reference)
     comparison.write_csv(rows, folder / f"{name}.csv")
+    averaged = ""
+    if min(len(result.steps) for result in results) > 2 * comparison.AVERAGED:
+        means = comparison.compare(results, reference, comparison.AVERAGED)
+        comparison.write_csv(means, folder / f"{name}-averaged.csv")
+        averaged = (
+            f"The mean over the last {comparison.AVERAGED} evaluations of each seed: at a constant "
+            "learning rate a single one may fall on a spike of the loss.\n\n"
+            f"{comparison.markdown_table(means)}\n\n"
+        )
     curves = [figures.Curve(r.label, r.steps, r.test_accuracy) for r in results]
     seeds = rows[0].seeds
     plural = "seed" if seeds == 1 else "seeds"
@@ -90,7 +99,8 @@ def write_section(
     figures.plot_curves(curves, folder / f"{name}.png", f"{title}\n{subtitle}")
     return (
         f"## {title}\n\n{subtitle[0].upper()}{subtitle[1:]}; {rows[0].steps:,} iterations.\n\n"
-        f"![{title}]({name}.png)\n\n{comparison.markdown_table(rows)}\n\n"
+        f"![{title}]({name}.png)\n\nThe last evaluation:\n\n{comparison.markdown_table(rows)}\n\n"
+        f"{averaged}"
         "±: 95 % intervals over seeds (Student's t); differences are paired, seed by seed.\n"
     )
 

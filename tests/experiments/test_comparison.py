@@ -101,3 +101,41 @@ def test_bad_input():
         comparison.compare([REFERENCE], "GD")
     with pytest.raises(ValueError, match="few has 2 seeds and SGD-50 has 5"):
         comparison.compare([REFERENCE, result("few", [0.7, 0.8])], "SGD-50")
+    with pytest.raises(ValueError, match="last must be between 1 and the 2 evaluations of SGD-50"):
+        comparison.compare([REFERENCE], "SGD-50", last=3)
+
+
+def test_averages_over_the_last_evaluations():
+    """A spike at the very end, of one seed, hides what the average shows."""
+    rng = np.random.default_rng(0)
+    steady = 0.785 + 0.001 * rng.normal(size=(12, 5))
+    spiked = steady + 0.001 * rng.normal(size=(12, 5))
+    spiked[-1, 2] -= 0.07
+    steps = np.arange(12)
+    results = [
+        Result(label, steps, 1 - accuracy, accuracy, accuracy, 1.0)
+        for label, accuracy in (("SGD", steady), ("noise", spiked))
+    ]
+    last, averaged = (comparison.compare(results, "SGD", k)[1] for k in (1, 5))
+    assert averaged.test_accuracy == pytest.approx(spiked[7:].mean())
+    assert averaged.difference == pytest.approx((spiked[7:] - steady[7:]).mean())
+    assert averaged.train_loss == pytest.approx(1 - spiked[7:].mean())
+    assert averaged.difference_half_width < 0.3 * last.difference_half_width
+
+
+def test_long_runs_have_both_tables(tmp_path):
+    from experiments import reporting
+    from experiments.config import TrainConfig
+
+    for evaluations, expected in ((12, True), (10, False)):
+        accuracy = np.linspace(0.1, 0.8, evaluations)[:, None] + np.zeros(3)
+        found = [
+            Result(label, np.arange(evaluations), 1 - accuracy, accuracy, accuracy, 1.0)
+            for label in ("SGD-50", "GD")
+        ]
+        folder = tmp_path / str(evaluations)
+        folder.mkdir()
+        text = reporting.write_section(folder, "x", "Title", TrainConfig(), found)
+        assert (folder / "x-averaged.csv").exists() == expected
+        assert text.count("| SGD-50 | ") == 1 + expected
+        assert f"| SGD-50 | {0.2 + 0.7 * 2 / 11:.4f} |" in text or not expected
