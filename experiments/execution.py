@@ -202,9 +202,13 @@ class _Scalars:
         import tensorboardX
 
         self._seeds = range(config.seed, config.seed + config.seeds)
-        # What was written after the checkpoint is written again: purged from there on.
+        # What was written after the checkpoint is written again: purged from there on. The name of
+        # the file has the second only: without the suffix, a run that goes on within the second
+        # would write over what is there.
         self._writer = tensorboardX.SummaryWriter(
-            str(folder.path / "tensorboard"), purge_step=step + 1 if step else None
+            str(folder.path / "tensorboard"),
+            purge_step=step + 1 if step else None,
+            filename_suffix=f".from{step:010d}",
         )
 
     def write(self, evaluation: Evaluation) -> None:
