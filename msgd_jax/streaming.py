@@ -104,8 +104,9 @@ def make_loop(
         num_threads: threads that read, a step each.
 
     Returns:
-        ``loop(state, num_steps) -> (state, metrics)``, `state` donated; arrays in `metrics` are
-        [num_steps]. It raises what reading raises, and ValueError where examples do not stack.
+        ``loop(state, num_steps) -> (state, metrics)``; arrays in `metrics` are [num_steps]. It
+        raises what reading raises, and ValueError where examples do not stack. `state` is copied,
+        not donated: when reading fails, it is there to go on from.
 
     Raises:
         ImportError: if grain is not installed.
@@ -135,6 +136,7 @@ def make_loop(
         read = reader.of_key(state.key)
         steps = grain.MapDataset.range(first, first + num_steps).map(read)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+        state = jax.tree.map(jnp.copy, state)
         state, metrics = _run(step, state, iter(steps.to_iter_dataset(options)), reader.place)
         return state, jax.tree.map(lambda *values: jnp.stack(values), *metrics)
 

@@ -217,6 +217,23 @@ class TestBadInput:
         with pytest.raises(OSError, match="the disk is gone"):
             self.make(source=Broken(DATA))(start(), 3)
 
+    def test_a_state_outlives_reading_that_fails(self):
+        class Flaky(streaming.ArraySource):
+            reads = 0
+
+            def batch(self, indices):
+                self.reads += 1
+                if self.reads == 4:
+                    raise OSError("for once")
+                return super().batch(indices)
+
+        loop = self.make(source=Flaky(DATA), num_threads=1, prefetch=1)
+        state = start()
+        with pytest.raises(OSError, match="for once"):
+            loop(state, STEPS)
+        expected = self.make()(start(), STEPS)
+        assert identical(loop(state, STEPS), expected)
+
     def test_num_steps(self):
         with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
             self.make()(start(), 0)
