@@ -156,7 +156,7 @@ def test_narrow_parameters_are_summed_in_float32():
     assert grads.dtype == jnp.bfloat16
     assert float(grads) == float(jnp.bfloat16(263.0)) == 264.0
     # On CPU XLA widens reductions by itself: that we ask for it shows in the program given to it.
-    program = jax.jit(f).lower(ones, examples, weights).as_text()
+    program = jax.jit(lambda theta: f(theta, examples, weights)).lower(ones).as_text()
     reduced = re.findall(r"all_reduce.*?\^bb0\(%\w+: tensor<(\w+)>", program, re.DOTALL)
     assert set(reduced) == {"f32"}
 
