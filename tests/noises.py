@@ -1,5 +1,6 @@
 """One row for every M-noise: the contract tests run over this table."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,10 +10,17 @@ from msgd_jax import noise
 
 
 class Row(NamedTuple):
-    """How to build a noise for N examples at batch size b, and where it is defined."""
+    """How to build a noise for N examples at batch size b, and what it is allowed to be.
+
+    Attributes:
+        make: maps N, b and ``dtype=`` to the noise.
+        smallest: the fewest examples it is defined for.
+        repeats: whether it can list an example more than once.
+    """
 
     make: Callable[..., noise.MNoise]
     smallest: int = 1
+    repeats: bool = False
 
 
 def _half(n: int) -> int:
@@ -22,7 +30,7 @@ def _half(n: int) -> int:
 ROWS: dict[str, Row] = {
     "gd": Row(lambda n, b, **kw: noise.gd(n, **kw)),
     "sgd": Row(noise.sgd),
-    "sgd_replace": Row(lambda n, b, **kw: noise.sgd(n, b, replace=True, **kw)),
+    "sgd_replace": Row(lambda n, b, **kw: noise.sgd(n, b, replace=True, **kw), repeats=True),
     "fisher": Row(noise.fisher),
     "cov": Row(noise.cov),
     "bernoulli": Row(noise.bernoulli),
@@ -53,7 +61,8 @@ ROWS: dict[str, Row] = {
     "random_reshuffling": Row(
         lambda n, b, **kw: noise.random_reshuffling(n, b, drop_remainder=True, **kw)
     ),
-    "svag": Row(lambda n, b, **kw: noise.svag(noise.sgd(n, b, **kw), refinement=3)),
+    "student_t": Row(functools.partial(noise.student_t, degrees_of_freedom=10)),
+    "svag": Row(lambda n, b, **kw: noise.svag(noise.sgd(n, b, **kw), refinement=3), repeats=True),
 }
 
 

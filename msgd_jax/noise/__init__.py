@@ -20,6 +20,7 @@ noise                       W                                      evaluations  
 :func:`sparse_fisher`       (1 + s eps)/B on B examples            B            see the function
 :func:`sparse_cov`          (1 + s (eps - mean eps))/B on B        B            S/b
 :func:`random_reshuffling`  1/b on an epoch's next b examples      b            (N-b)/(N-1) S/b
+:func:`student_t`           1/N + s (t - mean t), heavy tails      N            S/b
 :func:`svag`                p W1 + q W2, two draws of any base     2b for sgd   l times the base's
 ==========================  =====================================  ===========  ====================
 
@@ -30,6 +31,7 @@ F = G G^T / N is the empirical Fisher, S = F - grad L grad L^T the gradient cova
 from msgd_jax.noise._full import bernoulli, cov, fisher, gd, matching_scale, rademacher, sgd
 from msgd_jax.noise._permutation import permute
 from msgd_jax.noise._reshuffling import random_reshuffling
+from msgd_jax.noise._student_t import student_t
 from msgd_jax.noise._subset import estimated_cov, estimated_fisher, sparse_cov, sparse_fisher
 from msgd_jax.noise._svag import svag
 from msgd_jax.noise._types import Exchangeable, MNoise, Weights
@@ -51,5 +53,6 @@ __all__ = [
     "sgd",
     "sparse_cov",
     "sparse_fisher",
+    "student_t",
     "svag",
 ]

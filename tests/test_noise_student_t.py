@@ -1,0 +1,94 @@
+"""Student's t multipliers: their law against scipy's, far into the tails, and exact centring."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from msgd_jax import noise
+from msgd_jax.noise import _pieces, _student_t
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+KEY = jax.random.key(5)
+SIZE = 2_000_000
+
+
+def variates(nu: float, size: int = SIZE) -> np.ndarray:
+    draw = jax.jit(lambda key: _student_t._variates(key, size, nu, jnp.dtype("float32")))
+    return np.asarray(draw(jax.random.fold_in(KEY, int(100 * nu))), np.float64)
+
+
+@pytest.mark.parametrize("nu", [2.1, 3.0, 10.0, 1e6])
+def test_the_law_is_students(nu):
+    """Kolmogorov and Smirnov, at 1e-6 for each; three tenths of a degree off is rejected."""
+    draws = variates(nu)
+    assert scipy.stats.kstest(draws, scipy.stats.t(nu).cdf).pvalue > 1e-6
+    if nu < 4:
+        assert scipy.stats.kstest(draws, scipy.stats.t(nu + 0.3).cdf).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("nu", [2.1, 3.0, 10.0])
+def test_the_tails_are_students(nu):
+    """How many of 2,000,000 lie beyond a quantile: 2,000, 200 and 20 expected, z below 4.5."""
+    draws = np.abs(variates(nu))
+    for probability in (1e-3, 1e-4, 1e-5):
+        beyond = (draws > scipy.stats.t(nu).isf(probability / 2)).sum()
+        expected = SIZE * probability
+        assert abs(beyond - expected) < 4.5 * np.sqrt(expected)
+
+
+def test_uniforms_keep_their_bits_where_they_are_small():
+    words = jnp.asarray([[0, 0, 1, 2**31, 2**32 - 1], [0, 1, 0, 0, 2**32 - 1]], jnp.uint32)
+    found = np.asarray(_student_t._uniform(words, jnp.dtype("float32")), np.float64)
+    wanted = [2.0**-65, 1.5 * 2.0**-64, 2.0**-32 + 2.0**-65, 0.5, 1.0]
+    np.testing.assert_allclose(found, wanted, rtol=2.0**-23)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("nu", [2.1, 3.0])
+def test_centring_is_exact_to_rounding_under_heavy_tails(dtype, nu, x64):
+    """The mean that is left, against one taken in float64: a small part of what there was."""
+    size = 100_003
+    values = _student_t._variates(jax.random.key(6), size, nu, jnp.dtype(dtype))
+    centred = np.asarray(jax.jit(_pieces.centre_symmetric)(values), np.float64)
+    exact = np.asarray(values, np.float64) - np.asarray(values, np.float64).mean()
+    unit = np.finfo(dtype).eps
+    # Rounding of each difference, and of the mean that is subtracted from all.
+    tolerance = unit * np.abs(exact) + 4 * unit * np.abs(np.asarray(values).mean())
+    assert np.all(np.abs(centred - exact) <= tolerance + 1e-300)
+
+
+def test_centring_bears_one_value_a_million_times_the_others():
+    values = jax.random.normal(jax.random.key(7), (1000,)).at[3].set(1e6)
+    exact = np.asarray(values, np.float64) - np.asarray(values, np.float64).mean()
+    centred = np.asarray(_pieces.centre_symmetric(values), np.float64)
+    np.testing.assert_allclose(centred, exact, rtol=2e-7, atol=4 * 2.0**-23 * 1e6 / 1000)
+
+
+def test_of_one_example_there_is_nothing_to_vary():
+    np.testing.assert_array_equal(
+        noise.student_t(1, 1, degrees_of_freedom=3).sample(KEY, 0).dense(), [1.0]
+    )
+
+
+def test_many_degrees_of_freedom_are_the_normal_ones_moments_too():
+    """Excess kurtosis 6 / (nu - 4) of the weights, and none in the limit; z below 4.5."""
+    for nu, excess in ((30.0, 6 / 26), (1e6, 0.0)):
+        draws = variates(nu)
+        fourth = (draws / np.sqrt(nu / (nu - 2))) ** 4
+        error = fourth.std() / np.sqrt(SIZE)
+        assert abs(fourth.mean() - 3 - excess) < 4.5 * error
+
+
+@pytest.mark.parametrize("value", [2, 2.0, 1.5, 0, -3.0, float("nan"), float("inf")])
+def test_degrees_of_freedom_without_a_variance_are_refused(value, user_errors):
+    with pytest.raises(ValueError, match=r"degrees_of_freedom must be finite and above 2.*got"):
+        noise.student_t(10, 2, degrees_of_freedom=value)
+
+
+@pytest.mark.parametrize("value", ["3", None, True, 3j])
+def test_degrees_of_freedom_are_a_number(value, user_errors):
+    with pytest.raises(TypeError, match=r"degrees_of_freedom must be a number, got"):
+        noise.student_t(10, 2, degrees_of_freedom=value)
