@@ -1,7 +1,7 @@
 r"""Local complexities: what M-SGD regularises by, measured, and used in training (section 3).
 
 With W = (1 + V)/N, an M-SGD step descends on the mean loss plus ``(1/N) sum v_i l_i(theta)``, whose
-supremum over a ball has the expectation
+supremum over a ball has the expectation ::
 
     R(V, theta, radius, N) = E sup_{||theta' - theta|| <= radius} |sum_i v_i l_i(theta')| / N,
 

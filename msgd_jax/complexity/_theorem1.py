@@ -48,7 +48,7 @@ class Theorem1(NamedTuple):
 
     Attributes:
         gaussian_lower: sqrt(2/pi) R(A, N) <= R(G, N), the left of Eq. 10.
-        gaussian_upper: R(G, N) <= E max|g_i| R(A, N), the right of Eq. 10.
+        gaussian_upper: ``R(G, N) <= E max|g_i| R(A, N)``, the right of Eq. 10.
         sgd: R(V_sgd, N) <= 2 (1 - b/N) R(A, b), Eq. 11 or what is right in its place.
     """
 
@@ -63,7 +63,7 @@ class Theorem1(NamedTuple):
 
 
 def expected_max_normal(num_examples: int) -> float:
-    """E max |g_i| over N independent standard normals: the constant of Eq. 10, right side.
+    """``E max |g_i|`` over N independent standard normals: the constant of Eq. 10, right side.
 
     It is at most sqrt(2 ln(2N)), which grows more slowly than the paper's C ln N, and is attained
     by losses of which each can be raised alone. By quadrature, to 1e-6.
@@ -91,7 +91,7 @@ def gaussian_inequalities(
     num_draws: int,
     **options: Any,
 ) -> tuple[Inequality, Inequality]:
-    """Both sides of Eq. 10: sqrt(2/pi) R(A, N) <= R(G, N) <= E max|g_i| R(A, N).
+    """Both sides of Eq. 10: ``sqrt(2/pi) R(A, N) <= R(G, N) <= E max|g_i| R(A, N)``.
 
     They hold for every class of losses, for fixed examples and so for random ones. (The paper's
     C ln N on the right is false for N = 1, and needs C >= 1.63 beyond.)

@@ -30,7 +30,7 @@ def gradient_matrix(
         microbatch_size: examples whose gradients are computed at once; None for all.
 
     Returns:
-        A pytree like `params`, with leaves [N, *parameter shape].
+        A pytree like `params`, with leaves ``[N, *parameter shape]``.
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
@@ -60,7 +60,7 @@ def flatten(gradients: Any) -> Float[Array, "N D"]:
     """The gradient matrix as one array, in float32 or wider.
 
     Args:
-        gradients: a pytree with leaves [N, *parameter shape].
+        gradients: a pytree with leaves ``[N, *parameter shape]``.
 
     Returns:
         Array of shape [N, D]; a row is `jax.flatten_util.ravel_pytree` of one example's gradient.
@@ -80,7 +80,7 @@ def fisher(gradients: Any) -> Float[Array, "D D"]:
     """The empirical Fisher matrix F = sum_i g_i g_i^T / N, dense.
 
     Args:
-        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
     """
     rows = flatten(gradients)
     return _product(rows.T, rows) / rows.shape[0]
@@ -90,7 +90,7 @@ def sgd_covariance(gradients: Any, *, form: str = "centred") -> Float[Array, "D 
     """The covariance S of one random example's gradient (Sigma_sgd), dense.
 
     Args:
-        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
         form: "centred" for the paper's Eq. 15, the product of centred gradients, which is always
             positive semi-definite; "definition" for F - grad L grad L^T, which cancels where the
             mean gradient is large.
@@ -115,7 +115,7 @@ def noise_covariance(noise: MNoise | Exchangeable | str, gradients: Any) -> Floa
 
     Args:
         noise: an M-noise or its covariance (or "fisher", "sgd_covariance": F and S).
-        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
 
     Raises:
         TypeError, ValueError: if `noise` is not as described, is for another number of examples, or
@@ -131,7 +131,7 @@ def diagonal(noise: MNoise | Exchangeable | str, gradients: Any) -> Float[Array,
 
     Args:
         noise: as in `noise_covariance`.
-        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
 
     Raises:
         TypeError, ValueError: as `noise_covariance`.
@@ -161,7 +161,7 @@ def spectrum(noise: MNoise | Exchangeable | str, gradients: Any) -> Spectrum:
 
     Args:
         noise: as in `noise_covariance`.
-        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
 
     Raises:
         TypeError, ValueError: as `noise_covariance`.

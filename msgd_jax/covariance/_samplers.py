@@ -129,7 +129,7 @@ def gradient_sampler(noise: MNoise | Exchangeable | str, gradients: Any) -> Gaus
 
     Args:
         noise: as in `noise_covariance`.
-        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
 
     Raises:
         TypeError, ValueError: as `noise_covariance`.
@@ -155,7 +155,7 @@ def to_additive(weights: Weights, gradients: Any) -> Float[Array, " D"]:
 
     Args:
         weights: one draw of an M-noise.
-        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
 
     Returns:
         The noisy gradient minus the mean gradient, [D], in the order of `flatten`.
@@ -191,7 +191,7 @@ def to_multiplicative(additive: Float[Array, " D"], gradients: Any) -> Multiplic
 
     Args:
         additive: v, [D], in the order of `flatten`.
-        gradients: a gradient matrix, [N, D] or a pytree with leaves [N, *parameter shape].
+        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
 
     Raises:
         ValueError: if `additive` is not a vector of length D.

@@ -1,6 +1,6 @@
 r"""The continuous side: the SDE of an M-noise, its paths, and how far the iteration is from it.
 
-The iteration ``theta - eta grad(L(theta) . W)`` has the SDE (Eqs. 12 and 68)
+The iteration ``theta - eta grad(L(theta) . W)`` has the SDE (Eqs. 12 and 68) ::
 
     dTheta = -grad L dt + sqrt(eta) C(Theta) dW,    C C^T = Cov(grad(L . W)),
 

@@ -49,7 +49,7 @@ def diffrax_terms(
         noise: whose covariance the SDE has: a `noise.MNoise` or a `noise.Exchangeable`.
         control: a diffrax path of increments [N], such as a `diffrax.VirtualBrownianTree`.
         learning_rate: eta, above 0.
-        order: 1, or 2 for the drift -grad(L + eta/4 |grad L|^2).
+        order: 1, or 2 for the drift ``-grad(L + eta/4 |grad L|^2)``.
         interpretation: "ito" or "stratonovich": what the solver converges to.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
 

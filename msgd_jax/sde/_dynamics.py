@@ -30,7 +30,7 @@ def drift(
     learning_rate: float | Float[Array, ""] | None = None,
     microbatch_size: int | None = None,
 ) -> Any:
-    """The drift of the SDE: -grad L, or of order 2, -grad(L + eta/4 |grad L|^2).
+    """The drift of the SDE: -grad L, or of order 2, ``-grad(L + eta/4 |grad L|^2)``.
 
     The second is the stochastic modified equation of Li, Tai and E (2017): an approximation of weak
     order 2 to the iteration. It costs a Hessian-vector product more.

@@ -77,7 +77,7 @@ def euler_maruyama(
             start) to num_steps; None for num_steps alone.
         first_step: the iteration that `params` stand at, below num_steps: a path continued from one
             of its points is the same path to the last bit.
-        order: 1, or 2 for the drift -grad(L + eta/4 |grad L|^2), which is integrated by Heun's
+        order: 1, or 2 for the drift ``-grad(L + eta/4 |grad L|^2)``, which is integrated by Heun's
             method (Euler's own error would be as large as the correction).
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
 

@@ -43,7 +43,7 @@ class ErrorSweep:
 
     @property
     def order(self) -> Estimate:
-        """The slope of log |error| against log eta, weighted by the standard errors.
+        """The slope of ``log |error|`` against log eta, weighted by the standard errors.
 
         Its own standard error is what sampling leaves; a curve through the points is not in it: see
         `order_fit.chi_square`.
@@ -55,7 +55,7 @@ class ErrorSweep:
 
     @property
     def order_fit(self) -> Fit:
-        """The line through log |error| against log eta."""
+        """The line through ``log |error|`` against log eta."""
         size = np.abs(self.errors)
         if not (size > 0).all():
             raise ValueError(f"errors must not be 0 to have an order, got {self.errors}.")

@@ -39,7 +39,7 @@ def weak_error(
 
     **Of order 1 this says nothing about the noise**: gradient flow without any noise passes too,
     for the noise moves expectations by O(eta) only. With ``order=2`` the SDE has the drift
-    -grad(L + eta/4 |grad L|^2), and the error is of order 2 if the SDE has the iteration's
+    ``-grad(L + eta/4 |grad L|^2)``, and the error is of order 2 if the SDE has the iteration's
     covariance, and of order 1 if not: that is the test to make.
 
     Both sides are sampled, with independent paths. The control variate is the linear response y of
