@@ -1,0 +1,76 @@
+"""The documentation site: `make docs` builds it, every warning an error."""
+
+import os
+import pathlib
+from typing import Any
+
+from sphinx.util.nodes import make_refnode
+
+import msgd_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+project = "msgd_jax"
+author = "The msgd_jax authors"
+copyright = f"2026, {author}"
+release = msgd_jax.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"msgd_jax {release}"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+
+# Pages whose cells are run, all in processes of their own: what they show is what happens now.
+os.environ["PYTHONPATH"] = str(ROOT)  # for `experiments`, whose nets and data the tutorials use
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+nb_execution_show_tb = True
+nb_merge_streams = True
+nb_output_stderr = "remove"
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "fieldlist"]
+myst_heading_anchors = 3
+
+# The reference, from the docstrings: in the order of each module's `__all__`, a line an argument.
+autodoc_default_options = {"members": True}
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+maximum_signature_line_length = 80
+python_use_unqualified_type_names = True
+napoleon_use_ivar = True
+napoleon_attr_annotations = False
+napoleon_use_rtype = False
+default_role = "py:obj"
+
+
+def skip_member(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Fields of named tuples are described in the docstrings of their classes."""
+    del app, what, name, skip, options
+    return True if (getattr(obj, "__doc__", "") or "").startswith("Alias for field") else None
+
+
+def find_reference(app: Any, env: Any, node: Any, contnode: Any) -> Any:
+    """`loss.per_example`, as docstrings say it, is `msgd_jax.loss.per_example`."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or target.split(".")[0] not in msgd_jax.__all__:
+        return None
+    entry = env.get_domain("py").objects.get(f"msgd_jax.{target}")
+    if entry is None:
+        return None
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, target)
+
+
+def setup(app: Any) -> None:
+    """Registers the two functions above."""
+    app.connect("autodoc-skip-member", skip_member)
+    app.connect("missing-reference", find_reference)
