@@ -18,7 +18,6 @@ release = msgd_jax.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
@@ -36,8 +35,8 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 nb_output_stderr = "remove"
-myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 3
 
 # The reference, from the docstrings: in the order of each module's `__all__`, a line an argument.
@@ -59,10 +58,20 @@ def skip_member(app: Any, what: str, name: str, obj: Any, skip: bool, options: A
     return True if (getattr(obj, "__doc__", "") or "").startswith("Alias for field") else None
 
 
+def short_types(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str]:
+    """`Float[Array, "N D"]`, without where jax keeps its array."""
+    del app, what, name, obj, options
+    short = [text and text.replace("jaxlib._jax.Array", "Array") for text in (signature, returns)]
+    return short[0], short[1]
+
+
 def find_reference(app: Any, env: Any, node: Any, contnode: Any) -> Any:
     """`loss.per_example`, as docstrings say it, is `msgd_jax.loss.per_example`."""
     target = node.get("reftarget", "")
-    if node.get("refdomain") != "py" or target.split(".")[0] not in msgd_jax.__all__:
+    module, dot, _ = target.partition(".")
+    if node.get("refdomain") != "py" or not dot or module not in msgd_jax.__all__:
         return None
     entry = env.get_domain("py").objects.get(f"msgd_jax.{target}")
     if entry is None:
@@ -71,6 +80,7 @@ def find_reference(app: Any, env: Any, node: Any, contnode: Any) -> Any:
 
 
 def setup(app: Any) -> None:
-    """Registers the two functions above."""
+    """Registers the functions above."""
     app.connect("autodoc-skip-member", skip_member)
+    app.connect("autodoc-process-signature", short_types)
     app.connect("missing-reference", find_reference)

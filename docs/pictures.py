@@ -52,6 +52,13 @@ def band(axes: Any, x: Any, runs: Any, label: str, **options: Any) -> None:
     axes.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
+def log_rates(axes: Any, rates: Any) -> None:
+    """Both axes logarithmic, ticks at the learning rates and nowhere else."""
+    axes.set(xscale="log", yscale="log", xlabel="learning rate η", ylabel="distance at T = 2")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+
+
 def table(header: list[str], rows: list[list[Any]]) -> Any:
     """A Markdown table as a cell's output."""
     from IPython.display import Markdown

@@ -30,7 +30,7 @@ class Multipliers:
 
     Attributes:
         name: the constructor and its arguments, for people.
-        num_examples: N.
+        num_examples: N, how many examples there are.
         draw: maps one PRNG key to v as `noise.Weights`: its values are the v_i, and examples that
             are not among its indices have v_i = 0 and are not computed.
         enumerate: returns all vectors that can be drawn with their probabilities; None where there

@@ -100,7 +100,7 @@ class MNoise:
 
     Attributes:
         name: the constructor and its arguments, for people.
-        num_examples: N.
+        num_examples: N, how many examples there are.
         support_size: how many per-example losses one step computes.
         covariance: Cov(W), exact.
         draw: maps one PRNG key to `Weights`.
