@@ -4,13 +4,14 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-oldest benchmark lint format clean help
+.PHONY: demo docs test test-slow test-oldest benchmark lint format clean help
 
 help:
 	@echo "make demo         train on real images, print a table, draw curves.png (under 3 minutes)"
 	@echo "make test         lint, types and the test suite (under 12 minutes)"
 	@echo "make test-slow    the tests that take long: every benchmark, more orders of the SDE"
 	@echo "make test-oldest  the tests with the oldest versions allowed"
+	@echo "make docs         the documentation site in docs/_build, its pages run (5 minutes)"
 	@echo "make benchmark    all benchmarks on this machine (under 20 minutes; installs PyTorch)"
 	@echo "make lint         ruff and pyright alone"
 	@echo "make format       ruff's formatter and its safe fixes"
@@ -30,6 +31,11 @@ test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
+# Every warning is an error, and so is a cell that raises.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo "The site is in docs/_build/index.html"
+
 benchmark: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks
 
@@ -48,9 +54,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each extra: the demo does not wait for the tools of the tests.
-$(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+$(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest docs/_build .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,61 @@
+"""The site builds without a warning, its cells not run, and every public name is in it."""
+
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from sphinx.util.inventory import InventoryFile
+
+import msgd_jax
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+
+
+@pytest.fixture(scope="module")
+def inventory(tmp_path_factory) -> dict[str, str]:
+    """Every documented name and the page it is on."""
+    site = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
+    # A notebook that was not run does not say what language it is in.
+    unrun = ["-D", "nb_execution_mode=off", "-D", "suppress_warnings=myst-nb.lexer"]
+    built = subprocess.run([*command, *unrun, str(DOCS), str(site)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    found = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
+    return {
+        name: item.uri
+        for kind, items in found.data.items()
+        if kind.startswith("py:")
+        for name, item in items.items()
+    }
+
+
+@pytest.mark.parametrize("name", msgd_jax.__all__)
+def test_every_public_name_is_in_the_reference(name, inventory):
+    module = importlib.import_module(f"msgd_jax.{name}")
+    assert inventory[f"msgd_jax.{name}"].startswith("api/")
+    for public in module.__all__:
+        value = getattr(module, public)
+        # What two modules share is described in one of them.
+        homes = [
+            f"msgd_jax.{other}.{public}"
+            for other in msgd_jax.__all__
+            if getattr(importlib.import_module(f"msgd_jax.{other}"), public, None) is value
+        ]
+        assert any(home in inventory for home in homes), f"msgd_jax.{name}.{public}"
+
+
+def test_the_pages_have_cells_and_each_compiles():
+    cells = {
+        f"{page.relative_to(DOCS)}, cell {i}": re.sub(r"\A(:.*\n)+", "", cell)
+        for page in PAGES
+        for i, cell in enumerate(
+            re.findall(r"^```\{code-cell\} ipython3\n(.*?)^```", page.read_text(), re.S | re.M)
+        )
+    }
+    assert len(cells) > 50
+    for where, cell in cells.items():
+        compile(cell, where, "exec")
