@@ -42,6 +42,12 @@ def per_example(loss_fn: Callable[[Any, Any], Float[Array, ""]]) -> LossVectorFn
     Raises:
         TypeError: if `loss_fn` is not a function.
         ValueError: when traced, if `loss_fn` does not return a scalar.
+
+    Example:
+        >>> from msgd_jax import loss
+        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+        >>> losses(jnp.asarray(1.0), jnp.asarray([0.0, 1.0, 3.0]))
+        Array([1., 0., 4.], dtype=float32)
     """
     _validate.function("loss_fn", loss_fn)
 
@@ -104,6 +110,15 @@ def weighted_value_and_grad(
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import loss, noise
+        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+        >>> x = jnp.asarray([0.0, 1.0, 3.0, 4.0])
+        >>> weights = noise.gd(4).sample(jax.random.key(0), step=0)
+        >>> value, gradient = loss.weighted_value_and_grad(losses)(jnp.asarray(1.0), x, weights)
+        >>> float(value), float(gradient)  # the mean loss, 2 (theta - mean of x)
+        (3.5, -2.0)
     """
     _check_arguments(loss_vector_fn, microbatch_size, sharding)
 
@@ -191,6 +206,15 @@ def weighted_values_and_grads(
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import loss, noise
+        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+        >>> x, key = jnp.asarray([0.0, 1.0, 3.0, 4.0]), jax.random.key(0)
+        >>> draws = jax.vmap(noise.fisher(4, 2).sample, in_axes=(None, 0))(key, jnp.arange(10))
+        >>> values, gradients = loss.weighted_values_and_grads(losses)(jnp.asarray(1.0), x, draws)
+        >>> values.shape, gradients.shape
+        ((10,), (10,))
     """
     _check_arguments(loss_vector_fn, microbatch_size, sharding)
     _validate.positive_int("draws_per_pass", draws_per_pass)

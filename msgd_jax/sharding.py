@@ -45,6 +45,14 @@ def shard_examples(data: Any, sharding: NamedSharding) -> Any:
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import sharding
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+        >>> rows = NamedSharding(mesh, PartitionSpec("data"))
+        >>> spread = sharding.shard_examples({"x": np.ones((1003, 3))}, rows)
+        >>> spread["x"].shape[0] % jax.device_count()
+        0
     """
     if _shards.check("sharding", sharding) is None:
         raise TypeError("sharding must be a jax.sharding.NamedSharding, got None.")

@@ -112,6 +112,17 @@ def make_loop(
         ImportError: if grain is not installed.
         TypeError, ValueError: if an argument is not as described: the noise is dense, or for
             another number of examples than the source has.
+
+    Example:
+        >>> from msgd_jax import loss, noise, streaming, train
+        >>> source = streaming.ArraySource(np.arange(100, dtype=np.float32))
+        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+        >>> optimizer = optax.sgd(0.1)
+        >>> loop = streaming.make_loop(losses, optimizer, noise.random_reshuffling(100, 10), source)
+        >>> start = train.init(jnp.asarray(0.0), optimizer, jax.random.key(0))
+        >>> state, metrics = loop(start, 5)
+        >>> int(state.step), metrics.loss.shape
+        (5, (5,))
     """
     grain = _grain()
     _check(noise, source)

@@ -110,6 +110,15 @@ def make_step(
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import loss, noise, train
+        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+        >>> x, optimizer = jnp.asarray([0.0, 1.0, 3.0, 4.0]), optax.sgd(0.1)
+        >>> step = jax.jit(train.make_step(losses, optimizer, noise.gd(4)))
+        >>> state, metrics = step(train.init(jnp.asarray(1.0), optimizer, jax.random.key(0)), x)
+        >>> round(float(state.params), 6), float(metrics.loss)
+        (1.2, 3.5)
     """
     value_and_grad = loss_lib.noisy_value_and_grad(
         loss_vector_fn, noise, microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding
@@ -161,6 +170,17 @@ def make_loop(step: StepFn, *, max_steps: int) -> Callable[[Any, Any, int], tupl
 
     Raises:
         TypeError, ValueError: if an argument is not as described; `loop` too, on `num_steps`.
+
+    Example:
+        >>> from msgd_jax import loss, noise, train
+        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+        >>> x, optimizer = jnp.asarray([0.0, 1.0, 3.0, 4.0]), optax.sgd(0.1)
+        >>> step = train.make_step(losses, optimizer, noise.sgd(4, 2))
+        >>> loop = train.make_loop(step, max_steps=100)
+        >>> state = train.init(jnp.asarray(1.0), optimizer, jax.random.key(0))
+        >>> state, metrics = loop(state, x, 60)
+        >>> int(state.step), metrics.loss.shape
+        (60, (60,))
     """
     _validate.function("step", step)
     _validate.positive_int("max_steps", max_steps)

@@ -103,6 +103,18 @@ def multiplicative_noise(
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import loss, noise, transform
+        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+        >>> x, theta = jnp.asarray([0.0, 1.0, 3.0, 4.0]), jnp.asarray(1.0)
+        >>> noisy = transform.multiplicative_noise(noise.cov(4, batch_size=2), jax.random.key(0))
+        >>> optimizer = optax.chain(noisy, optax.adam(0.1))
+        >>> state = optimizer.init(theta)
+        >>> options = dict(loss_vector_fn=losses, data=x)
+        >>> updates, state = optimizer.update((), state, theta, **options)
+        >>> int(state[0].step), updates.shape
+        (1, ())
     """
     _check_noise_and_key(noise, key)
     if microbatch_size is not None:
@@ -161,6 +173,15 @@ def aggregate_per_example(noise: MNoise, key: Key[Array, ""]) -> aggregating.Agg
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import noise, transform
+        >>> gradients = jnp.asarray([2.0, 0.0, -4.0, -6.0])  # of four examples
+        >>> theta = jnp.asarray(1.0)
+        >>> aggregator = transform.aggregate_per_example(noise.gd(4), jax.random.key(0))
+        >>> update, state = aggregator.update(gradients, aggregator.init(theta), theta)
+        >>> float(update)
+        -2.0
     """
     _check_noise_and_key(noise, key)
 
@@ -222,6 +243,16 @@ def msgd(
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import loss, noise, transform
+        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+        >>> x, theta = jnp.asarray([0.0, 1.0, 3.0, 4.0]), jnp.asarray(1.0)
+        >>> optimizer = transform.msgd(0.1, noise.gd(4), jax.random.key(0))
+        >>> state = optimizer.init(theta)
+        >>> updates, state = optimizer.update((), state, theta, loss_vector_fn=losses, data=x)
+        >>> round(float(optax.apply_updates(theta, updates)), 6)
+        1.2
     """
     for name, value in (("learning_rate", learning_rate), ("momentum", momentum)):
         # Arrays may be traced (optax.inject_hyperparams, vmap): they are taken on trust.

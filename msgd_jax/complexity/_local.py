@@ -128,6 +128,16 @@ def local_complexity(
 
     Raises:
         TypeError, ValueError: if an argument is not as described, or a loss is not finite.
+
+    Example:
+        >>> from msgd_jax import complexity, loss
+        >>> losses = loss.per_example(lambda theta, x: theta * x)  # affine: the supremum is known
+        >>> x = jnp.asarray([1.0, 2.0])
+        >>> local = complexity.local_complexity(
+        ...     losses, jnp.asarray(0.0), x, complexity.rademacher(2), radius=1.0, num_draws=None
+        ... )
+        >>> round(float(local.mean), 6)  # E |v1 + 2 v2| / 2
+        1.0
     """
     problem = Problem.of(loss_vector_fn, params, data, microbatch_size)
     law = _multipliers.of(multipliers, problem.num_examples)

@@ -34,6 +34,14 @@ def gradient_matrix(
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import covariance, loss
+        >>> losses = loss.per_example(lambda theta, x: (theta @ x) ** 2 / 2)
+        >>> x = jnp.asarray([[1.0, 0.0], [0.0, 2.0]])
+        >>> gradients = covariance.gradient_matrix(losses, jnp.asarray([1.0, 1.0]), x)
+        >>> gradients.tolist(), covariance.fisher(gradients).tolist()
+        ([[1.0, 0.0], [0.0, 4.0]], [[0.5, 0.0], [0.0, 8.0]])
     """
     _validate.function("loss_vector_fn", loss_vector_fn)
     _validate.floating_params(params)
@@ -165,6 +173,13 @@ def spectrum(noise: MNoise | Exchangeable | str, gradients: Any) -> Spectrum:
 
     Raises:
         TypeError, ValueError: as `noise_covariance`.
+
+    Example:
+        >>> from msgd_jax import covariance, noise
+        >>> gradients = jnp.asarray([[1.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+        >>> result = covariance.spectrum(noise.fisher(2, batch_size=1), gradients)
+        >>> [round(float(value), 6) for value in result.eigenvalues]
+        [8.0, 0.5]
     """
     factor = root(noise, flatten(gradients))
     num_examples, dim = factor.shape

@@ -48,6 +48,15 @@ def sgd(
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import noise
+        >>> law = noise.sgd(1000, batch_size=50)
+        >>> weights = law.sample(jax.random.key(0), step=0)
+        >>> weights.indices.shape, round(float(weights.values[0]), 6)
+        ((50,), 0.02)
+        >>> law.covariance.diagonal, law.support_size
+        (1.9e-05, 50)
     """
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -99,6 +108,14 @@ def cov(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoi
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import noise
+        >>> weights = noise.cov(1000, batch_size=50).sample(jax.random.key(0), step=0)
+        >>> weights.values.shape, weights.indices is None  # all examples, in order
+        ((1000,), True)
+        >>> noise.cov(1000, 50).covariance == noise.sgd(1000, 50, replace=True).covariance
+        True
     """
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)

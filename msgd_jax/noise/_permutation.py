@@ -51,6 +51,15 @@ def permute(
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import noise
+        >>> key = jax.random.key(0)
+        >>> batch = noise.permute(key, jnp.arange(50), 2_000_000_000)
+        >>> len(set(batch.tolist()))  # without replacement
+        50
+        >>> bool(noise.permute(key, jnp.asarray(7), 2_000_000_000) == batch[7])
+        True
     """
     _validate.prng_key("key", key)
     n = _validate.num_examples("num_examples", num_examples)

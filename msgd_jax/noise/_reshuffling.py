@@ -36,6 +36,14 @@ def random_reshuffling(
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import noise
+        >>> law, key = noise.random_reshuffling(6, batch_size=2), jax.random.key(0)
+        >>> sorted(int(i) for step in range(3) for i in law.sample(key, step).indices)
+        [0, 1, 2, 3, 4, 5]
+        >>> law.covariance_between(0, 1).diagonal < 0, law.covariance_between(2, 3).diagonal
+        (True, 0.0)
     """
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)

@@ -86,6 +86,15 @@ def euler_maruyama(
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import loss, noise, sde
+        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2 / 2)
+        >>> x, law = jnp.asarray([0.0, 1.0, 3.0, 4.0]), noise.fisher(4, batch_size=2)
+        >>> options = dict(learning_rate=0.1, num_steps=10, key=jax.random.key(0))
+        >>> fine = sde.euler_maruyama(losses, jnp.asarray(1.0), x, law, substeps=16, **options)
+        >>> float(fine.times[0]), fine.params.shape, int(fine.diverged_at)
+        (1.0, (1,), -1)
     """
     num_examples = _dynamics.check_problem(loss_vector_fn, params, data, microbatch_size, wide=True)
     across, along = _dynamics.eigenvalues(noise, num_examples)
