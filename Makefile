@@ -4,13 +4,14 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo docs test test-slow test-oldest benchmark lint format clean help
+.PHONY: demo docs test test-slow test-oldest package benchmark lint format clean help
 
 help:
 	@echo "make demo         train on real images, print a table, draw curves.png (under 3 minutes)"
 	@echo "make test         lint, types and the test suite (under 12 minutes)"
 	@echo "make test-slow    the tests that take long: every benchmark, more orders of the SDE"
 	@echo "make test-oldest  the tests with the oldest versions allowed"
+	@echo "make package      wheel and sdist in dist, the wheel tried in an environment of its own"
 	@echo "make docs         the documentation site in docs/_build, its pages run (5 minutes)"
 	@echo "make benchmark    all benchmarks on this machine (under 20 minutes; installs PyTorch)"
 	@echo "make lint         ruff and pyright alone"
@@ -30,6 +31,14 @@ test-slow: $(VENV)/.test
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# What a user gets: the wheel alone, without extras, outside the checkout.
+package: $(VENV)/.test
+	rm -rf dist .venv-package
+	$(BIN)/python -m hatchling build -d dist -t sdist -t wheel
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/*.whl
+	cd dist && ../.venv-package/bin/python ../tests/smoke.py
 
 # Every warning is an error, and so is a cell that raises.
 docs: $(VENV)/.docs
@@ -59,4 +68,4 @@ $(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs: $(VENV)/.%
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-package dist docs/_build .pytest_cache .ruff_cache .hypothesis

@@ -56,7 +56,7 @@ class ArraySource:
         ValueError: if the leading axes disagree, or there are no arrays.
     """
 
-    def __init__(self, data: Any):
+    def __init__(self, data: Any) -> None:
         self._size = _validate.leading_axis("data", data)
         self._data = data
 

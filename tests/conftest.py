@@ -15,6 +15,9 @@ import pytest
 # Shapes and types of the library's annotations are checked at run time, in the tests only.
 jaxtyping.install_import_hook("msgd_jax", "beartype.beartype")
 
+# Files for the type checker.
+collect_ignore = ["clients"]
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 

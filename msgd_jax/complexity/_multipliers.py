@@ -45,7 +45,7 @@ class Multipliers:
     draw: Callable[[Key[Array, ""]], Weights] = dataclasses.field(repr=False)
     enumerate: Callable[[], Enumerated] | None = dataclasses.field(repr=False, default=None)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate.positive_int("num_examples", self.num_examples)
         _validate.function("draw", self.draw)
         if self.enumerate is not None:

@@ -131,7 +131,7 @@ class MNoise:
     )
     between: Callable[[int, int], Exchangeable] | None = dataclasses.field(default=None, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate.positive_int("num_examples", self.num_examples)
         _validate.positive_int("support_size", self.support_size)
         _validate.function("draw", self.draw)
