@@ -1,8 +1,9 @@
 """What importing the library pulls in, and what it exports."""
 
-import importlib
+import ast
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -10,8 +11,11 @@ import pytest
 
 import msgd_jax
 
+ROOT = pathlib.Path(__file__).parent.parent
 MODULES = ["complexity", "covariance", "loss", "noise", "sde", "sharding", "streaming", "train",
            "transform"]  # fmt: skip
+# Helpers that every module may use.
+SHARED = {"_dtypes", "_estimate", "_shards", "_validate"}
 # Everything else (flax, tensorflow_datasets, matplotlib, ...) belongs to the extras.
 FORBIDDEN = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "tyro",
              "tqdm", "diffrax", "equinox", "lineax", "psutil", "torch", "grain", "experiments",
@@ -25,22 +29,56 @@ def test_each_module_alone_pulls_in_the_core_only(module):
     assert not set(FORBIDDEN) & set(ran.stdout.split())
 
 
-@pytest.mark.parametrize("lower", ["noise", "loss"])
-def test_arrows_point_down(lower):
-    """`noise` and `loss` know nothing of what stands on them: the sources import nothing above."""
-    module = importlib.import_module(f"msgd_jax.{lower}")
-    top = ("complexity", "covariance", "sde", "streaming", "transform", "train")
-    above = {"loss": top, "noise": ("loss", *top)}[lower]
-    files = [module]
-    if lower == "noise":
-        parts = [part.stem for part in pathlib.Path(str(module.__file__)).parent.glob("_*.py")]
-        files = [importlib.import_module(f"msgd_jax.noise.{n}") for n in parts if n != "__init__"]
-        assert len(files) >= 7
-    for file in files:
-        source = inspect.getsource(file)
-        for name in above:
-            assert f"import {name}" not in source
-            assert f"msgd_jax.{name}" not in source
+def allowed_imports() -> dict[str, set[str]]:
+    """The table in CONTRIBUTING.md: what the files of each module may import of ours."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `msgd_jax/([a-z]+)(?:/|\.py)` \|.*\| (.*) \|$", text, re.M)
+    return {name: set(re.findall(r"`(\w+)`", cell)) for name, cell in rows}
+
+
+def ours(path: pathlib.Path) -> set[tuple[str, ...]]:
+    """What a file imports of ours, wherever in it: ("noise", "_types"), ("experiments",), ..."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found |= {(*(node.module or "").split("."), alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {tuple(alias.name.split(".")) for alias in node.names}
+    library = {name[1:] for name in found if name[0] == "msgd_jax"}
+    return library | {name[:1] for name in found if name[0] in ("experiments", "benchmarks")}
+
+
+def files_of(module: str) -> list[pathlib.Path]:
+    folder = ROOT / "msgd_jax" / module
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def test_the_table_of_the_house_has_every_module():
+    assert set(allowed_imports()) == set(MODULES) == set(msgd_jax.__all__)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_where_the_table_says(module):
+    allowed = allowed_imports()[module] | {module} | SHARED
+    if module == "loss":
+        allowed |= {"_rows"}
+    for path in files_of(module):
+        for first, *rest in ours(path):
+            assert first in allowed, f"{path.name} imports {first}"
+            private = [name for name in rest if name.startswith("_")]
+            assert first == module or not private, f"{path.name} imports {private} of {first}"
+
+
+def test_what_is_shared_stands_on_nothing():
+    for path in (ROOT / "msgd_jax").glob("_*.py"):
+        if path.stem not in ("__init__", "_rows"):
+            assert {name[0] for name in ours(path)} <= SHARED, path.name
+
+
+def test_the_experiments_know_nothing_of_the_benchmarks():
+    for path in (ROOT / "experiments").glob("*.py"):
+        assert ("benchmarks",) not in ours(path), path.name
 
 
 @pytest.mark.parametrize("name", MODULES)
