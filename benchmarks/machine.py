@@ -1,8 +1,10 @@
 """What a benchmark ran on, and how fast that multiplies matrices."""
 
+import json
 import os
 import platform
-from collections.abc import Callable
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -67,12 +69,21 @@ def matmul_rate(
     return max(rates)
 
 
-def count_flops(function: Callable[..., Any], *args: Any) -> float:
-    """Floating-point operations of one call, as XLA counts them.
+def in_fresh_process(name: str, *arguments: Any, environment: dict[str, str] | None = None) -> Any:
+    """Runs ``python -m benchmarks.NAME``; what its last line of output says, in JSON.
 
-    XLA counts the body of a loop once, so give it a function without loops over micro-batches.
+    Args:
+        name: of the benchmark.
+        arguments: of the command line.
+        environment: variables to add.
+
+    Raises:
+        RuntimeError: if it fails, with what it wrote.
     """
-    analysis = jax.jit(function).lower(*args).cost_analysis()
-    if analysis is None or "flops" not in analysis:
-        return float("nan")
-    return float(analysis["flops"])
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | (environment or {}), check=False
+    )
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{ran.stderr}")
+    return json.loads(ran.stdout.splitlines()[-1])

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import gc
 import json
-import subprocess
 import sys
 from typing import Any
 
@@ -21,7 +20,7 @@ import optax
 import tyro
 from tqdm import tqdm
 
-from benchmarks import problems, report
+from benchmarks import machine, problems, report
 from experiments import models
 from msgd_jax import noise, train
 
@@ -134,12 +133,8 @@ def peak_bytes() -> int:
 
 
 def _in_fresh_process(num_examples: int, microbatch_size: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.memory", "--measure", str(num_examples)]
-    command += ["--microbatch-size", str(microbatch_size)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{ran.stderr}")
-    return json.loads(ran.stdout.splitlines()[-1])
+    options = ["--measure", num_examples, "--microbatch-size", microbatch_size]
+    return machine.in_fresh_process("memory", *options)
 
 
 def _row(

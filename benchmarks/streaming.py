@@ -10,8 +10,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +20,7 @@ import optax
 import tyro
 from tqdm import tqdm
 
-from benchmarks import memory, problems, report, timing
+from benchmarks import machine, memory, problems, report, timing
 from experiments import models
 from msgd_jax import noise, streaming, train
 
@@ -121,13 +119,7 @@ def measure(num_examples: int, steps: int) -> float:
 
 
 def _in_fresh_process(num_examples: int, steps: int) -> float:
-    command = [sys.executable, "-m", "benchmarks.streaming", "--measure", str(num_examples)]
-    ran = subprocess.run(
-        [*command, "--steps", str(steps)], capture_output=True, text=True, check=False
-    )
-    if ran.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{ran.stderr}")
-    return json.loads(ran.stdout.splitlines()[-1])
+    return machine.in_fresh_process("streaming", "--measure", num_examples, "--steps", steps)
 
 
 def _seconds(config: Config) -> dict[str, np.ndarray]:

@@ -11,8 +11,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +20,7 @@ import optax
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks import problems, report, timing
+from benchmarks import machine, problems, report, timing
 from msgd_jax import noise, sharding, train
 
 KIB = 2**10
@@ -147,15 +145,13 @@ def _bytes(array: tuple[str, str]) -> int:
 def _in_fresh_process(config: Config) -> list[dict[str, Any]]:
     """Since jax fixes the number of devices when it starts."""
     flags = f"--xla_force_host_platform_device_count={max(config.devices)}"
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}", "JAX_PLATFORMS": "cpu",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.weak_scaling", "--measure"]
-    command += ["--repeats", str(config.repeats), "--examples", str(config.examples)]
-    command += ["--microbatch-size", str(config.microbatch_size)]
-    command += ["--devices", *map(str, config.devices)]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    return json.loads(ran.stdout.splitlines()[-1])
+    environment = {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    options = ["--repeats", config.repeats, "--examples", config.examples]
+    options += ["--microbatch-size", config.microbatch_size, "--devices", *config.devices]
+    return machine.in_fresh_process("weak_scaling", "--measure", *options, environment=environment)
 
 
 def _row(found: dict[str, Any], ratio: timing.Spread) -> dict[str, Any]:

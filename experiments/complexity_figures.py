@@ -51,7 +51,7 @@ def plot_theorem1(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle("Theorem 1: how tight is each inequality", fontsize=11)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def plot_trace(records: Sequence[dict[str, Any]], config: Any, path: pathlib.Path) -> None:
@@ -90,9 +90,4 @@ def plot_trace(records: Sequence[dict[str, Any]], config: Any, path: pathlib.Pat
         f"rate {config.learning_rate:g}, {config.seeds} seeds (band: one standard error)",
         fontsize=11,
     )
-    _save(figure, path)
-
-
-def _save(figure: Any, path: pathlib.Path) -> None:
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figures.save(figure, path)

@@ -1,7 +1,7 @@
 """The figures."""
 
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,13 @@ def plot_curves(curves: list[Curve], path: pathlib.Path, title: str) -> None:
     end.set_title("the same, closer", fontsize=10)
     whole.legend(fontsize=9, loc="lower right")
     figure.suptitle(title, fontsize=11)
+    save(figure, path)
+
+
+def save(figure: Any, path: pathlib.Path) -> None:
+    """Writes a matplotlib figure and closes it."""
+    import matplotlib.pyplot as plt
+
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

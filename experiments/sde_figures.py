@@ -14,6 +14,7 @@ matplotlib.use("Agg")  # also where there is no display
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
+from experiments import figures
 from experiments.sde_problems import Problem
 
 COLOURS = {"SDE": "black", "M-SGD-Gaussian": "C0", "SGD": "C3"}
@@ -35,7 +36,7 @@ def plot_strong(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         fontsize=11,
     )
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="order ± s.e.")
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def plot_weak(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
@@ -59,7 +60,7 @@ def plot_weak(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         axes.set_title(group, fontsize=10)
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.suptitle("In expectation: order 2 needs the right noise, order 1 does not", fontsize=11)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def plot_paths(problem: Problem, plane: Sequence[Any], path: pathlib.Path) -> None:
@@ -93,7 +94,7 @@ def plot_paths(problem: Problem, plane: Sequence[Any], path: pathlib.Path) -> No
         "Brownian path,\nuntil the saddle parts a few; SGD goes its own way",
         fontsize=11,
     )
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def plot_network(networks: Sequence[Any], config: Any, path: pathlib.Path) -> None:
@@ -125,7 +126,7 @@ def plot_network(networks: Sequence[Any], config: Any, path: pathlib.Path) -> No
         f"Brownian path, {config.network_paths} of them",
         fontsize=11,
     )
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _landscape(problem: Problem, plane: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -166,8 +167,3 @@ def _finish(axes: Any, ylabel: str) -> None:
     axes.set_xlabel("learning rate $\\eta$")
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3, which="both")
-
-
-def _save(figure: Any, path: pathlib.Path) -> None:
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

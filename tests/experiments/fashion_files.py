@@ -10,13 +10,13 @@ import numpy as np
 
 from experiments import data, fashion_mnist, idx
 from experiments.published import Split
+from tests.experiments.source_files import NUM_TRAIN
 
 MODIFIED = 1504176606
 # The first examples that seed 0 draws. Written down once; they may never change, or old runs could
 # no longer be repeated.
 PINNED_DIGITS = [1153, 1439, 652, 293]
 PINNED_FASHION = [3600, 1153, 8005, 4790]
-NUM_TRAIN = 5  # drawn from the 20 images of the tiny original test set
 
 
 def idx_file(array: np.ndarray, type_code: int = 8) -> bytes:
@@ -92,13 +92,3 @@ def make_tiny_fashion(base_url: str, seed: int = 0) -> TinyFashion:
             sha256=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
         )
     return TinyFashion(splits, published)
-
-
-def check_is_tiny(dataset: data.Dataset, tiny: TinyFashion) -> None:
-    """Checks that it tests on the original training split and trains on some of the test split."""
-    np.testing.assert_array_equal(dataset.test.image, tiny.splits["train"].images)
-    np.testing.assert_array_equal(dataset.test.label, tiny.splits["train"].labels)
-    drawn = dataset.train_indices
-    assert len(set(drawn.tolist())) == NUM_TRAIN
-    np.testing.assert_array_equal(dataset.train.image, tiny.splits["test"].images[drawn])
-    np.testing.assert_array_equal(dataset.train.label, tiny.splits["test"].labels[drawn])

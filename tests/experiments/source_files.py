@@ -21,6 +21,7 @@ from PIL import Image
 from experiments import data
 from experiments.published import PublishedFile, Split
 
+NUM_TRAIN = 5  # drawn from the 20 images of a tiny original test set
 # Port 9 of this machine: nothing listens there, so that asking it fails at once.
 NO_SERVER = "http://127.0.0.1:9/"
 
@@ -153,3 +154,13 @@ def copy_with_other_information(prepared: Path, folder: Path, **changes: object)
     (path,) = folder.rglob("dataset_info.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return folder
+
+
+def check_is_tiny(dataset: data.Dataset, tiny: Any) -> None:
+    """Checks that it tests on the original training split and trains on five of the test split."""
+    np.testing.assert_array_equal(dataset.test.image, tiny.splits["train"].images)
+    np.testing.assert_array_equal(dataset.test.label, tiny.splits["train"].labels)
+    drawn = dataset.train_indices
+    assert len(set(drawn.tolist())) == NUM_TRAIN
+    np.testing.assert_array_equal(dataset.train.image, tiny.splits["test"].images[drawn])
+    np.testing.assert_array_equal(dataset.train.label, tiny.splits["test"].labels[drawn])

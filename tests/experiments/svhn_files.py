@@ -10,9 +10,8 @@ import scipy.io
 
 from experiments import data, svhn
 from experiments.published import Split
-from tests.experiments.source_files import NO_SERVER, published_as
+from tests.experiments.source_files import NO_SERVER, NUM_TRAIN, published_as
 
-NUM_TRAIN = 5  # drawn from the 20 images of the tiny original test set
 # The first images that seed 0 draws of 26,032. Written down once; they may never change, or old
 # runs could no longer be repeated.
 PINNED_SVHN = [18634, 19031, 3600, 24791]

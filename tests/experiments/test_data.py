@@ -14,12 +14,11 @@ import sklearn.datasets
 
 from experiments import data, fashion_mnist, idx
 from tests.experiments.fashion_files import (
-    NUM_TRAIN,
     PINNED_DIGITS,
     PINNED_FASHION,
-    check_is_tiny,
     gzip_payload,
 )
+from tests.experiments.source_files import NUM_TRAIN, check_is_tiny
 
 # What every data set has in common.
 

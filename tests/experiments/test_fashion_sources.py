@@ -12,13 +12,13 @@ from experiments import data
 from tests.experiments import source_files
 from tests.experiments.fashion_files import (
     TinyFashion,
-    check_is_tiny,
     idx_file,
     make_tiny_fashion,
     published_gzip,
 )
 from tests.experiments.source_files import (
     NO_SERVER,
+    check_is_tiny,
     check_same_examples,
     copy_with_other_information,
     flip_middle_byte,

@@ -10,13 +10,14 @@ from experiments.published import Split
 from tests.experiments import source_files
 from tests.experiments.source_files import (
     DAMAGES,
+    NUM_TRAIN,
+    check_is_tiny,
     check_same_examples,
     copy_with_other_information,
     published_as,
     serve,
 )
 from tests.experiments.svhn_files import (
-    NUM_TRAIN,
     PINNED_SVHN,
     TinySvhn,
     make_tiny_svhn,
@@ -29,16 +30,6 @@ from tests.experiments.svhn_files import (
 @pytest.fixture(scope="module")
 def tiny() -> TinySvhn:
     return make_tiny_svhn()
-
-
-def check_is_tiny(dataset: data.Dataset, tiny: TinySvhn) -> None:
-    """Checks that it tests on the original training split and trains on some of the test split."""
-    np.testing.assert_array_equal(dataset.test.image, tiny.splits["train"].images)
-    np.testing.assert_array_equal(dataset.test.label, tiny.splits["train"].labels)
-    drawn = dataset.train_indices
-    assert len(set(drawn.tolist())) == NUM_TRAIN
-    np.testing.assert_array_equal(dataset.train.image, tiny.splits["test"].images[drawn])
-    np.testing.assert_array_equal(dataset.train.label, tiny.splits["test"].labels[drawn])
 
 
 # The original files, through the real parser.
