@@ -276,13 +276,7 @@ def run(config: ComplexityConfig) -> pathlib.Path:
     if "trace" in config.parts:  # loaded first: it is known at once whether the images are there
         dataset = data.load("fashion_mnist", data_dir=config.data_dir)
         steps["trace"] = functools.partial(_trace_part, config, dataset)
-    folder = runs.RunFolder(config.out or runs.default_folder("complexity"), config)
-    results = {}
-    for part in config.parts:
-        results[part] = steps[part](folder.path)
-        folder.finish(results)
-    print(f"\nThe pictures and summary.json are in {folder.path}.")
-    return folder.path
+    return runs.run_parts("complexity", config, steps)
 
 
 def _theorem1_part(config: ComplexityConfig, folder: pathlib.Path) -> Any:

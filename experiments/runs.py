@@ -19,7 +19,7 @@ import os
 import pathlib
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import filelock
@@ -143,6 +143,25 @@ class RunFolder:
     def fail(self, failure: dict[str, Any]) -> None:
         """Writes failure.json."""
         replace_text(self.path / "failure.json", _pretty(failure))
+
+
+def run_parts(
+    name: str, config: Any, steps: Mapping[str, Callable[[pathlib.Path], Any]]
+) -> pathlib.Path:
+    """Runs ``config.parts`` in order; the results so far are in the folder after each of them.
+
+    Args:
+        name: of the experiment, for the folder if the configuration names none.
+        config: a configuration with `parts` and `out`.
+        steps: for each part, what runs it: given the folder, it returns the results.
+    """
+    folder = RunFolder(config.out or default_folder(name), config)
+    results = {}
+    for part in config.parts:
+        results[part] = steps[part](folder.path)
+        folder.finish(results)
+    print(f"\nThe pictures and summary.json are in {folder.path}.")
+    return folder.path
 
 
 def find(root: pathlib.Path) -> Iterator[pathlib.Path]:

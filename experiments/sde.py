@@ -311,13 +311,7 @@ def run(config: SDEConfig) -> pathlib.Path:
     if "network" in config.parts:  # loaded first: it is known at once whether the images are there
         dataset = data.load("fashion_mnist", data_dir=config.data_dir)
         steps["network"] = functools.partial(_network_part, config, dataset)
-    folder = runs.RunFolder(config.out or runs.default_folder("sde"), config)
-    results = {}
-    for part in config.parts:
-        results[part] = steps[part](folder.path)
-        folder.finish(results)
-    print(f"\nThe pictures and summary.json are in {folder.path}.")
-    return folder.path
+    return runs.run_parts("sde", config, steps)
 
 
 def _strong_part(config: SDEConfig, folder: pathlib.Path) -> Any:
