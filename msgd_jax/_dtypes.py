@@ -3,8 +3,10 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 
 def accumulator(*dtypes: Any) -> jnp.dtype:
@@ -13,3 +15,9 @@ def accumulator(*dtypes: Any) -> jnp.dtype:
     By numpy's rules, so that it works under jax's strict promotion too.
     """
     return functools.reduce(np.promote_types, map(jnp.dtype, dtypes), jnp.dtype("float32"))
+
+
+def not_yet(params: Any) -> Float[Array, ""]:
+    """Infinity, for a value that the first update will compute, in its type."""
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+    return jnp.full((), jnp.inf, accumulator(*dtypes))

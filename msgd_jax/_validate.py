@@ -90,6 +90,13 @@ def function(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a function, got {value!r} of type {type(value).__name__}.")
 
 
+def passed_to_update(transformation: str, **arguments: Any) -> None:
+    """Raises ValueError if one of these arguments of an optax ``update`` was left out."""
+    for name, value in arguments.items():
+        if value is None:
+            raise ValueError(f"{transformation} needs {name}: update(..., {name}=...).")
+
+
 def wide_float_dtype(name: str, dtype: Any) -> jnp.dtype:
     """Returns float32 or float64 (only with x64 enabled); raises ValueError."""
     resolved = jnp.dtype(dtype)

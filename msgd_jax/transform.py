@@ -123,8 +123,7 @@ def multiplicative_noise(
 
     def init_fn(params: Any) -> MultiplicativeNoiseState:
         check_key_agrees("key", key)
-        dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
-        value = jnp.full((), jnp.inf, _dtypes.accumulator(*dtypes))
+        value = _dtypes.not_yet(params)
         return MultiplicativeNoiseState(jnp.zeros((), jnp.int32), _copy(key), value)
 
     def update_fn(
@@ -138,9 +137,9 @@ def multiplicative_noise(
         **extra_args: Any,
     ) -> tuple[Any, MultiplicativeNoiseState]:
         del extra_args
-        for name, value in (("params", params), ("loss_vector_fn", loss_vector_fn), ("data", data)):
-            if value is None:
-                raise ValueError(f"multiplicative_noise needs {name}: update(..., {name}=...).")
+        _validate.passed_to_update(
+            "multiplicative_noise", params=params, loss_vector_fn=loss_vector_fn, data=data
+        )
         loss_vector_fn = _unmasked(loss_vector_fn, updates, params, full_params)
         value_and_grad = loss_lib.noisy_value_and_grad(
             loss_vector_fn, noise, microbatch_size=microbatch_size, sharding=sharding
@@ -311,8 +310,7 @@ def _unmasked(
 
 
 def _check_per_example(updates: Any, params: Any, num_examples: int) -> None:
-    if params is None:
-        raise ValueError("aggregate_per_example needs params: update(..., params).")
+    _validate.passed_to_update("aggregate_per_example", params=params)
 
     def check(path: Any, update: Any, param: Any) -> None:
         expected = (num_examples, *jnp.shape(param))

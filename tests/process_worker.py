@@ -64,15 +64,16 @@ def streaming(process_id: int, folder: pathlib.Path) -> None:
 
 def keys(process_id: int, folder: pathlib.Path) -> None:
     """A key of its own for each process, which each of them has to refuse."""
-    from msgd_jax import noise, train, transform
+    from msgd_jax import complexity, noise, train, transform
 
     key, params = jax.random.key(process_id), jnp.ones(3)
-    law = noise.gd(8)
+    law, signs = noise.gd(8), complexity.rademacher(8)
     train.init(params, optax.sgd(0.1), jax.random.key(0))  # the same everywhere is fine
     for start in (
         lambda: train.init(params, optax.sgd(0.1), key),
         lambda: transform.multiplicative_noise(law, key).init(params),
         lambda: transform.aggregate_per_example(law, key).init(params),
+        lambda: complexity.add_local_complexity(signs, key, radius=0.1).init(params),
     ):
         try:
             start()

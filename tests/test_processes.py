@@ -96,7 +96,7 @@ def test_keys_that_differ_between_processes_are_refused(tmp_path):
     both("keys", tmp_path)
     for i in range(2):
         lines = (tmp_path / f"{i}.txt").read_text().splitlines()
-        assert len(lines) == 3
+        assert len(lines) == 4
         for line in lines:
             assert "key must be the same in all processes, got [0, 0] in process 0" in line
             assert f"others in [1]; process {i} has [0, {i}]" in line

@@ -12,6 +12,7 @@ from msgd_jax import _dtypes, _validate, loss
 from msgd_jax.complexity import _ascent, _multipliers
 from msgd_jax.complexity._problem import Settings
 from msgd_jax.noise import MNoise, Weights
+from msgd_jax.sharding import check_key_agrees
 
 Penalty = Callable[..., Float[Array, ""]]
 """``penalty(params, data, multipliers, key=None)``, a scalar that can be differentiated."""
@@ -142,11 +143,9 @@ def add_local_complexity(
     _ascender(len, *options)  # so that errors come now
 
     def init_fn(params: Any) -> LocalComplexityState:
-        dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
-        value = jnp.full((), jnp.inf, _dtypes.accumulator(*dtypes))
-        return LocalComplexityState(
-            jnp.zeros((), jnp.int32), jnp.copy(jax.random.clone(key)), value
-        )
+        check_key_agrees("key", key)
+        copied, value = jnp.copy(jax.random.clone(key)), _dtypes.not_yet(params)
+        return LocalComplexityState(jnp.zeros((), jnp.int32), copied, value)
 
     def update_fn(
         updates: Any,
@@ -158,9 +157,9 @@ def add_local_complexity(
         **extra_args: Any,
     ) -> tuple[Any, LocalComplexityState]:
         del extra_args
-        for name, value in (("params", params), ("loss_vector_fn", loss_vector_fn), ("data", data)):
-            if value is None:
-                raise ValueError(f"add_local_complexity needs {name}: update(..., {name}=...).")
+        _validate.passed_to_update(
+            "add_local_complexity", params=params, loss_vector_fn=loss_vector_fn, data=data
+        )
         hidden = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
         if any(isinstance(leaf, optax.MaskedNode) for leaf in hidden):
             raise ValueError(
