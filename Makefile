@@ -12,7 +12,7 @@ help:
 	@echo "make test-slow    the tests that take long: every benchmark, more orders of the SDE"
 	@echo "make test-oldest  the tests with the oldest versions allowed"
 	@echo "make package      wheel and sdist in dist, the wheel tried in an environment of its own"
-	@echo "make docs         the documentation site in docs/_build, its pages run (5 minutes)"
+	@echo "make docs         the documentation site in docs/_build/html, its pages run (5 minutes)"
 	@echo "make benchmark    all benchmarks on this machine (under 20 minutes; installs PyTorch)"
 	@echo "make lint         ruff and pyright alone"
 	@echo "make format       ruff's formatter and its safe fixes"
@@ -42,8 +42,8 @@ package: $(VENV)/.test
 
 # Every warning is an error, and so is a cell that raises.
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
-	@echo "The site is in docs/_build/index.html"
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "The site is in docs/_build/html/index.html"
 
 benchmark: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks
