@@ -1,0 +1,132 @@
+"""The records of experiments and benchmarks, as the pages show them."""
+
+import csv
+import json
+import pathlib
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from docs import pictures
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
+
+LABELS = {
+    "gd": "GD",
+    "sgd": "SGD-50",
+    "m-sgd-fisher": "M-SGD-Fisher",
+    "m-sgd-cov": "M-SGD-Cov",
+    "m-sgd-bernoulli": "M-SGD-Bernoulli",
+    "gd-rademacher": "GD-Rademacher",
+    "langevin-diagonal-fisher": "Langevin, diagonal Fisher",
+}
+"""The algorithms of panel 1(a), by their names on the command line."""
+
+
+def read(path: str) -> Any:
+    """A JSON file of the repository."""
+    return json.loads((ROOT / path).read_text())
+
+
+def estimate(value: Any, digits: int = 3) -> str:
+    """A number, with its standard error if it has one."""
+    if isinstance(value, dict):
+        return f"{value['value']:.{digits}f} ± {value['standard_error']:.{digits}f}"
+    return f"{value:.{digits}f}"
+
+
+def theorem1(settings: list[dict[str, Any]]) -> Any:
+    """Left side over right side of each inequality, violations in bold."""
+    columns = {
+        "gaussian_lower": "(10) lower",
+        "gaussian_upper": "(10) upper",
+        "without": "(11) without",
+        "with": "(11) with",
+        "with, corrected": "corrected, with",
+    }
+
+    def cell(found: dict[str, Any] | None) -> str:
+        if found is None:
+            return ""
+        ratio = found["ratio"]
+        text = estimate(ratio if ratio["standard_error"] > 0 else ratio["value"], 4)
+        return f"**{text}**" if found["violated"] else text
+
+    rows = [
+        [s["label"], s["num_examples"], s["batch_size"]]
+        + [cell(s["inequalities"].get(name)) for name in columns]
+        for s in settings
+    ]
+    return pictures.table(["losses", "N", "b", *columns.values()], rows)
+
+
+def comparison(panel: str, averaged: bool = False) -> Any:
+    """The table of a panel: accuracies, differences from SGD-50, tests of equivalence."""
+    suffix = "-averaged" if averaged else ""
+    with (RESULTS / panel / f"figure-{panel}{suffix}.csv").open() as lines:
+        records = list(csv.DictReader(lines))
+    rows = []
+    for row in records:
+        test, width = 100 * float(row["test_accuracy"]), 100 * float(row["half_width"])
+        difference = ["", ""]
+        if row["verdict"] != "the reference":
+            minus, around = (100 * float(row[k]) for k in ("difference", "difference_half_width"))
+            difference = [f"{minus:+.2f} ± {around:.2f}", f"{float(row['equivalence_p']):.2g}"]
+        loss = f"{float(row['train_loss']):.4f}"
+        rows.append([row["label"], loss, f"{test:.2f} ± {width:.2f}", *difference, row["verdict"]])
+    header = ["algorithm", "training loss", "test %", "minus SGD-50", "p", ""]
+    return pictures.table(header, rows)
+
+
+def curves(low: float, **settings: Any) -> None:
+    """Draws test accuracy against iteration of the recorded runs that have these settings."""
+    _, axes = plt.subplots(figsize=(7.5, 3.4))
+    found = {}
+    for path in sorted((RESULTS / "runs").iterdir()):
+        asked = json.loads((path / "config.json").read_text())
+        if all(asked[name] == value for name, value in settings.items()):
+            lines = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
+            found[asked["algorithm"]] = lines
+    for algorithm, label in LABELS.items():
+        steps = [line["step"] for line in found[algorithm]]
+        values = 100 * np.array([line["test_accuracy"] for line in found[algorithm]])
+        pictures.band(axes, steps, values, label, linewidth=1)
+    axes.set(xlabel="iteration", ylabel="test accuracy (%)", ylim=(low, None))
+    axes.legend(fontsize=7)
+
+
+def trace(entries: list[dict[str, Any]]) -> None:
+    """Draws local complexities and test accuracy along training."""
+    _, grid = plt.subplots(1, 3, figsize=(8.8, 2.8))
+    for name in dict.fromkeys(entry["algorithm"] for entry in entries):
+        own = [entry for entry in entries if entry["algorithm"] == name]
+        steps = [entry["step"] for entry in own]
+        for axes, law in zip(grid[:2], ("Rademacher", "SGD"), strict=True):
+            values = np.array([entry["complexities"][law]["mean"] for entry in own])
+            pictures.band(axes, steps, values, name)
+            axes.set_title(f"local {law} complexity", fontsize=8)
+        accuracy = 100 * np.array([entry["test_accuracy"] for entry in own])
+        pictures.band(grid[2], steps, accuracy, name)
+    grid[2].set_title("test accuracy (%)", fontsize=8)
+    grid[2].set_ylim(60, None)
+    for axes in grid:
+        axes.set_xlabel("iteration")
+    grid[2].legend(fontsize=7)
+
+
+def trace_end(entries: list[dict[str, Any]]) -> Any:
+    """The end of the trace as a table, with standard errors over seeds."""
+    last = max(entry["step"] for entry in entries)
+    rows = []
+    for entry in entries:
+        if entry["step"] == last:
+            values = [
+                np.asarray(entry["complexities"][law]["mean"]) for law in ("Rademacher", "SGD")
+            ]
+            values.append(100 * np.asarray(entry["test_accuracy"]))
+            errors = [v.std(ddof=1) / len(v) ** 0.5 for v in values]
+            cells = [f"{v.mean():.3f} ± {e:.3f}" for v, e in zip(values, errors, strict=True)]
+            rows.append([entry["algorithm"], *cells])
+    return pictures.table(["algorithm", "R(A) at the end", "R(V_sgd) at the end", "test %"], rows)
