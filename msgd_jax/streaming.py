@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
+from numpy.typing import NDArray
 
 from msgd_jax import _shards, _validate
 from msgd_jax import loss as loss_lib
@@ -66,7 +67,7 @@ class ArraySource:
     def __getitem__(self, index: Any, /) -> Any:
         return jax.tree.map(lambda leaf: leaf[index], self._data)
 
-    def batch(self, indices: Int[np.ndarray, " size"]) -> Any:
+    def batch(self, indices: Int[NDArray[np.integer[Any]], " size"]) -> Any:
         """The examples at these indices, [size, ...]."""
         return jax.tree.map(lambda leaf: np.asarray(leaf[indices]), self._data)
 
@@ -217,7 +218,7 @@ class _Reader:
         return jax.make_array_from_callback(shape, rows, part, dtype=dtype)
 
 
-def _batch(source: Any, indices: Int[np.ndarray, " size"]) -> Any:
+def _batch(source: Any, indices: Int[NDArray[np.integer[Any]], " size"]) -> Any:
     """The examples at these indices, stacked."""
     if hasattr(source, "batch") and not _is_grain(source):
         batch = source.batch(indices)

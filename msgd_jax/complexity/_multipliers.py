@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
+from numpy.typing import NDArray
 
 from msgd_jax import _validate, noise
 from msgd_jax.noise import MNoise, Weights
 
 MAX_ENUMERATED = 200_000
 
-Enumerated = tuple[Float[np.ndarray, "M N"], Float[np.ndarray, " M"]]
+Enumerated = tuple[Float[NDArray[np.float64], "M N"], Float[NDArray[np.float64], " M"]]
 """Every vector that can be drawn, [M, N], and its probability, [M], in float64."""
 
 
@@ -208,7 +209,8 @@ def all_draws(multipliers: Multipliers) -> Enumerated:
         )
     vectors, probabilities = multipliers.enumerate()
     vectors, groups = np.unique(vectors, axis=0, return_inverse=True)
-    return vectors, np.bincount(groups.ravel(), weights=probabilities)
+    probabilities = np.bincount(groups.ravel(), weights=probabilities)
+    return vectors, probabilities.astype(np.float64)  # as it is; numpy's types say otherwise
 
 
 def _signs(n: int) -> Enumerated:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import NDArray
 
 from msgd_jax._estimate import Estimate
 
@@ -37,9 +38,9 @@ class ErrorSweep:
         standard_errors: of `errors`, [E]; 0 where nothing is random.
     """
 
-    learning_rates: Float[np.ndarray, " E"]
-    errors: Float[np.ndarray, " E"]
-    standard_errors: Float[np.ndarray, " E"]
+    learning_rates: Float[NDArray[np.float64], " E"]
+    errors: Float[NDArray[np.float64], " E"]
+    standard_errors: Float[NDArray[np.float64], " E"]
 
     @property
     def order(self) -> Estimate:
@@ -95,7 +96,9 @@ class ErrorModel(NamedTuple):
 
 
 def fit_line(
-    x: Float[np.ndarray, " E"], y: Float[np.ndarray, " E"], standard_errors: Float[np.ndarray, " E"]
+    x: Float[NDArray[np.floating[Any]], " E"],
+    y: Float[NDArray[np.floating[Any]], " E"],
+    standard_errors: Float[NDArray[np.floating[Any]], " E"],
 ) -> Fit:
     """Weighted least squares; where a standard error is 0, unweighted, judged by its residuals.
 
