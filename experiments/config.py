@@ -152,6 +152,10 @@ class TrainConfig:
         """The net asked for, or the one that fits the images."""
         return self.model or MODEL_OF[self.dataset]
 
+    def resolved(self) -> "TrainConfig":
+        """The same with the net named: equal runs are equal then, however they were asked for."""
+        return dataclasses.replace(self, model=self.model_name)
+
     @property
     def label(self) -> str:
         """The algorithm's name in figures, with its numbers."""

@@ -83,7 +83,7 @@ def run(config: DistributedConfig) -> pathlib.Path:
         FileExistsError: if the folder is of another run, or that has finished.
         training.DivergedError: at the first loss that is not finite.
     """
-    plan = config.plan
+    plan = config.plan.resolved()
     _check(plan)
     config.processes.start()
     assert plan.out is not None

@@ -56,6 +56,7 @@ def run(
             before are kept.
         Stopped: on SIGTERM or SIGINT, after a checkpoint.
     """
+    config = config.resolved()
     trainer = training.make_trainer(config, dataset)
     folder = runs.RunFolder(path, config, data_source=dataset.source)
     runs.replace_text(

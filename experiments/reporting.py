@@ -16,7 +16,8 @@ from experiments.panels import PANELS
 
 def run_folder(root: pathlib.Path, config: TrainConfig) -> pathlib.Path:
     """Where the run of a configuration lives: named after what it computes, whatever draws it."""
-    digest = hashlib.sha256(json.dumps(runs.settings(config), sort_keys=True).encode()).hexdigest()
+    settings = json.dumps(runs.settings(config.resolved()), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()
     last = config.seed + config.seeds - 1
     seeds = f"seed{config.seed}" if config.seeds == 1 else f"seeds{config.seed}-{last}"
     return root / f"{config.dataset}-{config.model_name}-{config.algorithm}-{seeds}-{digest[:8]}"
@@ -168,12 +169,10 @@ _ORDER = (
 
 def _problem(asked: dict[str, Any]) -> str:
     """What runs that are drawn together have in common, as text that sorts."""
-    own = (*_OWN, "seeds", "seed", "eval_every", "microbatch_size", "out", "data_dir", "versions")
-    common = {name: value for name, value in asked.items() if name not in own}
-    for name in ("device", "data_source", "checkpoint_every"):
-        common.pop(name, None)
-    b = asked["noise"]["batch_size"]
-    return json.dumps({"b": b, **common}, sort_keys=True)
+    own = (*_OWN, "seeds", "seed", "eval_every", "microbatch_size")
+    settings = runs.settings(TrainConfig.of_record(asked).resolved())
+    common = {name: value for name, value in settings.items() if name not in own}
+    return json.dumps({"b": settings["noise"]["batch_size"], **common}, sort_keys=True)
 
 
 def _read_runs(paths: list[pathlib.Path]) -> tuple[TrainConfig, comparison.Result]:

@@ -104,8 +104,30 @@ def test_a_folder_is_named_after_what_is_computed(tmp_path):
     assert name.startswith("digits-digits_net-sgd-seeds0-2-")
     free = dataclasses.replace(BASE, out=tmp_path, data_dir=tmp_path, checkpoint_every=7)
     assert reporting.run_folder(tmp_path, free).name == name
+    named = dataclasses.replace(BASE, model="digits_net")  # the net that fits, in as many words
+    assert reporting.run_folder(tmp_path, named).name == name
     for change in ({"learning_rate": 0.2}, {"augment": True}, {"seeds": 1}, {"data_seed": 1}):
         assert reporting.run_folder(tmp_path, dataclasses.replace(BASE, **change)).name != name
+
+
+def test_runs_are_reported_together_whether_their_net_was_named_or_not(tmp_path):
+    plans = (
+        dataclasses.replace(BASE, algorithm="gd", steps=2),
+        dataclasses.replace(BASE, steps=2, model="digits_net"),
+    )
+    for plan in plans:
+        folder = runs.RunFolder(tmp_path / plan.algorithm, plan)
+        evaluation = {"step": 2, "seconds": 1.0} | {
+            f"{images}_{what}": [0.5] * 3
+            for images in ("train", "test") for what in ("loss", "accuracy")
+        }  # fmt: skip
+        folder.log(evaluation)
+        folder.finish({})
+    main(["report", "--runs", str(tmp_path)])
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert text.count("![") == 1
+    assert "| GD |" in text
+    assert "| SGD-50 |" in text
 
 
 def test_nothing_to_list_or_report(tmp_path):
