@@ -109,10 +109,12 @@ def write_section(
 def list_runs(config: ListConfig) -> None:
     """Prints one line for each run below the folder."""
     _check_folder(config.runs)
-    header = f"{'run':<58}{'algorithm':<27}{'state':<18}{'step':>16}{'test %':>9}{'s/1000':>9}"
+    paths = list(runs.find(config.runs))
+    width = 2 + max((len(str(path.relative_to(config.runs))) for path in paths), default=3)
+    header = f"{'run':<{width}}{'algorithm':<27}{'state':<18}{'step':>16}{'test %':>9}{'s/1000':>9}"
     print(header)
     print("-" * len(header))
-    for path in runs.find(config.runs):
+    for path in paths:
         asked = runs.read_json(path / "config.json")
         if "algorithm" not in asked:
             continue
@@ -125,7 +127,8 @@ def list_runs(config: ListConfig) -> None:
         ended = runs.read_json(path / "summary.json") or {}
         speed = ended.get("seconds_per_1000_steps")
         print(
-            f"{path.relative_to(config.runs)!s:<58}{asked['algorithm']:<27}{runs.state(path):<18}"
+            f"{path.relative_to(config.runs)!s:<{width}}"
+            f"{asked['algorithm']:<27}{runs.state(path):<18}"
             f"{step:>7,}/{asked['steps']:<8,}{accuracy:>9}"
             f"{'' if speed is None else f'{speed:.1f}':>9}"
         )

@@ -66,12 +66,14 @@ def test_a_panel_is_run_drawn_listed_and_reported(tmp_path, small_panel, monkeyp
     assert before == {path: (path / "metrics.jsonl").read_bytes() for path in folders}
 
     capsys.readouterr()
-    stopped = runs.RunFolder(root / "another", BASE)
+    long_name = "another" * 10
+    stopped = runs.RunFolder(root / long_name, BASE)
     main(["list", "--runs", str(root)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 5
     assert sum("finished" in line and "20/20" in line for line in lines) == 4
     assert sum("running" in line and "0/20" in line for line in lines) == 1
+    assert sum(line.startswith(f"{long_name}  sgd ") for line in lines) == 1
     stopped.close()
 
     main(["report", "--runs", str(root), "--out", str(tmp_path / "report")])
