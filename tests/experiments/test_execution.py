@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -93,7 +94,7 @@ def test_a_run_learns_and_keeps_its_record(straight, digits):
     losses = [np.mean(record["train_loss"]) for record in metrics(straight)]
     assert losses[-1] < 0.8 * losses[0]
     record = runs.read_json(straight / "config.json")
-    assert TrainConfig.of_record(record) == PLAN
+    assert TrainConfig.of_record(record) == PLAN.resolved()
     drawn = runs.read_json(straight / "train_images.json")["train_indices"]
     assert drawn == digits.train_indices.tolist()
     names = {p.name for p in straight.iterdir()}
@@ -150,7 +151,8 @@ def test_tensorboard_has_every_evaluation_once(tmp_path, digits, monkeypatch):
     from tensorboardX import event_file_writer
     from tensorboardX.proto import event_pb2
 
-    monkeypatch.setattr(event_file_writer.time, "time", lambda: 1.7e9)
+    stopped_clock = types.SimpleNamespace(time=lambda: 1.7e9)
+    monkeypatch.setattr(event_file_writer, "time", stopped_clock)  # for this module alone
     path = tmp_path / "run"
     with pytest.raises(Killed):
         execution.run(PLAN, digits, path, Progress(47, kill))
