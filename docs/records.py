@@ -9,20 +9,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from docs import pictures
+from experiments.comparison import of_evaluations, of_folder
+from experiments.panels import PANELS
+from experiments.reporting import run_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
-
-LABELS = {
-    "gd": "GD",
-    "sgd": "SGD-50",
-    "m-sgd-fisher": "M-SGD-Fisher",
-    "m-sgd-cov": "M-SGD-Cov",
-    "m-sgd-bernoulli": "M-SGD-Bernoulli",
-    "gd-rademacher": "GD-Rademacher",
-    "langevin-diagonal-fisher": "Langevin, diagonal Fisher",
-}
-"""The algorithms of panel 1(a), by their names on the command line."""
 
 
 def read(path: str) -> Any:
@@ -80,19 +72,13 @@ def comparison(panel: str, averaged: bool = False) -> Any:
     return pictures.table(header, rows)
 
 
-def curves(low: float, **settings: Any) -> None:
-    """Draws test accuracy against iteration of the recorded runs that have these settings."""
+def curves(panel: str, low: float) -> None:
+    """Draws test accuracy against iteration of the recorded runs of a panel."""
     _, axes = plt.subplots(figsize=(7.5, 3.4))
-    found = {}
-    for path in sorted((RESULTS / "runs").iterdir()):
-        asked = json.loads((path / "config.json").read_text())
-        if all(asked[name] == value for name, value in settings.items()):
-            lines = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
-            found[asked["algorithm"]] = lines
-    for algorithm, label in LABELS.items():
-        steps = [line["step"] for line in found[algorithm]]
-        values = 100 * np.array([line["test_accuracy"] for line in found[algorithm]])
-        pictures.band(axes, steps, values, label, linewidth=1)
+    for run in PANELS[panel].runs:
+        evaluations = of_folder(run_folder(RESULTS / "runs", run))
+        result = of_evaluations(run.label, [evaluations])
+        pictures.band(axes, result.steps, 100 * result.test_accuracy, run.label, linewidth=1)
     axes.set(xlabel="iteration", ylabel="test accuracy (%)", ylim=(low, None))
     axes.legend(fontsize=7)
 
