@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 
 MAX_EXAMPLES = 2**31 - 1
+MAX_STEP = 2**31 - 1
 
 
 def positive_int(name: str, value: Any, maximum: int | None = None, minimum: int = 1) -> int:
@@ -34,14 +35,35 @@ def num_examples(name: str, value: Any, minimum: int = 1) -> int:
 
 
 def positions(name: str, value: Any, size: int) -> Int[Array, "*shape"]:
-    """Returns integers in [0, size) as an array; raises (traced ones are clipped)."""
-    if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
-        raise TypeError(f"{name} must be integers, got {jnp.result_type(value)}.")
+    """Returns integers in [0, size) as an int32 array; raises (traced ones are clipped)."""
+    dtype = integer_dtype(name, value)
     if not isinstance(value, Tracer) and np.size(value):
         low, high = int(np.min(value)), int(np.max(value))
         if low < 0 or high >= size:
             raise ValueError(f"{name} must be in [0, {size}), got values from {low} to {high}.")
-    return jnp.clip(jnp.asarray(value), 0, size - 1)
+    # Types that cannot hold `size` are widened first; the others are clipped before they are cut.
+    if dtype.itemsize < 4:
+        value = jnp.asarray(value, jnp.int32)
+    return jnp.clip(jnp.asarray(value), 0, size - 1).astype(jnp.int32)
+
+
+def integer_dtype(name: str, value: Any) -> jnp.dtype:
+    """The integer type of `value`, a number or an array; raises TypeError for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return np.dtype("int64")
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{name} must be an integer, got {shown(value)}.")
+    return dtype
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: short, with its type; of an array, dtype and shape."""
+    if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape != ():
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    text = repr(value)
+    text = text if len(text) <= 80 else f"{text[:60]} ... {text[-15:]}"
+    return text if value is None else f"{text} of type {type(value).__name__}"
 
 
 def finite_nonnegative(name: str, value: Any) -> float:
@@ -126,14 +148,18 @@ def prng_key(name: str, key: Any) -> None:
         )
 
 
-def step(value: Any) -> None:
-    """Raises unless `value` is a non-negative integer scalar (a traced one is taken on trust)."""
-    if isinstance(value, bool) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
-        raise TypeError(f"step must be an integer, got {value!r}.")
+def step(value: Any, name: str = "step") -> Int[Array, ""]:
+    """Returns a step as an int32 scalar; raises TypeError or ValueError.
+
+    Any integer type is welcome, and means the same. What cannot be a step, from 0 to 2^31 - 1, is
+    refused; of traced ones the type alone is known.
+    """
+    integer_dtype(name, value)
     if jnp.shape(value) != ():
-        raise ValueError(f"step must be a scalar, got shape {jnp.shape(value)}; use jax.vmap.")
-    if isinstance(value, (int, np.integer)) and value < 0:
-        raise ValueError(f"step must be at least 0, got {value}.")
+        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}; use jax.vmap.")
+    if not isinstance(value, Tracer) and not 0 <= int(value) <= MAX_STEP:
+        raise ValueError(f"{name} must be between 0 and 2^31 - 1 = {MAX_STEP}, got {value}.")
+    return jnp.asarray(value, jnp.int32)
 
 
 def floating_params(params: Any, name: str = "params") -> None:
