@@ -65,7 +65,7 @@ def test_without_extras_only_the_core_is_asked_for(package):
     about = email.message_from_bytes(files[name])
     core = [line for line in about.get_all("Requires-Dist", []) if "extra ==" not in line]
     names = {re.split(r"[^\w-]", line)[0] for line in core}
-    assert names == {"jax", "jaxtyping", "numpy", "optax"}
+    assert names == {"jax", "jaxtyping", "numpy", "optax", "scipy"}
     assert all(">=" in line for line in core)
     assert about["Requires-Python"] == ">=3.11"
     assert about["Version"] == msgd_jax.__version__

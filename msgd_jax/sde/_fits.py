@@ -73,7 +73,7 @@ class ErrorSweep:
         squares = (self.errors / rates) ** 2
         deviations = 2 * np.abs(self.errors) * self.standard_errors / rates**2
         line = fit_line(rates, squares, deviations)
-        square, spread = line.intercept
+        square, spread = line.intercept[:2]
         a = math.sqrt(max(square, 0.0))
         spread = spread / (2 * a) if square > spread else math.sqrt(spread)
         return ErrorModel(Estimate(a, spread), line.slope, line.chi_square, line.degrees_of_freedom)
