@@ -37,14 +37,19 @@ def num_examples(name: str, value: Any, minimum: int = 1) -> int:
 def positions(name: str, value: Any, size: int) -> Int[Array, "*shape"]:
     """Returns integers in [0, size) as an int32 array; raises (traced ones are clipped)."""
     dtype = integer_dtype(name, value)
-    if not isinstance(value, Tracer) and np.size(value):
-        low, high = int(np.min(value)), int(np.max(value))
-        if low < 0 or high >= size:
-            raise ValueError(f"{name} must be in [0, {size}), got values from {low} to {high}.")
+    indices(name, value, size)
     # Types that cannot hold `size` are widened first; the others are clipped before they are cut.
     if dtype.itemsize < 4:
         value = jnp.asarray(value, jnp.int32)
     return jnp.clip(jnp.asarray(value), 0, size - 1).astype(jnp.int32)
+
+
+def indices(name: str, value: Any, size: int) -> None:
+    """Raises ValueError unless all are in [0, size) (traced ones are taken on trust)."""
+    if not isinstance(value, Tracer) and np.size(value):
+        low, high = int(np.min(value)), int(np.max(value))
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} must be in [0, {size}), got values from {low} to {high}.")
 
 
 def integer_dtype(name: str, value: Any) -> jnp.dtype:

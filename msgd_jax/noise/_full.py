@@ -9,7 +9,7 @@ from jaxtyping import Array, Key
 
 from msgd_jax import _validate
 from msgd_jax.noise import _pieces
-from msgd_jax.noise._types import Exchangeable, MNoise, Weights
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights, bound
 
 
 def gd(num_examples: int, *, dtype: Any = jnp.float32) -> MNoise:
@@ -25,11 +25,12 @@ def gd(num_examples: int, *, dtype: Any = jnp.float32) -> MNoise:
     n = _validate.num_examples("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
-    def draw(key: Key[Array, ""]) -> Weights:
-        del key
-        return Weights(jnp.full(n, 1 / n, dtype), None, n)
+    return MNoise(f"gd({n})", n, n, Exchangeable(0.0, 0.0), bound(_draw_gd, n, dtype))
 
-    return MNoise(f"gd({n})", n, n, Exchangeable(0.0, 0.0), draw)
+
+def _draw_gd(n: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+    del key
+    return Weights(jnp.full(n, 1 / n, dtype), None, n)
 
 
 def sgd(
@@ -61,16 +62,22 @@ def sgd(
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
-    def draw(key: Key[Array, ""]) -> Weights:
-        indices = jax.random.randint(key, (b,), 0, n) if replace else _pieces.subset(key, n, b)
-        return Weights(jnp.full(b, 1 / b, dtype), indices, n)
-
     covariance = (
         _pieces.centred_covariance(n, (n - 1) / (b * n**2))
         if replace
         else _pieces.subset_covariance(n, b)
     )
-    return MNoise(f"sgd({n}, {b}, replace={replace})", n, b, covariance, draw)
+    name = f"sgd({n}, {b}, replace={replace})"
+    return MNoise(name, n, b, covariance, bound(_draw_sgd, n, b, replace, dtype))
+
+
+def _draw_sgd(n: int, b: int, replace: bool, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+    # The type of what is drawn is part of the draw: jax's default depends on the x64 flag.
+    if replace:
+        indices = jax.random.randint(key, (b,), 0, n, jnp.int32)
+    else:
+        indices = _pieces.subset(key, n, b)
+    return Weights(jnp.full(b, 1 / b, dtype), indices, n)
 
 
 def fisher(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoise:
@@ -89,11 +96,13 @@ def fisher(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> M
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
-    def draw(key: Key[Array, ""]) -> Weights:
-        noise = _pieces.normals(key, n, dtype)
-        return Weights(1 / n + noise / math.sqrt(b * n), None, n)
+    covariance = Exchangeable(1 / (b * n), 0.0)
+    return MNoise(f"fisher({n}, {b})", n, n, covariance, bound(_draw_fisher, n, b, dtype))
 
-    return MNoise(f"fisher({n}, {b})", n, n, Exchangeable(1 / (b * n), 0.0), draw)
+
+def _draw_fisher(n: int, b: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+    noise = _pieces.normals(key, n, dtype)
+    return Weights(1 / n + noise / math.sqrt(b * n), None, n)
 
 
 def cov(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoise:
@@ -120,11 +129,13 @@ def cov(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoi
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
-    def draw(key: Key[Array, ""]) -> Weights:
-        noise = _pieces.centre_normals(_pieces.normals(key, n, dtype))
-        return Weights(1 / n + noise / math.sqrt(b * n), None, n)
+    covariance = _pieces.centred_covariance(n, (n - 1) / (b * n**2))
+    return MNoise(f"cov({n}, {b})", n, n, covariance, bound(_draw_cov, n, b, dtype))
 
-    return MNoise(f"cov({n}, {b})", n, n, _pieces.centred_covariance(n, (n - 1) / (b * n**2)), draw)
+
+def _draw_cov(n: int, b: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+    noise = _pieces.centre_normals(_pieces.normals(key, n, dtype))
+    return Weights(1 / n + noise / math.sqrt(b * n), None, n)
 
 
 def bernoulli(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoise:
@@ -145,12 +156,16 @@ def bernoulli(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -
     n, b = _pieces.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
-    def draw(key: Key[Array, ""]) -> Weights:
-        # mode="high": a 23-bit uniform would misstate probabilities b/N below about 1e-5.
-        chosen = jax.random.bernoulli(key, b / n, (n,), mode="high")
-        return Weights(chosen.astype(dtype) / b, None, n)
+    covariance = Exchangeable((n - b) / (b * n**2), 0.0)
+    return MNoise(f"bernoulli({n}, {b})", n, n, covariance, bound(_draw_bernoulli, n, b, dtype))
 
-    return MNoise(f"bernoulli({n}, {b})", n, n, Exchangeable((n - b) / (b * n**2), 0.0), draw)
+
+def _draw_bernoulli(n: int, b: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+    # mode="high": a 23-bit uniform would misstate probabilities b/N below about 1e-5. The type of
+    # the probability is that of the uniforms: jax's default depends on the x64 flag.
+    probability = jnp.asarray(b / n, jnp.float32)
+    chosen = jax.random.bernoulli(key, probability, (n,), mode="high")
+    return Weights(chosen.astype(dtype) / b, None, n)
 
 
 def rademacher(num_examples: int, scale: float, *, dtype: Any = jnp.float32) -> MNoise:
@@ -172,11 +187,13 @@ def rademacher(num_examples: int, scale: float, *, dtype: Any = jnp.float32) -> 
     dtype = _validate.wide_float_dtype("dtype", dtype)
     scale = _validate.finite_nonnegative("scale", scale)
 
-    def draw(key: Key[Array, ""]) -> Weights:
-        return Weights(1 / n + scale / n * jax.random.rademacher(key, (n,), dtype), None, n)
-
     covariance = Exchangeable((scale / n) ** 2, 0.0)
+    draw = bound(_draw_rademacher, n, scale, dtype)
     return MNoise(f"rademacher({n}, {scale:g})", n, n, covariance, draw)
+
+
+def _draw_rademacher(n: int, scale: float, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+    return Weights(1 / n + scale / n * _pieces.signs(key, n, dtype), None, n)
 
 
 def matching_scale(target: MNoise) -> float:

@@ -16,6 +16,7 @@ from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Int, Key, UInt32
 
 from msgd_jax import _validate
+from msgd_jax._streams import Stream, derive
 
 # Up to here a permutation is sorted out by `jax.random.permutation`: exactly uniform and quick.
 SORTED_UP_TO = 1024
@@ -35,15 +36,16 @@ def permute(
     positions tb to (t+1)b - 1 the t-th batch of a shuffled epoch, and distinct positions always
     have distinct values.
 
-    Up to 1,024 examples it is `jax.random.permutation`, uniform over all N! permutations. Above, it
-    is a pseudo-random permutation: a Feistel network of twelve rounds of Threefry, walked on its
-    cycle (format-preserving encryption). The law of one position is uniform and that of two within
-    1e-7 of uniform in total variation, to the extent that Threefry's outputs are independent and
+    Up to 1,024 examples it is sorted out, uniform over all N! permutations. Above, it is a
+    pseudo-random permutation: a Feistel network of twelve rounds of Threefry, walked on its cycle
+    (format-preserving encryption). The law of one position is uniform and that of two within 1e-7
+    of uniform in total variation, to the extent that Threefry's outputs are independent and
     uniform.
 
     Args:
-        key: a typed PRNG key.
-        positions: integers in [0, N), of any shape; traced ones outside are clipped.
+        key: a typed PRNG key; the permutation is independent of what `jax.random` makes of it.
+        positions: integers in [0, N), of any shape and integer type; traced ones outside are
+            clipped.
         num_examples: N, between 1 and 2^31 - 1.
 
     Returns:
@@ -63,10 +65,15 @@ def permute(
     """
     _validate.prng_key("key", key)
     n = _validate.num_examples("num_examples", num_examples)
-    positions = _validate.positions("positions", positions, n)
-    key = jax.random.clone(key)  # to ask for other positions with the same key is no reuse
+    return _permute(key, _validate.positions("positions", positions, n), n)
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def _permute(key: Key[Array, ""], positions: Int[Array, "*shape"], n: int) -> Int[Array, "*shape"]:
+    # What is kept of this, for good, is one program for each N and each shape, as of jnp's own.
+    key = derive(key, Stream.PERMUTATION)
     if n <= SORTED_UP_TO:
-        return jax.random.permutation(key, n)[positions].astype(jnp.int32)
+        return jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))[positions]
     grid = _grid(n)
     words = jax.random.bits(key, (ROUNDS, 2), jnp.uint32)
 

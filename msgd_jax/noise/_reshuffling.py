@@ -9,7 +9,7 @@ from jaxtyping import Array, Int, Key
 from msgd_jax import _validate
 from msgd_jax.noise import _pieces
 from msgd_jax.noise._permutation import permute
-from msgd_jax.noise._types import Exchangeable, MNoise, Weights
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights, bound
 
 
 def random_reshuffling(
@@ -52,24 +52,35 @@ def random_reshuffling(
             f"batch_size must divide num_examples = {n}, got {b}, which leaves {n % b} examples "
             "over: drop_remainder=True leaves out as many in each epoch, others each time."
         )
-    steps_an_epoch = n // b
+    steps = n // b  # in an epoch
+    return MNoise(
+        f"random_reshuffling({n}, {b}, drop_remainder={drop_remainder})",
+        n,
+        b,
+        _pieces.subset_covariance(n, b),
+        bound(_draw, n, b, dtype),
+        bound(_draw_at, n, b, steps, dtype),
+        bound(_between, n, steps),
+    )
 
-    def weights(indices: Int[Array, " batch"]) -> Weights:
-        return Weights(jnp.full(b, 1 / b, dtype), indices, n)
 
-    def draw(key: Key[Array, ""]) -> Weights:
-        return weights(_pieces.subset(key, n, b))
+def _draw(n: int, b: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+    return _weights(n, b, dtype, _pieces.subset(key, n, b))
 
-    def draw_at(key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
-        epoch, batch = jnp.divmod(jnp.asarray(step), steps_an_epoch)
-        positions = (batch * b).astype(jnp.int32) + jnp.arange(b, dtype=jnp.int32)
-        return weights(permute(jax.random.fold_in(key, epoch), positions, n))
 
-    def between(step: int, other: int) -> Exchangeable:
-        if step // steps_an_epoch == other // steps_an_epoch:
-            return _pieces.centred_covariance(n, -1 / n**2)
-        return Exchangeable(0.0, 0.0)
+def _draw_at(
+    n: int, b: int, steps: int, dtype: jnp.dtype, key: Key[Array, ""], step: Int[Array, ""]
+) -> Weights:
+    epoch, batch = jnp.divmod(step, steps)
+    positions = batch * b + jnp.arange(b, dtype=jnp.int32)
+    return _weights(n, b, dtype, permute(jax.random.fold_in(key, epoch), positions, n))
 
-    name = f"random_reshuffling({n}, {b}, drop_remainder={drop_remainder})"
-    covariance = _pieces.subset_covariance(n, b)
-    return MNoise(name, n, b, covariance, draw, draw_at, between)
+
+def _weights(n: int, b: int, dtype: jnp.dtype, indices: Int[Array, " batch"]) -> Weights:
+    return Weights(jnp.full(b, 1 / b, dtype), indices, n)
+
+
+def _between(n: int, steps: int, step: int, other: int) -> Exchangeable:
+    if step // steps == other // steps:
+        return _pieces.centred_covariance(n, -1 / n**2)
+    return Exchangeable(0.0, 0.0)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key, UInt32
 
 from msgd_jax import _validate
 from msgd_jax.noise import _pieces
-from msgd_jax.noise._types import MNoise, Weights
+from msgd_jax.noise._types import MNoise, Weights, bound
 
 
 def student_t(
@@ -45,12 +45,14 @@ def student_t(
     nu = _degrees_of_freedom(degrees_of_freedom)
     scale = math.sqrt((nu - 2) / (nu * b * n))
 
-    def draw(key: Key[Array, ""]) -> Weights:
-        t = _pieces.centre_symmetric(_variates(key, n, nu, dtype))
-        return Weights(1 / n + scale * t, None, n)
-
+    covariance = _pieces.centred_covariance(n, (n - 1) / (b * n**2))
     name = f"student_t({n}, {b}, degrees_of_freedom={nu:g})"
-    return MNoise(name, n, n, _pieces.centred_covariance(n, (n - 1) / (b * n**2)), draw)
+    return MNoise(name, n, n, covariance, bound(_draw, n, nu, scale, dtype))
+
+
+def _draw(n: int, nu: float, scale: float, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+    t = _pieces.centre_symmetric(_variates(key, n, nu, dtype))
+    return Weights(1 / n + scale * t, None, n)
 
 
 def _variates(

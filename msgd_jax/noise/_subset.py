@@ -8,7 +8,7 @@ from jaxtyping import Array, Key
 
 from msgd_jax import _validate
 from msgd_jax.noise import _pieces
-from msgd_jax.noise._types import MNoise, Weights
+from msgd_jax.noise._types import MNoise, Weights, bound
 
 
 def estimated_fisher(
@@ -33,12 +33,9 @@ def estimated_fisher(
     m = _validate.positive_int("estimate_size", estimate_size, maximum=n)
     scale = 1 / math.sqrt(b * m)
 
-    def draw(key: Key[Array, ""]) -> Weights:
-        subset, noise = _pieces.subset_and_normals(key, n, m, dtype)
-        return Weights(_pieces.scatter(scale * noise, subset, n) + 1 / n, None, n)
-
     name = f"estimated_fisher({n}, {b}, estimate_size={m})"
-    return MNoise(name, n, n, _pieces.normals_covariance(n, m, scale), draw)
+    covariance = _pieces.normals_covariance(n, m, scale)
+    return MNoise(name, n, n, covariance, bound(_draw_estimated, n, m, scale, False, dtype))
 
 
 def estimated_cov(
@@ -63,14 +60,18 @@ def estimated_cov(
     m = _validate.positive_int("estimate_size", estimate_size, minimum=2, maximum=n)
     scale = math.sqrt((n - 1) / (b * n * (m - 1)))
 
-    def draw(key: Key[Array, ""]) -> Weights:
-        subset, noise = _pieces.subset_and_normals(key, n, m, dtype)
-        return Weights(
-            _pieces.scatter(scale * _pieces.centre_normals(noise), subset, n) + 1 / n, None, n
-        )
-
     name = f"estimated_cov({n}, {b}, estimate_size={m})"
-    return MNoise(name, n, n, _pieces.centred_normals_covariance(n, m, scale), draw)
+    covariance = _pieces.centred_normals_covariance(n, m, scale)
+    return MNoise(name, n, n, covariance, bound(_draw_estimated, n, m, scale, True, dtype))
+
+
+def _draw_estimated(
+    n: int, m: int, scale: float, centred: bool, dtype: jnp.dtype, key: Key[Array, ""]
+) -> Weights:
+    """1/N + scale * eps on a subset of m examples, 1/N elsewhere."""
+    subset, noise = _pieces.subset_and_normals(key, n, m, dtype)
+    noise = _pieces.centre_normals(noise) if centred else noise
+    return Weights(_pieces.scatter(scale * noise, subset, n) + 1 / n, None, n)
 
 
 def sparse_fisher(
@@ -112,15 +113,11 @@ def sparse_fisher(
         variance = size / b
     scale = math.sqrt(max(variance, 0.0))  # at the smallest support, rounding can go below 0
 
-    def draw(key: Key[Array, ""]) -> Weights:
-        subset, noise = _pieces.subset_and_normals(key, n, size, dtype)
-        return Weights((1 + scale * noise) / size, subset, n)
-
     covariance = _pieces.subset_covariance(n, size) + _pieces.normals_covariance(
         n, size, scale / size
     )
     name = f"sparse_fisher({n}, {b}, support_size={size}, matching={matching!r})"
-    return MNoise(name, n, size, covariance, draw)
+    return MNoise(name, n, size, covariance, bound(_draw_sparse, n, size, scale, False, dtype))
 
 
 def sparse_cov(
@@ -163,13 +160,20 @@ def sparse_cov(
         variance = size**2 * (n - 1) / (b * n * (size - 1))
     scale = math.sqrt(max(variance, 0.0))  # at the smallest support, rounding can go below 0
 
-    def draw(key: Key[Array, ""]) -> Weights:
-        subset, noise = _pieces.subset_and_normals(key, n, size, dtype)
-        return Weights((1 + scale * _pieces.centre_normals(noise)) / size, subset, n)
-
-    gaussian = _pieces.centred_normals_covariance(n, size, scale / size)
+    covariance = _pieces.subset_covariance(n, size) + _pieces.centred_normals_covariance(
+        n, size, scale / size
+    )
     name = f"sparse_cov({n}, {b}, support_size={size}, matching={matching!r})"
-    return MNoise(name, n, size, _pieces.subset_covariance(n, size) + gaussian, draw)
+    return MNoise(name, n, size, covariance, bound(_draw_sparse, n, size, scale, True, dtype))
+
+
+def _draw_sparse(
+    n: int, size: int, scale: float, centred: bool, dtype: jnp.dtype, key: Key[Array, ""]
+) -> Weights:
+    """(1 + scale * eps)/B on a subset of B examples, 0 elsewhere."""
+    subset, noise = _pieces.subset_and_normals(key, n, size, dtype)
+    noise = _pieces.centre_normals(noise) if centred else noise
+    return Weights((1 + scale * noise) / size, subset, n)
 
 
 def _check_support(size: int, minimum: int) -> None:

@@ -6,13 +6,14 @@ Li, Malladi and Arora (2021), On the Validity of Modeling SGD with Stochastic Di
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from msgd_jax import _validate
-from msgd_jax.noise._types import Exchangeable, MNoise, Weights
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights, bound
 
 
 def svag(base: MNoise, refinement: int) -> MNoise:
@@ -58,20 +59,26 @@ def svag(base: MNoise, refinement: int) -> MNoise:
     if refinement == 1:
         return dataclasses.replace(base, name=name)
 
-    n, root = base.num_examples, math.sqrt(2 * refinement - 1)
-    p, q = (1 + root) / 2, (1 - root) / 2
-
-    def draw(key: Key[Array, ""]) -> Weights:
-        first_key, second_key = jax.random.split(key)
-        first, second = base.draw(first_key), base.draw(second_key)
-        if first.indices is None or second.indices is None:
-            return Weights(p * first.values + q * second.values, None, n)
-        values = jnp.concatenate([p * first.values, q * second.values])
-        return Weights(values, jnp.concatenate([first.indices, second.indices]), n)
-
     indices = jax.eval_shape(lambda: base.draw(jax.random.key(0)).indices)  # computes nothing
     support_size = base.support_size * (1 if indices is None else 2)
     covariance = Exchangeable(
         refinement * base.covariance.diagonal, refinement * base.covariance.off_diagonal
     )
-    return MNoise(name, n, support_size, covariance, draw)
+    draw = bound(_draw, base.draw, base.num_examples, refinement)
+    return MNoise(name, base.num_examples, support_size, covariance, draw)
+
+
+def _draw(
+    draw_base: Callable[[Key[Array, ""]], Weights],
+    num_examples: int,
+    refinement: int,
+    key: Key[Array, ""],
+) -> Weights:
+    root = math.sqrt(2 * refinement - 1)
+    p, q = (1 + root) / 2, (1 - root) / 2
+    first_key, second_key = jax.random.split(key)
+    first, second = draw_base(first_key), draw_base(second_key)
+    if first.indices is None or second.indices is None:
+        return Weights(p * first.values + q * second.values, None, num_examples)
+    values = jnp.concatenate([p * first.values, q * second.values])
+    return Weights(values, jnp.concatenate([first.indices, second.indices]), num_examples)

@@ -1,8 +1,10 @@
 """What an M-noise is: `MNoise`, its draws `Weights`, and its covariance `Exchangeable`."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,27 @@ from jaxtyping import Array, Float, Int, Key
 from numpy.typing import NDArray
 
 from msgd_jax import _validate
+from msgd_jax._streams import Stream, derive
 
 
-@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A function with its first arguments given; equal where function and arguments are."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def __call__(self, *rest: Any) -> Any:
+        """Calls the function on the arguments given and the rest."""
+        return self.function(*self.arguments, *rest)
+
+
+def bound(function: Callable[..., Any], *arguments: Any) -> Bound:
+    """`function` with its first arguments given."""
+    return Bound(function, arguments)
+
+
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """One draw of an M-noise: the weight of each example whose loss is computed.
@@ -23,14 +43,43 @@ class Weights:
         indices: which examples they belong to, [support], repeats allowed (their weights add up);
           None means all examples in order, and then support = num_examples.
         num_examples: N, the length of the full weight vector.
+
+    Raises:
+        TypeError: if `num_examples` is not an integer or `indices` are not integers.
+        ValueError: if `num_examples` is not positive or `indices` are not in [0, num_examples);
+            traced ones are not looked at.
     """
 
     values: Float[Array, "*batch support"]
     indices: Int[Array, "*batch support"] | None
-    num_examples: int = dataclasses.field(metadata={"static": True})
+    num_examples: int
 
-    def dense(self) -> Float[Array, " num_examples"]:
-        """The full weight vector W in R^N, zeros included.
+    def __post_init__(self) -> None:
+        _validate.num_examples("num_examples", self.num_examples)
+        if self.indices is not None:
+            _validate.integer_dtype("indices", self.indices)
+            _validate.indices("indices", self.indices, self.num_examples)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], int]:
+        """For jax: values and indices are leaves, the number of examples is static."""
+        names = ("values", "indices")
+        keyed = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
+        return keyed, self.num_examples
+
+    @classmethod
+    def tree_unflatten(cls, num_examples: int, leaves: Any) -> "Weights":
+        """For jax, which puts other things than arrays in their place, so nothing is checked."""
+        made = object.__new__(cls)
+        for name, value in zip(
+            ("values", "indices", "num_examples"), (*leaves, num_examples), strict=True
+        ):
+            object.__setattr__(made, name, value)
+        return made
+
+    def dense(self) -> Float[Array, "*batch num_examples"]:
+        """The full weight vector W in R^N, zeros included; of K draws, [K, N].
+
+        Traced indices outside [0, N) count for nothing.
 
         Example:
             >>> from msgd_jax import noise
@@ -40,7 +89,13 @@ class Weights:
         """
         if self.indices is None:
             return self.values
-        return jnp.zeros(self.num_examples, self.values.dtype).at[self.indices].add(self.values)
+
+        def of_one(values: Array, indices: Array) -> Array:
+            zeros = jnp.zeros(self.num_examples, values.dtype)
+            indices = indices.astype(jnp.int32)
+            return zeros.at[indices].add(values, mode="drop", wrap_negative_indices=False)
+
+        return jnp.vectorize(of_one, signature="(b),(b)->(n)")(self.values, self.indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,20 +153,23 @@ class Exchangeable:
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class MNoise:
     """An M-noise: a law of weight vectors with mean 1/N, drawn by a pure function of (key, step).
 
-    Made by the constructors of this module, or by you: `draw` is all it takes. It holds no arrays
-    and compares by identity (like an optax transformation), so jit sees it as a constant: build it
-    once, outside the training loop.
+    Made by the constructors of this module, or by you: `draw` is all it takes. It holds no arrays,
+    and jit sees it as a constant. Laws compare by value: two that one constructor made of the same
+    arguments are equal, two of yours are if all their attributes are (functions compare by
+    identity). The program that draws belongs to the law and goes when it goes, so build a law once,
+    outside the training loop.
 
     Attributes:
         name: the constructor and its arguments, for people.
         num_examples: N, how many examples there are.
         support_size: how many per-example losses one step computes.
         covariance: Cov(W), exact.
-        draw: maps one PRNG key to `Weights`.
+        draw: maps one PRNG key to `Weights`. It is called with keys that nobody else draws from;
+            call `sample`, which sees to that.
         draw_at: for steps that depend on each other: maps (key of the run, step) to `Weights`, each
             step by itself with the law of `draw`. None: the steps are independent, each of them
             `draw` with a key of its own.
@@ -167,12 +225,13 @@ class MNoise:
         less under vmap.)
 
         Args:
-            key: a typed PRNG key, the same for the whole run (it is folded with `step`).
-            step: which step, at least 0; a traced integer is welcome.
+            key: a typed PRNG key, the same for the whole run. It may be used for anything else as
+                well: what is drawn here is independent of what `jax.random` makes of it.
+            step: which step, from 0 to 2^31 - 1, of any integer type; a traced one is welcome.
 
         Raises:
             TypeError: if `key` is not a typed PRNG key or `step` is not an integer.
-            ValueError: if `key` is an array of keys, or `step` is negative or not a scalar.
+            ValueError: if `key` is an array of keys, or `step` is out of range or not a scalar.
 
         Example:
             >>> from msgd_jax import noise
@@ -183,16 +242,19 @@ class MNoise:
             (4, 100)
         """
         _validate.prng_key("key", key)
-        _validate.step(step)
-        return _sample(self, key, step)
+        return self._compiled(key, _validate.step(step))
 
+    @functools.cached_property
+    def _compiled(self) -> Callable[[Key[Array, ""], Int[Array, ""]], Weights]:
+        # Compiled also when called eagerly, and not fused with what uses the weights: arithmetic
+        # that is fused otherwise rounds otherwise.
+        draw, draw_at = self.draw, self.draw_at
 
-@jax.jit
-def _sample(noise: MNoise, key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
-    # Compiled also when called eagerly, and not fused with what uses the weights: arithmetic that
-    # is fused otherwise rounds otherwise.
-    if noise.draw_at is not None:
-        weights = noise.draw_at(key, step)
-    else:
-        weights = noise.draw(jax.random.fold_in(key, step))
-    return jax.lax.optimization_barrier(weights)
+        def one_step(key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
+            if draw_at is not None:
+                weights = draw_at(derive(key, Stream.WEIGHTS), step)
+            else:
+                weights = draw(derive(key, Stream.WEIGHTS, step))
+            return jax.lax.optimization_barrier(weights)
+
+        return jax.jit(one_step)
