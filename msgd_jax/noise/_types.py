@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 from numpy.typing import NDArray
 
 from msgd_jax import _validate
 from msgd_jax._streams import Stream, derive
+from msgd_jax._typing import Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,12 @@ class Weights:
             traced ones are not looked at.
     """
 
-    values: Float[Array, "*batch support"]
-    indices: Int[Array, "*batch support"] | None
+    values: Float[Array, "*batch support"] | Float[NDArray[np.floating[Any]], "*batch support"]
+    indices: (
+        Integer[Array, "*batch support"]
+        | Integer[NDArray[np.integer[Any]], "*batch support"]
+        | None
+    )
     num_examples: int
 
     def __post_init__(self) -> None:
@@ -87,15 +92,16 @@ class Weights:
             >>> weights.dense()
             Array([0.2, 0.2, 0.2, 0.2, 0.2], dtype=float32)
         """
+        values = jnp.asarray(self.values)
         if self.indices is None:
-            return self.values
+            return values
 
         def of_one(values: Array, indices: Array) -> Array:
             zeros = jnp.zeros(self.num_examples, values.dtype)
             indices = indices.astype(jnp.int32)
             return zeros.at[indices].add(values, mode="drop", wrap_negative_indices=False)
 
-        return jnp.vectorize(of_one, signature="(b),(b)->(n)")(self.values, self.indices)
+        return jnp.vectorize(of_one, signature="(b),(b)->(n)")(values, self.indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +191,7 @@ class MNoise:
     support_size: int
     covariance: Exchangeable
     draw: Callable[[Key[Array, ""]], Weights] = dataclasses.field(repr=False)
-    draw_at: Callable[[Key[Array, ""], int | Int[Array, ""]], Weights] | None = dataclasses.field(
+    draw_at: Callable[[Key[Array, ""], Int[Array, ""]], Weights] | None = dataclasses.field(
         default=None, repr=False
     )
     between: Callable[[int, int], Exchangeable] | None = dataclasses.field(default=None, repr=False)
@@ -217,7 +223,7 @@ class MNoise:
             return self.covariance
         return Exchangeable(0.0, 0.0) if self.between is None else self.between(step, other)
 
-    def sample(self, key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
+    def sample(self, key: Key[Array, ""], step: Step) -> Weights:
         """Draws the weight vector of one step.
 
         Same key and step, same weights: under jit or not, under vmap over keys, on any number of

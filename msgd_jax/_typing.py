@@ -1,0 +1,10 @@
+"""Types with names, for annotations."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Integer
+from numpy.typing import NDArray
+
+Step = int | np.integer[Any] | Integer[Array, ""] | Integer[NDArray[np.integer[Any]], ""]
+"""A step: an integer of any type from 0 to 2^31 - 1, or a traced one."""
