@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from msgd_jax import _dtypes, _shards, _validate
+from msgd_jax.noise import permute
+
+Order = Key[Array, ""] | None
+"""A key for the order in which micro-batches take the examples; None for the order they are in."""
 
 
 class Terms(NamedTuple):
@@ -41,6 +45,7 @@ def spread_rows(
 
     def filled(data: Any, *args: Any) -> Rows:
         values, indices = weights_of(*args)
+        indices = None if indices is None else indices.astype(jnp.int32)
         if sharding is None:
             return Rows(data, indices, values)
         num_rows = _shards.missing(values.shape[0], sharding)
@@ -55,21 +60,33 @@ def spread_rows(
 
 def over_rows(
     one_batch: Callable[..., Terms], microbatch_size: int | None, sharding: NamedSharding | None
-) -> Callable[[Any, Rows, Any], tuple[tuple[Array, Any], Any]]:
+) -> Callable[[Any, Rows, Any, Order], tuple[tuple[Array, Any], Any]]:
     """The sum of `one_batch` over all rows, in micro-batches on each device."""
 
-    def terms_of(params: Any, rows: Rows, aux: Any) -> tuple[tuple[Array, Any], Any]:
+    def terms_of(params: Any, rows: Rows, aux: Any, order: Order) -> tuple[tuple[Array, Any], Any]:
         support = rows.values.shape[0]
         if microbatch_size is None or microbatch_size >= support:
             terms = one_batch(params, take(rows.data, rows.indices), rows.values, aux)
         else:
-            indices = jnp.arange(support) if rows.indices is None else rows.indices
-            terms = _accumulate(
-                one_batch, params, rows.data, indices, rows.values, aux, microbatch_size
-            )
+            indices, values = _in_order(rows, order, sharding)
+            terms = _accumulate(one_batch, params, rows.data, indices, values, aux, microbatch_size)
         return (terms.value, terms.grads), terms.aux
 
     return _shards.summed(terms_of, sharding)
+
+
+def _in_order(
+    rows: Rows, order: Order, sharding: NamedSharding | None
+) -> tuple[Int[Array, " support"], Float[Array, "support *draws"]]:
+    """Where the examples of this device are, and their weights, in the order to visit them."""
+    positions = jnp.arange(rows.values.shape[0], dtype=jnp.int32)
+    if order is None:
+        return positions if rows.indices is None else rows.indices, rows.values
+    # Each device shuffles what it has: nothing moves between devices.
+    part = 0 if sharding is None else jax.lax.axis_index(_shards.axes(sharding))
+    positions = permute(jax.random.fold_in(order, part), positions, positions.shape[0])
+    indices = positions if rows.indices is None else rows.indices[positions]
+    return indices, rows.values[positions]
 
 
 def _accumulate(

@@ -79,7 +79,7 @@ def spread(function: Callable[..., Any], sharding: NamedSharding | None) -> Call
 def summed(
     terms_of: Callable[..., tuple[Any, Any]], sharding: NamedSharding | None
 ) -> Callable[..., tuple[Any, Any]]:
-    """Adds up ``terms_of(params, rows, aux) -> (terms, aux)`` over the parts of the rows.
+    """Adds up ``terms_of(params, rows, aux, order) -> (terms, aux)`` over the parts of the rows.
 
     Parameters come whole along the mesh axes of the examples, and stay as they are along the
     others. The sum of the terms, in float32 or wider, is the one reduction; statistics are averaged
@@ -90,8 +90,8 @@ def summed(
     names = axes(sharding)
     explicit = AxisType.Explicit in sharding.mesh.axis_types
 
-    def of_part(params: Any, rows: Any, aux: Any) -> tuple[Any, Any]:
-        terms, aux = terms_of(params, rows, aux)
+    def of_part(params: Any, rows: Any, aux: Any, order: Any) -> tuple[Any, Any]:
+        terms, aux = terms_of(params, rows, aux, order)
         terms = jax.tree.map(lambda x: x.astype(_dtypes.accumulator(x.dtype)), terms)
         return jax.lax.psum(terms, names), jax.tree.map(functools.partial(_agreed, names), aux)
 
@@ -100,16 +100,16 @@ def summed(
     mapped = jax.shard_map(
         of_part,
         mesh=sharding.mesh,
-        in_specs=(everywhere, rows, everywhere),
+        in_specs=(everywhere, rows, everywhere, everywhere),
         out_specs=everywhere,
         axis_names=set(names),
         check_vma=False,
     )
 
-    def total(params: Any, rows: Any, aux: Any) -> tuple[Any, Any]:
+    def total(params: Any, rows: Any, aux: Any, order: Any) -> tuple[Any, Any]:
         if explicit:  # in the other modes XLA gathers what is spread over these axes
             params, aux = jax.tree.map(functools.partial(_whole, names), (params, aux))
-        return mapped(params, rows, aux)
+        return mapped(params, rows, aux, order)
 
     return jax.jit(total)
 

@@ -5,15 +5,19 @@ gradient of its product with a weight vector is the noisy gradient: no gradient 
 covariance matrix, nothing larger than the gradient itself.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
-from msgd_jax import _dtypes, _rows, _shards, _validate
+from msgd_jax import _dtypes, _narrow, _rows, _shards, _validate
+from msgd_jax._streams import Stream, derive
+from msgd_jax._typing import Step
 from msgd_jax.noise import MNoise, Weights
 
 __all__ = [
@@ -128,7 +132,7 @@ def weighted_value_and_grad(
         leaves, made_of = jax.tree.flatten(weights)
         return value_and_grad(params, data, lambda *x: jax.tree.unflatten(made_of, x), leaves, aux)
 
-    return of_weights
+    return _compiled_if(microbatch_size is not None or sharding is not None, of_weights)
 
 
 def noisy_value_and_grad(
@@ -159,19 +163,42 @@ def noisy_value_and_grad(
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    _check_arguments(loss_vector_fn, microbatch_size, sharding)
     if not isinstance(noise, MNoise):
-        raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
+        raise TypeError(f"noise must be a noise.MNoise, got {_validate.shown(noise)}.")
+    return drawn_value_and_grad(
+        loss_vector_fn, noise.sample,
+        microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding,
+    )  # fmt: skip
+
+
+def drawn_value_and_grad(
+    loss_vector_fn: LossVectorFn,
+    draw: Callable[[Key[Array, ""], Int[Array, ""]], Weights],
+    *,
+    microbatch_size: int | None,
+    has_aux: bool,
+    sharding: NamedSharding | None,
+) -> Callable[..., tuple[Any, Any]]:
+    """`noisy_value_and_grad` at the weights ``draw(key, step)``."""
+    _check_arguments(loss_vector_fn, microbatch_size, sharding)
     value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_aux, sharding)
 
     def of_step(
-        params: Any, data: Any, key: Key[Array, ""], step: int | Int[Array, ""], aux: Any = None
+        params: Any, data: Any, key: Key[Array, ""], step: Int[Array, ""], aux: Any = None
+    ) -> Any:
+        # Losses of one ghost batch depend on each other: which examples share one is random.
+        order = derive(key, Stream.ORDER, step) if has_aux else None
+        return value_and_grad(params, data, draw, (key, step), aux, order)
+
+    compiled = _compiled_if(microbatch_size is not None or sharding is not None, of_step)
+
+    def of_checked_step(
+        params: Any, data: Any, key: Key[Array, ""], step: Step, aux: Any = None
     ) -> Any:
         _validate.prng_key("key", key)
-        _validate.step(step)
-        return value_and_grad(params, data, noise.sample, (key, step), aux)
+        return compiled(params, data, key, _validate.step(step), aux)
 
-    return of_step
+    return of_checked_step
 
 
 def weighted_values_and_grads(
@@ -227,12 +254,15 @@ def weighted_values_and_grads(
             _validate.loss_vector(losses, values.shape[0])
             return losses
 
-        losses, pull_back = jax.vjp(losses_of, params)
+        wide_losses_of, narrow = _narrow.wide_sums(losses_of, params)
+        losses, pull_back = jax.vjp(wide_losses_of, params)
         dtype = _dtypes.accumulator(losses.dtype, values.dtype)
 
         def one_draw(values: Float[Array, " batch"]) -> tuple[Float[Array, ""], Any]:
             value = jnp.sum(losses.astype(dtype) * values.astype(dtype))
-            return value, pull_back(values.astype(losses.dtype))[0]
+            scale = _narrow.scale(values) if narrow else None
+            scaled = values if scale is None else values * scale
+            return value, _narrow.unscaled(pull_back(scaled.astype(losses.dtype))[0], scale)
 
         # One draw at a time is a plain scan, without a `vmap` over one inside.
         at_once = None if draws_per_pass == 1 else draws_per_pass
@@ -253,10 +283,10 @@ def weighted_values_and_grads(
             return jax.vmap(Weights.dense)(jax.tree.unflatten(made_of, leaves)).T, None
 
         rows = _rows.spread_rows(data, dense, tuple(leaves), sharding)
-        (totals, grads), _ = total(params, rows, ())
+        (totals, grads), _ = total(params, rows, (), None)
         return totals, _like(params, grads)
 
-    return values_and_grads
+    return _compiled_if(True, values_and_grads)
 
 
 def _of_drawn(
@@ -268,23 +298,37 @@ def _of_drawn(
     """``f(params, data, draw, args, aux)``: value and gradient at the weights ``draw(*args)``."""
 
     def one_batch(params: Any, batch: Any, values: Float[Array, " batch"], aux: Any) -> _rows.Terms:
-        def weighted_loss(params: Any) -> tuple[Float[Array, ""], Any]:
+        def losses_of(params: Any) -> tuple[Float[Array, " batch"], Any]:
             if has_aux:
                 losses, new_aux = loss_vector_fn(params, batch, aux)
                 _check_aux(aux, new_aux)
             else:
                 losses, new_aux = loss_vector_fn(params, batch), aux
             _validate.loss_vector(losses, values.shape[0])
+            return losses, new_aux
+
+        wide_losses_of, narrow = _narrow.wide_sums(losses_of, params)
+        scale = _narrow.scale(values) if narrow else None
+
+        def weighted_loss(params: Any) -> tuple[Float[Array, ""], Any]:
+            losses, new_aux = wide_losses_of(params)
             dtype = _dtypes.accumulator(losses.dtype, values.dtype)
-            return jnp.sum(losses.astype(dtype) * values.astype(dtype)), new_aux
+            weights = values.astype(dtype) if scale is None else values.astype(dtype) * scale
+            return jnp.sum(losses.astype(dtype) * weights), new_aux
 
         (value, new_aux), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
+        value, grads = _narrow.unscaled((value, grads), scale)
         return _rows.Terms(value, grads, new_aux)
 
     total = _rows.over_rows(one_batch, microbatch_size, sharding)
 
     def value_and_grad(
-        params: Any, data: Any, draw: Callable[..., Weights], args: Sequence[Any], aux: Any
+        params: Any,
+        data: Any,
+        draw: Callable[..., Weights],
+        args: Sequence[Any],
+        aux: Any,
+        order: _rows.Order = None,
     ) -> Any:
         _validate.floating_params(params)
         data_size = _validate.leading_axis("data", data)
@@ -295,11 +339,28 @@ def _of_drawn(
             return weights.values, weights.indices
 
         rows = _rows.spread_rows(data, checked, tuple(args), sharding)
-        (value, grads), aux = total(params, rows, aux)
+        (value, grads), aux = total(params, rows, aux, order)
         grads = _like(params, grads)
         return ((value, aux), grads) if has_aux else (value, grads)
 
     return value_and_grad
+
+
+def _compiled_if(condition: bool, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, called eagerly as one program that it owns, where `condition` says so.
+
+    Called on traced arguments it is part of the program around it: traced with that, anew.
+    """
+    if not condition:
+        return function
+    compiled = jax.jit(function)
+
+    @functools.wraps(function)
+    def either(*args: Any) -> Any:
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
+        return function(*args) if traced else compiled(*args)
+
+    return either
 
 
 def _like(params: Any, grads: Any) -> Any:

@@ -131,14 +131,14 @@ def make_loop(
     prefetch = _validate.positive_int("prefetch", prefetch)
     num_threads = _validate.positive_int("num_threads", num_threads)
     reader = _Reader(noise, source, sharding)
-    of_weights = loss_lib.weighted_value_and_grad(
-        loss_vector_fn, microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding
-    )
 
-    def of_batch(params: Any, batch: Any, key: Key[Array, ""], step: Any, aux: Any) -> Any:
-        weights = Weights(noise.sample(key, step).values, None, noise.support_size)
-        return of_weights(params, batch, weights, aux)
+    def as_read(key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
+        return Weights(noise.sample(key, step).values, None, noise.support_size)
 
+    of_batch = loss_lib.drawn_value_and_grad(
+        loss_vector_fn, as_read,
+        microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding,
+    )  # fmt: skip
     problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
     step = jax.jit(step_of(of_batch, optimizer, has_aux, problem), donate_argnums=0)
 

@@ -1,0 +1,159 @@
+"""Models that compute in float16 or bfloat16: their sums over examples in float32.
+
+Where an array is used for many examples at once, its gradient is a sum over these uses, and jax
+adds it up in the type of the array: a thousand equal terms make 256 in bfloat16, which has eight
+bits. Products of matrices and convolutions add up in float32 on every platform; what is left are
+`gather` (an embedding looked up) and whatever repeats an array (a bias added), whose transposes are
+a scatter-add and a plain sum. Here these are computed in float32 and rounded afterwards: the same
+values to the last bit, and so their transposes sum in float32 and round once.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from msgd_jax import _dtypes
+
+# Their transposes are sums.
+_SPREADING = ("gather", "broadcast_in_dim")
+# Repeat an operand along axes of size 1, and then theirs are too.
+_ELEMENTWISE = ("add", "sub", "mul", "div", "max", "min", "pow")
+# Calls of a function that has a name, which are written out.
+_CALLS = ("jit", "pjit", "closed_call", "core_call")
+# Have derivatives of their own, which stay as they are.
+_CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin")
+
+
+def wide_sums(function: Callable[[Any], Any], params: Any) -> tuple[Callable[[Any], Any], bool]:
+    """The same function, with sums of its gradient in float32; and whether it is narrow anywhere.
+
+    `function` is traced once, at the shapes of `params`. Where it computes in float32 or wider
+    throughout, it comes back as it is.
+    """
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(params)
+    if not _is_narrow(traced.jaxpr):
+        return function, False
+
+    def widened(params: Any) -> Any:
+        leaves = _evaluate(traced.jaxpr, traced.consts, jax.tree.leaves(params))
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return widened, True
+
+
+def scale(weights: Float[Array, " batch"]) -> Float[Array, ""]:
+    """A power of two that brings the weights of a pass into the range of float16.
+
+    Weights of 1/N vanish in float16 from N = 4e7 on, and lose digits from 16,000 on. Times this,
+    the largest of m is about 1/sqrt(m), and a sum of m of them sqrt(m): as far from one end of the
+    range as from the other. A power of two, so that nothing is rounded.
+    """
+    largest = jnp.max(jnp.abs(weights)).astype(jnp.float32)
+    _, exponent = jnp.frexp(jnp.where(largest > 0, largest, 1))
+    half = round(math.log2(weights.shape[0]) / 2)
+    return jnp.ldexp(jnp.ones((), jnp.float32), jnp.clip(-exponent - half, -100, 100))
+
+
+def unscaled(tree: Any, scale: Float[Array, ""] | None) -> Any:
+    """The tree divided by the scale, in float32 or wider; as it is without one."""
+    if scale is None:
+        return tree
+
+    def divide(leaf: Float[Array, "..."]) -> Float[Array, "..."]:
+        dtype = _dtypes.accumulator(leaf.dtype)
+        return leaf.astype(dtype) / scale.astype(dtype)
+
+    return jax.tree.map(divide, tree)
+
+
+def _evaluate(jaxpr: jex.Jaxpr, consts: Any, args: Any) -> list[Any]:
+    """Evaluates a jaxpr, operations whose transposes are sums in float32 or wider."""
+    values: dict[Any, Any] = dict(
+        zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
+    )
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack)):
+            out = _apply(eqn, [read(atom) for atom in eqn.invars])
+        values.update(zip(eqn.outvars, out, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _apply(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:
+    name, params = eqn.primitive.name, eqn.params
+    if name in _CALLS and "jaxpr" in params:
+        return _evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, args)
+    if name in _SPREADING and _spreads_narrow(eqn):
+        # Gathered or repeated in float32: the same numbers, and their transpose a sum in float32.
+        wide = eqn.primitive.bind(args[0].astype(jnp.float32), *args[1:], **params)
+        return [wide.astype(args[0].dtype)]
+    if name in _ELEMENTWISE and _spreads_narrow(eqn):
+        args = [_repeated(arg, eqn.outvars[0].aval.shape) for arg in args]
+    if name not in _CUSTOM and any(map(_has_narrow_spreading, jex.jaxprs_in_params(params))):
+        params = {key: _rewritten(value) for key, value in params.items()}
+    bound = eqn.primitive.get_bind_params(params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # jax 0.9 has functions
+    out = eqn.primitive.bind(*functions, *args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _rewritten(value: Any) -> Any:
+    """What a parameter of a loop or a branch becomes: jaxprs are rewritten, alone or in a tuple."""
+    if isinstance(value, tuple):
+        return tuple(map(_rewritten, value))
+    if not isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr)):
+        return value
+    closed = value if isinstance(value, jex.ClosedJaxpr) else jex.ClosedJaxpr(value, ())
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
+    new = jax.make_jaxpr(lambda *args: _evaluate(closed.jaxpr, closed.consts, args))(*shapes)
+    return new if isinstance(value, jex.ClosedJaxpr) else new.jaxpr
+
+
+def _repeated(operand: Any, shape: tuple[int, ...]) -> Any:
+    """An operand in the shape of the result, repeated in float32 where it has to be."""
+    if jnp.shape(operand) == shape:
+        return operand
+    wide = jax.lax.broadcast_in_dim(operand.astype(jnp.float32), shape, range(len(shape)))
+    return wide.astype(operand.dtype)
+
+
+def _spreads_narrow(eqn: jex.JaxprEqn) -> bool:
+    """Whether the transpose of an operation is a sum in a narrow type."""
+    if eqn.primitive.name in _SPREADING:
+        operands = eqn.invars[:1]
+    elif eqn.primitive.name in _ELEMENTWISE:
+        shape = eqn.outvars[0].aval.shape
+        operands = [v for v in eqn.invars if v.aval.shape != shape]
+    else:
+        operands = []
+    return any(not isinstance(v, jex.Literal) and _narrow(v.aval) for v in operands)
+
+
+def _narrow(aval: Any) -> bool:
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
+def _equations(jaxpr: Any) -> Iterator[jex.JaxprEqn]:
+    """Those of a jaxpr and of all that are in it."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from _equations(inner)
+
+
+def _has_narrow_spreading(jaxpr: Any) -> bool:
+    return any(map(_spreads_narrow, _equations(jaxpr)))
+
+
+def _is_narrow(jaxpr: jex.Jaxpr) -> bool:
+    """Whether anything is computed in a type narrower than float32."""
+    return any(_narrow(v.aval) for e in _equations(jaxpr) for v in (*e.invars, *e.outvars))
