@@ -3,9 +3,10 @@
 Where an array is used for many examples at once, its gradient is a sum over these uses, and jax
 adds it up in the type of the array: a thousand equal terms make 256 in bfloat16, which has eight
 bits. Products of matrices and convolutions add up in float32 on every platform; what is left are
-`gather` (an embedding looked up) and whatever repeats an array (a bias added), whose transposes are
-a scatter-add and a plain sum. Here these are computed in float32 and rounded afterwards: the same
-values to the last bit, and so their transposes sum in float32 and round once.
+`gather` (an embedding looked up), whatever repeats an array (a bias added) and what a loop uses in
+every iteration, whose transposes are a scatter-add, a sum and a running sum. Here these are
+computed in float32 and rounded afterwards: the same values to the last bit, and so their transposes
+sum in float32 and round once.
 """
 
 import math
@@ -97,7 +98,9 @@ def _apply(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:
         return [wide.astype(args[0].dtype)]
     if name in _ELEMENTWISE and _spreads_narrow(eqn):
         args = [_repeated(arg, eqn.outvars[0].aval.shape) for arg in args]
-    if name not in _CUSTOM and any(map(_has_narrow_spreading, jex.jaxprs_in_params(params))):
+    if name == "scan" and _spreads_narrow(eqn):
+        args, params = _scan(eqn, args)
+    elif name not in _CUSTOM and any(map(_has_narrow_spreading, jex.jaxprs_in_params(params))):
         params = {key: _rewritten(value) for key, value in params.items()}
     bound = eqn.primitive.get_bind_params(params)
     functions, params = bound if isinstance(bound, tuple) else ((), bound)  # jax 0.9 has functions
@@ -105,15 +108,39 @@ def _apply(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _rewritten(value: Any) -> Any:
-    """What a parameter of a loop or a branch becomes: jaxprs are rewritten, alone or in a tuple."""
+def _scan(eqn: jex.JaxprEqn, args: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+    """A loop enters with its constants in float32: their gradient is a sum over its iterations."""
+    wide = frozenset(i for i, v in enumerate(_constants(eqn)) if _narrow(v.aval))
+    args = [arg.astype(jnp.float32) if i in wide else arg for i, arg in enumerate(args)]
+    return args, {**eqn.params, "jaxpr": _rewritten(eqn.params["jaxpr"], wide)}
+
+
+def _constants(eqn: jex.JaxprEqn) -> list[Any]:
+    """Those of a loop's arguments that are the same in every iteration."""
+    return eqn.invars[: eqn.params["num_consts"]]
+
+
+def _rewritten(value: Any, wide: frozenset[int] = frozenset()) -> Any:
+    """What a parameter of a loop or a branch becomes: jaxprs are rewritten, alone or in a tuple.
+
+    The arguments numbered in `wide` come in float32, and are rounded inside.
+    """
     if isinstance(value, tuple):
         return tuple(map(_rewritten, value))
     if not isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr)):
         return value
     closed = value if isinstance(value, jex.ClosedJaxpr) else jex.ClosedJaxpr(value, ())
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
-    new = jax.make_jaxpr(lambda *args: _evaluate(closed.jaxpr, closed.consts, args))(*shapes)
+    avals = [v.aval for v in closed.jaxpr.invars]
+
+    def evaluate(*args: Any) -> list[Any]:
+        rounded = [arg.astype(avals[i].dtype) if i in wide else arg for i, arg in enumerate(args)]
+        return _evaluate(closed.jaxpr, closed.consts, rounded)
+
+    shapes = [
+        jax.ShapeDtypeStruct(aval.shape, jnp.float32 if i in wide else aval.dtype)
+        for i, aval in enumerate(avals)
+    ]
+    new = jax.make_jaxpr(evaluate)(*shapes)
     return new if isinstance(value, jex.ClosedJaxpr) else new.jaxpr
 
 
@@ -121,7 +148,9 @@ def _repeated(operand: Any, shape: tuple[int, ...]) -> Any:
     """An operand in the shape of the result, repeated in float32 where it has to be."""
     if jnp.shape(operand) == shape:
         return operand
-    wide = jax.lax.broadcast_in_dim(operand.astype(jnp.float32), shape, range(len(shape)))
+    operand = jnp.asarray(operand)
+    axes = range(operand.ndim)  # a scalar has none, anything else those of the result
+    wide = jax.lax.broadcast_in_dim(operand.astype(jnp.float32), shape, axes)
     return wide.astype(operand.dtype)
 
 
@@ -132,6 +161,8 @@ def _spreads_narrow(eqn: jex.JaxprEqn) -> bool:
     elif eqn.primitive.name in _ELEMENTWISE:
         shape = eqn.outvars[0].aval.shape
         operands = [v for v in eqn.invars if v.aval.shape != shape]
+    elif eqn.primitive.name == "scan":
+        operands = _constants(eqn)
     else:
         operands = []
     return any(not isinstance(v, jex.Literal) and _narrow(v.aval) for v in operands)
