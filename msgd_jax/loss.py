@@ -75,16 +75,31 @@ def weighted_value_and_grad(
     """The value and the gradient of ``loss_vector_fn(params, data) . weights``.
 
     One forward and one backward pass over the examples that have weights. Sparse weights gather
-    only their examples. The sum over examples is in float32 or wider, across micro-batches too,
-    also when parameters and losses are narrower; gradients are returned in the parameters' types.
+    only their examples. Gradients are returned in the parameters' types.
+
+    The sum over examples is in float32 or wider. That is so between micro-batches and devices, and
+    also inside one pass of a model that computes in float16 or bfloat16: matrix products and
+    convolutions add up in float32 on every platform, and an embedding that is looked up, a bias
+    that is added or whatever else is used by many examples has its gradient added up in float32 and
+    rounded once. Weights of 1/N, which vanish in float16, enter the backward pass times a power of
+    two that is taken out again in float32. (What a custom derivative of yours does inside stays as
+    it is.) With parameters of this kind the error of the gradient is below 2 % at up to 1e7
+    examples in one pass.
 
     With `microbatch_size`, `optax.microbatching` walks through the examples in order, in runs of
     that many; memory for activations is that of one run, and without `has_aux` nothing else
     changes but the rounding. If it does not divide the number of examples, the last run is filled
     up with examples from the first, at weight 0.
 
-    With `has_aux`, mutable statistics are carried through the micro-batches in order: a micro-batch
-    is a ghost batch. Only here can losses depend on each other, within one ghost batch.
+    With `has_aux`, mutable statistics are carried through the micro-batches: a micro-batch is a
+    ghost batch. Only here can losses depend on each other, within one ghost batch. The examples
+    come in the order of the weights; `noisy_value_and_grad` and `train` draw an order for each
+    step, so that dense laws have other ghost batches at each.
+
+    Called eagerly with `microbatch_size` or `sharding`, the function that is returned compiles
+    itself as `jax.jit` would: once for each set of shapes, reading what `loss_vector_fn` takes from
+    outside (globals, attributes) at the first call only. Called inside your own `jax.jit` it is
+    traced with the rest.
 
     With `sharding`, the examples are spread over devices: each computes the losses of its own, in
     its own micro-batches, with its own part of the weights (XLA draws each part where it is used),
@@ -144,6 +159,10 @@ def noisy_value_and_grad(
     sharding: NamedSharding | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """`weighted_value_and_grad` at the weights of one step of a noise (Algorithm 1).
+
+    With `has_aux` and `microbatch_size`, the examples of a step go through the micro-batches in an
+    order that is drawn for (key, step), on each device those that it holds: which examples share a
+    ghost batch changes from step to step, for dense laws as for sparse ones.
 
     Where examples are spread over devices, each draws its own part of the weights: what
     ``noise.sample(key, step)`` says there, bit for bit.
@@ -218,6 +237,7 @@ def weighted_values_and_grads(
       values, grads = loss.weighted_values_and_grads(loss_vector_fn)(params, data, draws)
 
     All N losses are computed, also for sparse weights: different draws need different examples.
+    Called eagerly it compiles itself, as `weighted_value_and_grad` does in micro-batches.
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].

@@ -1,0 +1,51 @@
+"""Counts what is compiled, and what stays behind: arrays, programs, memory."""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.monitoring
+import psutil
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Collects one entry for each program that is compiled inside the block."""
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **details: object) -> None:
+        if event == _COMPILED:
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def live_bytes() -> int:
+    """The memory of all arrays that anything still holds."""
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays() if not array.is_deleted())
+
+
+def resources() -> tuple[int, int]:
+    """Memory of this process in MiB, and how many maps it has: every program takes some."""
+    gc.collect()
+    process = psutil.Process()
+    return process.memory_info().rss >> 20, len(process.memory_maps(grouped=False))
+
+
+def growth(call: Callable[[int], object], times: int = 100) -> tuple[int, int]:
+    """How much memory (MiB) and how many maps ``call(0), call(1), ...`` add from the tenth on."""
+    for i in range(10):
+        jax.block_until_ready(call(i))
+    memory, maps = resources()
+    for i in range(10, times):
+        jax.block_until_ready(call(i))
+    more_memory, more_maps = resources()
+    return more_memory - memory, more_maps - maps
