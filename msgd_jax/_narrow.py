@@ -97,7 +97,7 @@ def _apply(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:
         wide = eqn.primitive.bind(args[0].astype(jnp.float32), *args[1:], **params)
         return [wide.astype(args[0].dtype)]
     if name in _ELEMENTWISE and _spreads_narrow(eqn):
-        args = [_repeated(arg, eqn.outvars[0].aval.shape) for arg in args]
+        args = [_repeated(arg, _shape(eqn.outvars[0])) for arg in args]
     if name == "scan" and _spreads_narrow(eqn):
         args, params = _scan(eqn, args)
     elif name not in _CUSTOM and any(map(_has_narrow_spreading, jex.jaxprs_in_params(params))):
@@ -159,13 +159,17 @@ def _spreads_narrow(eqn: jex.JaxprEqn) -> bool:
     if eqn.primitive.name in _SPREADING:
         operands = eqn.invars[:1]
     elif eqn.primitive.name in _ELEMENTWISE:
-        shape = eqn.outvars[0].aval.shape
-        operands = [v for v in eqn.invars if v.aval.shape != shape]
+        shape = _shape(eqn.outvars[0])
+        operands = [v for v in eqn.invars if _shape(v) != shape]
     elif eqn.primitive.name == "scan":
         operands = _constants(eqn)
     else:
         operands = []
     return any(not isinstance(v, jex.Literal) and _narrow(v.aval) for v in operands)
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
 
 
 def _narrow(aval: Any) -> bool:

@@ -356,7 +356,8 @@ def _of_drawn(
         def checked(*args: Any) -> tuple[Array, Array | None]:
             weights = draw(*args)
             _check_weights(weights, data_size, sharding)
-            return weights.values, weights.indices
+            indices = None if weights.indices is None else jnp.asarray(weights.indices)
+            return jnp.asarray(weights.values), indices
 
         rows = _rows.spread_rows(data, checked, tuple(args), sharding)
         (value, grads), aux = total(params, rows, aux, order)

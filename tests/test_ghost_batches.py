@@ -186,7 +186,8 @@ def accuracies(losses_at, data, seeds=4, steps=150):
 
         (params, (mean, variance)), _ = jax.lax.scan(step, (params, aux), jnp.arange(steps))
         images, labels = digits()[2]
-        logits = logits_of(params, images @ params["in"], mean, variance)
+        hidden = jnp.asarray(images) @ jnp.asarray(params["in"])
+        logits = logits_of(params, hidden, mean, variance)
         return (logits.argmax(1) == labels).mean()
 
     return 100 * np.asarray(jax.jit(jax.vmap(run))(jnp.arange(seeds)), np.float64)
