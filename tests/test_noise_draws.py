@@ -306,5 +306,5 @@ class TestBadInput:
             dataclasses.replace(law, draw=None)
 
     def test_negative_step(self):
-        with pytest.raises(ValueError, match="step must be between 0 and .*, got -1"):
+        with pytest.raises(ValueError, match=r"step must be between 0 and .*, got -1"):
             noise.fisher(7, 2).sample(KEY, -1)

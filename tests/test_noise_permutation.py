@@ -12,6 +12,7 @@ import scipy.stats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msgd_jax import noise
+from msgd_jax._streams import Stream, derive
 from msgd_jax.noise import _permutation
 from tests.test_noise_exact import agree
 
@@ -73,9 +74,21 @@ def reference(words: list[list[int]], position: int, n: int) -> int:
             return position
 
 
+def test_the_key_of_a_stream_is_threefry_of_a_counter_that_is_nobody_elses():
+    """The high word spells msgd; jax's own counters have a small number there, as fold_in's 0."""
+    key = jax.random.key(2**40 + 5)
+    words = tuple(map(int, jax.random.key_data(key)))
+    for stream in Stream:
+        own = tuple(map(int, jax.random.key_data(derive(key, stream))))
+        assert own == threefry2x32(words, (int.from_bytes(b"msgd"), int(stream)))
+        folded = tuple(map(int, jax.random.key_data(jax.random.fold_in(key, int(stream)))))
+        assert folded == threefry2x32(words, (0, int(stream)))
+
+
 @pytest.mark.parametrize("n", [1025, 1090, LARGEST])
 def test_against_the_network_in_python_integers(n):
-    words = np.asarray(jax.random.bits(key(), (12, 2), jnp.uint32)).tolist()
+    own = derive(key(), Stream.PERMUTATION)
+    words = np.asarray(jax.random.bits(own, (12, 2), jnp.uint32)).tolist()
     some = np.array([0, 1, 2, n // 3, n - 2, n - 1], np.int32)
     positions = np.arange(n) if n < 2_000 else some  # all: some of them take a second turn
     expected = [reference(words, int(position), n) for position in positions]
@@ -292,7 +305,7 @@ class TestBadInput:
             noise.permute(key(), jnp.array([position, 3]), 10)
 
     def test_positions_must_be_integers(self):
-        with pytest.raises(TypeError, match="positions must be integers, got float32"):
+        with pytest.raises(TypeError, match="positions must be an integer, got an array"):
             noise.permute(key(), jnp.ones(3), 10)
 
     def test_untyped_key(self):
