@@ -12,11 +12,14 @@ class Estimate(NamedTuple):
         standard_error: its standard error, itself estimated from the same sample.
         degrees_of_freedom: of the standard error: one less than the draws it comes from. Infinite
             where it is known.
+        positive: whether the number cannot be negative: then its interval is that of its logarithm,
+            which covers better where few draws of a skew distribution are averaged.
     """
 
     value: float
     standard_error: float
     degrees_of_freedom: float = math.inf
+    positive: bool = False
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -24,7 +27,10 @@ class Estimate(NamedTuple):
         from scipy.stats import t  # here, since it takes a while to import
 
         margin = float(t.ppf(0.975, self.degrees_of_freedom)) * self.standard_error
-        return self.value - margin, self.value + margin
+        if not self.positive or self.value <= 0:
+            return self.value - margin, self.value + margin
+        factor = math.exp(min(margin / self.value, 700.0))
+        return self.value / factor, self.value * factor
 
     def __str__(self) -> str:
         return f"{self.value:.4g} ± {self.standard_error:.2g}"

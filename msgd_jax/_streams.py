@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 # The high word of the counter. What jax makes of a key itself has a small number there.
 _TAG = int.from_bytes(b"msgd")
@@ -57,3 +57,9 @@ def derive(key: Key[Array, ""], stream: Stream, *counters: Any) -> Key[Array, ""
     for counter in counters:
         own = jax.random.fold_in(own, counter)
     return own
+
+
+def signs(key: Key[Array, ""], size: int, dtype: jnp.dtype) -> Float[Array, " {size}"]:
+    """+1 or -1 with equal probability: a bit each, so the same with any x64 flag."""
+    bits = jax.random.bits(key, (size,), jnp.uint8) >> 7
+    return 1 - 2 * bits.astype(dtype)

@@ -1,6 +1,5 @@
 """Local complexities against closed forms, float64 trust regions and enumeration."""
 
-import functools
 import itertools
 import math
 
@@ -28,9 +27,8 @@ from tests.affine import (
 
 def drawn(law, num_draws, key=KEY):
     """The vectors that `local_complexity` draws with this key: part of what it promises."""
-    draw_key = jax.random.fold_in(key, 0)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, draw_key))(jnp.arange(num_draws))
-    return np.asarray(jax.jit(jax.vmap(lambda key: law.draw(key).dense()))(keys), np.float64)
+    draws = jax.vmap(law.sample, in_axes=(None, 0))(key, jnp.arange(num_draws))
+    return np.asarray(draws.dense(), np.float64)
 
 
 class TestAgainstClosedForms:

@@ -67,8 +67,7 @@ def chain(scale=0.5, **options):
 def expected_update(params, step, scale=0.5):
     """By `penalty` and the mean loss, with the v of this step."""
     penalty = complexity.penalty(loss_vector_fn, radius=0.1)
-    draw_key, _ = jax.random.split(jax.random.fold_in(KEY, step))
-    weights = LAW.draw(draw_key)
+    weights = LAW.sample(KEY, step)
 
     def objective(params):
         mean = loss_vector_fn(params, PROBLEM.data).mean()

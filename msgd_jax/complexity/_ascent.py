@@ -46,7 +46,6 @@ class Centre(NamedTuple):
         return cls(value, widened(gradient))
 
 
-@functools.cache
 def default_optimizer(num_steps: int) -> optax.GradientTransformation:
     """Steps along the normalised gradient, from the whole radius down to nothing."""
     return optax.chain(
@@ -64,9 +63,16 @@ def start(
 ) -> Any:
     """Where ascent `index` of `num_starts` starts, in units of the radius.
 
-    The first at the maximum of the linearised objective; the others uniformly on the sphere.
+    The first at the maximum of the linearised objective, or, where that is constant, in a fixed
+    direction: at a critical point an ascent would never leave. The others start uniformly on the
+    sphere.
     """
-    steepest = direction(_times(sign, centre.gradient))
+    critical = optax.tree.norm(direction(centre.gradient)) == 0
+    steepest = jax.tree.map(
+        lambda fixed, steepest: jnp.where(critical, fixed, steepest),
+        _somewhere(centre.gradient),
+        direction(_times(sign, centre.gradient)),
+    )
     if num_starts == 1:
         return steepest
     leaves, structure = jax.tree.flatten(centre.gradient)
@@ -74,6 +80,16 @@ def start(
     normals = [jax.random.normal(k, g.shape, g.dtype) for k, g in zip(keys, leaves, strict=True)]
     random = direction(structure.unflatten(normals))
     return jax.tree.map(lambda a, b: jnp.where(index == 0, a, b), steepest, random)
+
+
+def _somewhere(like: Any) -> Any:
+    """A direction without any symmetry, the same each time: cosines of multiples of one radian."""
+    leaves, structure = jax.tree.flatten(like)
+    patterns = [
+        jnp.cos(1.0 + i + jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
+        for i, leaf in enumerate(leaves)
+    ]
+    return direction(structure.unflatten(patterns))
 
 
 def climb(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from msgd_jax import _validate, loss
 from msgd_jax._estimate import Estimate
+from msgd_jax._streams import Stream, derive
 from msgd_jax.complexity import _ascent, _multipliers
 from msgd_jax.complexity._problem import Problem, Settings
 from msgd_jax.noise import MNoise, Weights
@@ -36,7 +37,8 @@ class LocalComplexity(NamedTuple):
         last_gain: what the last step of the best ascent added, relative to `draws`, [draws].
         gap: the most that a linear function could gain from where the best ascent ended,
             relative to `draws`, [draws]: 0 at a stationary point, and where the objective is
-            concave, `draws` is at most this share too low.
+            concave, `draws` is at most this share too low. Infinite where nothing was found
+            (`draws` is 0) though there is a slope.
         agreeing: how many of the ascents with the best one's sign came within 1 % of it, [draws]:
             from 1, itself, to `num_starts`.
         num_starts: ascents of each sign.
@@ -67,10 +69,13 @@ class LocalComplexity(NamedTuple):
 
     @property
     def estimate(self) -> Estimate:
-        """Mean and standard error as numbers."""
+        """Mean and standard error as numbers, with an interval by Student's t of the logarithm."""
         draws, chances = (np.asarray(x, np.float64) for x in (self.draws, self.probabilities))
-        error = 0.0 if self.exhaustive else draws.std(ddof=1) / np.sqrt(draws.size)
-        return Estimate(float(chances @ draws / chances.sum()), float(error))
+        mean = float(chances @ draws / chances.sum())
+        if self.exhaustive:
+            return Estimate(mean, 0.0, positive=True)
+        error = float(draws.std(ddof=1) / np.sqrt(draws.size))
+        return Estimate(mean, error, draws.size - 1, positive=True)
 
 
 def local_complexity(
@@ -97,8 +102,13 @@ def local_complexity(
     others random on the sphere. What is found is a lower bound; `first_order`, `upper` and the
     ascents' `last_gain`, `gap` and `agreeing` of the result say how good.
 
-    An ascent costs ``num_steps + 2`` forward and backward passes over the N examples (over b, for
-    `rademacher` on subsets).
+    An ascent costs ``num_steps + 2`` forward and backward passes and one forward pass more over the
+    N examples (over b, for `rademacher` on subsets). What all losses have in common is taken out
+    before they are summed, so that a large constant in them costs no digits.
+
+    Everything is compiled anew on each call and freed after it: what `loss_vector_fn` takes from
+    outside is read on each call. To call it again and again (along a training run, say), put it
+    under `jax.jit`, as any function of `params`, `data` and `key`.
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
@@ -108,8 +118,9 @@ def local_complexity(
         multipliers: the law of v: `rademacher`, `gaussian`, `sgd` or any `noise.MNoise`, whose v is
             N W - 1.
         radius: delta, at least 0.
-        key: a typed PRNG key. Draw j is a function of (key, j): equal keys pair the draws of
-            different multipliers, and their data. Needless where nothing is random.
+        key: a typed PRNG key. Draw j is a function of (key, j), for multipliers that of
+            ``multipliers.sample(key, j)``: equal keys pair the draws of different multipliers, and
+            their data. Needless where nothing is random.
         num_draws: how many v, at least 2; or None for every v that can be drawn, for small N.
         num_starts: ascents of each sign for each draw.
         num_steps: of each ascent.
@@ -162,7 +173,9 @@ def local_complexity(
             raise ValueError("key is needed to draw at random: give key=jax.random.key(0), say.")
         key = jax.random.key(0)  # only the starts are random, and only those after the first
     _validate.prng_key("key", key)
-    result = _measured(problem, law, vectors, settings, key, len(chances), smoothness or 0.0)
+    # A program of this call, that nothing else holds on to.
+    measured = jax.jit(functools.partial(_measured, law=law, num_draws=len(chances)))
+    result = measured(problem, vectors, settings, key, smoothness or 0.0)
     result = result._replace(
         probabilities=jnp.asarray(chances, problem.dtype),
         exhaustive=vectors is not None,
@@ -195,9 +208,6 @@ def _ascents(
 ) -> _Ascents:
     """Every ascent of every draw; parameters, data, vectors and radius are traced."""
     num_starts, num_examples, dtype = settings.num_starts, problem.num_examples, problem.dtype
-    weighted = problem.value_and_grad()
-    # Folded, not split: the same key is meant to be used again, to pair draws.
-    draw_key, data_key, start_key = (jax.random.fold_in(key, i) for i in range(3))
 
     def one_ascent(position: Int[Array, ""]) -> Any:
         draw, ascent = jnp.divmod(position, 2 * num_starts)
@@ -206,18 +216,13 @@ def _ascents(
         if vectors is not None:
             v = Weights(vectors[draw], None, num_examples)
         else:
-            v = law.draw(jax.random.fold_in(draw_key, draw))  # type: ignore[union-attr]
-        examples = problem.examples(jax.random.fold_in(data_key, draw))
+            v = law.drawn(key, draw)  # type: ignore[union-attr]
+        examples = problem.examples(derive(key, Stream.COMPLEXITY_DATA, draw))
         weights = Weights(v.values / num_examples, v.indices, num_examples)
-
-        def value_and_grad(params: Any) -> tuple[Float[Array, ""], Any]:
-            value, gradient = weighted(params, examples, weights)
-            return value.astype(dtype), gradient
-
+        value_and_grad = problem.objective(examples, weights)
         centre = _ascent.Centre.of(value_and_grad, problem.params)
-        start = _ascent.start(
-            centre, sign, index, num_starts, jax.random.fold_in(start_key, position)
-        )
+        start_key = derive(key, Stream.ASCENTS, position)
+        start = _ascent.start(centre, sign, index, num_starts, start_key)
         peak = _ascent.climb(
             value_and_grad, problem.params, settings.radius, sign, centre, start,
             settings.optimizer, settings.num_steps,
@@ -244,15 +249,15 @@ def _ascents(
     )
 
 
-@functools.partial(jax.jit, static_argnames="num_draws")
 def _measured(
     problem: Problem,
-    law: _multipliers.Multipliers | None,
     vectors: Float[Array, "draws N"] | None,
     settings: Settings,
     key: Key[Array, ""],
-    num_draws: int,
     smoothness: Float[Array, ""] | float,
+    *,
+    law: _multipliers.Multipliers | None,
+    num_draws: int,
 ) -> LocalComplexity:
     """Runs the ascents and takes the best of each draw; what is static is left out."""
     ascents = _ascents(problem, law, vectors, settings, key, num_draws)
@@ -261,7 +266,7 @@ def _measured(
     def of_best(values: Float[Array, "draws 2 starts"]) -> Float[Array, " draws"]:
         return jnp.take_along_axis(values.reshape(num_draws, -1), best[:, None], 1)[:, 0]
 
-    draws = of_best(ascents.value)
+    draws, gap = of_best(ascents.value), of_best(ascents.gap)
     same_sign = ascents.value[jnp.arange(num_draws), best // settings.num_starts]
     first_order = ascents.centre + settings.radius * ascents.slope
     return LocalComplexity(
@@ -272,7 +277,8 @@ def _measured(
         first_order=first_order,
         upper=first_order + smoothness * settings.radius**2 / 2 * ascents.mean_size,
         last_gain=of_best(ascents.last_gain),
-        gap=of_best(ascents.gap) / jnp.maximum(draws, jnp.finfo(draws.dtype).tiny),
+        gap=jnp.where(draws > 0, gap, jnp.where(gap > 0, jnp.inf, 0))
+        / jnp.where(draws > 0, draws, 1),
         agreeing=(same_sign >= (1 - AGREEMENT) * draws[:, None]).sum(-1),
         num_starts=0,
     )

@@ -1,6 +1,7 @@
 """The random vectors v of a local complexity: Rademacher, Gaussian, SGD, or of any M-noise."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from jaxtyping import Array, Float, Int, Key
 from numpy.typing import NDArray
 
 from msgd_jax import _validate, noise
+from msgd_jax._streams import Stream, derive, signs
+from msgd_jax._typing import Step
+from msgd_jax._values import bound
 from msgd_jax.noise import MNoise, Weights
 
 MAX_ENUMERATED = 200_000
@@ -22,12 +26,12 @@ Enumerated = tuple[Float[NDArray[np.float64], "M N"], Float[NDArray[np.float64],
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Multipliers:
     """A law of random vectors v in R^N with mean 0, whose complexity is measured (section 3).
 
     Made by `rademacher`, `gaussian`, `sgd` and `from_noise`, or by you: `draw` is all it takes.
-    Like a `noise.MNoise` it holds no arrays and compares by identity: build it once.
+    Like a `noise.MNoise` it holds no arrays, compares by value, and owns the program that draws.
 
     Attributes:
         name: the constructor and its arguments, for people.
@@ -52,24 +56,29 @@ class Multipliers:
         if self.enumerate is not None:
             _validate.function("enumerate", self.enumerate)
 
-    def sample(self, key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
+    def sample(self, key: Key[Array, ""], step: Step) -> Weights:
         """Draws the vector of one step, as `noise.MNoise.sample` draws weights.
+
+        The same key may be used for an M-noise and for anything else: this is a stream of its own.
 
         Args:
             key: a typed PRNG key, the same for all steps.
-            step: which one, at least 0; a traced integer is welcome.
+            step: which one, from 0 to 2^31 - 1; a traced integer is welcome.
 
         Raises:
-            TypeError, ValueError: if an argument is not as described.
+            TypeError, ValueError: if `key` is not a typed PRNG key or `step` is no step.
         """
         _validate.prng_key("key", key)
-        _validate.step(step)
-        return _sample(self, key, step)
+        return self._compiled(key, _validate.step(step))
 
+    def drawn(self, key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
+        """`sample` as part of another program, unchecked."""
+        return self.draw(derive(key, Stream.MULTIPLIERS, step))
 
-@jax.jit
-def _sample(multipliers: Multipliers, key: Key[Array, ""], step: int | Int[Array, ""]) -> Weights:
-    return multipliers.draw(jax.random.fold_in(key, step))
+    @functools.cached_property
+    def _compiled(self) -> Callable[[Key[Array, ""], Int[Array, ""]], Weights]:
+        draw = self.draw
+        return jax.jit(lambda key, step: draw(derive(key, Stream.MULTIPLIERS, step)))
 
 
 def rademacher(
@@ -97,23 +106,24 @@ def rademacher(
     n = _validate.positive_int("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
     if subset_size is None:
-        return Multipliers(
-            f"rademacher({n})",
-            n,
-            lambda key: Weights(jax.random.rademacher(key, (n,), dtype), None, n),
-            lambda: _signs(n),
-        )
+        draw = bound(_draw_signs, n, dtype)
+        return Multipliers(f"rademacher({n})", n, draw, bound(_signs, n))
     b = _validate.positive_int("subset_size", subset_size, maximum=n)
     sampling = noise.sgd(n, b, replace=replace, dtype=dtype)
-
-    def draw(key: Key[Array, ""]) -> Weights:
-        subset_key, sign_key = jax.random.split(key)
-        subset = sampling.draw(subset_key)  # of weight 1/b each
-        values = n * subset.values * jax.random.rademacher(sign_key, (b,), dtype)
-        return Weights(values, subset.indices, n)
-
+    draw = bound(_draw_signed_subset, sampling, b, dtype)
     name = f"rademacher({n}, {b}, replace={replace})"
-    return Multipliers(name, n, draw, lambda: _signed_subsets(n, b, replace))
+    return Multipliers(name, n, draw, bound(_signed_subsets, n, b, replace))
+
+
+def _draw_signs(n: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+    return Weights(signs(key, n, dtype), None, n)
+
+
+def _draw_signed_subset(sampling: MNoise, b: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+    subset_key, sign_key = jax.random.split(key)
+    subset = sampling.draw(subset_key)  # of weight 1/b each
+    n = sampling.num_examples
+    return Weights(n * subset.values * signs(sign_key, b, dtype), subset.indices, n)
 
 
 def gaussian(num_examples: int, *, dtype: Any = jnp.float32) -> Multipliers:
@@ -131,9 +141,11 @@ def gaussian(num_examples: int, *, dtype: Any = jnp.float32) -> Multipliers:
     """
     n = _validate.positive_int("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
-    return Multipliers(
-        f"gaussian({n})", n, lambda key: Weights(jax.random.normal(key, (n,), dtype), None, n)
-    )
+    return Multipliers(f"gaussian({n})", n, bound(_draw_normals, n, dtype))
+
+
+def _draw_normals(n: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+    return Weights(jax.random.normal(key, (n,), dtype), None, n)
 
 
 def sgd(
@@ -153,9 +165,8 @@ def sgd(
         TypeError, ValueError: if an argument is not as described.
     """
     law = from_noise(noise.sgd(num_examples, batch_size, replace=replace, dtype=dtype))
-    return dataclasses.replace(
-        law, name=f"V of {law.name}", enumerate=lambda: _batches(num_examples, batch_size, replace)
-    )
+    all_batches = bound(_batches, law.num_examples, int(batch_size), replace)
+    return dataclasses.replace(law, name=f"V of {law.name}", enumerate=all_batches)
 
 
 def from_noise(noise: MNoise) -> Multipliers:
@@ -171,12 +182,12 @@ def from_noise(noise: MNoise) -> Multipliers:
     """
     if not isinstance(noise, MNoise):
         raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
+    return Multipliers(noise.name, noise.num_examples, bound(_draw_deviations, noise))
+
+
+def _draw_deviations(noise: MNoise, key: Key[Array, ""]) -> Weights:
     n = noise.num_examples
-
-    def draw(key: Key[Array, ""]) -> Weights:
-        return Weights(n * noise.draw(key).dense() - 1, None, n)
-
-    return Multipliers(noise.name, n, draw)
+    return Weights(n * noise.draw(key).dense() - 1, None, n)
 
 
 def of(multipliers: Multipliers | MNoise, num_examples: int | None = None) -> Multipliers:

@@ -9,8 +9,9 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _dtypes, _validate, loss
+from msgd_jax._streams import Stream, derive
 from msgd_jax.complexity import _ascent, _multipliers
-from msgd_jax.complexity._problem import Settings
+from msgd_jax.complexity._problem import Settings, objective
 from msgd_jax.noise import MNoise, Weights
 from msgd_jax.sharding import check_key_agrees
 
@@ -39,8 +40,8 @@ def penalty(
       jax.grad(objective)(params)
 
     With the default of one step from one start of each sign it costs 5 forward and backward passes,
-    in general ``1 + 2 * num_starts * (num_steps + 1)``; `add_local_complexity` is the same as an
-    optax transformation, which draws v too.
+    in general ``1 + 2 * num_starts * (num_steps + 1)``, and one forward pass more;
+    `add_local_complexity` is the same as an optax transformation, which draws v too.
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
@@ -121,7 +122,8 @@ def add_local_complexity(
 
     Args:
         multipliers: the law of v, for the N examples of the data.
-        key: a typed PRNG key, copied into the state by ``init``; not the one of the M-noise.
+        key: a typed PRNG key, copied into the state by ``init``. It may be the one of the M-noise:
+            the draws come from other streams.
         radius: of the ball, at least 0.
         scale: the factor of the regulariser, at least 0.
         num_steps: of each ascent, as in `penalty`, which has the costs too.
@@ -167,9 +169,9 @@ def add_local_complexity(
                 "put it outside."
             )
         _multipliers.of(law, _validate.leading_axis("data", data))
-        draw_key, start_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        start_key = derive(state.key, Stream.ASCENTS, state.step)
         ascend = _ascender(loss_vector_fn, *options)
-        value, gradient = ascend(params, data, law.draw(draw_key), start_key)
+        value, gradient = ascend(params, data, law.drawn(state.key, state.step), start_key)
         updates = jax.tree.map(
             lambda u, g: (u.astype(g.dtype) + jnp.asarray(scale, g.dtype) * g).astype(u.dtype),
             updates,
@@ -190,7 +192,9 @@ def _ascender(
     microbatch_size: int | None,
 ) -> Callable[..., tuple[Array, Any]]:
     """The supremum and the gradient there, as a function of params, data, v and a key."""
-    weighted = loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=microbatch_size)
+    _validate.function("loss_vector_fn", loss_vector_fn)
+    if microbatch_size is not None:
+        _validate.positive_int("microbatch_size", microbatch_size)
     settings = Settings.of(radius, num_starts, num_steps, optimizer, None, jnp.float32)
 
     def ascend(params: Any, data: Any, multipliers: Weights, key: Any = None) -> tuple[Array, Any]:
@@ -209,17 +213,13 @@ def _ascender(
         dtype = _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
         ball = jnp.asarray(radius, dtype)
 
-        def value_and_grad(params: Any) -> tuple[Float[Array, ""], Any]:
-            value, gradient = weighted(params, data, weights)
-            return value.astype(dtype), gradient
-
+        value_and_grad = objective(loss_vector_fn, params, data, weights, dtype, microbatch_size)
         centre = _ascent.Centre.of(value_and_grad, params)
 
         def one_ascent(position: Int[Array, ""]) -> _ascent.Peak:
             sign = jnp.where(position % 2 == 0, 1, -1).astype(dtype)
-            start = _ascent.start(
-                centre, sign, position // 2, num_starts, jax.random.fold_in(key, position)
-            )
+            start_key = derive(key, Stream.ASCENTS, position)
+            start = _ascent.start(centre, sign, position // 2, num_starts, start_key)
             return _ascent.climb(
                 value_and_grad, params, ball, sign, centre, start,
                 settings.optimizer, settings.num_steps,

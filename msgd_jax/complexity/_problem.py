@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from msgd_jax import _dtypes, _validate, loss
 from msgd_jax.complexity import _ascent
+from msgd_jax.noise import Weights
 
 
 @jax.tree_util.register_dataclass
@@ -50,15 +52,60 @@ class Problem:
         dtype = _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
         return cls(params, data, loss_vector_fn, sample_data, num_examples, dtype, microbatch_size)
 
-    def value_and_grad(self) -> Callable[..., tuple[Any, Any]]:
-        """Of ``L . w``, as a function of params, data and weights."""
-        return loss.weighted_value_and_grad(
-            self.loss_vector_fn, microbatch_size=self.microbatch_size
+    def objective(self, examples: Any, weights: Weights) -> _ascent.ValueAndGrad:
+        """Value and gradient of ``L . w`` as a function of parameters."""
+        return objective(
+            self.loss_vector_fn, self.params, examples, weights, self.dtype, self.microbatch_size
         )
 
     def examples(self, key: Any) -> Any:
         """The data, drawn with this key where they are drawn."""
         return self.data if self.sample_data is None else self.sample_data(key)
+
+
+def objective(
+    loss_vector_fn: loss.LossVectorFn,
+    centre: Any,
+    examples: Any,
+    weights: Weights,
+    dtype: Any,
+    microbatch_size: int | None,
+) -> _ascent.ValueAndGrad:
+    """Value and gradient of ``L . w`` as a function of parameters near `centre`.
+
+    What all losses have in common is taken out of the sum, which would lose the differences
+    otherwise: ``sum_i w_i l_i = sum_i w_i (l_i - c) + c sum_i w_i``, with c their mean at the
+    centre. Where the weights add up to zero, c has no part in the result, however large it is.
+    """
+    support = weights.values.shape[0]
+    equal = jnp.full(support, 1 / support, weights.values.dtype)
+    mean_loss = loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=microbatch_size)
+    constant, _ = mean_loss(centre, examples, Weights(equal, weights.indices, weights.num_examples))
+    constant = jax.lax.stop_gradient(constant)
+
+    def less_the_constant(params: Any, batch: Any) -> Float[Array, " batch"]:
+        losses = loss_vector_fn(params, batch)
+        _validate.loss_vector(losses, _validate.leading_axis("batch", batch))
+        wide = _dtypes.accumulator(losses.dtype)
+        return losses.astype(wide) - constant.astype(wide)
+
+    weighted = loss.weighted_value_and_grad(less_the_constant, microbatch_size=microbatch_size)
+    offset = constant.astype(dtype) * _sum(weights.values).astype(dtype)
+
+    def value_and_grad(params: Any) -> tuple[Float[Array, ""], Any]:
+        value, gradient = weighted(params, examples, weights)
+        return value.astype(dtype) + offset, gradient
+
+    return value_and_grad
+
+
+def _sum(values: Float[Array, " support"]) -> Float[Array, ""]:
+    """The sum of weights; exactly 0 where it is 0 up to the rounding of centred weights."""
+    total = jnp.sum(values)
+    # Weights are v/N, and v is often made as N W - 1: the 1 is rounded as well.
+    size = values.shape[0]
+    rounding = 4 * jnp.finfo(values.dtype).eps * (size * jnp.max(jnp.abs(values)) + 1)
+    return jnp.where(jnp.abs(total) <= rounding, 0, total)
 
 
 @jax.tree_util.register_dataclass

@@ -24,7 +24,8 @@ class Inequality(NamedTuple):
         right: what bounds it, likewise.
         factor: the constant.
         ratio: ``left / (factor * right)``, at most 1 where the inequality holds; its standard error
-            takes account of draws that the two have in common.
+            takes account of draws that the two have in common, and its interval is by Student's t
+            on the logarithm.
     """
 
     name: str
@@ -263,8 +264,9 @@ def _inequality(
             "radius = 0 where every loss is 0 at params."
         )
     ratio = means[0] / means[1]
-    error = 0.0
-    if not left.exhaustive:
-        residuals = (above - ratio * below) / means[1]
-        error = float(residuals.std(ddof=1) / math.sqrt(len(residuals)))
-    return Inequality(name, left, right, factor, Estimate(ratio / factor, error / factor))
+    if left.exhaustive:
+        return Inequality(name, left, right, factor, Estimate(ratio / factor, 0.0, positive=True))
+    residuals = (above - ratio * below) / means[1]
+    error = float(residuals.std(ddof=1) / math.sqrt(len(residuals)))
+    estimate = Estimate(ratio / factor, error / factor, len(residuals) - 1, positive=True)
+    return Inequality(name, left, right, factor, estimate)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from msgd_jax import _validate
+from msgd_jax._streams import signs
+from msgd_jax._values import bound
 from msgd_jax.noise import _pieces
-from msgd_jax.noise._types import Exchangeable, MNoise, Weights, bound
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights
 
 
 def gd(num_examples: int, *, dtype: Any = jnp.float32) -> MNoise:
@@ -193,7 +195,7 @@ def rademacher(num_examples: int, scale: float, *, dtype: Any = jnp.float32) -> 
 
 
 def _draw_rademacher(n: int, scale: float, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
-    return Weights(1 / n + scale / n * _pieces.signs(key, n, dtype), None, n)
+    return Weights(1 / n + scale / n * signs(key, n, dtype), None, n)
 
 
 def matching_scale(target: MNoise) -> float:

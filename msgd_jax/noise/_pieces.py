@@ -27,12 +27,6 @@ def normals(key: Key[Array, ""], size: int, dtype: jnp.dtype) -> Float[Array, " 
     return jax.lax.optimization_barrier(jax.random.normal(key, (size,), dtype))
 
 
-def signs(key: Key[Array, ""], size: int, dtype: jnp.dtype) -> Float[Array, " {size}"]:
-    """+1 or -1 with equal probability: a bit each, so the same with any x64 flag."""
-    bits = jax.random.bits(key, (size,), jnp.uint8) >> 7
-    return 1 - 2 * bits.astype(dtype)
-
-
 def subset_and_normals(
     key: Key[Array, ""], num_examples: int, size: int, dtype: jnp.dtype
 ) -> tuple[Int[Array, " {size}"], Float[Array, " {size}"]]:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from msgd_jax import _validate
+from msgd_jax._values import bound
 from msgd_jax.noise import _pieces
 from msgd_jax.noise._permutation import permute
-from msgd_jax.noise._types import Exchangeable, MNoise, Weights, bound
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights
 
 
 def random_reshuffling(

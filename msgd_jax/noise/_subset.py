@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from msgd_jax import _validate
+from msgd_jax._values import bound
 from msgd_jax.noise import _pieces
-from msgd_jax.noise._types import MNoise, Weights, bound
+from msgd_jax.noise._types import MNoise, Weights
 
 
 def estimated_fisher(

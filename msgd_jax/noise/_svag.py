@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from msgd_jax import _validate
-from msgd_jax.noise._types import Exchangeable, MNoise, Weights, bound
+from msgd_jax._values import bound
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights
 
 
 def svag(base: MNoise, refinement: int) -> MNoise:

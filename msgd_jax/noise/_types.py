@@ -17,23 +17,6 @@ from msgd_jax._streams import Stream, derive
 from msgd_jax._typing import Step
 
 
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """A function with its first arguments given; equal where function and arguments are."""
-
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-    def __call__(self, *rest: Any) -> Any:
-        """Calls the function on the arguments given and the rest."""
-        return self.function(*self.arguments, *rest)
-
-
-def bound(function: Callable[..., Any], *arguments: Any) -> Bound:
-    """`function` with its first arguments given."""
-    return Bound(function, arguments)
-
-
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Weights:
