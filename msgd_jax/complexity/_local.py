@@ -1,6 +1,6 @@
 """The local complexity of a loss: Monte Carlo over multipliers, the supremum by ascent."""
 
-import functools
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -173,9 +173,18 @@ def local_complexity(
             raise ValueError("key is needed to draw at random: give key=jax.random.key(0), say.")
         key = jax.random.key(0)  # only the starts are random, and only those after the first
     _validate.prng_key("key", key)
-    # A program of this call, that nothing else holds on to.
-    measured = jax.jit(functools.partial(_measured, law=law, num_draws=len(chances)))
-    result = measured(problem, vectors, settings, key, smoothness or 0.0)
+
+    def measured(arrays: tuple[Any, ...], key: Key[Array, ""], smoothness: Any) -> LocalComplexity:
+        params, data, vectors, radius = arrays
+        return _measured(
+            dataclasses.replace(problem, params=params, data=data), law, vectors,
+            dataclasses.replace(settings, radius=radius), key, len(chances), smoothness,
+        )  # fmt: skip
+
+    # A program of this call alone. The losses are in it, not among its arguments: jax remembers the
+    # structure of arguments for good, and what is static in it.
+    arrays = problem.params, problem.data, vectors, settings.radius
+    result = jax.jit(measured)(arrays, key, smoothness or 0.0)
     result = result._replace(
         probabilities=jnp.asarray(chances, problem.dtype),
         exhaustive=vectors is not None,
@@ -251,13 +260,12 @@ def _ascents(
 
 def _measured(
     problem: Problem,
+    law: _multipliers.Multipliers | None,
     vectors: Float[Array, "draws N"] | None,
     settings: Settings,
     key: Key[Array, ""],
-    smoothness: Float[Array, ""] | float,
-    *,
-    law: _multipliers.Multipliers | None,
     num_draws: int,
+    smoothness: Float[Array, ""] | float,
 ) -> LocalComplexity:
     """Runs the ascents and takes the best of each draw; what is static is left out."""
     ascents = _ascents(problem, law, vectors, settings, key, num_draws)

@@ -1,4 +1,4 @@
-"""What a supremum is sought of, and how: checked arguments, as pytrees."""
+"""What a supremum is sought of, and how: checked arguments."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,18 +14,17 @@ from msgd_jax.complexity import _ascent
 from msgd_jax.noise import Weights
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """The losses, with data that are there or a function that draws them."""
 
     params: Any
     data: Any
-    loss_vector_fn: loss.LossVectorFn = dataclasses.field(metadata={"static": True})
-    sample_data: Callable[[Any], Any] | None = dataclasses.field(metadata={"static": True})
-    num_examples: int = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
-    microbatch_size: int | None = dataclasses.field(metadata={"static": True})
+    loss_vector_fn: loss.LossVectorFn
+    sample_data: Callable[[Any], Any] | None
+    num_examples: int
+    dtype: Any
+    microbatch_size: int | None
 
     @classmethod
     def of(
@@ -108,16 +107,15 @@ def _sum(values: Float[Array, " support"]) -> Float[Array, ""]:
     return jnp.where(jnp.abs(total) <= rounding, 0, total)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How the supremum is sought; the radius may be traced."""
 
     radius: Any
-    num_starts: int = dataclasses.field(metadata={"static": True})
-    num_steps: int = dataclasses.field(metadata={"static": True})
-    optimizer: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
-    ascents_per_pass: int | None = dataclasses.field(metadata={"static": True})
+    num_starts: int
+    num_steps: int
+    optimizer: optax.GradientTransformation
+    ascents_per_pass: int | None
 
     @classmethod
     def of(
