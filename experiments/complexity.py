@@ -18,6 +18,7 @@ from experiments.algorithms import NoiseSettings
 from experiments.config import AlgorithmName, TrainConfig
 from experiments.theory_config import ComplexityConfig
 from msgd_jax import complexity, noise
+from msgd_jax._streams import Stream, derive
 
 # How Theorem 1's columns are called; the ratios of `theorem1_rows` in their order.
 COLUMNS = {
@@ -78,10 +79,10 @@ def _affine(mean: float) -> tuple[Any, Any, Any]:
     """N = 32 random affine losses of 5 parameters, new ones for each draw."""
 
     def sample(key: Any) -> dict[str, Any]:
-        loss_key, slope_key = jax.random.split(key)
+        loss_key, slope_key = (derive(key, Stream.CASES, i) for i in range(2))
         return {
-            "loss": mean + jax.random.normal(loss_key, (32,)),
-            "slope": jax.random.normal(slope_key, (32, 5)),
+            "loss": mean + jax.random.normal(loss_key, (32,), jnp.float32),
+            "slope": jax.random.normal(slope_key, (32, 5), jnp.float32),
         }
 
     return lambda p, batch: batch["loss"] + batch["slope"] @ p, jnp.zeros(5), sample

@@ -21,6 +21,7 @@ from experiments import data, execution, optimizers, runs, training
 from experiments.algorithms import ALGORITHMS
 from experiments.config import TrainConfig
 from msgd_jax import sharding, train
+from msgd_jax._streams import Stream, derive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +114,10 @@ def _train(plan: TrainConfig, dataset: data.Dataset, folder: runs.RunFolder | No
         sharding=rows,
     )
     loop = train.make_loop(step, max_steps=plan.checkpoint_every)
-    params_key, noise_key = jax.random.split(jax.random.key(plan.seed))
+    key = jax.random.key(plan.seed)
+    params_key = derive(key, Stream.PARAMETERS)
     params = jax.tree.map(lambda leaf: leaf[0], functions.init_params(params_key[None]))
-    state = train.init(params, optimizer, noise_key, aux=stats)
+    state = train.init(params, optimizer, key, aux=stats)
     everywhere = NamedSharding(mesh, PartitionSpec())
     state = jax.jit(lambda state: state, out_shardings=everywhere)(state)
 

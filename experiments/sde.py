@@ -19,6 +19,7 @@ from experiments import data, runs, sde_figures, training, weak_order
 from experiments.sde_problems import Problem, at_minimum, logistic, two_wells
 from experiments.theory_config import SDEConfig
 from msgd_jax import loss, noise, sde, train
+from msgd_jax._streams import Stream, derive
 
 RATES = (0.1, 0.05, 0.025, 0.0125)
 HORIZON = 2.0
@@ -154,14 +155,14 @@ def paths(config: SDEConfig, learning_rate: float, horizon: float = 12.0, many: 
     @jax.jit
     @jax.vmap
     def every(key: Any) -> dict[str, Any]:
-        path_key, own_key = jax.random.split(key)
+        own_key = derive(key, Stream.CASES, 0)
         return {
-            "SDE": euler(path_key, 32),
-            "M-SGD-Gaussian": euler(path_key, 1),
+            "SDE": euler(key, 32),
+            "M-SGD-Gaussian": euler(key, 1),
             "SGD": _iterate(problem, sgd, learning_rate, num_steps, own_key),
         }
 
-    points = jax.device_get(every(jax.random.split(jax.random.key(config.seed), many)))
+    points = jax.device_get(every(_keys(config.seed, many)))
     distances = {
         name: np.median(np.linalg.norm(points[name] - points["SDE"], axis=-1), axis=0)
         for name in ("M-SGD-Gaussian", "SGD")
@@ -183,6 +184,11 @@ def _iterate(
 
     _, points = jax.lax.scan(step, problem.params, jnp.arange(num_steps))
     return jnp.concatenate([problem.params[None], points])
+
+
+def _keys(seed: int, count: int) -> Any:
+    """One key for each path."""
+    return jax.vmap(lambda i: derive(jax.random.key(seed), Stream.CASES, i))(jnp.arange(count))
 
 
 class NetworkRun(NamedTuple):
@@ -212,8 +218,9 @@ def network(config: SDEConfig, dataset: data.Dataset) -> Iterator[NetworkRun]:
     """
     functions = training.model_functions("lenet", dataset.max_value)
     losses = functions.losses
-    start_key, *keys = jax.random.split(jax.random.key(config.seed), 1 + config.network_paths)
+    start_key = derive(jax.random.key(config.seed), Stream.PARAMETERS)
     params = jax.tree.map(lambda leaf: leaf[0], functions.init_params(start_key[None]))
+    keys = _keys(config.seed, config.network_paths)
     train_set = jax.device_put(dataset.train)
     fisher = noise.fisher(len(dataset.train.label), config.batch_size)
     rates = [config.learning_rate / 2**i for i in range(config.halvings + 1)]
@@ -273,7 +280,7 @@ def _squares(
     walk: Any, trainers: dict[str, _Trainer], params: Any, key: Any, ends: np.ndarray, progress: Any
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Of one path: squared displacement of the SDE and squared distances to it, at `ends`."""
-    own_key = jax.random.fold_in(key, 0)
+    own_key = derive(key, Stream.CASES, 0)
     states = {
         name: trainer.start(params, own_key if name == OWN else key)
         for name, trainer in trainers.items()
