@@ -86,16 +86,32 @@ def run(config: DistributedConfig) -> pathlib.Path:
     """
     plan = config.plan.resolved()
     _check(plan)
-    config.processes.start()
     assert plan.out is not None
+    # Every process looks, before any of them waits for the others.
+    if runs.finished(plan.out, plan, "distributed"):
+        print(_result(plan, runs.read_object(plan.out / "summary.json")))
+        print(f"{plan.out} has finished before: this is its result.")
+        return plan.out
+    runs.check_writable(plan.out)
+    config.processes.start()
     dataset = execution.load(plan)
     with contextlib.ExitStack() as stack:
         folder = None
         if jax.process_index() == 0:
-            folder = runs.RunFolder(plan.out, plan, data_source=dataset.source)
+            folder = runs.RunFolder(plan.out, plan, "distributed", data_source=dataset.source)
             stack.callback(folder.close)
         _train(plan, dataset, folder)
     return plan.out
+
+
+def _result(plan: TrainConfig, summary: dict[str, Any]) -> str:
+    train, test = (summary.get(f"{images}_accuracy") for images in ("train", "test"))
+    if not (isinstance(train, float) and isinstance(test, float)):
+        raise runs.DamagedRecordError(f"{plan.out}/summary.json has no accuracies")
+    return (
+        f"{plan.label} after {plan.total_steps:,} steps: {100 * train:.2f} % of the training "
+        f"images, {100 * test:.2f} % of the test images."
+    )
 
 
 def _train(plan: TrainConfig, dataset: data.Dataset, folder: runs.RunFolder | None) -> None:
@@ -145,7 +161,9 @@ def _train(plan: TrainConfig, dataset: data.Dataset, folder: runs.RunFolder | No
                 checkpoints.save(done + num_steps, state)
                 progress.update(num_steps)
     if folder is not None:
-        folder.finish(_summary(functions, jax.device_get((state.params, state.aux)), dataset))
+        summary = _summary(functions, jax.device_get((state.params, state.aux)), dataset)
+        folder.finish(summary)
+        print(_result(plan, summary))
 
 
 def _summary(functions: Any, params_and_stats: Any, dataset: data.Dataset) -> dict[str, float]:

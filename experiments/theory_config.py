@@ -7,7 +7,7 @@ import math
 import pathlib
 from typing import Literal
 
-from experiments.config import AlgorithmName
+from experiments.config import AlgorithmName, check_seeds
 
 SDEPart = Literal["strong", "weak", "paths", "network"]
 ComplexityPart = Literal["theorem1", "regularizer", "trace"]
@@ -63,9 +63,9 @@ class SDEConfig:
         for name in ("iterations", "points", "network_paths"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("halvings", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if self.halvings < 0:
+            raise ValueError(f"halvings must be at least 0, got {self.halvings}.")
+        check_seeds("seed", self.seed)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate must be finite and above 0, got {self.learning_rate}.")
 
@@ -132,5 +132,4 @@ class ComplexityConfig:
         for name in ("radius", "regularizer_radius", "learning_rate"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}.")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}.")
+        check_seeds("seed", self.seed, self.seeds)
