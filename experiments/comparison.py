@@ -76,6 +76,14 @@ def of_folder(path: pathlib.Path) -> list[Evaluation]:
     return evaluations
 
 
+def of_finished(path: pathlib.Path) -> list[Evaluation]:
+    """The same, of a run that has finished: at least one."""
+    evaluations = of_folder(path)
+    if not evaluations:
+        raise runs.DamagedRecordError(f"{path / 'metrics.jsonl'} has no evaluation")
+    return evaluations
+
+
 class Row(NamedTuple):
     """One algorithm against the reference; accuracies and differences are fractions.
 

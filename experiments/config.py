@@ -35,6 +35,7 @@ MODEL_OF: dict[DatasetName, ModelName] = {
     "cifar10": "resnet18",
 }
 """The net that fits the images: the paper's, where it has one for them."""
+_ALSO: dict[DatasetName, tuple[ModelName, ...]] = {"svhn": ("resnet18",), "cifar10": ("vgg11",)}
 
 PanelName = Literal[
     "1a", "1b", "1c", "1d", "1e", "1f", "2a", "2b", "3a", "3b",
@@ -138,6 +139,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {value}.")
+        fitting = (MODEL_OF[self.dataset], *_ALSO.get(self.dataset, ()))
+        if self.model_name not in fitting:
+            raise ValueError(
+                f"model must be {' or '.join(fitting)} for the images of {self.dataset}, got "
+                f"{self.model!r}."
+            )
         check_seeds("seed", self.seed, self.seeds)
         check_seeds("data_seed", self.data_seed)
         for name in ("learning_rate", "weight_decay", "decay_factor"):

@@ -37,6 +37,14 @@ __all__ = [
     "load_svhn",
 ]
 
+SIZES: Mapping[str, tuple[int, int]] = {
+    "digits": (1_000, 797),
+    "fashion_mnist": (1_000, 60_000),
+    "svhn": (svhn.NUM_TRAIN, 73_257),
+    "cifar10": (50_000, 10_000),
+}
+"""How many images each data set trains on, and tests on: known before it is loaded."""
+
 MAX_SEED = 2**31 - 1
 """The largest seed: of larger ones jax drops the high bits, so that 2^32 would be 0 again."""
 

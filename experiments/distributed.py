@@ -15,9 +15,8 @@ import jax
 import numpy as np
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
-from experiments import data, execution, optimizers, runs, training
+from experiments import data, execution, optimizers, runs, terminal, training
 from experiments.algorithms import ALGORITHMS
 from experiments.config import TrainConfig
 from msgd_jax import sharding, train
@@ -86,6 +85,7 @@ def run(config: DistributedConfig) -> pathlib.Path:
     """
     plan = config.plan.resolved()
     _check(plan)
+    execution.check(plan)
     assert plan.out is not None
     # Every process looks, before any of them waits for the others.
     if runs.finished(plan.out, plan, "distributed"):
@@ -144,9 +144,11 @@ def _train(plan: TrainConfig, dataset: data.Dataset, folder: runs.RunFolder | No
             state = checkpoints.restore(latest, state)
         if folder is not None:
             folder.cut_metrics(latest)
-        with tqdm(
-            total=plan.total_steps, initial=latest, unit="step", disable=folder is None
-        ) as progress:
+        shown = terminal.Silent() if folder is None else terminal.Progress(plan.total_steps)
+        with shown as progress:
+            if latest:
+                progress.update(latest)
+            progress.compiling(plan.label)
             for done in range(latest, plan.total_steps, plan.checkpoint_every):
                 num_steps = min(plan.checkpoint_every, plan.total_steps - done)
                 before = time.perf_counter()

@@ -69,7 +69,7 @@ def _whole(path: pathlib.Path) -> Entry:
             runs.read_object(path / "summary.json")
         return Entry(path, command, state, label=label, draws=draws)
     plan = _plan(path, asked)
-    ended = runs.read_object(path / "summary.json") if state == "finished" else {}
+    ended = runs.read_object(path / "summary.json") if state == "finished" else None
     entry = Entry(path, command, state, plan=plan, label=plan.algorithm, draws=draws)
     read_metrics = _trained if command == "train" else _distributed
     return dataclasses.replace(entry, **read_metrics(path, ended))
@@ -98,11 +98,9 @@ def _plan(path: pathlib.Path, asked: dict[str, Any]) -> TrainConfig:
         ) from None
 
 
-def _trained(path: pathlib.Path, ended: dict[str, Any]) -> dict[str, Any]:
-    evaluations = comparison.of_folder(path)
+def _trained(path: pathlib.Path, ended: dict[str, Any] | None) -> dict[str, Any]:
+    evaluations = comparison.of_finished(path) if ended is not None else comparison.of_folder(path)
     if not evaluations:
-        if ended:
-            raise runs.DamagedRecordError(f"{path / 'metrics.jsonl'} has no evaluation")
         return {}
     return {
         "step": evaluations[-1].step,
@@ -111,7 +109,7 @@ def _trained(path: pathlib.Path, ended: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _distributed(path: pathlib.Path, ended: dict[str, Any]) -> dict[str, Any]:
+def _distributed(path: pathlib.Path, ended: dict[str, Any] | None) -> dict[str, Any]:
     records = runs.read_lines(path / "metrics.jsonl")
     rates, before = [], 0
     for record in records:
@@ -127,8 +125,8 @@ def _distributed(path: pathlib.Path, ended: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _number(path: pathlib.Path, ended: dict[str, Any], name: str) -> float | None:
-    value = ended.get(name)
+def _number(path: pathlib.Path, ended: dict[str, Any] | None, name: str) -> float | None:
+    value = (ended or {}).get(name)
     if value is not None and not isinstance(value, (int, float)):
         raise runs.DamagedRecordError(f"{path / 'summary.json'} has no number for {name}")
     return value

@@ -7,9 +7,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
-from experiments import comparison, execution, figures, inventory, runs
+from experiments import comparison, execution, expected, figures, inventory, runs, terminal
 from experiments.config import FigureConfig, ListConfig, ReportConfig, TrainConfig
 from experiments.panels import PANELS
 
@@ -30,11 +28,13 @@ def figure(config: FigureConfig) -> pathlib.Path:
         dataclasses.replace(plan, data_dir=config.data_dir, seeds=config.seeds or plan.seeds)
         for plan in panel.at_scale(config.scale == "small")
     ]
-    results = _results(plans, config)
     small = " (small scale)" if config.scale == "small" else ""
     title = f"Figure {config.panel}{small}. {panel.title}"
     suffix = "-small" if small else ""
     folder = config.out or config.runs / f"figure-{config.panel}{suffix}"
+    runs.check_writable(config.runs, "runs")
+    runs.check_writable(folder)
+    results = _results(plans, config)
     folder.mkdir(parents=True, exist_ok=True)
     text = write_section(folder, f"figure-{config.panel}", title, plans[0], results)
     assumptions = "\n".join(f"* {line}" for line in panel.assumptions)
@@ -47,23 +47,37 @@ def figure(config: FigureConfig) -> pathlib.Path:
 def _results(plans: list[TrainConfig], config: FigureConfig) -> list[comparison.Result]:
     """Runs the plans, the seeds in groups; what has finished is only read."""
     groups = [list(_groups(plan, config.seeds_at_once)) for plan in plans]
-    dataset = None
+    paths = {part: run_folder(config.runs, part) for parts in groups for part in parts}
+    missing = [part for part, path in paths.items() if not runs.finished(path, part.resolved())]
+    _check_same_draws(config.runs, [path for part, path in paths.items() if part not in missing],
+                      bool(missing))  # fmt: skip
+    for plan in plans:
+        execution.check(plan)
+    if missing:
+        print(expected.sentence(missing, len(paths)), flush=True)
+    dataset = execution.load(missing[0]) if missing else None  # the same for the whole panel
     results = []
-    total = sum(part.total_steps for parts in groups for part in parts)
-    with tqdm(total=total, unit="step", dynamic_ncols=True) as progress:
+    with terminal.Progress(sum(part.total_steps for part in missing)) as progress:
         for plan, parts in zip(plans, groups, strict=True):
-            progress.set_description(plan.label)
-            evaluations = []
-            for part in parts:
-                path = run_folder(config.runs, part)
-                if path.exists() and runs.state(path) == "finished":
-                    evaluations.append(comparison.of_folder(path))
-                    progress.update(part.total_steps)
-                    continue
-                dataset = dataset or execution.load(part)  # the same for the whole panel
-                evaluations.append(execution.run(part, dataset, path, progress))
+            evaluations = [
+                execution.run(part, dataset, paths[part], progress)
+                if dataset is not None and part in missing
+                else comparison.of_finished(paths[part])
+                for part in parts
+            ]
             results.append(comparison.of_evaluations(plan.label, evaluations))
     return results
+
+
+def _check_same_draws(root: pathlib.Path, finished: list[pathlib.Path], some_missing: bool) -> None:
+    """Seed s begins at the same weights under every algorithm: only where it draws the same."""
+    old = [path for path in finished if runs.draws(path) != runs.DRAWS]
+    if old and (some_missing or len(old) < len(finished)):
+        raise ValueError(
+            f"runs must hold runs that can be compared seed by seed, got {runs.brief(root)} with "
+            f"{len(old)} runs of this figure from when a seed drew something else: choose another "
+            "--runs."
+        )
 
 
 def _groups(plan: TrainConfig, at_once: int) -> Any:

@@ -202,7 +202,7 @@ def finished(path: pathlib.Path, config: Any, command: str = "train") -> bool:
         )
     if (path / "summary.json").exists():
         return True
-    if record.get("draws", 1) != DRAWS:
+    if draws(path) != DRAWS:
         raise FileExistsError(
             f"{brief(path)} holds a run that was begun when a seed drew something else, so it "
             "cannot go on: choose another --out."
@@ -231,8 +231,11 @@ def run_parts(
         if part in tables:
             print(f"\n{tables[part](results[part])}", flush=True)
 
-    if finished(path, config, name):
+    if finished_parts(name, config):
         results = read_object(path / "summary.json")
+        missing = [part for part in config.parts if part not in results]
+        if missing:
+            raise DamagedRecordError(f"{path}/summary.json has no results of {', '.join(missing)}")
         for part in config.parts:
             show(part)
         print(f"\n{path} has finished before: this is its result.")
@@ -252,6 +255,17 @@ def run_parts(
         folder.close()
     print(f"\nThe pictures and summary.json are in {path}.")
     return path
+
+
+def draws(path: pathlib.Path) -> int:
+    """Of the run in a folder, what `DRAWS` was."""
+    return read_object(path / "config.json").get("draws", 1)
+
+
+def finished_parts(name: str, config: Any) -> bool:
+    """Whether `run_parts` will only show what is there. Raises if it can do neither."""
+    check_writable(config.out)
+    return config.out is not None and finished(config.out, config, name)
 
 
 def find(root: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
-from experiments import data, runs, sde_figures, training, weak_order
+from experiments import data, runs, sde_figures, terminal, training, weak_order
 from experiments.sde_problems import Problem, at_minimum, logistic, two_wells
 from experiments.theory_config import SDEConfig
 from msgd_jax import loss, noise, sde, train
@@ -71,7 +70,7 @@ def strong(config: SDEConfig) -> Iterator[dict[str, Any]]:
     """The strong order of every case, and the constant a of rms^2 = a^2 eta^2 + c eta^3."""
     problem = logistic()
     cases = strong_cases(problem.num_examples)
-    for case in tqdm(cases, desc="strong order", unit="case", dynamic_ncols=True):
+    for case in terminal.each(cases, "strong order", "case"):
         sweep = sde.strong_error(
             *(at_minimum(problem) if case.at_minimum else problem), case.law,
             learning_rates=RATES, horizon=HORIZON, num_paths=config.strong_paths,
@@ -112,7 +111,7 @@ def weak(config: SDEConfig) -> Iterator[dict[str, Any]]:
         1: (problem, (0.1, 0.05, 0.025), 1.6),
         2: (at_minimum(problem), (0.4, 0.2, 0.1), 0.8),
     }
-    for case in tqdm(cases, desc="weak order, sampled", unit="case", dynamic_ncols=True):
+    for case in terminal.each(cases, "weak order, sampled", "case"):
         start, rates, horizon = settings[case.order]
         sweep = sde.weak_error(
             *start, case.law, learning_rates=rates, horizon=horizon,
@@ -226,7 +225,8 @@ def network(config: SDEConfig, dataset: data.Dataset) -> Iterator[NetworkRun]:
     rates = [config.learning_rate / 2**i for i in range(config.halvings + 1)]
     passes = (config.substeps + 1) * (2 ** len(rates) - 1) + 2
     total = config.iterations * passes * len(keys)
-    with tqdm(total=total, desc="network", unit="pass", dynamic_ncols=True) as progress:
+    with terminal.Progress(total, "iteration") as progress:
+        progress.compiling("network")
         for rate in rates:
             walk = functools.partial(
                 sde.euler_maruyama, losses, data=train_set, noise=fisher, learning_rate=rate,
@@ -315,22 +315,25 @@ def run(config: SDEConfig) -> pathlib.Path:
         "weak": functools.partial(_weak_part, config),
         "paths": functools.partial(_paths_part, config),
     }
-    if "network" in config.parts:  # loaded first: it is known at once whether the images are there
-        dataset = data.load("fashion_mnist", data_dir=config.data_dir)
+    if "network" in config.parts:
+        noise.fisher(data.SIZES["fashion_mnist"][0], config.batch_size)  # raises before loading
+        dataset: Any = None
+        # Loaded first: it is known at once whether the images are there.
+        if not runs.finished_parts("sde", config):
+            dataset = data.load("fashion_mnist", data_dir=config.data_dir)
         steps["network"] = functools.partial(_network_part, config, dataset)
-    return runs.run_parts("sde", config, steps)
+    tables = {"strong": strong_table, "weak": weak_table, "network": network_table}
+    return runs.run_parts("sde", config, steps, tables)
 
 
 def _strong_part(config: SDEConfig, folder: pathlib.Path) -> Any:
     rows = list(strong(config))
-    print("\n" + strong_table(rows))
     sde_figures.plot_strong(rows, folder / "strong_order.png")
     return rows
 
 
 def _weak_part(config: SDEConfig, folder: pathlib.Path) -> Any:
     rows = [*weak_order.table(), *weak(config)]
-    print("\n" + weak_table(rows))
     sde_figures.plot_weak(rows, folder / "weak_order.png")
     return rows
 
@@ -343,7 +346,6 @@ def _paths_part(config: SDEConfig, folder: pathlib.Path) -> Any:
 
 def _network_part(config: SDEConfig, dataset: data.Dataset, folder: pathlib.Path) -> Any:
     networks = list(network(config, dataset))
-    print("\n" + network_table(networks))
     sde_figures.plot_network(networks, config, folder / "network.png")
     return [_as_json(part) for part in networks]
 
@@ -375,14 +377,18 @@ def weak_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def network_table(networks: list[NetworkRun]) -> str:
-    """One line for each iteration: its distance to the SDE at the end, relative to the way gone."""
+def network_table(networks: list[dict[str, Any]]) -> str:
+    """One line for each iteration: its distance to the SDE at the end, relative to the way gone.
+
+    Args:
+        networks: `NetworkRun`s as JSON.
+    """
     lines = [f"{'LeNet on FashionMNIST':<28}{'eta':>9}{'distance at the end':>21}{'relative':>10}"]
     lines.append("-" * len(lines[0]))
     for part in networks:
-        for name, values in part.distances.items():
-            relative = values[-1] / part.displacement[-1]
-            lines.append(f"{name:<28}{part.learning_rate:>9g}{values[-1]:>21.4g}{relative:>10.2%}")
+        for name, values in part["distances"].items():
+            end, relative = values[-1], values[-1] / part["displacement"][-1]
+            lines.append(f"{name:<28}{part['learning_rate']:>9g}{end:>21.4g}{relative:>10.2%}")
     return "\n".join(lines)
 
 

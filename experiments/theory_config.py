@@ -5,12 +5,43 @@ line.
 import dataclasses
 import math
 import pathlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from experiments.config import AlgorithmName, check_seeds
 
+# For each option, the parts that read it; every part reads those that are not here.
+_SDE_PARTS = {"strong_paths": ("strong",), "weak_paths": ("weak",)} | dict.fromkeys(
+    ("learning_rate", "halvings", "network_paths", "iterations", "batch_size", "substeps", "points",
+     "microbatch_size"),
+    ("network",),
+)  # fmt: skip
+_COMPLEXITY_PARTS = (
+    {"draws": ("theorem1",)}
+    | dict.fromkeys(
+        ("regularizer_steps", "regularizer_radius", "regularizer_scale"), ("regularizer",)
+    )
+    | dict.fromkeys(
+        ("algorithms", "steps", "every", "radius", "trace_draws", "ascent_steps",
+         "microbatch_size"),
+        ("trace",),
+    )
+    | dict.fromkeys(("batch_size", "seeds"), ("regularizer", "trace"))
+)  # fmt: skip
 SDEPart = Literal["strong", "weak", "paths", "network"]
 ComplexityPart = Literal["theorem1", "regularizer", "trace"]
+
+
+def _check_read(config: Any, read_by: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises ValueError for an option that none of the chosen parts reads."""
+    for field in dataclasses.fields(config):
+        parts = read_by.get(field.name, config.parts)
+        value = getattr(config, field.name)
+        if value != field.default and not set(parts) & set(config.parts):
+            raise ValueError(
+                f"{field.name} is read by the part {' and '.join(parts)} only, got {value} with "
+                f"parts = {' '.join(config.parts)}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +99,7 @@ class SDEConfig:
         check_seeds("seed", self.seed)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate must be finite and above 0, got {self.learning_rate}.")
+        _check_read(self, _SDE_PARTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +119,8 @@ class ComplexityConfig:
         algorithms: whose training is traced.
         steps: iterations of it.
         every: iterations between two measurements.
-        learning_rate: eta of it.
+        learning_rate: eta of all training: traced, with the regulariser, and of the net in
+            Theorem 1.
         batch_size: b of SGD and M-SGD, and of the SGD complexity.
         radius: of the ball whose complexities are traced.
         trace_draws: multipliers of each traced complexity.
@@ -133,3 +166,4 @@ class ComplexityConfig:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}.")
         check_seeds("seed", self.seed, self.seeds)
+        _check_read(self, _COMPLEXITY_PARTS)

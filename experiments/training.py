@@ -97,7 +97,7 @@ def make_trainer(
     stats = functions.init_stats()
     has_stats = bool(jax.tree.leaves(stats))
     if has_stats:
-        _check_ghost_batches(law, config.microbatch_size)
+        check_ghost_batches(law, config.microbatch_size)
 
     def optimizer(key: Any) -> optax.GradientTransformation:
         before = []
@@ -157,7 +157,8 @@ def make_trainer(
     return Trainer(start, lambda state, num_steps: loop(state, train_set, num_steps), evaluate)
 
 
-def _check_ghost_batches(law: noise.MNoise, microbatch_size: int | None) -> None:
+def check_ghost_batches(law: noise.MNoise, microbatch_size: int | None) -> None:
+    """Raises ValueError unless the examples of a step make whole ghost batches."""
     support = law.support_size
     size = support if microbatch_size is None else microbatch_size
     if support % size and size < support:
@@ -214,7 +215,7 @@ class DivergedError(ValueError):
 
     def __init__(self, step: int, seeds: list[int]):
         self.step, self.seeds = step, seeds
-        which = ", ".join(map(str, seeds))
+        which = ", ".join(map(str, seeds[:10])) + (", ..." if len(seeds) > 10 else "")
         super().__init__(
             f"The training loss is not finite after {step} steps (seed {which}): choose a smaller "
             "learning_rate."

@@ -21,7 +21,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_demo(tmp_path):
+def test_the_demo(tmp_path, capsys, monkeypatch):
     """Six algorithms, two seeds, 30 steps: files, figures and learning; and no overwriting."""
     from matplotlib import image
 
@@ -44,12 +44,21 @@ def test_the_demo(tmp_path):
         assert ended["test_accuracy_standard_error"] == pytest.approx(spread)
         assert ended["seconds_per_1000_steps"] > 0
 
-    before = (demo / "sgd" / "metrics.jsonl").read_bytes()
-    with pytest.raises(SystemExit, match="exists already, and results are never overwritten"):
-        main(["demo", "--steps", "10", "--out", str(demo)])
-    with pytest.raises(SystemExit, match="exists already"):
-        main(["train", "--dataset", "digits", "--steps", "1", "--out", str(demo / "sgd")])
-    assert (demo / "sgd" / "metrics.jsonl").read_bytes() == before
+    before = {path: path.read_bytes() for path in demo.rglob("*") if path.is_file()}
+    table = capsys.readouterr().out
+    for other in (
+        ["demo", "--steps", "10", "--out", str(demo)],
+        ["train", "--dataset", "digits", "--steps", "1", "--out", str(demo / "sgd")],
+    ):
+        with pytest.raises(
+            SystemExit, match=r"differs in .*steps, .* results are never overwritten"
+        ):
+            main(other)
+    # The same command again: its result again.
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("nothing is loaded"))
+    main(["demo", "--steps", "30", "--seeds", "2", "--eval-every", "10", "--out", str(demo)])
+    assert capsys.readouterr().out.startswith(table)
+    assert before == {path: path.read_bytes() for path in demo.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
@@ -159,7 +168,7 @@ def test_unknown_names_list_the_choices(option, value, choice, capsys):
         (["--noise.batch-size", "1001"], "batch_size must be between 1 and 1000, got 1001"),
         (["--learning-rate", "nan"], "learning_rate must be finite and at least 0, got nan"),
         (["--learning-rate", "1e38"], r"not finite after 1 steps \(seed 0\)"),
-        (["--model", "lenet"], r"images must have shape \[B, 28, 28, 1\]"),
+        (["--model", "lenet"], "model must be digits_net for the images of digits"),
     ],
 )
 def test_bad_numbers_are_named(arguments, message, tmp_path, capsys):
