@@ -26,8 +26,8 @@ class Cost(NamedTuple):
 COSTS: dict[ModelName, Cost] = {
     "digits_net": Cost(None, 4e-6, 2e-6, 8),
     "lenet": Cost(None, 35e-6, 15e-6, 12),
-    "vgg11": Cost(8, 0, 0, 0),
-    "resnet18": Cost(8, 0, 0, 0),
+    "vgg11": Cost(8, 0.6e-3, 0.5e-3, 35),
+    "resnet18": Cost(8, 5e-3, 2e-3, 150),
 }
 _FULL_WIDTH = 64
 
@@ -46,9 +46,11 @@ def seconds(plan: TrainConfig) -> float:
 def sentence(plans: list[TrainConfig], out_of: int) -> str:
     """What will be run, and about how long it takes."""
     steps = sum(plan.total_steps for plan in plans)
+    wide = any(COSTS[p.model_name].width and p.width is None for p in plans)
     return (
         f"{len(plans)} of {out_of} runs are to be made, {steps:,} steps in all: "
-        f"about {duration(sum(map(seconds, plans)))} on two cores."
+        f"about {duration(sum(map(seconds, plans)))} on two cores"
+        f"{', reckoned from a narrower net: these are for a GPU' if wide else ''}."
     )
 
 
