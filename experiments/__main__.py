@@ -32,7 +32,7 @@ def _run(arguments: list[str] | None) -> None:
 
     arguments = sys.argv[1:] if arguments is None else arguments
     terminal.write_anything(sys.stdout, sys.stderr)
-    if arguments == ["--version"]:
+    if arguments[:1] == ["--version"]:
         print(commands.version())
         return
     try:

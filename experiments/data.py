@@ -112,7 +112,7 @@ def load(
         The data set, in the computer's memory.
 
     Raises:
-        ValueError: if the name is unknown or the seed is out of range.
+        ValueError: if the name is unknown, the seed out of range, or `data_dir` no folder.
         DatasetNotFoundError: if the data set is nowhere to be had.
         DamagedDatasetError: if it was found, but its contents are not the published ones.
     """
@@ -121,6 +121,10 @@ def load(
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed must be between 0 and 2^31 - 1 = {MAX_SEED}, got {seed}.")
     folder = None if data_dir is None else Path(data_dir).expanduser()
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"data_dir must be a folder, got {str(folder)[-200:]}, which is no folder."
+        )
     return DATASETS[name](seed, folder, download)
 
 

@@ -21,6 +21,7 @@ from experiments.algorithms import ALGORITHMS
 from experiments.config import TrainConfig
 from msgd_jax import sharding, train
 from msgd_jax._streams import Stream, derive
+from msgd_jax._validate import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +41,34 @@ class ProcessesConfig:
     process_id: int | None = None
     heartbeat_timeout: int = 30
 
-    def start(self) -> None:
-        """Connects to the others; before anything is computed."""
-        if self.num_processes == 1:
+    def __post_init__(self):
+        for name in ("num_processes", "heartbeat_timeout"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.num_processes is None or self.num_processes == 1:
             return
-        if self.num_processes is not None and (self.coordinator is None or self.process_id is None):
+        if self.coordinator is None or self.process_id is None:
             raise ValueError(
                 f"num_processes = {self.num_processes} needs coordinator and process_id, got "
                 f"{self.coordinator} and {self.process_id}."
             )
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(
+                f"process_id must be between 0 and {self.num_processes - 1}, for num_processes = "
+                f"{self.num_processes}, got {self.process_id}."
+            )
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(
+                f"coordinator must be an address and a port, as in 10.0.0.1:1234, got "
+                f"{shown(self.coordinator)}."
+            )
+
+    def start(self) -> None:
+        """Connects to the others; before anything is computed."""
+        if self.num_processes == 1:
+            return
         jax.distributed.initialize(
             self.coordinator,
             self.num_processes,

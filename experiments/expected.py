@@ -55,8 +55,14 @@ def sentence(plans: list[TrainConfig], out_of: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that fits: seconds, minutes, hours or days."""
-    for size, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute"), (1, "second")):
+    """In the unit that fits, from seconds to years."""
+    for size, unit in (
+        (31_536_000, "year"),
+        (86_400, "day"),
+        (3_600, "hour"),
+        (60, "minute"),
+        (1, "second"),
+    ):
         if seconds >= 2 * size or size == 1:
             return f"{max(round(seconds / size), 1):,} {unit}s"
     raise AssertionError

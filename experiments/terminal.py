@@ -72,6 +72,8 @@ class Progress(Silent):
             if first:
                 bar.unpause()  # compiling does not count for the speed
             bar.update(count)
+            if first:
+                bar.refresh()
             return
         self._compiling = False
         due = time.monotonic() - self._written >= _BETWEEN_LINES
@@ -80,14 +82,20 @@ class Progress(Silent):
             self._write(f"{self._done:,}/{self._total:,} {self._unit}s, {seconds:.0f} s")
 
     def _draw(self) -> Any:
+        so_far = " ({n_fmt}/{total_fmt} {unit}s done)" if self._done else ""
+        form = _COMPILING + so_far if self._compiling else None
+        # As tqdm's own `set_description` has it.
+        description = f"{self._description}: " if self._description else ""
         if self._bar is None:
             self._bar = tqdm(
                 total=self._total, unit=self._unit, dynamic_ncols=True, file=sys.stderr,
-                desc=self._description, bar_format=_COMPILING if self._compiling else None,
+                desc=description, bar_format=form,
             )  # fmt: skip
-        so_far = " ({n_fmt}/{total_fmt} {unit}s done)" if self._done else ""
-        self._bar.bar_format = _COMPILING + so_far if self._compiling else None
-        self._bar.set_description(self._description, refresh=self._compiling)
+            return self._bar
+        changed = (self._bar.bar_format, self._bar.desc) != (form, description)
+        self._bar.bar_format, self._bar.desc = form, description
+        if changed and self._compiling:
+            self._bar.refresh()
         return self._bar
 
     def _write(self, text: str) -> None:
@@ -107,8 +115,13 @@ def each(items: Iterable[T], description: str, unit: str) -> Iterator[T]:
 
 
 def draws(stream: TextIO) -> bool:
-    """Whether a stream is a terminal on which a line can be drawn over."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+    """Whether a stream is a terminal on which a line can be drawn over: it has a size, too."""
+    if not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return False
+    try:
+        return min(os.get_terminal_size(stream.fileno())) > 0
+    except (OSError, ValueError):
+        return False
 
 
 def has_colours(stream: TextIO) -> bool:

@@ -32,6 +32,15 @@ SDEPart = Literal["strong", "weak", "paths", "network"]
 ComplexityPart = Literal["theorem1", "regularizer", "trace"]
 
 
+def _check_sizes(config: Any) -> None:
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {config.batch_size}.")
+    if config.microbatch_size is not None and config.microbatch_size < 1:
+        raise ValueError(
+            f"microbatch_size must be at least 1, or None, got {config.microbatch_size}."
+        )
+
+
 def _check_read(config: Any, read_by: Mapping[str, tuple[str, ...]]) -> None:
     """Raises ValueError for an option that none of the chosen parts reads."""
     for field in dataclasses.fields(config):
@@ -94,6 +103,9 @@ class SDEConfig:
         for name in ("iterations", "points", "network_paths"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        _check_sizes(self)
+        if self.substeps < 1 or self.substeps & (self.substeps - 1):
+            raise ValueError(f"substeps must be a power of two, got {self.substeps}.")
         if self.halvings < 0:
             raise ValueError(f"halvings must be at least 0, got {self.halvings}.")
         check_seeds("seed", self.seed)
@@ -156,6 +168,12 @@ class ComplexityConfig:
             chosen = getattr(self, name)
             if not chosen or len(set(chosen)) < len(chosen):
                 raise ValueError(f"{name} must name one or more, each once, got {chosen}.")
+        _check_sizes(self)
+        scale = self.regularizer_scale
+        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(
+                f"regularizer_scale must be finite and at least 0, or None, got {scale}."
+            )
         for name in ("draws", "trace_draws"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")

@@ -114,6 +114,28 @@ def test_each_seed_has_a_regulariser_of_its_own():
     assert abs(moved[0, 0] - moved[1, 0]) > 1e-3
 
 
+@pytest.mark.parametrize("part", ["theorem1", "regularizer", "trace"])
+def test_every_part_trains_with_the_learning_rate_that_was_asked_for(part, monkeypatch):
+    seen = []
+
+    def spy(plan, *_):
+        seen.append(plan)
+        raise ZeroDivisionError
+
+    digits = few_digits()
+    monkeypatch.setattr(complexity_experiment.data, "load", lambda *_, **__: digits)
+    monkeypatch.setattr(training, "train_seeds", spy)
+    config = ComplexityConfig(parts=(part,), learning_rate=0.037)
+    first = {
+        "theorem1": lambda: complexity_experiment._digits_problems(config),
+        "regularizer": lambda: next(complexity_experiment.regularizer(config)),
+        "trace": lambda: next(complexity_experiment.trace(config, digits)),
+    }[part]
+    with pytest.raises(ZeroDivisionError):
+        first()
+    assert seen[0].learning_rate == 0.037
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

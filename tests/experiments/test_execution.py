@@ -36,7 +36,7 @@ class Progress(terminal.Silent):
 
     def update(self, count=1):
         self.count += count
-        if self.act and self.count >= self.step:
+        if self.act and self.step is not None and self.count >= self.step:
             self.act()
 
 

@@ -212,15 +212,16 @@ def test_help_and_errors_in_ascii(folder):
 
 def test_a_reader_who_goes_is_no_traceback(folder):
     path, _, _ = folder
+    reading, writing = os.pipe()
     process = subprocess.Popen(
-        [*COMMAND, "list", "--runs", "."], cwd=path, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=environment(),
+        [*COMMAND, "list", "--runs", "."], cwd=path, stdout=writing, stderr=subprocess.PIPE,
+        env=environment(),
     )  # fmt: skip
-    process.stdout.close()
-    err = process.stderr.read()
-    assert process.wait(timeout=PATIENCE) == 128 + signal.SIGPIPE
+    os.close(writing)
+    os.close(reading)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + signal.SIGPIPE
     assert err == b""
-    process.stderr.close()
 
 
 class Terminal:

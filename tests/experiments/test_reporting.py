@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -99,6 +101,29 @@ def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
         last = np.array(runs.read_lines(path / "metrics.jsonl")[-1]["test_accuracy"]) * 50
         np.testing.assert_allclose(last, np.round(last), atol=1e-3)
     assert "(small scale)" in (root / "figure-1a-small" / "README.md").read_text()
+
+
+def test_seeds_that_drew_something_else_are_not_mixed_into_a_figure(tmp_path, small_panel):
+    """All of before are drawn again as they are; some of before, with new ones, are refused."""
+    root = tmp_path / "runs"
+    values = {
+        f"{images}_{what}": [0.5] * 3
+        for images in ("train", "test")
+        for what in ("loss", "accuracy")
+    }
+    for plan in PANEL.runs:
+        folder = runs.RunFolder(reporting.run_folder(root, plan), plan.resolved())
+        folder.log({"step": 20, "seconds": 1.0} | values)
+        folder.finish({})
+        record = runs.read_json(folder.path / "config.json")
+        del record["draws"]  # as of before they were written down
+        runs.replace_text(folder.path / "config.json", json.dumps(record))
+        folder.close()
+    main(["figure", "1a", "--runs", str(root)])
+    assert (root / "figure-1a" / "README.md").exists()
+    shutil.rmtree(folder.path)
+    with pytest.raises(SystemExit, match="1 runs of this figure from when a seed drew something"):
+        main(["figure", "1a", "--runs", str(root)])
 
 
 def test_a_folder_is_named_after_what_is_computed(tmp_path):

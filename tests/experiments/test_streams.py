@@ -26,7 +26,7 @@ def key_calls(source):
     tree = ast.parse(source)
     derived = set()
     for node in ast.walk(tree):
-        targets = value = None
+        targets, value = [], None
         if isinstance(node, ast.Assign):
             targets, value = node.targets, node.value
         elif isinstance(node, ast.comprehension):
