@@ -7,7 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import config, data, execution, fashion_mnist, figures, runs, training
+from experiments import (
+    comparison,
+    config,
+    data,
+    execution,
+    fashion_mnist,
+    figures,
+    runs,
+    training,
+)
 from experiments.__main__ import main
 from experiments.algorithms import ALGORITHMS, NoiseSettings
 from msgd_jax import noise
@@ -59,6 +68,36 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
     main(["demo", "--steps", "30", "--seeds", "2", "--eval-every", "10", "--out", str(demo)])
     assert capsys.readouterr().out.startswith(table)
     assert before == {path: path.read_bytes() for path in demo.rglob("*") if path.is_file()}
+
+
+def test_a_stopped_demo_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
+    """Training pretended; and where no folder was named, how it goes on is said with one."""
+    monkeypatch.chdir(tmp_path)
+    trained, stop_at = [], "m-sgd-cov"
+
+    def pretend(plan, dataset, path, progress):
+        if plan.algorithm == stop_at:
+            raise execution.Stopped("stopped after 3 steps; the same command goes on", 15)
+        trained.append(plan.algorithm)
+        folder = runs.RunFolder(path, plan.resolved())
+        values = np.full(plan.seeds, 0.5)
+        folder.log(training.Evaluation(plan.steps, *[values] * 4, 1.0).record())
+        folder.finish({})
+        folder.close()
+        progress.update(plan.total_steps)
+        return comparison.of_folder(path)
+
+    monkeypatch.setattr(execution, "run", pretend)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo"])
+    assert stopped.value.code == 143
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"goes on, with --out runs/{folder.name}" in capsys.readouterr().err
+    assert trained == ["gd", "sgd", "m-sgd-fisher"]
+    stop_at = None
+    main(["demo", "--out", f"runs/{folder.name}"])
+    assert trained == list(config.DemoConfig.algorithms)
+    assert (folder / "curves.png").exists()
 
 
 @pytest.mark.slow
