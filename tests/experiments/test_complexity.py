@@ -74,7 +74,7 @@ def test_theorem1_and_the_regulariser(tmp_path, capsys, monkeypatch):
     few = {name: ways[name] for name in ("SGD", "SGD, full on b examples, scale 0.1")}
     monkeypatch.setattr(complexity_experiment, "regularizers", lambda *_: few)
     results = run(
-        tmp_path / "out", "--parts", "theorem1", "regularizer", "--regularizer-steps", "40"
+        tmp_path / "out", "--parts", "theorem1", "regularizer", "--regularizer-steps", "120"
     )
     printed = capsys.readouterr().out
 

@@ -3,12 +3,13 @@
 import csv
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 
-from experiments import panels, reporting, runs, training
+from experiments import execution, panels, reporting, runs, training
 from experiments.__main__ import main
 from experiments.config import TrainConfig
 from experiments.panels import Panel
@@ -86,6 +87,22 @@ def test_a_panel_is_run_drawn_listed_and_reported(tmp_path, small_panel, monkeyp
         assert f"<td>{label}</td>" in html
     assert text.count("![") == html.count('src="data:image/png;base64,') == 1
     assert (tmp_path / "report" / "runs-1.png").stat().st_size > 10_000
+
+
+def test_the_recorded_figures_are_drawn_again_from_their_runs(tmp_path, monkeypatch):
+    """Without training, by the command of their page, to the recorded numbers."""
+    results = pathlib.Path(reporting.__file__).parent / "results"
+    monkeypatch.setattr(execution, "load", never)
+    for panel in ("1a", "1b-converged"):
+        main(["figure", panel, "--runs", str(results / "runs"), "--out", str(tmp_path / panel)])
+        for name in (f"figure-{panel}.csv", f"figure-{panel}-averaged.csv"):
+            found, recorded = ((root / panel / name).read_text() for root in (tmp_path, results))
+            for line, wanted in zip(found.splitlines(), recorded.splitlines(), strict=True):
+                for value, number in zip(line.split(","), wanted.split(","), strict=True):
+                    try:
+                        assert float(value) == pytest.approx(float(number), rel=1e-9, nan_ok=True)
+                    except ValueError:
+                        assert value == number
 
 
 def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
