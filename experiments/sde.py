@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
-from experiments import data, runs, sde_figures, training, weak_order
+from experiments import data, runs, sde_figures, terminal, training, weak_order
 from experiments.sde_problems import Problem, at_minimum, logistic, two_wells
 from experiments.theory_config import SDEConfig
 from msgd_jax import loss, noise, sde, train
+from msgd_jax._streams import Stream, derive
 
 RATES = (0.1, 0.05, 0.025, 0.0125)
 HORIZON = 2.0
@@ -70,7 +70,7 @@ def strong(config: SDEConfig) -> Iterator[dict[str, Any]]:
     """The strong order of every case, and the constant a of rms^2 = a^2 eta^2 + c eta^3."""
     problem = logistic()
     cases = strong_cases(problem.num_examples)
-    for case in tqdm(cases, desc="strong order", unit="case", dynamic_ncols=True):
+    for case in terminal.each(cases, "strong order", "case"):
         sweep = sde.strong_error(
             *(at_minimum(problem) if case.at_minimum else problem), case.law,
             learning_rates=RATES, horizon=HORIZON, num_paths=config.strong_paths,
@@ -111,7 +111,7 @@ def weak(config: SDEConfig) -> Iterator[dict[str, Any]]:
         1: (problem, (0.1, 0.05, 0.025), 1.6),
         2: (at_minimum(problem), (0.4, 0.2, 0.1), 0.8),
     }
-    for case in tqdm(cases, desc="weak order, sampled", unit="case", dynamic_ncols=True):
+    for case in terminal.each(cases, "weak order, sampled", "case"):
         start, rates, horizon = settings[case.order]
         sweep = sde.weak_error(
             *start, case.law, learning_rates=rates, horizon=horizon,
@@ -154,14 +154,14 @@ def paths(config: SDEConfig, learning_rate: float, horizon: float = 12.0, many: 
     @jax.jit
     @jax.vmap
     def every(key: Any) -> dict[str, Any]:
-        path_key, own_key = jax.random.split(key)
+        own_key = derive(key, Stream.CASES, 0)
         return {
-            "SDE": euler(path_key, 32),
-            "M-SGD-Gaussian": euler(path_key, 1),
+            "SDE": euler(key, 32),
+            "M-SGD-Gaussian": euler(key, 1),
             "SGD": _iterate(problem, sgd, learning_rate, num_steps, own_key),
         }
 
-    points = jax.device_get(every(jax.random.split(jax.random.key(config.seed), many)))
+    points = jax.device_get(every(_keys(config.seed, many)))
     distances = {
         name: np.median(np.linalg.norm(points[name] - points["SDE"], axis=-1), axis=0)
         for name in ("M-SGD-Gaussian", "SGD")
@@ -183,6 +183,11 @@ def _iterate(
 
     _, points = jax.lax.scan(step, problem.params, jnp.arange(num_steps))
     return jnp.concatenate([problem.params[None], points])
+
+
+def _keys(seed: int, count: int) -> Any:
+    """One key for each path."""
+    return jax.vmap(lambda i: derive(jax.random.key(seed), Stream.CASES, i))(jnp.arange(count))
 
 
 class NetworkRun(NamedTuple):
@@ -212,14 +217,16 @@ def network(config: SDEConfig, dataset: data.Dataset) -> Iterator[NetworkRun]:
     """
     functions = training.model_functions("lenet", dataset.max_value)
     losses = functions.losses
-    start_key, *keys = jax.random.split(jax.random.key(config.seed), 1 + config.network_paths)
+    start_key = derive(jax.random.key(config.seed), Stream.PARAMETERS)
     params = jax.tree.map(lambda leaf: leaf[0], functions.init_params(start_key[None]))
+    keys = _keys(config.seed, config.network_paths)
     train_set = jax.device_put(dataset.train)
     fisher = noise.fisher(len(dataset.train.label), config.batch_size)
     rates = [config.learning_rate / 2**i for i in range(config.halvings + 1)]
     passes = (config.substeps + 1) * (2 ** len(rates) - 1) + 2
     total = config.iterations * passes * len(keys)
-    with tqdm(total=total, desc="network", unit="pass", dynamic_ncols=True) as progress:
+    with terminal.Progress(total, "iteration") as progress:
+        progress.compiling("network")
         for rate in rates:
             walk = functools.partial(
                 sde.euler_maruyama, losses, data=train_set, noise=fisher, learning_rate=rate,
@@ -273,7 +280,7 @@ def _squares(
     walk: Any, trainers: dict[str, _Trainer], params: Any, key: Any, ends: np.ndarray, progress: Any
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Of one path: squared displacement of the SDE and squared distances to it, at `ends`."""
-    own_key = jax.random.fold_in(key, 0)
+    own_key = derive(key, Stream.CASES, 0)
     states = {
         name: trainer.start(params, own_key if name == OWN else key)
         for name, trainer in trainers.items()
@@ -308,22 +315,25 @@ def run(config: SDEConfig) -> pathlib.Path:
         "weak": functools.partial(_weak_part, config),
         "paths": functools.partial(_paths_part, config),
     }
-    if "network" in config.parts:  # loaded first: it is known at once whether the images are there
-        dataset = data.load("fashion_mnist", data_dir=config.data_dir)
+    if "network" in config.parts:
+        noise.fisher(data.SIZES["fashion_mnist"][0], config.batch_size)  # raises before loading
+        dataset: Any = None
+        # Loaded first: it is known at once whether the images are there.
+        if not runs.finished_parts("sde", config):
+            dataset = data.load("fashion_mnist", data_dir=config.data_dir)
         steps["network"] = functools.partial(_network_part, config, dataset)
-    return runs.run_parts("sde", config, steps)
+    tables = {"strong": strong_table, "weak": weak_table, "network": network_table}
+    return runs.run_parts("sde", config, steps, tables)
 
 
 def _strong_part(config: SDEConfig, folder: pathlib.Path) -> Any:
     rows = list(strong(config))
-    print("\n" + strong_table(rows))
     sde_figures.plot_strong(rows, folder / "strong_order.png")
     return rows
 
 
 def _weak_part(config: SDEConfig, folder: pathlib.Path) -> Any:
     rows = [*weak_order.table(), *weak(config)]
-    print("\n" + weak_table(rows))
     sde_figures.plot_weak(rows, folder / "weak_order.png")
     return rows
 
@@ -336,7 +346,6 @@ def _paths_part(config: SDEConfig, folder: pathlib.Path) -> Any:
 
 def _network_part(config: SDEConfig, dataset: data.Dataset, folder: pathlib.Path) -> Any:
     networks = list(network(config, dataset))
-    print("\n" + network_table(networks))
     sde_figures.plot_network(networks, config, folder / "network.png")
     return [_as_json(part) for part in networks]
 
@@ -368,14 +377,18 @@ def weak_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def network_table(networks: list[NetworkRun]) -> str:
-    """One line for each iteration: its distance to the SDE at the end, relative to the way gone."""
+def network_table(networks: list[dict[str, Any]]) -> str:
+    """One line for each iteration: its distance to the SDE at the end, relative to the way gone.
+
+    Args:
+        networks: `NetworkRun`s as JSON.
+    """
     lines = [f"{'LeNet on FashionMNIST':<28}{'eta':>9}{'distance at the end':>21}{'relative':>10}"]
     lines.append("-" * len(lines[0]))
     for part in networks:
-        for name, values in part.distances.items():
-            relative = values[-1] / part.displacement[-1]
-            lines.append(f"{name:<28}{part.learning_rate:>9g}{values[-1]:>21.4g}{relative:>10.2%}")
+        for name, values in part["distances"].items():
+            end, relative = values[-1], values[-1] / part["displacement"][-1]
+            lines.append(f"{name:<28}{part['learning_rate']:>9g}{end:>21.4g}{relative:>10.2%}")
     return "\n".join(lines)
 
 
