@@ -70,7 +70,7 @@ def test_the_constant_is_that_of_gradient_descent_at_every_noise():
     assert small.deterministic.value == pytest.approx(euler_constant(), rel=0.05)
     ratio = small.noise.value / large.noise.value
     assert ratio > 4
-    without = strong(noise.gd(N), paths=2)
+    without = strong(noise.gd(N), paths=4)
     assert (without.standard_errors == 0).all()
     assert without.error_model.deterministic.value == pytest.approx(euler_constant(), rel=0.002)
 
@@ -216,22 +216,43 @@ class TestFits:
 
     def test_weighted_line_is_numpys(self):
         rng = np.random.default_rng(0)
-        y, errors = rng.normal(size=4), rng.uniform(0.1, 1, size=4)
+        y, errors = 5 * rng.normal(size=4), rng.uniform(0.1, 1, size=4)
         fit = sde.fit_line(self.x, y, errors)
         coefficients, covariance = np.polyfit(self.x, y, 1, w=1 / errors, cov="unscaled")
-        assert fit.slope == pytest.approx((coefficients[0], math.sqrt(covariance[0, 0])))
-        assert fit.intercept == pytest.approx((coefficients[1], math.sqrt(covariance[1, 1])))
         residuals = (y - np.polyval(coefficients, self.x)) / errors
-        assert fit.chi_square == pytest.approx(residuals @ residuals)
+        chi_square = residuals @ residuals
+        assert fit.chi_square == pytest.approx(chi_square)
+        assert fit.p_value == pytest.approx(math.exp(-chi_square / 2))
         assert fit.degrees_of_freedom == 2
-        low, high = fit.slope.interval
-        assert (high - low) / 2 == pytest.approx(1.96 * fit.slope.standard_error, rel=1e-3)
+        assert chi_square > 2  # Birge's ratio
+        expected = np.sqrt(np.diag(covariance) * chi_square / 2)
+        assert fit.slope == pytest.approx((coefficients[0], expected[0], 2))
+        assert fit.intercept == pytest.approx((coefficients[1], expected[1], 2))
+
+    def test_a_line_that_fits_has_the_errors_of_its_points(self):
+        y, errors = 2 * self.x + np.array([0.01, -0.02, 0.01, 0.0]), np.array([0.1, 0.2, 0.1, 0.3])
+        fit = sde.fit_line(self.x, y, errors)
+        coefficients, covariance = np.polyfit(self.x, y, 1, w=1 / errors, cov="unscaled")
+        assert fit.chi_square < 0.1
+        assert fit.p_value > 0.9
+        assert fit.slope == pytest.approx((coefficients[0], math.sqrt(covariance[0, 0]), math.inf))
+        # Satterthwaite: the variance of the slope is a weighted sum of those of the points.
+        few = sde.fit_line(self.x, y, errors, 5)
+        assert few.slope[:2] == fit.slope[:2]
+        parts = errors**-2 * (self.x - np.average(self.x, weights=errors**-2)) * errors
+        assert few.slope.degrees_of_freedom == pytest.approx(
+            5 * (parts**2).sum() ** 2 / (parts**4).sum()
+        )
 
     def test_without_standard_errors_residuals_judge(self):
         y = np.random.default_rng(1).normal(size=4)
         fit = sde.fit_line(self.x, y, np.zeros(4))
         coefficients, covariance = np.polyfit(self.x, y, 1, cov=True)
-        assert fit.slope == pytest.approx((coefficients[0], math.sqrt(covariance[0, 0])))
+        assert fit.slope == pytest.approx((coefficients[0], math.sqrt(covariance[0, 0]), 2))
+        assert math.isnan(fit.p_value)
+        two = sde.fit_line(self.x[:2], y[:2], np.zeros(2)).slope
+        assert two.value == pytest.approx((y[1] - y[0]) / (self.x[1] - self.x[0]))
+        assert math.isnan(two.standard_error)
 
     def test_error_model(self):
         eta = np.exp(self.x)
@@ -254,7 +275,7 @@ class TestFits:
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
     good = {  # noqa: RUF012
-        "learning_rates": [0.1], "horizon": 0.2, "num_paths": 2, "key": jax.random.key(0),
+        "learning_rates": [0.1], "horizon": 0.2, "num_paths": 4, "key": jax.random.key(0),
     }  # fmt: skip
 
     @pytest.mark.parametrize("measure", [sde.strong_error, sde.weak_error])
@@ -274,7 +295,7 @@ class TestBadInput:
             ),
             ({"learning_rates": [0.4]}, ValueError, "must divide horizon"),
             ({"horizon": -1.0}, ValueError, "horizon must be finite and above 0, got -1.0"),
-            ({"num_paths": 1}, ValueError, "num_paths must be at least 2, got 1"),
+            ({"num_paths": 3}, ValueError, "num_paths must be at least 4, got 3"),
             ({"paths_per_pass": 0}, ValueError, "paths_per_pass must be at least 1"),
             ({"substeps": 12}, ValueError, "substeps must be a power of two, got 12"),
             ({"order": 0}, ValueError, "order must be between 1 and 2"),

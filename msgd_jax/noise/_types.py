@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from numpy.typing import NDArray
 
 from msgd_jax import _validate
+from msgd_jax._streams import Stream, derive
 
 
 @jax.tree_util.register_dataclass
@@ -194,5 +195,5 @@ def _sample(noise: MNoise, key: Key[Array, ""], step: int | Int[Array, ""]) -> W
     if noise.draw_at is not None:
         weights = noise.draw_at(key, step)
     else:
-        weights = noise.draw(jax.random.fold_in(key, step))
+        weights = noise.draw(derive(key, Stream.WEIGHTS, step))
     return jax.lax.optimization_barrier(weights)

@@ -15,7 +15,16 @@ from msgd_jax import _dtypes, _validate, loss
 from msgd_jax.noise import Exchangeable, MNoise, Weights
 
 Law = MNoise | Exchangeable
-"""Whose covariance the diffusion has: an M-noise, or two exact moments."""
+"""Whose covariance the diffusion has: an M-noise with independent steps, or two exact moments.
+
+The SDE's noise has independent increments, and the covariance of one step of the law over each
+iteration. A law whose steps depend on each other (`noise.random_reshuffling`) has another
+covariance over many steps than the sum of theirs, and is refused. What an epoch of m steps leaves
+per step is ``sum_{s, t < m} law.covariance_between(s, t) / m``: an `Exchangeable` with these two
+moments (0 and 0 where the batches use up all examples) gives the SDE the noise that such a law has
+over many epochs. It does not give weak order 2: the correlation of steps adds a term of order eta
+to the drift, which no covariance holds.
+"""
 
 Coupling = Callable[[Float[Array, " N"]], Float[Array, " N"]]
 """Weights [N] from the Brownian increment over one iteration [N], in units of sqrt(eta)."""
@@ -77,7 +86,8 @@ def diffusion(
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
         params: a pytree of floating-point arrays.
         data: a pytree of arrays [N, ...].
-        noise: a `noise.MNoise`, or a `noise.Exchangeable`: only its covariance matters.
+        noise: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its
+            covariance matters.
         vector: w, [N].
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
 
@@ -107,7 +117,8 @@ def coupling(noise: Law, num_examples: int) -> Coupling:
     around 1/N: to study another coupling, compose it with another function.
 
     Args:
-        noise: a `noise.MNoise` or a `noise.Exchangeable`: only its covariance matters.
+        noise: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its
+            covariance matters.
         num_examples: N.
 
     Returns:
@@ -117,11 +128,10 @@ def coupling(noise: Law, num_examples: int) -> Coupling:
         TypeError, ValueError: if an argument is not as described.
     """
     num_examples = _validate.positive_int("num_examples", num_examples)
-    across, along = eigenvalues(noise, num_examples)
+    moments = eigenvalues(noise, num_examples)
 
     def weights(increment: Float[Array, " N"]) -> Float[Array, " N"]:
-        root = Root(jnp.asarray(across, increment.dtype), jnp.asarray(along, increment.dtype))
-        return 1 / num_examples - root(increment)
+        return 1 / num_examples - Root.cast(moments, increment.dtype)(increment)
 
     return weights
 
@@ -135,10 +145,16 @@ class Root(NamedTuple):
     @classmethod
     def of(cls, noise: Any, num_examples: int, dtype: Any) -> "Root":
         """Checks that `noise` is a law of N weights."""
-        return cls(*(jnp.asarray(value, dtype) for value in eigenvalues(noise, num_examples)))
+        return cls.cast(eigenvalues(noise, num_examples), dtype)
 
-    def __call__(self, vector: Float[Array, " N"]) -> Float[Array, " N"]:
-        mean = vector.mean()
+    @classmethod
+    def cast(cls, eigenvalues: tuple[Any, Any], dtype: Any) -> "Root":
+        """From the eigenvalues of Cov(W), across the all-ones vector and along it."""
+        across, along = (jnp.asarray(value, dtype) for value in eigenvalues)
+        return cls(across, along)
+
+    def __call__(self, vector: Float[Array, "N *rest"]) -> Float[Array, "N *rest"]:
+        mean = vector.mean(0, keepdims=True)
         return jnp.sqrt(self.across) * (vector - mean) + jnp.sqrt(self.along) * mean
 
 
@@ -155,12 +171,11 @@ class Field(NamedTuple):
         cls, loss_vector_fn: loss.LossVectorFn, params: Any, data: Any, microbatch_size: int | None
     ) -> "Field":
         """`dtype`, of the weights, is float32, or float64 where a parameter is."""
-        dtypes = (jnp.result_type(leaf) for leaf in jax.tree.leaves(params))
         return cls(
             loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=microbatch_size),
             data,
             _validate.leading_axis("data", data),
-            _dtypes.accumulator(*dtypes),
+            wide_dtype(params),
         )
 
     def weighted_gradient(self, params: Any, weights: Float[Array, " N"]) -> Any:
@@ -210,6 +225,11 @@ class Field(NamedTuple):
         return step_along(step_along(noisy, start, 0.5 * time), end, 0.5 * time)
 
 
+def wide_dtype(params: Any) -> jnp.dtype:
+    """Float32, or float64 where a parameter is."""
+    return _dtypes.accumulator(*(jnp.result_type(leaf) for leaf in jax.tree.leaves(params)))
+
+
 def step_along(params: Any, direction: Any, length: Any) -> Any:
     """Moves params by length * direction, in the types of the parameters."""
     return jax.tree.map(lambda p, d: p + jnp.asarray(length, p.dtype) * d, params, direction)
@@ -217,18 +237,37 @@ def step_along(params: Any, direction: Any, length: Any) -> Any:
 
 def eigenvalues(noise: Any, num_examples: int) -> tuple[float, float]:
     """The eigenvalues of Cov(W), across the all-ones vector and along it, checked."""
+    check_law(noise)
     if isinstance(noise, Exchangeable):
         return noise.eigenvalues(num_examples)
+    check_size(noise, num_examples)
+    return noise.covariance.eigenvalues(num_examples)
+
+
+def check_law(noise: Any) -> None:
+    """Raises unless `noise` has a covariance, the same over every step and none between them."""
+    if isinstance(noise, Exchangeable):
+        return
     if not isinstance(noise, MNoise):
         raise TypeError(
-            f"noise must be a noise.MNoise or a noise.Exchangeable, got {type(noise).__name__}."
+            f"noise must be a noise.MNoise or a noise.Exchangeable, got {_validate.shown(noise)}."
         )
+    if noise.draw_at is not None:
+        raise ValueError(
+            f"noise must have independent steps, as the increments of the SDE are, got {noise.name}"
+            ": its steps are correlated, and add up to another covariance than that of one step. "
+            "Use noise.sgd(N, b), or a noise.Exchangeable given on purpose, such as that of a "
+            "whole epoch divided by its steps."
+        )
+
+
+def check_size(noise: MNoise, num_examples: int, name: str = "noise") -> None:
+    """Raises ValueError unless this is a law of so many weights."""
     if noise.num_examples != num_examples:
         raise ValueError(
-            f"noise is for num_examples = {noise.num_examples}, but data has {num_examples} "
+            f"{name} is for num_examples = {noise.num_examples}, but data has {num_examples} "
             "examples on its leading axis."
         )
-    return noise.covariance.eigenvalues(num_examples)
 
 
 def check_order(order: Any) -> None:
