@@ -124,7 +124,10 @@ def distance(one, other):
 @pytest.mark.filterwarnings("error:.*not marked as converging")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ITO | STRATONOVICH],
+    [
+        pytest.param(n, marks=() if n in QUICK else pytest.mark.slow)
+        for n in sorted(ITO | STRATONOVICH)
+    ],
 )
 def test_every_solver_finds_the_solution_of_ito(name):
     """With the terms made for it, the distance to a fine Euler path shrinks with the step.

@@ -272,6 +272,151 @@ class TestFits:
             _ = sde.ErrorSweep(np.array([0.1]), np.array([1.0]), np.array([0.1])).order
 
 
+def power_law(rng, draws, sampled, rates=RATES):
+    """A sweep whose errors are eta^p exactly, known from this many skewed or normal draws."""
+    rates, shape = np.array(rates), (len(rates), draws)
+    if sampled == "weak":
+        values = np.array(rates)[:, None] ** 2 + rng.normal(size=shape) * 3e-5 * math.sqrt(draws)
+        errors, spread = values.mean(1), values.std(1, ddof=1) / math.sqrt(draws)
+        return sde.ErrorSweep(rates, errors, spread, draws - 1), 2
+    squares = (
+        rates[:, None] ** 2
+        * {
+            "one dimension": lambda: rng.chisquare(1, shape),
+            "five dimensions": lambda: rng.chisquare(5, shape) / 5,
+            "log-normal": lambda: np.exp(rng.normal(size=shape) - 0.5),
+        }[sampled]()
+    )
+    errors = np.sqrt(squares.mean(1))
+    spread = squares.std(1, ddof=1) / math.sqrt(draws) / (2 * errors)
+    return sde.ErrorSweep(rates, errors, spread, draws - 1), 1
+
+
+def coverage(intervals, truth):
+    return np.mean([low <= truth <= high for low, high in intervals])
+
+
+class TestIntervals:
+    """What the stated 95 % intervals cover: over 600 sweeps, to 1 % (one standard error)."""
+
+    @pytest.mark.parametrize("draws", [4, 10, 66])
+    @pytest.mark.parametrize("sampled", ["one dimension", "five dimensions", "log-normal", "weak"])
+    def test_orders(self, draws, sampled):
+        rng = np.random.default_rng(draws)
+        sweeps = [power_law(rng, draws, sampled) for _ in range(600)]
+        covered = coverage([sweep.order.interval for sweep, _ in sweeps], sweeps[0][1])
+        assert 0.92 <= covered <= 0.98
+
+    @pytest.mark.parametrize("draws", [32, 66])
+    def test_error_models(self, draws):
+        """errors^2 = eta^2 + 3 eta^3 with the skewness of squares in five dimensions."""
+        rng, rates = np.random.default_rng(draws), np.array(RATES)
+        a, c = [], []
+        for _ in range(600):
+            squares = (rates**2 + 3 * rates**3)[:, None] * rng.chisquare(5, (4, draws)) / 5
+            errors = np.sqrt(squares.mean(1))
+            spread = squares.std(1, ddof=1) / math.sqrt(draws) / (2 * errors)
+            model = sde.ErrorSweep(rates, errors, spread, draws - 1).error_model
+            a.append(model.deterministic.interval)
+            c.append(model.noise.interval)
+        assert 0.92 <= coverage(a, 1) <= 0.98
+        assert 0.92 <= coverage(c, 3) <= 0.98
+
+    def test_a_curve_widens_the_interval_of_its_slope(self):
+        """Errors eta + eta^2, known to 0.1 %: the order is 1.012 at one end, 1.091 at the other."""
+        rates = np.array(RATES)
+        sizes = rates + rates**2
+        sweep = sde.ErrorSweep(rates, sizes, 0.001 * sizes, 10_000)
+        fit = sweep.order_fit
+        assert fit.p_value < 1e-10
+        assert sweep.order.degrees_of_freedom == 2
+        low, high = sweep.order.interval
+        assert low < 1.0123 < 1.0909 < high  # without Birge's ratio 1.048 to 1.050
+        assert high - low < 0.2
+
+    def test_few_paths_have_no_error_model(self):
+        sweep, _ = power_law(np.random.default_rng(0), 31, "five dimensions")
+        with pytest.raises(ValueError, match=r"num_paths must be at least 32 .* got 31"):
+            _ = sweep.error_model
+
+    @pytest.mark.slow
+    def test_of_real_paths(self):
+        """The order of four paths against that of 2,000: of 8 intervals at least 6 cover it."""
+        run = functools.partial(
+            sde.strong_error, *LOGISTIC, COV, learning_rates=[0.1, 0.05, 0.025], horizon=0.2,
+            num_paths=4, substeps=2,
+        )  # fmt: skip
+        truth = run(num_paths=2_000, key=jax.random.key(1)).order.value
+        orders = [run(key=jax.random.key(100 + seed)).order for seed in range(8)]
+        assert sum(low <= truth <= high for low, high in (o.interval for o in orders)) >= 6
+
+
+class TestOverflow:
+    @pytest.mark.parametrize("power", [-20, 0, 20])
+    def test_squares_that_overflow_or_vanish(self, power):
+        """Linear losses: distances scale with their size, also where their squares are no float."""
+        losses = loss.per_example(lambda theta, x: 10.0**power * (x @ theta))
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(N, 3)), jnp.float32)
+        sweep = sde.strong_error(
+            losses, jnp.zeros(3), x, COV, learning_rates=[0.1, 0.05], horizon=0.2, num_paths=4,
+            key=jax.random.key(0), iterate=noise.gd(N), substeps=2,
+        )  # fmt: skip
+        unit = sde.strong_error(
+            loss.per_example(lambda theta, x: x @ theta), jnp.zeros(3), x, COV,
+            learning_rates=[0.1, 0.05], horizon=0.2, num_paths=4, key=jax.random.key(0),
+            iterate=noise.gd(N), substeps=2,
+        )  # fmt: skip
+        np.testing.assert_allclose(sweep.errors, 10.0**power * unit.errors, rtol=1e-4)
+        np.testing.assert_allclose(
+            sweep.standard_errors, 10.0**power * unit.standard_errors, rtol=1e-3
+        )
+        assert sweep.order.value == pytest.approx(unit.order.value, abs=1e-3)
+        assert math.isfinite(sweep.order.standard_error)
+
+    def test_models_of_large_errors(self):
+        rates = np.array(RATES)
+        errors = np.sqrt(rates**2 + 3 * rates**3)
+        unit = sde.ErrorSweep(rates, errors, 0.01 * errors).error_model
+        for scale in (1e-170, 1e200):
+            model = sde.ErrorSweep(rates, scale * errors, 0.01 * scale * errors).error_model
+            assert model.deterministic.value == pytest.approx(scale * unit.deterministic.value)
+            assert model.chi_square == pytest.approx(unit.chi_square, abs=1e-6)
+
+    def test_a_mean_loss_that_overflows_is_named(self):
+        losses = loss.per_example(lambda theta, x: (1e-25 * (theta @ theta)) * x[0] + x.sum())
+        with pytest.raises(ValueError, match=r"at 0\.1, all paths are finite, but the mean loss"):
+            sde.weak_error(
+                losses, jnp.full(3, 1e25), jnp.ones((N, 1)), COV, learning_rates=[0.1],
+                horizon=0.2, num_paths=4, key=jax.random.key(0), control_variate=False,
+            )  # fmt: skip
+
+    def test_distances_near_the_largest_number(self):
+        """The squares of 1e37 are no float32."""
+        losses = loss.per_example(lambda theta, x: 1e37 * (x @ theta))
+        x = jnp.asarray([[1.0, 1.0]] * (N // 2) + [[-1.0, -1.0]] * (N // 2))
+        big = sde.strong_error(
+            losses, jnp.zeros(2), x, noise.cov(N, 1), learning_rates=[0.5], horizon=1.0,
+            num_paths=4, key=jax.random.key(0), iterate=noise.gd(N), substeps=2,
+        )  # fmt: skip
+        assert np.isfinite(big.errors).all()
+
+    @pytest.mark.parametrize("measure", [sde.strong_error, sde.weak_error])
+    def test_iterations_are_counted_from_one(self, measure):
+        """The map theta -> -99 theta from 1e29 overflows in iteration 5, as `euler_maruyama` says."""
+        losses = loss.per_example(lambda theta, x: 0.5 * (theta @ theta) + 0 * x[0])
+        problem = losses, jnp.full(1, 1e29), jnp.ones((4, 1))
+        law = noise.cov(4, 1)
+        path = sde.euler_maruyama(
+            *problem, law, learning_rate=100.0, num_steps=9, key=jax.random.key(0), substeps=1
+        )
+        assert path.diverged_at == 5
+        with pytest.raises(ValueError, match=r"the first in iteration 5 \(counted from 1\)"):
+            measure(
+                *problem, law, learning_rates=[100.0], horizon=900.0, num_paths=4,
+                key=jax.random.key(0), substeps=1,
+            )  # fmt: skip
+
+
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
     good = {  # noqa: RUF012
@@ -288,6 +433,8 @@ class TestBadInput:
                 "learning_rates must be finite and above 0",
             ),
             ({"learning_rates": []}, ValueError, "at least one"),
+            ({"learning_rates": 0.1}, TypeError, "learning_rates must be a sequence .* got 0.1"),
+            ({"learning_rates": "0.1"}, TypeError, "learning_rates must be a sequence"),
             (
                 {"learning_rates": [0.15]},
                 ValueError,
@@ -299,7 +446,11 @@ class TestBadInput:
             ({"paths_per_pass": 0}, ValueError, "paths_per_pass must be at least 1"),
             ({"substeps": 12}, ValueError, "substeps must be a power of two, got 12"),
             ({"order": 0}, ValueError, "order must be between 1 and 2"),
-            ({"iterate": noise.cov(7, 2)}, ValueError, "num_examples = 7, but data has 32"),
+            (
+                {"iterate": noise.cov(7, 2)},
+                ValueError,
+                "iterate is for num_examples = 7, but data has 32",
+            ),
             ({"iterate": "cov"}, TypeError, "iterate must be"),
             (
                 {"learning_rates": [1e6], "horizon": 1e8},
@@ -316,6 +467,18 @@ class TestBadInput:
             )
         with pytest.raises(error, match=message):
             measure(*problem, COV, **{**self.good, **change})
+
+    @pytest.mark.parametrize(
+        ("test_fn", "got"),
+        [
+            (lambda params, data: params, r"float32\[5\]"),
+            (lambda params, data: params.sum() > 0, r"bool\[\]"),
+            (lambda params, data: (params.sum(), 0), "tuple"),
+        ],
+    )
+    def test_test_functions(self, test_fn, got):
+        with pytest.raises(ValueError, match=f"test_fn must return a scalar .*{got}"):
+            sde.weak_error(*LOGISTIC, COV, test_fn=test_fn, **self.good)
 
     def test_the_iteration_of_a_weak_error_draws_by_itself(self):
         with pytest.raises(TypeError, match=r"iterate must be the noise\.MNoise"):

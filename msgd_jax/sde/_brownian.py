@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _dtypes, _validate
@@ -16,7 +17,7 @@ MAX_SUBSTEPS = 2**16
 
 def brownian_increments(
     key: Key[Array, ""],
-    step: int | Int[Array, ""],
+    step: int | np.integer | Int[Array, ""],
     num_examples: int,
     *,
     substeps: int = 1,

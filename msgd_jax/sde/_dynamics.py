@@ -44,6 +44,9 @@ def drift(
     The second is the stochastic modified equation of Li, Tai and E (2017): an approximation of weak
     order 2 to the iteration. It costs a Hessian-vector product more.
 
+    It runs eagerly, and with micro-batches is compiled anew on each call: put it under `jax.jit` to
+    call it again.
+
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
         params: a pytree of floating-point arrays.
@@ -62,9 +65,13 @@ def drift(
     if order == 2:
         _validate.positive_scalar("learning_rate", learning_rate)
     check_problem(loss_vector_fn, params, data, microbatch_size)
-    field = Field.of(loss_vector_fn, params, data, microbatch_size)
-    rate = None if learning_rate is None else jnp.asarray(learning_rate, field.dtype)
-    return field.drift(params, order, rate)
+
+    def value(params: Any, data: Any, rate: Any) -> Any:
+        field = Field.of(loss_vector_fn, params, data, microbatch_size)
+        rate = None if rate is None else jnp.asarray(rate, field.dtype)
+        return field.drift(params, order, rate)
+
+    return _one_shot(value, microbatch_size)(params, data, learning_rate)
 
 
 def diffusion(
@@ -81,6 +88,9 @@ def diffusion(
     For `noise.fisher` it is ``grad(L . w)/sqrt(bN)``; for `noise.cov` (Eq. 15) the same with
     ``w - mean(w)``; for any exchangeable noise, ``grad(L . A w)`` with A A^T = Cov(W). One forward
     and one backward pass. The SDE multiplies it by sqrt(eta): the learning rate is not in here.
+
+    It runs eagerly, and with micro-batches is compiled anew on each call: put it under `jax.jit` to
+    call it again.
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
@@ -103,9 +113,22 @@ def diffusion(
             f"vector must have shape ({num_examples},), one entry for each example, got "
             f"{jnp.shape(vector)}."
         )
-    field = Field.of(loss_vector_fn, params, data, microbatch_size)
-    root = Root.of(noise, num_examples, field.dtype)
-    return field.weighted_gradient(params, root(jnp.asarray(vector, field.dtype)))
+    moments = eigenvalues(noise, num_examples)
+
+    def value(params: Any, data: Any, vector: Any) -> Any:
+        field = Field.of(loss_vector_fn, params, data, microbatch_size)
+        root = Root.cast(moments, field.dtype)
+        return field.weighted_gradient(params, root(jnp.asarray(vector, field.dtype)))
+
+    return _one_shot(value, microbatch_size)(params, data, vector)
+
+
+def _one_shot(function: Callable[..., Any], microbatch_size: int | None) -> Callable[..., Any]:
+    """As it is; with micro-batches, compiled for this call alone.
+
+    jax compiles a loop that runs eagerly, too, and keeps that program for good.
+    """
+    return function if microbatch_size is None else jax.jit(function)
 
 
 def coupling(noise: Law, num_examples: int) -> Coupling:
