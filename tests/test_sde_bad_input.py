@@ -84,11 +84,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match="alpha \\+ N beta >= 0"):
             sde.euler_maruyama(*self.problem, impossible, **self.good)
 
-    @pytest.mark.parametrize("where", ["array", "range", "numpy list", "jax"])
+    @pytest.mark.parametrize("where", ["array", "jax"])
     def test_iterations_of_any_kind(self, where):
         save_at = {
-            "array": np.array([1, 3], np.uint8), "range": range(1, 4, 2),
-            "numpy list": [np.int64(1), np.int64(3)], "jax": jnp.array([1, 3]),
+            "array": np.array([1, 3], np.uint8), "jax": jnp.array([1, 3]),
         }[where]  # fmt: skip
         options = {**self.good, "num_steps": np.int64(3), "save_at": save_at}
         assert sde.euler_maruyama(*self.problem, noise.cov(N, B), **options).steps.tolist() == [

@@ -103,6 +103,7 @@ def ends(solver, terms_for=None, paths=16):
             terms, solver, 0.0, 1.0, dt0=step, y0=SADDLE, args=SADDLE_DATA,
             adjoint=diffrax.DirectAdjoint(),
         )  # fmt: skip
+        assert solution.ys is not None
         return jnp.stack([solution.ys["a"][-1], solution.ys["b"][-1]])
 
     keys = jax.random.split(jax.random.key(1), paths)

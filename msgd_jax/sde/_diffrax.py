@@ -111,8 +111,7 @@ def _interpretation(diffrax: Any, solver: Any, control: Any) -> str:
     instead = "Use diffrax.Euler() (Itô), or diffrax.Heun() (Stratonovich), say."
     if isinstance(solver, diffrax.AbstractFosterLangevinSRK):
         raise ValueError(f"solver must not be {name}: it is for Langevin dynamics. {instead}")
-    tableau = getattr(solver, "tableau", None)
-    if isinstance(solver, diffrax.AbstractSRK) and tableau.is_additive_noise():
+    if isinstance(solver, diffrax.AbstractSRK) and solver.tableau.is_additive_noise():
         raise ValueError(
             f"solver must not be {name}: it is for additive noise, and the diffusion of this SDE "
             f"depends on the parameters. {instead}"
