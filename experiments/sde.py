@@ -5,6 +5,7 @@ Every part returns plain numbers; `sde_figures` draws them, and `run` writes bot
 
 import functools
 import itertools
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import data, runs, sde_figures, terminal, training, weak_order
+from experiments import data, runs, sde_figures, sde_tables, terminal, training, weak_order
 from experiments.sde_problems import Problem, at_minimum, logistic, two_wells
 from experiments.theory_config import SDEConfig
 from msgd_jax import loss, noise, sde, train
@@ -228,10 +229,7 @@ def network(config: SDEConfig, dataset: data.Dataset) -> Iterator[NetworkRun]:
     with terminal.Progress(total, "iteration") as progress:
         progress.compiling("network")
         for rate in rates:
-            walk = functools.partial(
-                sde.euler_maruyama, losses, data=train_set, noise=fisher, learning_rate=rate,
-                substeps=config.substeps, microbatch_size=config.microbatch_size,
-            )  # fmt: skip
+            walk = _walker(losses, fisher, rate, config, train_set)
             ends = round(config.learning_rate / rate) * _iterations_at(config)
             laws = {SHARED: fisher}
             if rate == config.learning_rate:
@@ -240,11 +238,32 @@ def network(config: SDEConfig, dataset: data.Dataset) -> Iterator[NetworkRun]:
                 name: _trainer(losses, law, rate, config.microbatch_size, ends, train_set)
                 for name, law in laws.items()
             }
-            squares = [_squares(walk, trainers, params, key, ends, progress) for key in keys]
+            squares = [
+                _squares(walk, config.substeps, trainers, params, key, ends, progress)
+                for key in keys
+            ]
             displacement, distances = jax.tree.map(
                 lambda *paths: np.sqrt(np.mean(paths, 0)), *squares
             )
             yield NetworkRun(rate, rate * ends, displacement, distances)
+
+
+Walk = Callable[[Any, Any, int, int], sde.Path]
+
+
+def _walker(
+    losses: loss.LossVectorFn, law: noise.MNoise, rate: float, config: SDEConfig, train_set: Any
+) -> Walk:
+    """A part of the SDE's path, from one iteration to another; compiled once for all parts."""
+
+    @jax.jit
+    def walk(params: Any, data: Any, key: Any, first_step: Any, num_steps: Any) -> sde.Path:
+        return sde.euler_maruyama(
+            losses, params, data, law, learning_rate=rate, key=key, first_step=first_step,
+            num_steps=num_steps, substeps=config.substeps, microbatch_size=config.microbatch_size,
+        )  # fmt: skip
+
+    return lambda params, key, first, last: walk(params, train_set, key, first, last)
 
 
 class _Trainer(NamedTuple):
@@ -277,7 +296,13 @@ def _iterations_at(config: SDEConfig) -> np.ndarray:
 
 
 def _squares(
-    walk: Any, trainers: dict[str, _Trainer], params: Any, key: Any, ends: np.ndarray, progress: Any
+    walk: Walk,
+    substeps: int,
+    trainers: dict[str, _Trainer],
+    params: Any,
+    key: Any,
+    ends: np.ndarray,
+    progress: Any,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Of one path: squared displacement of the SDE and squared distances to it, at `ends`."""
     own_key = derive(key, Stream.CASES, 0)
@@ -288,7 +313,7 @@ def _squares(
     position, displacement = params, [0.0]
     distances = {name: [0.0] for name in trainers}
     for before, after in itertools.pairwise(ends.tolist()):
-        path = walk(params=position, key=key, first_step=before, num_steps=after)
+        path = walk(position, key, before, after)
         if path.diverged_at >= 0:
             raise ValueError(
                 f"The SDE left the finite numbers in iteration {path.diverged_at} of {ends[-1]}: "
@@ -296,7 +321,7 @@ def _squares(
             )
         position = path.last_params
         displacement.append(_square_distance(position, params))
-        progress.update(walk.keywords["substeps"] * (after - before))
+        progress.update(substeps * (after - before))
         for name, trainer in trainers.items():
             states[name] = trainer.advance(states[name], after - before)
             distances[name].append(_square_distance(states[name].params, position))
@@ -322,7 +347,11 @@ def run(config: SDEConfig) -> pathlib.Path:
         if not runs.finished_parts("sde", config):
             dataset = data.load("fashion_mnist", data_dir=config.data_dir)
         steps["network"] = functools.partial(_network_part, config, dataset)
-    tables = {"strong": strong_table, "weak": weak_table, "network": network_table}
+    tables = {
+        "strong": sde_tables.strong_table,
+        "weak": sde_tables.weak_table,
+        "network": sde_tables.network_table,
+    }
     return runs.run_parts("sde", config, steps, tables)
 
 
@@ -350,54 +379,16 @@ def _network_part(config: SDEConfig, dataset: data.Dataset, folder: pathlib.Path
     return [_as_json(part) for part in networks]
 
 
-def strong_table(rows: list[dict[str, Any]]) -> str:
-    """One line a case: order with its standard error, what theory gives, and a."""
-    lines = [f"{'path-wise (strong) order':<38}{'expected':>9}{'measured':>18}{'a':>20}"]
-    lines.append("-" * len(lines[0]))
-    for row in rows:
-        a = row.get("deterministic")
-        constant = sde.Estimate(**a) if a else ""
-        order = sde.Estimate(**row["order"])
-        lines.append(f"{row['label']:<38}{row['expected']:>9g}{order!s:>18}{constant!s:>20}")
-    return "\n".join(lines)
-
-
-def weak_table(rows: list[dict[str, Any]]) -> str:
-    """One line a case, under the name of its group; exact rows have no standard error."""
-    lines = [f"{'order in expectation (weak)':<62}{'expected':>9}{'measured':>18}"]
-    lines.append("-" * len(lines[0]))
-    group = None
-    for row in rows:
-        if row["group"] != group:
-            group = row["group"]
-            lines.append(f"{group}:")
-        order = row["order"]
-        shown = str(sde.Estimate(**order)) if isinstance(order, dict) else f"{order:.3f}"
-        lines.append(f"  {row['label']:<60}{row['expected']:>9g}{shown:>18}")
-    return "\n".join(lines)
-
-
-def network_table(networks: list[dict[str, Any]]) -> str:
-    """One line for each iteration: its distance to the SDE at the end, relative to the way gone.
-
-    Args:
-        networks: `NetworkRun`s as JSON.
-    """
-    lines = [f"{'LeNet on FashionMNIST':<28}{'eta':>9}{'distance at the end':>21}{'relative':>10}"]
-    lines.append("-" * len(lines[0]))
-    for part in networks:
-        for name, values in part["distances"].items():
-            end, relative = values[-1], values[-1] / part["displacement"][-1]
-            lines.append(f"{name:<28}{part['learning_rate']:>9g}{end:>21.4g}{relative:>10.2%}")
-    return "\n".join(lines)
-
-
 def _record(sweep: sde.ErrorSweep) -> dict[str, Any]:
+    """Numbers that JSON has: where nothing is random there is no chi-square."""
+    fit = sweep.order_fit
+    quality = {"chi_square": fit.chi_square, "p_value": fit.p_value}
     return {
         "learning_rates": sweep.learning_rates.tolist(),
         "errors": sweep.errors.tolist(),
         "standard_errors": sweep.standard_errors.tolist(),
-        "order": sweep.order._asdict(),
+        "order": fit.slope._asdict(),
+        **{name: value if math.isfinite(value) else None for name, value in quality.items()},
     }
 
 

@@ -64,7 +64,7 @@ class SDEConfig:
     Attributes:
         parts: what to measure: the strong orders, the weak orders, the paths on the loss of two
             parameters, the net (which needs FashionMNIST).
-        strong_paths: paths of each strong order.
+        strong_paths: paths of each strong order, at least 32 for the constant a.
         weak_paths: paths of each weak order 1 and each side; 4 times as many of each order 2.
         learning_rate: eta of the net, the largest.
         halvings: how often it is halved.
@@ -97,9 +97,9 @@ class SDEConfig:
     def __post_init__(self):
         if not self.parts or len(set(self.parts)) < len(self.parts):
             raise ValueError(f"parts must name one or more, each once, got {self.parts}.")
-        for name in ("strong_paths", "weak_paths"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
+        for name, fewest in (("strong_paths", 32), ("weak_paths", 4)):
+            if getattr(self, name) < fewest:
+                raise ValueError(f"{name} must be at least {fewest}, got {getattr(self, name)}.")
         for name in ("iterations", "points", "network_paths"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

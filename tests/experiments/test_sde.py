@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import runs, sde_problems, training, weak_order
+from experiments import runs, sde_problems, sde_tables, training, weak_order
 from experiments import sde as sde_experiment
 from experiments.__main__ import main
 from experiments.data import load_digits
@@ -124,7 +124,7 @@ def test_network(tmp_path, monkeypatch, capsys):
     assert (coarse.displacement[1:] > shared[1:]).all()
     sde_figures.plot_network([coarse, fine], config, tmp_path / "network.png")
     assert (tmp_path / "network.png").stat().st_size > 10_000
-    assert "M-SGD-Fisher, own draws" in sde_experiment.network_table(
+    assert "M-SGD-Fisher, own draws" in sde_tables.network_table(
         [sde_experiment._as_json(part) for part in (coarse, fine)]
     )
 
@@ -140,7 +140,8 @@ def test_at_minimum():
     [
         ({"parts": ()}, "parts must name one or more"),
         ({"parts": ("weak", "weak")}, "each once"),
-        ({"weak_paths": 1}, "weak_paths must be at least 2, got 1"),
+        ({"weak_paths": 3}, "weak_paths must be at least 4, got 3"),
+        ({"strong_paths": 31}, "strong_paths must be at least 32, got 31"),
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
         ({"halvings": -1}, "halvings must be at least 0, got -1"),
         ({"learning_rate": 0.0}, "learning_rate must be finite and above 0, got 0.0"),
