@@ -156,7 +156,7 @@ class TestBadInput:
             LOOP(start(), PROBLEM.data, num_steps)
 
     def test_max_steps(self):
-        with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="max_steps must be between 1 and 2147483647, got 0"):
             train.make_loop(STEP, max_steps=0)
 
     def test_integer_params(self):
