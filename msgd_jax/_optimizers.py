@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from msgd_jax import _dtypes, _validate
@@ -106,11 +107,32 @@ def _keywords(optimizer: Any) -> set[str] | None:
     }  # fmt: skip
 
 
+def keep_last(make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """``made(function, arguments)``: ``make(function)``, made anew for another function only.
+
+    Where an argument is traced it is made each time, and not kept: the function may hold what is
+    traced, and there is nothing to compile.
+    """
+    last: tuple[Any, Any] = (None, None)
+
+    def made(function: Any, arguments: Any) -> Any:
+        nonlocal last
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+            return make(function)
+        kept = last
+        if kept[0] is not function:
+            last = kept = function, make(function)
+        return kept[1]
+
+    return made
+
+
 def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
 def has_masked(params: Any) -> bool:
+    """Whether optax.masked or optax.partition hides some of the parameters."""
     return any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
 
 

@@ -239,25 +239,27 @@ def leading_axis(name: str, tree: Any) -> int:
 
 def same_kind(function: str, name: str, given: Any, returned: Any) -> None:
     """Raises ValueError unless two pytrees have one structure, shapes and dtypes, leaf by leaf."""
-    first = None
-    leaves = [jax.tree_util.tree_leaves_with_path(tree) for tree in (given, returned)]
-    for (path, old), (other, new) in zip(*leaves, strict=False):
-        kinds = [
-            f"{leaf_dtype(place(name, at), leaf)}{list(jnp.shape(leaf))} at {place(name, at)}"
-            for at, leaf in ((path, old), (other, new))
-        ]
-        if kinds[0] != kinds[1]:
-            first = kinds
-            break
-    if first is None and len(leaves[0]) != len(leaves[1]):
-        first = [f"{len(some)} leaves" for some in leaves]
-    if first is None and jax.tree.structure(given) != jax.tree.structure(returned):
-        first = [_cut(str(jax.tree.structure(tree)), 90) for tree in (given, returned)]
-    if first is not None:
+    if (difference := first_difference(name, given, returned)) is not None:
         raise ValueError(
             f"{function} must return {name} with the structure, shapes and dtypes it was given: "
-            f"given {first[0]}, returned {first[1]}."
+            f"given {difference[0]}, returned {difference[1]}."
         )
+
+
+def first_difference(name: str, one: Any, other: Any) -> tuple[str, str] | None:
+    """What the first leaf that differs in place, shape or dtype is in two pytrees; None if none."""
+    leaves = [jax.tree_util.tree_leaves_with_path(tree) for tree in (one, other)]
+    for (path, leaf), (path_2, leaf_2) in zip(*leaves, strict=False):
+        kinds = [(leaf_dtype(name, x), np.shape(x)) for x in (leaf, leaf_2)]
+        if path != path_2 or kinds[0] != kinds[1]:
+            texts = [f"{dtype}{list(shape)} at " for dtype, shape in kinds]
+            return texts[0] + place(name, path), texts[1] + place(name, path_2)
+    if len(leaves[0]) != len(leaves[1]):
+        return f"{len(leaves[0])} leaves", f"{len(leaves[1])} leaves"
+    structures = [jax.tree.structure(tree) for tree in (one, other)]
+    if structures[0] != structures[1]:
+        return _cut(str(structures[0]), 90), _cut(str(structures[1]), 90)
+    return None
 
 
 def place(name: str, path: Any) -> str:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 from optax.experimental import aggregating
@@ -33,7 +32,6 @@ __all__ = [
     "multiplicative_noise",
     "with_noise",
 ]
-
 
 _HINT = (
     " What optax's lookahead and sam go around gets no such arguments: put them behind the noise, "
@@ -94,16 +92,13 @@ def multiplicative_noise(
       the others keep the updates passed in. Give ``full_params=params`` besides, since optax hides
       the other parameters from the transformations inside.
     * ``optax.MultiSteps`` behind it in a chain averages noisy gradients over several steps. Around
-      it there is nothing to accumulate, which is an error: use `microbatch_size` for memory.
-    * The other wrappers (``apply_if_finite``, ``conditionally_transform``, ``lookahead``, ``sam``)
-      belong behind it too: they look at the updates passed in, or keep the loss from what is
-      inside. Write ``with_noise(optax.apply_if_finite(optax.adam(1e-3), 5), noise, key)``.
+      it there is nothing to accumulate, which is an error: use `microbatch_size` for memory. The
+      same holds for ``apply_if_finite``, ``conditionally_transform``, ``lookahead`` and ``sam``:
+      ``with_noise(optax.apply_if_finite(optax.adam(1e-3), 5), noise, key)``.
     * ``optax.inject_hyperparams(msgd, static_args=("noise", "key"))``.
 
-    Models with mutable statistics need `train` or `loss.weighted_value_and_grad` instead.
-
-    Called eagerly, the transformation keeps what was made of the last `loss_vector_fn`, so that
-    calling it again with the same one is quick.
+    Models with mutable statistics need `train` or `loss.weighted_value_and_grad` instead. The
+    program of eager calls is kept for the last `loss_vector_fn`.
 
     Args:
         noise: the M-noise; its num_examples must be the leading axis of the data.
@@ -131,18 +126,21 @@ def multiplicative_noise(
         >>> int(state[0].step), updates.shape
         (1, ())
     """
-    whole = with_noise(
-        optax.identity(), noise, key, microbatch_size=microbatch_size, sharding=sharding
-    )
+    alone = optax.identity()
+    whole = with_noise(alone, noise, key, microbatch_size=microbatch_size, sharding=sharding)
+
+    def init_fn(params: Any) -> Any:
+        state: Any = whole.init(params)
+        return state[0]
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, MultiplicativeNoiseState]:
-        state = state, optax.EmptyState()
-        updates, (state, _) = whole.update(updates, state, params, **extra_args)
-        return updates, state
+        both: Any = state, alone.init(params)
+        updates, both = whole.update(updates, both, params, **extra_args)
+        return updates, both[0]
 
-    return optax.GradientTransformationExtraArgs(lambda params: whole.init(params)[0], update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def with_noise(
@@ -155,12 +153,11 @@ def with_noise(
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer behind `multiplicative_noise`, with all that it may ask for.
 
-    The updates are those of ``optax.chain(multiplicative_noise(noise, key), optimizer)``, and the
-    state is too. In such a chain nobody tells the optimizer the loss. Here those that take more get
-    it, all with the weights of the step: ``value=`` (``polyak_sgd``, ``reduce_on_plateau``,
-    ``momo``), ``grad=`` and ``value_fn=`` (line searches, ``lbfgs``), ``obj_fn=`` (``sophia``),
-    ``grad_fn=`` (``sam``), and `loss_vector_fn` and `data` as they are. `train.make_step` does the
-    same.
+    Updates and state are those of ``optax.chain(multiplicative_noise(noise, key), optimizer)``,
+    where nobody tells the optimizer the loss. Here those that take more get it, all with the
+    weights of the step, as from `train.make_step`: ``value=`` (``polyak_sgd``, ``momo``,
+    ``reduce_on_plateau``), ``grad=`` and ``value_fn=`` (line searches, ``lbfgs``), ``obj_fn=``
+    (``sophia``), ``grad_fn=`` (``sam``), and `loss_vector_fn` and `data` as they are.
 
     Args:
         optimizer: any optax transformation of a gradient, a chain of several, say.
@@ -249,7 +246,7 @@ def aggregate_per_example(noise: MNoise, key: Key[Array, ""]) -> aggregating.Agg
     def init_fn(params: Any) -> AggregateState:
         del params
         check_key_agrees("key", key)
-        return AggregateState(jnp.zeros((), jnp.int32), _copy(key))
+        return AggregateState(jnp.zeros((), jnp.int32), jnp.copy(jax.random.clone(key)))
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -336,29 +333,21 @@ def _noisy_gradient(
     if microbatch_size is not None:
         _validate.positive_int("microbatch_size", microbatch_size)
     _shards.check("sharding", sharding)
-    last: tuple[Any, Any] = (None, None)
 
     def init_fn(params: Any) -> MultiplicativeNoiseState:
         if jax.tree.leaves(params):  # a mask may hide them all
             _validate.floating_params(params)
         check_key_agrees("key", key)
-        value = _dtypes.not_yet(params)
-        return MultiplicativeNoiseState(jnp.zeros((), jnp.int32), _copy(key), value)
+        own = jnp.copy(jax.random.clone(key))  # the caller's is not to be donated with the state
+        return MultiplicativeNoiseState(jnp.zeros((), jnp.int32), own, _dtypes.not_yet(params))
 
     def make(loss_vector_fn: Any) -> Callable[..., Any]:
         return loss_lib.noisy_value_and_grad(
             loss_vector_fn, noise, microbatch_size=microbatch_size, sharding=sharding
         )
 
-    def made(loss_vector_fn: Any, arguments: Any) -> Callable[..., Any]:
-        # It owns the program of eager calls. Under a trace there is nothing to own.
-        nonlocal last
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
-            return make(loss_vector_fn)
-        kept = last
-        if kept[0] is not loss_vector_fn:
-            last = kept = loss_vector_fn, make(loss_vector_fn)
-        return kept[1]
+    # It owns the program of eager calls.
+    made = _optimizers.keep_last(make)
 
     def noisy_gradient(
         state: Any, params: Any, loss_vector_fn: Any, data: Any, full_params: Any
@@ -387,11 +376,6 @@ def _check_noise_and_key(noise: Any, key: Any) -> None:
     if not isinstance(noise, MNoise):
         raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
     _validate.prng_key("key", key)
-
-
-def _copy(key: Key[Array, ""]) -> Key[Array, ""]:
-    """A copy in a buffer of its own: donating the state must not delete the caller's key."""
-    return jnp.copy(jax.random.clone(key))
 
 
 def _check_per_example(updates: Any, params: Any, num_examples: int) -> None:
