@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from msgd_jax import _dtypes, _validate
 
@@ -58,6 +58,12 @@ def offers(value_and_grad: ValueAndGrad, value: Any, grads: Any) -> dict[str, An
     return {
         "value": value, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn,
     }  # fmt: skip
+
+
+def repeated(key: Key[Array, ""]) -> Callable[[], Key[Array, ""]]:
+    """The same key as often as it is asked for: also in loops, where keys may be used once only."""
+    words, implementation = jax.random.key_data(jax.random.clone(key)), jax.random.key_impl(key)
+    return lambda: jax.random.wrap_key_data(words, impl=implementation)
 
 
 def _differentiable(value_and_grad: ValueAndGrad) -> Callable[..., Float[Array, ""]]:

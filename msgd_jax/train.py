@@ -166,9 +166,10 @@ def step_of(
     update = _optimizers.updater(optimizer)
 
     def step(state: TrainState, data: Any) -> tuple[TrainState, StepMetrics]:
+        key = _optimizers.repeated(state.key)
+
         def at(params: Any) -> tuple[Any, Any]:
-            key = jax.random.clone(state.key)  # the same weights, as often as they are asked for
-            return value_and_grad(params, data, key, state.step, state.aux)
+            return value_and_grad(params, data, key(), state.step, state.aux)
 
         def at_fixed_aux(params: Any) -> tuple[Any, Any]:
             value, grads = at(params)
@@ -236,7 +237,13 @@ def make_loop(step: StepFn, *, max_steps: int) -> Callable[[Any, Any, int], tupl
 
     @functools.partial(jax.jit, donate_argnums=0)
     def compiled(state: Any, data: Any, num_steps: Int[Array, ""]) -> tuple[Any, Any]:
-        _, shapes = jax.eval_shape(step, state, data)
+        after, shapes = jax.eval_shape(step, state, data)
+        if (difference := _validate.first_difference("state", state, after)) is not None:
+            raise ValueError(
+                f"step must return a state of the kind it was given: given {difference[0]}, "
+                f"returned {difference[1]}. Where it is the optimizer's (as of optax.monitor), make "
+                "the first step by jax.jit(step), and the others from there in the loop."
+            )
         history = jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), x.dtype), shapes)
 
         def body(i: Int[Array, ""], carry: tuple[Any, Any]) -> tuple[Any, Any]:

@@ -360,8 +360,10 @@ def _noisy_gradient(
         else:
             value_and_grad = made(loss_vector_fn, (params, data, state))
 
+        key = _optimizers.repeated(state.key)
+
         def at(params: Any) -> tuple[Any, Any]:
-            return value_and_grad(params, data, jax.random.clone(state.key), state.step)
+            return value_and_grad(params, data, key(), state.step)
 
         return at
 
