@@ -92,12 +92,12 @@ def make_loop(
     noise: MNoise,
     source: Source,
     *,
-    microbatch_size: int | None = None,
+    microbatch_size: int | np.integer[Any] | None = None,
     has_aux: bool = False,
     sharding: NamedSharding | None = None,
-    prefetch: int = 4,
-    num_threads: int = 4,
-) -> Callable[[TrainState, int], tuple[TrainState, StepMetrics]]:
+    prefetch: int | np.integer[Any] = 4,
+    num_threads: int | np.integer[Any] = 4,
+) -> Callable[[TrainState, int | np.integer[Any]], tuple[TrainState, StepMetrics]]:
     """`train.make_step` in a loop, on examples that are read while earlier steps are computed.
 
     The parameters are those of the same noise and key on data that are all on the device, bit for
@@ -156,7 +156,7 @@ def make_loop(
     problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
     step = jax.jit(step_of(of_batch, optimizer, has_aux, problem), donate_argnums=0)
 
-    def loop(state: TrainState, num_steps: int) -> tuple[TrainState, StepMetrics]:
+    def loop(state: TrainState, num_steps: int | np.integer[Any]) -> tuple[TrainState, StepMetrics]:
         if not isinstance(state, TrainState):
             raise TypeError(f"state must be a train.TrainState, got {_validate.shown(state)}.")
         first = int(state.step)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
@@ -112,7 +113,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     noise: MNoise,
     *,
-    microbatch_size: int | None = None,
+    microbatch_size: int | np.integer[Any] | None = None,
     has_aux: bool = False,
     sharding: NamedSharding | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
@@ -202,7 +203,9 @@ def _strong(leaf: Any) -> Array:
     return jax.lax.convert_element_type(leaf, leaf.dtype)
 
 
-def make_loop(step: StepFn, *, max_steps: int) -> Callable[[Any, Any, int], tuple[Any, Any]]:
+def make_loop(
+    step: StepFn, *, max_steps: int | np.integer[Any]
+) -> Callable[[Any, Any, int | np.integer[Any]], tuple[Any, Any]]:
     """Many steps in one compiled loop: Python is left only once every `max_steps`.
 
     The number of steps is an argument of the compiled loop, not a constant in it: any number up
@@ -241,8 +244,8 @@ def make_loop(step: StepFn, *, max_steps: int) -> Callable[[Any, Any, int], tupl
         if (difference := _validate.first_difference("state", state, after)) is not None:
             raise ValueError(
                 f"step must return a state of the kind it was given: given {difference[0]}, "
-                f"returned {difference[1]}. Where it is the optimizer's (as of optax.monitor), make "
-                "the first step by jax.jit(step), and the others from there in the loop."
+                f"returned {difference[1]}. Where it is the optimizer's (optax.monitor's, say), "
+                "make the first step by jax.jit(step), and the others from there in the loop."
             )
         history = jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), x.dtype), shapes)
 
@@ -253,7 +256,7 @@ def make_loop(step: StepFn, *, max_steps: int) -> Callable[[Any, Any, int], tupl
 
         return jax.lax.fori_loop(0, num_steps, body, (state, history))
 
-    def loop(state: Any, data: Any, num_steps: int) -> tuple[Any, Any]:
+    def loop(state: Any, data: Any, num_steps: int | np.integer[Any]) -> tuple[Any, Any]:
         num_steps = _validate.positive_int("num_steps", num_steps, maximum=max_steps)
         state, history = compiled(state, data, jnp.asarray(num_steps, jnp.int32))
         return state, jax.tree.map(lambda h: h[:num_steps], history)

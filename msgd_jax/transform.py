@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
@@ -70,7 +71,7 @@ def multiplicative_noise(
     noise: MNoise,
     key: Key[Array, ""],
     *,
-    microbatch_size: int | None = None,
+    microbatch_size: int | np.integer[Any] | None = None,
     sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the noisy gradient ``grad(L(params) . W)`` with one backward pass (Algorithm 1).
@@ -148,7 +149,7 @@ def with_noise(
     noise: MNoise,
     key: Key[Array, ""],
     *,
-    microbatch_size: int | None = None,
+    microbatch_size: int | np.integer[Any] | None = None,
     sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer behind `multiplicative_noise`, with all that it may ask for.
@@ -203,7 +204,9 @@ def with_noise(
         updates, opt_state = behind(
             grads, state[1], params, **offers, loss_vector_fn=loss_vector_fn, data=data
         )
-        return updates, (_next(state[0], value), opt_state)
+        value = value.astype(state[0].value.dtype)
+        state = MultiplicativeNoiseState(state[0].step + 1, state[0].key, value), opt_state
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(
         lambda params: (init_fn(params), optimizer.init(params)), update_fn
@@ -280,7 +283,7 @@ def msgd(
     nesterov: bool = False,
     *,
     accumulator_dtype: Any = None,
-    microbatch_size: int | None = None,
+    microbatch_size: int | np.integer[Any] | None = None,
     sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """M-SGD (Eq. 6): `optax.sgd` on the noisy gradient of `multiplicative_noise`.
@@ -325,7 +328,7 @@ def msgd(
 def _noisy_gradient(
     noise: MNoise,
     key: Key[Array, ""],
-    microbatch_size: int | None,
+    microbatch_size: int | np.integer[Any] | None,
     sharding: NamedSharding | None,
 ) -> tuple[Callable[..., MultiplicativeNoiseState], Callable[..., _optimizers.ValueAndGrad]]:
     """How the state begins, and what gives value and gradient at the weights of a step."""
@@ -368,10 +371,6 @@ def _noisy_gradient(
         return at
 
     return init_fn, noisy_gradient
-
-
-def _next(state: MultiplicativeNoiseState, value: Any) -> MultiplicativeNoiseState:
-    return MultiplicativeNoiseState(state.step + 1, state.key, value.astype(state.value.dtype))
 
 
 def _check_noise_and_key(noise: Any, key: Any) -> None:
