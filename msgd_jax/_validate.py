@@ -24,6 +24,11 @@ def positive_int(name: str, value: Any, maximum: int | None = None, minimum: int
     return int(value)
 
 
+def optional_positive_int(name: str, value: Any) -> int | None:
+    """Returns `value` as an int above 0, or None; raises TypeError or ValueError."""
+    return None if value is None else positive_int(name, value)
+
+
 def num_examples(name: str, value: Any, minimum: int = 1) -> int:
     """Returns `value` as an int in [minimum, 2^31 - 1]; raises TypeError or ValueError."""
     if isinstance(value, (int, np.integer)) and value > MAX_EXAMPLES:
@@ -221,7 +226,7 @@ def leading_axis(name: str, tree: Any) -> int:
     for path, leaf in leaves:
         where = place(name, path)
         dtype = leaf_dtype(where, leaf)
-        if getattr(dtype, "kind", "") in "OSUMm" or dtype == np.void:
+        if isinstance(dtype, np.dtype) and (dtype.kind in "OSUMm" or dtype.type is np.void):
             raise TypeError(f"{where} must hold numbers or PRNG keys, got dtype {dtype}.")
         if not jnp.shape(leaf):
             raise ValueError(f"{where} is a scalar: every leaf needs a leading example axis.")

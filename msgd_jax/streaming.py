@@ -81,9 +81,7 @@ class ArraySource:
 
     def read_batch(self, indices: Int[NDArray[np.integer[Any]], " size"], /) -> Any:
         """The examples at these indices, [size, ...]."""
-        return jax.tree.map(
-            lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), self[indices]
-        )
+        return jax.tree.map(_array, self[indices])
 
 
 def make_loop(
@@ -142,6 +140,7 @@ def make_loop(
     grain = _grain()
     _check(noise, source)
     _shards.check("sharding", sharding)
+    microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
     prefetch = _validate.positive_int("prefetch", prefetch)
     num_threads = _validate.positive_int("num_threads", num_threads)
     reader = _Reader(noise, source, sharding)
@@ -230,6 +229,7 @@ class _Reader:
             first = np.searchsorted(self._own, start)
             return own[first : first + stop - start]
 
+        own = np.asarray(own)
         dtype = jax.dtypes.canonicalize_dtype(own.dtype)
         shape = (self._num_rows, *own.shape[1:])
         own = own.astype(dtype, copy=False)

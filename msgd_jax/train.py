@@ -147,6 +147,7 @@ def make_step(
         >>> round(float(state.params), 6), float(metrics.loss)
         (1.2, 3.5)
     """
+    microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
     value_and_grad = loss_lib.noisy_value_and_grad(
         loss_vector_fn, noise, microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding
     )

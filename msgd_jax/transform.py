@@ -333,8 +333,7 @@ def _noisy_gradient(
 ) -> tuple[Callable[..., MultiplicativeNoiseState], Callable[..., _optimizers.ValueAndGrad]]:
     """How the state begins, and what gives value and gradient at the weights of a step."""
     _check_noise_and_key(noise, key)
-    if microbatch_size is not None:
-        _validate.positive_int("microbatch_size", microbatch_size)
+    microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
     _shards.check("sharding", sharding)
 
     def init_fn(params: Any) -> MultiplicativeNoiseState:

@@ -106,6 +106,83 @@ def test_sources_of_single_examples():
         assert identical(loop(start(), 4), expected)
 
 
+class Counting(list):
+    """A list of examples, with a method ``batch`` that is not ours."""
+
+    def batch(self, batch_size):
+        raise AssertionError("not for us to call")
+
+
+def test_a_batch_that_is_not_ours_is_not_called():
+    """Grain's own, and that of a user's class: examples are read one by one."""
+    examples = [{"x": x, "y": y} for x, y in zip(DATA["x"], DATA["y"], strict=True)]
+    loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, LAWS["sgd"], streaming.ArraySource(DATA))
+    expected = loop(start(), 2)
+    for source in (Counting(examples), grain.MapDataset.source(examples)):
+        assert not isinstance(source, streaming.BatchSource)
+        loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, LAWS["sgd"], source)
+        assert identical(loop(start(), 2), expected)
+    assert isinstance(streaming.ArraySource(DATA), streaming.BatchSource)
+
+
+KEYED = {**PROBLEM.data, "key": jax.random.split(jax.random.key(8), N)}
+
+
+def dropped_out(params, batch):
+    """A loss with a key for each example."""
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (5,)))(batch["key"])
+    return loss_vector_fn(params, {"x": batch["x"] * keep, "y": batch["y"]})
+
+
+class KeysInBatches(streaming.ArraySource):
+    """Keys as jax's arrays, made on the default device."""
+
+    def read_batch(self, indices):
+        return {**super().read_batch(indices), "key": KEYED["key"][indices]}
+
+
+# An example has the same key at every step.
+@pytest.mark.usefixtures("unchecked_key_reuse")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"microbatch_size": 8}, {"sharding": spread(8)}],
+    ids=["whole", "runs", "spread"],
+)
+@pytest.mark.parametrize("make", [
+    streaming.ArraySource,
+    KeysInBatches,
+    lambda data: [jax.tree.map(lambda leaf, i=i: leaf[i], data) for i in range(N)],
+], ids=["arrays", "batches", "examples"])  # fmt: skip
+def test_keys_among_the_examples(make, options):
+    """The bits of training with the keys on the device, and not those of other keys."""
+    step = train.make_step(dropped_out, OPTIMIZER, LAWS["sgd"], **options)
+    rows = options.get("sharding")
+    data = KEYED if rows is None else sharding.shard_examples(KEYED, rows)
+    expected = train.make_loop(step, max_steps=3)(start(), data, 3)
+    loop = streaming.make_loop(dropped_out, OPTIMIZER, LAWS["sgd"], make(KEYED), **options)
+    assert identical(loop(start(), 3), expected)
+
+
+@pytest.mark.usefixtures("unchecked_key_reuse")
+def test_one_example_of_an_array_source():
+    example = streaming.ArraySource(KEYED)[3]
+    np.testing.assert_array_equal(example["x"], DATA["x"][3])
+    found, given = (
+        jax.random.key_data(keys["key"]) for keys in (example, {"key": KEYED["key"][3]})
+    )
+    np.testing.assert_array_equal(found, given)
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
+)
+def test_integers_of_every_type(dtype):
+    options = {name: dtype(2) for name in ("prefetch", "num_threads", "microbatch_size")}
+    source = streaming.ArraySource(DATA)
+    loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, noise.sgd(N, 2), source, **options)
+    assert int(loop(start(), dtype(2))[0].step) == 2
+
+
 def test_memory_mapped_files(tmp_path):
     np.save(tmp_path / "x.npy", DATA["x"])
     mapped = {"x": np.load(tmp_path / "x.npy", mmap_mode="r"), "y": DATA["y"]}
@@ -161,6 +238,39 @@ def test_statistics_pass_through():
     first = train.init(PROBLEM.params, OPTIMIZER, jax.random.key(3), jnp.zeros(5))
     assert identical(loop(first, STEPS), expected)
     assert np.abs(expected[0].aux).max() > 0
+
+
+def make(source=None, law=LAWS["sgd"], **options):
+    source = streaming.ArraySource(DATA) if source is None else source
+    return streaming.make_loop(loss_vector_fn, OPTIMIZER, law, source, **options)
+
+
+def examples(wrong, at=7):
+    """Ten examples, the one at 7 of another kind."""
+    return [{f"leaf_{j}": wrong if i == at else np.zeros(3) for j in range(60)} for i in range(10)]
+
+
+ALL_TEN = noise.sgd(10, 10)
+# The argument's name, a call, and what is said to be wrong with it.
+MISTAKES = [
+    ("source", lambda: make(3), "got int"),
+    ("prefetch", lambda: make(prefetch=np.uint8(0)), "at least 1, got 0"),
+    ("prefetch", lambda: make(prefetch=2.5), "2.5 of type float"),
+    ("num_threads", lambda: make(num_threads=True), "True of type bool"),
+    ("num_threads", lambda: make(num_threads=np.zeros(3)), "shape (3,)"),
+    ("optimizer", lambda: streaming.make_loop(loss_vector_fn, optax.adam, LAWS["sgd"],
+                                              streaming.ArraySource(DATA)), "optax.sgd(0.1)"),
+    ("state", lambda: make()({"params": PROBLEM.params}, 2), "train.TrainState, got {"),
+    ("num_steps", lambda: make()(start(), 2**31), "between 1 and 2147483647"),
+    ("num_steps", lambda: make()(start(), "3"), "'3' of type str"),
+    ("source[7]", lambda: make(examples(np.zeros(4)), ALL_TEN)(start(), 1), "float64[4]"),
+    ("source[7]", lambda: make(examples(np.zeros(3, np.int8)), ALL_TEN)(start(), 1), "int8[3]"),
+    ("source[7]", lambda: make(examples({}), ALL_TEN)(start(), 1), "0 leaves"),
+    ("source[7]", lambda: make(examples("cat"), ALL_TEN)(start(), 1), "<U3[]"),
+    ("['name'] must hold", lambda: make([{"name": "cat"}] * 10, ALL_TEN)(start(), 1), "<U3"),
+    ("data['name']", lambda: streaming.ArraySource({"name": "cats"}), "of type str"),
+    ("data['name']", lambda: streaming.ArraySource({"name": np.array(["cat"])}), "<U3"),
+]  # fmt: skip
 
 
 class TestBadInput:
@@ -233,6 +343,14 @@ class TestBadInput:
             loop(state, STEPS)
         expected = self.make()(start(), STEPS)
         assert identical(loop(state, STEPS), expected)
+
+    @pytest.mark.parametrize(("name", "call", "wrong"), MISTAKES, ids=[m[2] for m in MISTAKES])
+    def test_messages_name_the_argument_and_are_short(self, name, call, wrong):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            call()
+        assert name in str(caught.value)
+        assert wrong in str(caught.value)
+        assert len(str(caught.value)) <= 400
 
     def test_num_steps(self):
         with pytest.raises(ValueError, match="num_steps must be between 1 and 2147483647, got 0"):
