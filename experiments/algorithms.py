@@ -1,6 +1,7 @@
 """The algorithms of the paper's appendix B by name: one training step, another M-noise each."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,6 +31,11 @@ class NoiseSettings:
     def __post_init__(self):
         if self.refresh_every < 1:
             raise ValueError(f"refresh_every must be at least 1, got {self.refresh_every}.")
+        scale = self.rademacher_scale
+        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(
+                f"rademacher_scale must be finite and at least 0, or None, got {scale}."
+            )
 
 
 class Algorithm(NamedTuple):

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key, UInt8
 
+from msgd_jax._streams import Stream, derive
+
 PADDING = 4
 
 Images = UInt8[Array, "batch height width channels"]
@@ -36,14 +38,15 @@ def draw(key: Key[Array, ""], step: Int[Array, ""], examples: Any) -> Augmented:
     """Draws shifts and flips for every example.
 
     Args:
-        key: of the run's augmentation.
+        key: of the run.
         step: the iteration.
         examples: `data.Examples`, [N, ...].
     """
-    shift_key, flip_key = jax.random.split(jax.random.fold_in(key, step))
+    shift_key, flip_key = (derive(key, Stream.AUGMENTATION, step, i) for i in range(2))
     n = examples.label.shape[0]
-    shift = jax.random.randint(shift_key, (n, 2), 0, 2 * PADDING + 1)
-    flip = jax.random.bernoulli(flip_key, shape=(n,))
+    # With their types given, the draws are the same with and without 64-bit types.
+    shift = jax.random.randint(shift_key, (n, 2), 0, 2 * PADDING + 1, jnp.int32)
+    flip = jax.random.bernoulli(flip_key, jnp.float32(0.5), (n,))
     return Augmented(examples.image, examples.label, shift, flip)
 
 

@@ -1,12 +1,23 @@
 """What the command line's commands do."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from experiments import complexity, data, distributed, execution, figures, reporting, runs, sde
+from experiments import (
+    comparison,
+    complexity,
+    distributed,
+    execution,
+    figures,
+    reporting,
+    runs,
+    sde,
+    terminal,
+)
 from experiments.config import DemoConfig, FigureConfig, ListConfig, ReportConfig, TrainConfig
 from experiments.theory_config import ComplexityConfig, SDEConfig
 from experiments.training import Evaluation
@@ -21,6 +32,22 @@ Config = (
     | SDEConfig
     | TrainConfig
 )
+CONFIGS: dict[str, Any] = {
+    "demo": DemoConfig,
+    "train": TrainConfig,
+    "distributed": distributed.DistributedConfig,
+    "sde": SDEConfig,
+    "complexity": ComplexityConfig,
+    "figure": FigureConfig,
+    "list": ListConfig,
+    "report": ReportConfig,
+}
+"""The commands by name."""
+
+
+def version() -> str:
+    """Of the library, and of what results depend on."""
+    return " ".join(f"{name} {number}" for name, number in runs.versions().items())
 
 
 def run(config: Config) -> pathlib.Path | None:
@@ -45,32 +72,66 @@ def run(config: Config) -> pathlib.Path | None:
 
 
 def train(config: TrainConfig) -> pathlib.Path:
-    """Trains one algorithm, or goes on; writes its folder and curves.png, and prints a table."""
-    dataset = execution.load(config)
+    """Trains one algorithm, or goes on; writes its folder and curves.png, and prints a table.
+
+    Finished before, it prints the table again.
+    """
     folder = config.out or runs.default_folder(f"{config.dataset}-{config.algorithm}")
-    with tqdm(total=config.total_steps, unit="step", dynamic_ncols=True) as progress:
-        progress.set_description(config.label)
-        evaluations = execution.run(config, dataset, folder, progress)
-    _report({config: evaluations}, folder, _title(config, dataset))
+    _train_all({config: folder}, folder, named=config.out is not None)
     return folder
 
 
 def demo(config: DemoConfig) -> pathlib.Path:
-    """Trains six algorithms on the digits; writes their folders and curves.png, prints a table."""
-    dataset = data.load("digits")
+    """Trains six algorithms on the digits; writes their folders and curves.png, prints a table.
+
+    Stopped before, it goes on; finished before, it prints the table again.
+    """
     folder = config.out or runs.default_folder("demo")
-    runs.create(folder)
-    plans = config.runs()
-    results = {}
-    with tqdm(total=config.steps * len(plans), unit="step", dynamic_ncols=True) as progress:
-        for algorithm, plan in plans.items():
-            progress.set_description(plan.label)
-            results[plan] = execution.run(plan, dataset, folder / algorithm, progress)
-    _report(results, folder, _title(next(iter(results)), dataset))
+    plans = {plan: folder / algorithm for algorithm, plan in config.runs().items()}
+    if folder.is_dir() and any(folder.iterdir()) and not any(p.exists() for p in plans.values()):
+        runs.create(folder)  # which says that there is something else
+    _train_all(plans, folder, named=config.out is not None)
     return folder
 
 
-def _report(results: dict[TrainConfig, list[Evaluation]], folder: pathlib.Path, title: str) -> None:
+def _train_all(plans: dict[TrainConfig, pathlib.Path], folder: pathlib.Path, named: bool) -> None:
+    """Trains what has not finished, and shows all of it."""
+    for plan in plans:
+        execution.check(plan)
+    runs.check_writable(folder)
+    done = [runs.finished(path, plan.resolved()) for plan, path in plans.items()]
+    # Once for all: they are of the same images.
+    dataset = None if all(done) else execution.load(next(iter(plans)))
+    results = {}
+    total = sum(plan.total_steps for plan in plans)
+    with _stopped_in(folder, named), terminal.Progress(total) as progress:
+        for (plan, path), has_finished in zip(plans.items(), done, strict=True):
+            if has_finished or dataset is None:
+                results[plan] = comparison.of_finished(path)
+                if dataset is not None:
+                    progress.update(plan.total_steps)
+            else:
+                results[plan] = execution.run(plan, dataset, path, progress)
+    _report(results, folder)
+    if dataset is None:
+        print(f"{folder} has finished before: this is its result.")
+
+
+@contextlib.contextmanager
+def _stopped_in(folder: pathlib.Path, named: bool) -> Iterator[None]:
+    """Adds the folder to how a stopped run goes on, where the command did not name it."""
+    try:
+        yield
+    except execution.Stopped as stopped:
+        if named:
+            raise
+        more = f"{stopped.args[0]}, with --out {folder}"
+        raise execution.Stopped(more, stopped.number) from None
+
+
+def _report(results: dict[TrainConfig, list[Evaluation]], folder: pathlib.Path) -> None:
+    """Prints the table, and draws the picture if it is not there."""
+    title = _title(next(iter(results)))
     print(table({plan.label: execution.summary(run) for plan, run in results.items()}))
     curves = [
         figures.Curve(
@@ -80,7 +141,8 @@ def _report(results: dict[TrainConfig, list[Evaluation]], folder: pathlib.Path, 
         )
         for plan, run in results.items()
     ]
-    figures.plot_curves(curves, folder / "curves.png", title)
+    if not (folder / "curves.png").exists():
+        figures.plot_curves(curves, folder / "curves.png", title)
     print(f"\n{title}.\n{folder / 'curves.png'}: test accuracy against iteration.")
 
 
@@ -101,11 +163,11 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _title(config: TrainConfig, dataset: data.Dataset) -> str:
-    train_size, test_size = len(dataset.train.label), len(dataset.test.label)
+def _title(config: TrainConfig) -> str:
+    train_size, test_size = execution.sizes(config)
     plural = "seed" if config.seeds == 1 else "seeds"
     return (
-        f"{dataset.name}: {train_size:,} training and {test_size:,} test images, "
+        f"{config.dataset}: {train_size:,} training and {test_size:,} test images, "
         f"{config.model_name}, learning rate {config.learning_rate:g}, "
         f"b = {config.noise.batch_size}, {config.seeds} {plural} (band: one standard error)"
     )

@@ -57,8 +57,31 @@ def of_evaluations(label: str, parts: list[list[Evaluation]]) -> Result:
 
 
 def of_folder(path: pathlib.Path) -> list[Evaluation]:
-    """The evaluations that a run has logged."""
-    return [Evaluation.of_record(record) for record in runs.read_lines(path / "metrics.jsonl")]
+    """The evaluations that a run of `train` has logged; raises runs.DamagedRecordError."""
+    file = path / "metrics.jsonl"
+    evaluations = []
+    for record in runs.read_lines(file):
+        try:
+            evaluation = Evaluation.of_record(record)
+            values = [v for v in evaluation if isinstance(v, np.ndarray)]
+            sound = len(values) == 4 and {v.shape for v in values} == {(len(values[0]),)}
+            if not sound or values[0].size == 0 or any(v.dtype.kind not in "fi" for v in values):
+                raise TypeError("its numbers are not one for each seed")
+            float(evaluation.seconds)
+        except (TypeError, ValueError) as error:
+            raise runs.DamagedRecordError(
+                f"{file} has no evaluation at step {record['step']}: {str(error)[:120]}"
+            ) from None
+        evaluations.append(evaluation)
+    return evaluations
+
+
+def of_finished(path: pathlib.Path) -> list[Evaluation]:
+    """The same, of a run that has finished: at least one."""
+    evaluations = of_folder(path)
+    if not evaluations:
+        raise runs.DamagedRecordError(f"{path / 'metrics.jsonl'} has no evaluation")
+    return evaluations
 
 
 class Row(NamedTuple):

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from experiments import complexity_figures, data, figures, runs, training
+from experiments import complexity_figures, data, execution, figures, runs, terminal, training
 from experiments.algorithms import NoiseSettings
 from experiments.config import AlgorithmName, TrainConfig
 from experiments.theory_config import ComplexityConfig
 from msgd_jax import complexity, noise
+from msgd_jax._streams import Stream, derive
 
 # How Theorem 1's columns are called; the ratios of `theorem1_rows` in their order.
 COLUMNS = {
@@ -78,10 +78,10 @@ def _affine(mean: float) -> tuple[Any, Any, Any]:
     """N = 32 random affine losses of 5 parameters, new ones for each draw."""
 
     def sample(key: Any) -> dict[str, Any]:
-        loss_key, slope_key = jax.random.split(key)
+        loss_key, slope_key = (derive(key, Stream.CASES, i) for i in range(2))
         return {
-            "loss": mean + jax.random.normal(loss_key, (32,)),
-            "slope": jax.random.normal(slope_key, (32, 5)),
+            "loss": mean + jax.random.normal(loss_key, (32,), jnp.float32),
+            "slope": jax.random.normal(slope_key, (32, 5), jnp.float32),
         }
 
     return lambda p, batch: batch["loss"] + batch["slope"] @ p, jnp.zeros(5), sample
@@ -93,8 +93,8 @@ def _digits_problems(config: ComplexityConfig) -> list[tuple[Any, Any, Any]]:
     losses = training.model_functions("digits_net", digits.max_value).losses
     few = jax.tree.map(lambda x: jnp.asarray(x[:64]), digits.train)
     plan = TrainConfig(
-        algorithm="gd", dataset="digits", steps=300, learning_rate=0.1, eval_every=300,
-        seed=config.seed, microbatch_size=None,
+        algorithm="gd", dataset="digits", steps=300, learning_rate=config.learning_rate,
+        eval_every=300, seed=config.seed, microbatch_size=None,
     )  # fmt: skip
     weights = [jax.tree.map(lambda leaf: jnp.copy(leaf[0]), params)
                for params, _ in training.train_seeds(plan, digits)]  # fmt: skip
@@ -103,7 +103,7 @@ def _digits_problems(config: ComplexityConfig) -> list[tuple[Any, Any, Any]]:
 
 def theorem1_rows(config: ComplexityConfig) -> Iterator[dict[str, Any]]:
     """The ratio of the two sides of each inequality, for every class of losses."""
-    for case in tqdm(settings(config), desc="Theorem 1", unit="class", dynamic_ncols=True):
+    for case in terminal.each(settings(config), "Theorem 1", "class"):
         common = {
             "radius": case.radius, "num_draws": case.num_draws,
             "key": jax.random.key(config.seed), **case.options,
@@ -171,17 +171,19 @@ def regularizer(config: ComplexityConfig) -> Iterator[dict[str, Any]]:
     digits = data.load("digits")
     cases = regularizers(config, len(digits.train.label))
     steps = config.regularizer_steps
-    with tqdm(total=len(cases) * steps, unit="step", dynamic_ncols=True) as progress:
+    with terminal.Progress(len(cases) * steps) as progress:
         for label, (algorithm, extra) in cases.items():
-            progress.set_description(label)
+            progress.compiling(label)
             plan = TrainConfig(
-                algorithm=algorithm, dataset="digits", steps=steps, learning_rate=0.1,
+                algorithm=algorithm, dataset="digits", steps=steps,
+                learning_rate=config.learning_rate,
                 noise=NoiseSettings(batch_size=config.batch_size), seeds=config.seeds,
                 seed=config.seed, eval_every=max(steps // 4, 1), microbatch_size=None,
             )  # fmt: skip
             last = None
             for _, evaluation in training.train_seeds(plan, digits, extra):
-                progress.update(evaluation.step - (last.step if last else 0))
+                if last:
+                    progress.update(evaluation.step - last.step)
                 last = evaluation
             assert last is not None
             yield {"label": label, **_means(last), "seconds": last.seconds}
@@ -218,24 +220,22 @@ def trace(config: ComplexityConfig, dataset: data.Dataset) -> Iterator[dict[str,
     model = "digits_net" if dataset.name == "digits" else "lenet"
     losses = training.model_functions(model, dataset.max_value).losses
     train_set = jax.device_put(dataset.train)
-    multipliers = laws(config, len(dataset.train.label))
+    multipliers = {
+        name: _measurement(config, losses, law)
+        for name, law in laws(config, len(dataset.train.label)).items()
+    }
     times = -(-config.steps // config.every) + 1
     total = len(config.algorithms) * times * config.seeds * len(multipliers)
-    with tqdm(total=total, unit="complexity", dynamic_ncols=True) as progress:
+    with terminal.Progress(total, "measurement") as progress:
         for algorithm in config.algorithms:
-            plan = TrainConfig(
-                algorithm=algorithm, dataset=dataset.name, steps=config.steps,  # type: ignore
-                learning_rate=config.learning_rate, eval_every=config.every,
-                noise=NoiseSettings(batch_size=config.batch_size), seeds=config.seeds,
-                seed=config.seed, microbatch_size=config.microbatch_size,
-            )  # fmt: skip
-            progress.set_description(plan.label)
+            plan = _traced(config, algorithm, dataset.name)
+            progress.compiling(plan.label)
             for params, evaluation in training.train_seeds(plan, dataset):
                 measured = {name: [] for name in multipliers}
                 for i in range(config.seeds):
                     own = jax.tree.map(lambda leaf, i=i: leaf[i], params)
-                    for name, law in multipliers.items():
-                        measured[name].append(_measure(config, losses, own, train_set, law))
+                    for name, measure in multipliers.items():
+                        measured[name].append(_as_numbers(measure(own, train_set)))
                         progress.update()
                 yield {
                     "algorithm": plan.label,
@@ -246,21 +246,46 @@ def trace(config: ComplexityConfig, dataset: data.Dataset) -> Iterator[dict[str,
                 }
 
 
-def _measure(
-    config: ComplexityConfig, losses: Any, params: Any, examples: Any, law: complexity.Multipliers
-) -> dict[str, float]:
-    found = complexity.local_complexity(
-        losses, params, examples, law, radius=config.radius, key=jax.random.key(config.seed),
-        num_draws=config.trace_draws, num_starts=1, num_steps=config.ascent_steps,
-        microbatch_size=config.microbatch_size, ascents_per_pass=1,
+def _traced(config: ComplexityConfig, algorithm: AlgorithmName, dataset: Any) -> TrainConfig:
+    return TrainConfig(
+        algorithm=algorithm, dataset=dataset, steps=config.steps,
+        learning_rate=config.learning_rate, eval_every=config.every,
+        noise=NoiseSettings(batch_size=config.batch_size), seeds=config.seeds,
+        seed=config.seed, microbatch_size=config.microbatch_size,
     )  # fmt: skip
-    return {
-        "mean": float(found.mean),
-        "standard_error": float(found.standard_error),
-        "at_centre": float(found.at_centre.mean()),
-        "first_order": float(found.first_order.mean()),
-        "largest_gap": float(found.gap.max()),
-    }
+
+
+def _measurement(
+    config: ComplexityConfig, losses: Any, law: complexity.Multipliers
+) -> Callable[[Any, Any], dict[str, Any]]:
+    """A function of parameters and examples, compiled once for the whole trace."""
+
+    @jax.jit
+    def measure(params: Any, examples: Any) -> dict[str, Any]:
+        found = complexity.local_complexity(
+            losses, params, examples, law, radius=config.radius, key=jax.random.key(config.seed),
+            num_draws=config.trace_draws, num_starts=1, num_steps=config.ascent_steps,
+            microbatch_size=config.microbatch_size, ascents_per_pass=1,
+        )  # fmt: skip
+        return {
+            "mean": found.mean,
+            "standard_error": found.standard_error,
+            "at_centre": found.at_centre.mean(),
+            "first_order": found.first_order.mean(),
+            "largest_gap": found.gap.max(),
+        }
+
+    return measure
+
+
+def _as_numbers(measured: dict[str, Any]) -> dict[str, float]:
+    numbers = {name: float(value) for name, value in measured.items()}
+    if not np.isfinite(numbers["mean"]):  # under jit `local_complexity` cannot say so itself
+        raise ValueError(
+            "The losses or gradients are not finite in the ball: choose a smaller --radius, or a "
+            "--learning-rate at which training does not diverge."
+        )
+    return numbers
 
 
 def _transposed(values: list[dict[str, float]]) -> dict[str, list[float]]:
@@ -269,37 +294,43 @@ def _transposed(values: list[dict[str, float]]) -> dict[str, list[float]]:
 
 def run(config: ComplexityConfig) -> pathlib.Path:
     """The parts asked for; each prints its table and writes its picture when it is done."""
+    _check(config)
+    dataset: Any = None
+    # Loaded first: it is known at once whether the images are there.
+    if "trace" in config.parts and not runs.finished_parts("complexity", config):
+        dataset = data.load("fashion_mnist", data_dir=config.data_dir)
     steps: dict[str, Callable[[pathlib.Path], Any]] = {
         "theorem1": functools.partial(_theorem1_part, config),
-        "regularizer": functools.partial(_regularizer_part, config),
+        "regularizer": lambda _: list(regularizer(config)),
+        "trace": functools.partial(_trace_part, config, dataset),
     }
-    if "trace" in config.parts:  # loaded first: it is known at once whether the images are there
-        dataset = data.load("fashion_mnist", data_dir=config.data_dir)
-        steps["trace"] = functools.partial(_trace_part, config, dataset)
-    return runs.run_parts("complexity", config, steps)
+    tables = {"theorem1": theorem1_table, "regularizer": regularizer_table, "trace": trace_table}
+    return runs.run_parts("complexity", config, steps, tables)
+
+
+def _check(config: ComplexityConfig) -> None:
+    """Raises ValueError for batch sizes that the parts cannot have, before anything is loaded."""
+    if "regularizer" in config.parts:
+        regularizers(config, data.SIZES["digits"][0])
+    if "trace" in config.parts:
+        laws(config, data.SIZES["fashion_mnist"][0])
+        for algorithm in config.algorithms:
+            execution.check(_traced(config, algorithm, "fashion_mnist"))
 
 
 def _theorem1_part(config: ComplexityConfig, folder: pathlib.Path) -> Any:
     rows = list(theorem1_rows(config))
-    print("\n" + theorem1_table(rows))
     complexity_figures.plot_theorem1(rows, COLUMNS, folder / "theorem1.png")
-    return rows
-
-
-def _regularizer_part(config: ComplexityConfig, folder: pathlib.Path) -> Any:
-    del folder
-    rows = list(regularizer(config))
-    print("\n" + regularizer_table(rows))
     return rows
 
 
 def _trace_part(config: ComplexityConfig, dataset: data.Dataset, folder: pathlib.Path) -> Any:
     records = []
-    for record in trace(config, dataset):
-        records.append(record)
-        with open(folder / "trace.jsonl", "a") as file:
+    with open(folder / "trace.jsonl", "w", encoding="utf-8") as file:
+        for record in trace(config, dataset):
+            records.append(record)
             file.write(runs.as_line(record))
-    print("\n" + trace_table(records))
+            file.flush()
     complexity_figures.plot_trace(records, config, folder / "trace.png")
     return records
 

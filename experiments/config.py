@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import pathlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
 from experiments.algorithms import ALGORITHMS, NoiseSettings
+from experiments.data import MAX_SEED
+from msgd_jax._validate import shown
 
 AlgorithmName = Literal[
     "gd",
@@ -33,11 +35,28 @@ MODEL_OF: dict[DatasetName, ModelName] = {
     "cifar10": "resnet18",
 }
 """The net that fits the images: the paper's, where it has one for them."""
+_ALSO: dict[DatasetName, tuple[ModelName, ...]] = {"svhn": ("resnet18",), "cifar10": ("vgg11",)}
 
 PanelName = Literal[
     "1a", "1b", "1c", "1d", "1e", "1f", "2a", "2b", "3a", "3b",
     "1a-converged", "1b-converged", "large-batch",
 ]  # fmt: skip
+
+
+_NAMES: dict[str, tuple[str | None, ...]] = {
+    "algorithm": get_args(AlgorithmName),
+    "dataset": get_args(DatasetName),
+    "model": (None, *get_args(ModelName)),
+    "learning_rate_scaling": get_args(Scaling),
+}
+
+
+def check_seeds(name: str, first: int, count: int = 1) -> None:
+    """Raises ValueError unless the seeds from `first` on are all different for jax."""
+    last = MAX_SEED - count + 1
+    if not 0 <= first <= last:
+        upper = "2^31 - 1" if count == 1 else f"2^31 - {count}, for {count} seeds"
+        raise ValueError(f"{name} must be between 0 and {upper}, got {first}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +126,12 @@ class TrainConfig:
     out: pathlib.Path | None = None
 
     def __post_init__(self):
+        for name, allowed in _NAMES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(filter(None, allowed))}, got "
+                    f"{shown(getattr(self, name))}."
+                )
         for name in ("steps", "seeds", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -114,9 +139,14 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {value}.")
-        for name in ("seed", "data_seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        fitting = (MODEL_OF[self.dataset], *_ALSO.get(self.dataset, ()))
+        if self.model_name not in fitting:
+            raise ValueError(
+                f"model must be {' or '.join(fitting)} for the images of {self.dataset}, got "
+                f"{self.model!r}."
+            )
+        check_seeds("seed", self.seed, self.seeds)
+        check_seeds("data_seed", self.data_seed)
         for name in ("learning_rate", "weight_decay", "decay_factor"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -124,7 +154,9 @@ class TrainConfig:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}.")
         if list(self.decay_at) != sorted(set(self.decay_at)) or min(self.decay_at, default=1) < 1:
-            raise ValueError(f"decay_at must be positive and ascending, got {self.decay_at}.")
+            raise ValueError(
+                f"decay_at must be positive and ascending, got {shown(self.decay_at)}."
+            )
         if self.width is not None and self.model_name not in ("vgg11", "resnet18"):
             raise ValueError(
                 f"width is for vgg11 and resnet18, got {self.width} with {self.model_name}."

@@ -37,6 +37,20 @@ __all__ = [
     "load_svhn",
 ]
 
+SIZES: Mapping[str, tuple[int, int]] = {
+    "digits": (1_000, 797),
+    "fashion_mnist": (1_000, 60_000),
+    "svhn": (svhn.NUM_TRAIN, 73_257),
+    "cifar10": (50_000, 10_000),
+}
+"""How many images each data set trains on, and tests on: known before it is loaded."""
+
+MAX_SEED = 2**31 - 1
+"""The largest seed: of larger ones jax drops the high bits, so that 2^32 would be 0 again."""
+
+# What is drawn with a seed, apart from each other: an order is never used twice.
+_SPLIT, _SUBSET, _TEST_SUBSET = range(3)
+
 _NUM_DIGITS_FOR_TRAINING = 1000
 _NUM_FASHION_IMAGES_FOR_TRAINING = 1000  # appendix B.1 of the paper
 
@@ -88,8 +102,8 @@ def load(
 
     Args:
         name: one of `DATASETS`.
-        seed: decides which examples are trained on; not negative. The same seed draws the same
-            examples on every machine, from every source and with every version of NumPy.
+        seed: decides which examples are trained on; from 0 to `MAX_SEED`. The same seed draws the
+            same examples on every machine, from every source and with every version of NumPy.
         data_dir: folder to look in first and to download into; None means the default folder of
             tensorflow-datasets (the environment variable TFDS_DATA_DIR, or ~/tensorflow_datasets).
         download: whether the network may be used when the data set is not on this machine.
@@ -98,15 +112,19 @@ def load(
         The data set, in the computer's memory.
 
     Raises:
-        ValueError: if the name is unknown or the seed is negative.
+        ValueError: if the name is unknown, the seed out of range, or `data_dir` no folder.
         DatasetNotFoundError: if the data set is nowhere to be had.
         DamagedDatasetError: if it was found, but its contents are not the published ones.
     """
     if name not in DATASETS:
         raise ValueError(f"name must be one of {', '.join(sorted(DATASETS))}, got {name!r}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must be between 0 and 2^31 - 1 = {MAX_SEED}, got {seed}.")
     folder = None if data_dir is None else Path(data_dir).expanduser()
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"data_dir must be a folder, got {str(folder)[-200:]}, which is no folder."
+        )
     return DATASETS[name](seed, folder, download)
 
 
@@ -127,7 +145,7 @@ def load_digits(seed: int, data_dir: Path | None = None, download: bool = True) 
 
     pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
     digits = _as_examples(Split(pixels.reshape(-1, 8, 8, 1).astype(np.uint8), labels))
-    permutation = _permutation(len(digits.label), seed)
+    permutation = _permutation(len(digits.label), seed, _SPLIT)
     train_indices = permutation[:_NUM_DIGITS_FOR_TRAINING]
     return Dataset(
         name="digits",
@@ -272,7 +290,7 @@ def _check_num_train(num_train: int, num_test: int) -> None:
 
 def _trained_on_test(name: str, splits: Splits, source: str, seed: int, num_train: int) -> Dataset:
     """Trains on a draw from the original test split and tests on all of the training split."""
-    train_indices = _permutation(len(splits["test"].labels), seed)[:num_train]
+    train_indices = _permutation(len(splits["test"].labels), seed, _SPLIT)[:num_train]
     return Dataset(
         name=name,
         train=_take(_as_examples(splits["test"]), train_indices),
@@ -297,16 +315,16 @@ def subset(dataset: Dataset, num_train: int | None, num_test: int | None, *, see
         ValueError: if there are not as many.
     """
 
-    def drawn(name: str, examples: Examples, count: int | None, seed: int) -> np.ndarray:
+    def drawn(name: str, examples: Examples, count: int | None, seed: int, draw: int) -> np.ndarray:
         available = len(examples.label)
         if count is None:
             return np.arange(available)
         if not 1 <= count <= available:
             raise ValueError(f"{name} must be between 1 and {available}, or None, got {count}.")
-        return _permutation(available, seed)[:count]
+        return _permutation(available, seed, draw)[:count]
 
-    train = drawn("num_train", dataset.train, num_train, seed)
-    test = drawn("num_test", dataset.test, num_test, 0)
+    train = drawn("num_train", dataset.train, num_train, seed, _SUBSET)
+    test = drawn("num_test", dataset.test, num_test, 0, _TEST_SUBSET)
     return dataclasses.replace(
         dataset,
         train=_take(dataset.train, train),
@@ -315,13 +333,21 @@ def subset(dataset: Dataset, num_train: int | None, num_test: int | None, *, see
     )
 
 
-def _permutation(num_examples: int, seed: int) -> np.ndarray:
-    """A random order of the numbers below `num_examples`, int64, a pure function of the seed.
+def _permutation(num_examples: int, seed: int, draw: int) -> np.ndarray:
+    """A random order of the numbers below `num_examples`, int64, a pure function of seed and draw.
 
-    NumPy promises the integers that Philox makes of a seed to every later version, but not what
+    NumPy promises the integers that Philox makes of a key to every later version, but not what
     `Generator.permutation` makes of them; so the integers themselves are sorted.
     """
-    draws = np.random.Philox(seed).random_raw(num_examples)
+    # Heavy, and not needed by who only reads files.
+    import jax
+
+    from msgd_jax._streams import Stream, derive
+
+    # Named, since the default may be another: every machine draws the same.
+    key = derive(jax.random.key(seed, impl="threefry2x32"), Stream.EXAMPLES, draw)
+    words = np.asarray(jax.random.key_data(key), np.uint64)
+    draws = np.random.Philox(key=words).random_raw(num_examples)
     return np.argsort(draws, kind="stable").astype(np.int64)
 
 

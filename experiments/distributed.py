@@ -15,12 +15,13 @@ import jax
 import numpy as np
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
-from experiments import data, execution, optimizers, runs, training
+from experiments import data, execution, optimizers, runs, terminal, training
 from experiments.algorithms import ALGORITHMS
 from experiments.config import TrainConfig
 from msgd_jax import sharding, train
+from msgd_jax._streams import Stream, derive
+from msgd_jax._validate import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +41,34 @@ class ProcessesConfig:
     process_id: int | None = None
     heartbeat_timeout: int = 30
 
-    def start(self) -> None:
-        """Connects to the others; before anything is computed."""
-        if self.num_processes == 1:
+    def __post_init__(self):
+        for name in ("num_processes", "heartbeat_timeout"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.num_processes is None or self.num_processes == 1:
             return
-        if self.num_processes is not None and (self.coordinator is None or self.process_id is None):
+        if self.coordinator is None or self.process_id is None:
             raise ValueError(
                 f"num_processes = {self.num_processes} needs coordinator and process_id, got "
                 f"{self.coordinator} and {self.process_id}."
             )
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(
+                f"process_id must be between 0 and {self.num_processes - 1}, for num_processes = "
+                f"{self.num_processes}, got {self.process_id}."
+            )
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(
+                f"coordinator must be an address and a port, as in 10.0.0.1:1234, got "
+                f"{shown(self.coordinator)}."
+            )
+
+    def start(self) -> None:
+        """Connects to the others; before anything is computed."""
+        if self.num_processes == 1:
+            return
         jax.distributed.initialize(
             self.coordinator,
             self.num_processes,
@@ -85,16 +105,33 @@ def run(config: DistributedConfig) -> pathlib.Path:
     """
     plan = config.plan.resolved()
     _check(plan)
-    config.processes.start()
+    execution.check(plan)
     assert plan.out is not None
+    # Every process looks, before any of them waits for the others.
+    if runs.finished(plan.out, plan, "distributed"):
+        print(_result(plan, runs.read_object(plan.out / "summary.json")))
+        print(f"{plan.out} has finished before: this is its result.")
+        return plan.out
+    runs.check_writable(plan.out)
+    config.processes.start()
     dataset = execution.load(plan)
     with contextlib.ExitStack() as stack:
         folder = None
         if jax.process_index() == 0:
-            folder = runs.RunFolder(plan.out, plan, data_source=dataset.source)
+            folder = runs.RunFolder(plan.out, plan, "distributed", data_source=dataset.source)
             stack.callback(folder.close)
         _train(plan, dataset, folder)
     return plan.out
+
+
+def _result(plan: TrainConfig, summary: dict[str, Any]) -> str:
+    train, test = (summary.get(f"{images}_accuracy") for images in ("train", "test"))
+    if not (isinstance(train, float) and isinstance(test, float)):
+        raise runs.DamagedRecordError(f"{plan.out}/summary.json has no accuracies")
+    return (
+        f"{plan.label} after {plan.total_steps:,} steps: {100 * train:.2f} % of the training "
+        f"images, {100 * test:.2f} % of the test images."
+    )
 
 
 def _train(plan: TrainConfig, dataset: data.Dataset, folder: runs.RunFolder | None) -> None:
@@ -113,9 +150,10 @@ def _train(plan: TrainConfig, dataset: data.Dataset, folder: runs.RunFolder | No
         sharding=rows,
     )
     loop = train.make_loop(step, max_steps=plan.checkpoint_every)
-    params_key, noise_key = jax.random.split(jax.random.key(plan.seed))
+    key = jax.random.key(plan.seed)
+    params_key = derive(key, Stream.PARAMETERS)
     params = jax.tree.map(lambda leaf: leaf[0], functions.init_params(params_key[None]))
-    state = train.init(params, optimizer, noise_key, aux=stats)
+    state = train.init(params, optimizer, key, aux=stats)
     everywhere = NamedSharding(mesh, PartitionSpec())
     state = jax.jit(lambda state: state, out_shardings=everywhere)(state)
 
@@ -126,9 +164,11 @@ def _train(plan: TrainConfig, dataset: data.Dataset, folder: runs.RunFolder | No
             state = checkpoints.restore(latest, state)
         if folder is not None:
             folder.cut_metrics(latest)
-        with tqdm(
-            total=plan.total_steps, initial=latest, unit="step", disable=folder is None
-        ) as progress:
+        shown = terminal.Silent() if folder is None else terminal.Progress(plan.total_steps)
+        with shown as progress:
+            if latest:
+                progress.update(latest)
+            progress.compiling(plan.label)
             for done in range(latest, plan.total_steps, plan.checkpoint_every):
                 num_steps = min(plan.checkpoint_every, plan.total_steps - done)
                 before = time.perf_counter()
@@ -143,7 +183,9 @@ def _train(plan: TrainConfig, dataset: data.Dataset, folder: runs.RunFolder | No
                 checkpoints.save(done + num_steps, state)
                 progress.update(num_steps)
     if folder is not None:
-        folder.finish(_summary(functions, jax.device_get((state.params, state.aux)), dataset))
+        summary = _summary(functions, jax.device_get((state.params, state.aux)), dataset)
+        folder.finish(summary)
+        print(_result(plan, summary))
 
 
 def _summary(functions: Any, params_and_stats: Any, dataset: data.Dataset) -> dict[str, float]:

@@ -8,9 +8,11 @@ steps runs the same compiled loop, and what was logged after the last checkpoint
 import contextlib
 import dataclasses
 import itertools
+import os
 import pathlib
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import data, figures, runs, training
+from experiments import data, figures, runs, terminal, training
+from experiments.algorithms import ALGORITHMS
 from experiments.config import TrainConfig
 from experiments.training import Evaluation
 
@@ -28,7 +31,39 @@ _PATIENCE = 2.0
 
 
 class Stopped(SystemExit):
-    """A signal asked the run to stop; it has written a checkpoint."""
+    """A signal asked the run to stop; it has written a checkpoint.
+
+    Attributes:
+        number: of the signal; the exit code is 128 more, as of a shell.
+    """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number, self.code = number, 128 + number
+
+
+def sizes(config: TrainConfig) -> tuple[int, int]:
+    """How many images a run trains on and tests on, without loading them."""
+    train, test = data.SIZES[config.dataset]
+    return config.num_train or train, config.num_test or test
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for what is wrong with a configuration that loading would not help."""
+    for name, available in zip(("num_train", "num_test"), data.SIZES[config.dataset], strict=True):
+        count = getattr(config, name)
+        if count is not None and count > available:
+            raise ValueError(f"{name} must be between 1 and {available}, or None, got {count}.")
+    algorithm = ALGORITHMS[config.algorithm]
+    law = algorithm.make(sizes(config)[0], config.noise)
+    if config.model_name == "resnet18":
+        training.check_ghost_batches(law, config.microbatch_size)
+        if algorithm.diagonal_langevin:
+            raise ValueError(
+                "algorithm must not be the diagonal Langevin baseline with resnet18, got "
+                f"{config.algorithm!r}: it needs losses of single examples, which batch norm "
+                "does not have."
+            )
 
 
 def load(config: TrainConfig) -> data.Dataset:
@@ -38,7 +73,7 @@ def load(config: TrainConfig) -> data.Dataset:
 
 
 def run(
-    config: TrainConfig, dataset: data.Dataset, path: pathlib.Path, progress: Any
+    config: TrainConfig, dataset: data.Dataset, path: pathlib.Path, progress: terminal.Silent
 ) -> list[Evaluation]:
     """Trains from the beginning, or from the last checkpoint of the folder.
 
@@ -46,7 +81,7 @@ def run(
         config: what to train.
         dataset: the images.
         path: the run's folder; see `runs.RunFolder`.
-        progress: a tqdm bar whose unit is a step; steps made earlier count as well.
+        progress: told of every step; steps made earlier count as well.
 
     Returns:
         All evaluations of the run.
@@ -78,7 +113,7 @@ class _Run:
     config: TrainConfig
     trainer: training.Trainer
     folder: runs.RunFolder
-    progress: Any
+    progress: terminal.Silent
     step: int = 0
     logged: int = -1  # the step of the last evaluation
     saved: int = 0  # and of the last checkpoint
@@ -91,18 +126,22 @@ class _Run:
             contextlib.closing(Checkpoints(self.folder.path / "checkpoints")) as checkpoints,
             _signals() as stop,
         ):
+            self.progress.compiling(self.config.label)
             state = self._begin(checkpoints)
             with contextlib.closing(_Scalars(self.folder, self.step, self.config)) as scalars:
-                self.progress.update(self.step)
+                if self.step:
+                    self.progress.update(self.step)
+                self.progress.compiling(self.config.label)
                 while True:
                     if self._evaluation_is_due():
                         self._evaluate(state, scalars, checkpoints)
                     if self.step == self.config.total_steps:
                         break
-                    if stop.is_set():
+                    if stop.number:
                         self._save(checkpoints, state)
                         raise Stopped(
-                            f"stopped after {self.step} steps; the same command goes on from there"
+                            f"stopped after {self.step} steps; the same command goes on from there",
+                            stop.number,
                         )
                     state = self._advance(state)
         evaluations = [Evaluation.of_record(record) for record in self.folder.metrics()]
@@ -116,9 +155,15 @@ class _Run:
         if latest is None:
             self.folder.cut_metrics(-1)
             return state
+        kept = self.folder.cut_metrics(latest)
+        if not kept:
+            raise runs.DamagedRecordError(
+                f"{self.folder.path}/metrics.jsonl has no evaluation up to step {latest}, of which "
+                "there is a checkpoint: choose another --out"
+            )
         restored = checkpoints.restore(latest, {"state": state, "seconds": np.float64(0)})
         self.step, self.saved, self.seconds = latest, latest, float(restored["seconds"])
-        self.logged = self.folder.cut_metrics(latest)[-1]["step"]
+        self.logged = kept[-1]["step"]
         return restored["state"]
 
     def _evaluation_is_due(self) -> bool:
@@ -188,8 +233,19 @@ class Checkpoints:
         self._manager.save(step, args=self._ocp.args.StandardSave(state))
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of a step, laid out over devices as `like` is."""
-        return self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
+        """The state of a step, laid out over devices as `like` is.
+
+        Raises:
+            runs.DamagedRecordError: if it cannot be read.
+        """
+        try:
+            return self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
+        except Exception as error:  # of orbax and of what it is built on, each its own
+            path = runs.brief(f"{self._manager.directory}/{step}")
+            raise runs.DamagedRecordError(
+                f"the checkpoint {path} cannot be read, choose another --out: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            ) from error
 
     def close(self) -> None:
         """Ends what the manager has running."""
@@ -221,10 +277,17 @@ class _Scalars:
         self._writer.close()
 
 
+@dataclasses.dataclass
+class _Stop:
+    """The signal that asked to stop; 0 for none yet."""
+
+    number: int = 0
+
+
 @contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, once; a second SIGINT interrupts as ever."""
-    stop = threading.Event()
+def _signals() -> Iterator[_Stop]:
+    """Notes the first SIGTERM or SIGINT; a second SIGINT interrupts as ever."""
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -233,8 +296,11 @@ def _signals() -> Iterator[threading.Event]:
     }
 
     def ask(number: int, _: Any) -> None:
-        stop.set()
+        stop.number = number
         signal.signal(number, before[number])
+        # Straight to the stream's file: printing from inside a print is an error.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.write(sys.stderr.fileno(), b"\nstopping, after the steps under way ...\n")
 
     for number in before:
         signal.signal(number, ask)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int, Key
 
 from experiments.config import TrainConfig
 from msgd_jax import covariance
+from msgd_jax._streams import Stream, derive
 
 
 def scaled_learning_rate(config: TrainConfig) -> float:
@@ -68,7 +69,7 @@ def diagonal_langevin(
     ``loss_vector_fn`` and ``data``, which `msgd_jax.train.make_step` passes on.
 
     Args:
-        key: a typed PRNG key.
+        key: a typed PRNG key, that of the run.
         batch_size: b, of the SGD whose scale the noise has.
         refresh_every: steps for which the diagonal is kept.
         microbatch_size: examples whose gradients are in memory together; None for all.
@@ -76,7 +77,9 @@ def diagonal_langevin(
 
     def init(params: Any) -> DiagonalLangevinState:
         zeros = optax.tree.zeros_like(params)
-        return DiagonalLangevinState(jnp.zeros((), jnp.int32), jax.random.clone(key), zeros)
+        # Copied: a training loop donates the key of the state, and may not donate a buffer twice.
+        own = jnp.copy(jax.random.clone(key))
+        return DiagonalLangevinState(jnp.zeros((), jnp.int32), own, zeros)
 
     def update(
         updates: Any, state: Any, params: Any = None, *, loss_vector_fn: Any = None,
@@ -94,13 +97,12 @@ def diagonal_langevin(
         due = state.step % refresh_every == 0
         variances = jax.lax.cond(due, refreshed, lambda: state.variances)
         leaves, structure = jax.tree.flatten(variances)
-        step_key = jax.random.fold_in(state.key, state.step)
-        noises = [
-            jnp.sqrt(leaf / batch_size) * jax.random.normal(
-                jax.random.fold_in(step_key, i), leaf.shape, leaf.dtype
-            )
-            for i, leaf in enumerate(leaves)
-        ]  # fmt: skip
+
+        def noise(i: int, leaf: Array) -> Array:
+            own = derive(state.key, Stream.LANGEVIN, state.step, i)
+            return jnp.sqrt(leaf / batch_size) * jax.random.normal(own, leaf.shape, leaf.dtype)
+
+        noises = [noise(i, leaf) for i, leaf in enumerate(leaves)]
         noisy = jax.tree.map(jnp.add, updates, jax.tree.unflatten(structure, noises))
         return noisy, DiagonalLangevinState(state.step + 1, state.key, variances)
 

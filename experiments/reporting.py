@@ -5,11 +5,9 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
-from experiments import comparison, execution, figures, runs
+from experiments import comparison, execution, expected, figures, inventory, runs, terminal
 from experiments.config import FigureConfig, ListConfig, ReportConfig, TrainConfig
 from experiments.panels import PANELS
 
@@ -30,11 +28,13 @@ def figure(config: FigureConfig) -> pathlib.Path:
         dataclasses.replace(plan, data_dir=config.data_dir, seeds=config.seeds or plan.seeds)
         for plan in panel.at_scale(config.scale == "small")
     ]
-    results = _results(plans, config)
     small = " (small scale)" if config.scale == "small" else ""
     title = f"Figure {config.panel}{small}. {panel.title}"
     suffix = "-small" if small else ""
     folder = config.out or config.runs / f"figure-{config.panel}{suffix}"
+    runs.check_writable(config.runs, "runs")
+    runs.check_writable(folder)
+    results = _results(plans, config)
     folder.mkdir(parents=True, exist_ok=True)
     text = write_section(folder, f"figure-{config.panel}", title, plans[0], results)
     assumptions = "\n".join(f"* {line}" for line in panel.assumptions)
@@ -47,23 +47,42 @@ def figure(config: FigureConfig) -> pathlib.Path:
 def _results(plans: list[TrainConfig], config: FigureConfig) -> list[comparison.Result]:
     """Runs the plans, the seeds in groups; what has finished is only read."""
     groups = [list(_groups(plan, config.seeds_at_once)) for plan in plans]
-    dataset = None
+    paths = {part: run_folder(config.runs, part) for parts in groups for part in parts}
+    # By the name alone, which has the settings in it: earlier records may say less than later ones.
+    missing = [
+        part
+        for part, path in paths.items()
+        if not (path.exists() and runs.state(path) == "finished")
+    ]
+    _check_same_draws(config.runs, [path for part, path in paths.items() if part not in missing],
+                      bool(missing))  # fmt: skip
+    for plan in plans:
+        execution.check(plan)
+    if missing:
+        print(expected.sentence(missing, len(paths)), flush=True)
+    dataset = execution.load(missing[0]) if missing else None  # the same for the whole panel
     results = []
-    total = sum(part.total_steps for parts in groups for part in parts)
-    with tqdm(total=total, unit="step", dynamic_ncols=True) as progress:
+    with terminal.Progress(sum(part.total_steps for part in missing)) as progress:
         for plan, parts in zip(plans, groups, strict=True):
-            progress.set_description(plan.label)
-            evaluations = []
-            for part in parts:
-                path = run_folder(config.runs, part)
-                if path.exists() and runs.state(path) == "finished":
-                    evaluations.append(comparison.of_folder(path))
-                    progress.update(part.total_steps)
-                    continue
-                dataset = dataset or execution.load(part)  # the same for the whole panel
-                evaluations.append(execution.run(part, dataset, path, progress))
+            evaluations = [
+                execution.run(part, dataset, paths[part], progress)
+                if dataset is not None and part in missing
+                else comparison.of_finished(paths[part])
+                for part in parts
+            ]
             results.append(comparison.of_evaluations(plan.label, evaluations))
     return results
+
+
+def _check_same_draws(root: pathlib.Path, finished: list[pathlib.Path], some_missing: bool) -> None:
+    """Seed s begins at the same weights under every algorithm: only where it draws the same."""
+    old = [path for path in finished if runs.draws(path) != runs.DRAWS]
+    if old and (some_missing or len(old) < len(finished)):
+        raise ValueError(
+            f"runs must hold runs that can be compared seed by seed, got {runs.brief(root)} with "
+            f"{len(old)} runs of this figure from when a seed drew something else: choose another "
+            "--runs."
+        )
 
 
 def _groups(plan: TrainConfig, at_once: int) -> Any:
@@ -107,61 +126,62 @@ def write_section(
 
 
 def list_runs(config: ListConfig) -> None:
-    """Prints one line for each run below the folder."""
-    _check_folder(config.runs)
-    paths = list(runs.find(config.runs))
-    width = 2 + max((len(str(path.relative_to(config.runs))) for path in paths), default=3)
-    header = f"{'run':<{width}}{'algorithm':<27}{'state':<18}{'step':>16}{'test %':>9}{'s/1000':>9}"
-    print(header)
-    print("-" * len(header))
-    for path in paths:
-        asked = runs.read_json(path / "config.json")
-        if "algorithm" not in asked:
-            continue
-        metrics = runs.read_lines(path / "metrics.jsonl")
-        step, accuracy = 0, ""
-        if metrics:
-            step = metrics[-1]["step"]
-            values = metrics[-1]["test_accuracy"]
-            accuracy = f"{100 * sum(values) / len(values):.2f}"
-        ended = runs.read_json(path / "summary.json") or {}
-        speed = ended.get("seconds_per_1000_steps")
-        print(
-            f"{path.relative_to(config.runs)!s:<{width}}"
-            f"{asked['algorithm']:<27}{runs.state(path):<18}"
-            f"{step:>7,}/{asked['steps']:<8,}{accuracy:>9}"
-            f"{'' if speed is None else f'{speed:.1f}':>9}"
-        )
+    """Prints one line for each folder with a run, or the remains of one, below the folder."""
+    fresh = config.runs == ListConfig().runs and not config.runs.exists()
+    if not fresh:
+        _check_folder(config.runs)
+    entries = [] if fresh else inventory.read(config.runs)
+    if entries:
+        print(inventory.table(entries, config.runs))
+    else:
+        print(f"There are no runs in {runs.brief(config.runs)} yet. {_HOW_TO_MAKE_ONE}")
 
 
 def report(config: ReportConfig) -> pathlib.Path:
     """Draws all finished runs below a folder on one page; returns the folder with the page."""
-    _check_folder(config.runs)
-    groups: dict[str, dict[str, list[pathlib.Path]]] = {}
-    for path in runs.find(config.runs):
-        asked = runs.read_json(path / "config.json")
-        if "algorithm" in asked and runs.state(path) == "finished":
-            algorithm = json.dumps([asked[name] for name in _OWN])
-            groups.setdefault(_problem(asked), {}).setdefault(algorithm, []).append(path)
+    if config.runs.exists() or config.runs != ReportConfig().runs:
+        _check_folder(config.runs)
+    groups: dict[str, dict[str, list[inventory.Entry]]] = {}
+    left_out = []
+    for entry in inventory.read(config.runs):
+        why = _why_left_out(entry)
+        if why:
+            left_out.append(f"* {entry.path.relative_to(config.runs)}: {why}")
+            continue
+        assert entry.plan is not None
+        settings = runs.settings(entry.plan)
+        algorithm = json.dumps([settings[name] for name in _OWN])
+        groups.setdefault(_problem(entry), {}).setdefault(algorithm, []).append(entry)
     if not groups:
-        raise ValueError(f"runs must hold finished runs, found none below {config.runs}.")
+        found = f"; {len(left_out)} other folders (see `list`)" if left_out else ""
+        raise ValueError(
+            "runs must hold finished runs of `train`, `demo` or `figure`, found none below "
+            f"{runs.brief(config.runs)}{found}. {_HOW_TO_MAKE_ONE}"
+        )
     folder = config.out or config.runs / "report"
+    runs.check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sections = []
     for i, (_, algorithms) in enumerate(sorted(groups.items()), start=1):
-        plans, results = zip(*(_read_runs(paths) for paths in algorithms.values()), strict=True)
-        order = sorted(range(len(plans)), key=lambda k: _ORDER.index(plans[k].algorithm))
-        for part in _same_seeds([results[k] for k in order]):
-            title = f"{i}. {plans[0].dataset}, {plans[0].model_name}"
+        read = [_read_runs(entries, config.runs, left_out) for entries in algorithms.values()]
+        read.sort(key=lambda one: _ORDER.index(one.plan.algorithm))
+        for part in _same_seeds(read):
+            title = f"{i}. {part[0].plan.dataset}, {part[0].plan.model_name}"
             name = f"runs-{len(sections) + 1}"
-            sections.append(write_section(folder, name, title, plans[0], part))
+            results = [one.result for one in part]
+            sections.append(write_section(folder, name, title, part[0].plan, results))
     text = "# Runs\n\n" + "\n".join(sections)
+    if left_out:
+        text += "\n## Left out\n\n" + "\n".join(left_out) + "\n"
     runs.replace_text(folder / "report.md", text)
     runs.replace_text(folder / "report.html", _as_html(text, folder))
     print(f"{folder / 'report.md'} and report.html: {len(sections)} sections.")
+    if left_out:
+        print("\nLeft out:\n" + "\n".join(left_out))
     return folder
 
 
+_HOW_TO_MAKE_ONE = "One is made by: python -m experiments demo"
 _OWN = ("algorithm", "noise", "learning_rate_scaling", "regime_adaptation")
 _ORDER = (
     "gd", "sgd", "sgd-b", "m-sgd-fisher", "m-sgd-cov", "m-sgd-bernoulli", "gd-rademacher",
@@ -170,27 +190,63 @@ _ORDER = (
 )  # fmt: skip
 
 
-def _problem(asked: dict[str, Any]) -> str:
+def _why_left_out(entry: inventory.Entry) -> str:
+    """Why a report does not draw it; "" if it does."""
+    if entry.problem:
+        return f"{entry.state}: {entry.problem}"
+    if entry.state != "finished":
+        return entry.state
+    return "" if entry.command == "train" else f"a run of `{entry.command}`, without curves"
+
+
+def _problem(entry: inventory.Entry) -> str:
     """What runs that are drawn together have in common, as text that sorts."""
+    assert entry.plan is not None
     own = (*_OWN, "seeds", "seed", "eval_every", "microbatch_size")
-    settings = runs.settings(TrainConfig.of_record(asked).resolved())
+    settings = runs.settings(entry.plan.resolved())
     common = {name: value for name, value in settings.items() if name not in own}
+    common["draws"] = entry.draws
     return json.dumps({"b": settings["noise"]["batch_size"], **common}, sort_keys=True)
 
 
-def _read_runs(paths: list[pathlib.Path]) -> tuple[TrainConfig, comparison.Result]:
+class _Read(NamedTuple):
     """The runs of one algorithm, their seeds side by side."""
-    plan = TrainConfig.of_record(runs.read_json(paths[0] / "config.json"))
-    parts = [comparison.of_folder(path) for path in paths]
-    same = [part for part in parts if [e.step for e in part] == [e.step for e in parts[0]]]
-    return plan, comparison.of_evaluations(plan.label, same)
+
+    plan: TrainConfig
+    seeds: tuple[int, ...]
+    result: comparison.Result
 
 
-def _same_seeds(results: list[comparison.Result]) -> list[list[comparison.Result]]:
-    """Results with the same number of seeds, which can be compared."""
-    parts: dict[int, list[comparison.Result]] = {}
-    for result in results:
-        parts.setdefault(result.test_accuracy.shape[1], []).append(result)
+def _read_runs(entries: list[inventory.Entry], root: pathlib.Path, left_out: list[str]) -> _Read:
+    """The runs of one algorithm by seed.
+
+    Left out is what repeats a seed, or was evaluated at other steps.
+    """
+    plans = [entry.plan for entry in entries if entry.plan is not None]
+    order = sorted(range(len(plans)), key=lambda i: (plans[i].seed, str(entries[i].path)))
+    seeds: tuple[int, ...] = ()
+    parts = []
+    for i in order:
+        own = tuple(range(plans[i].seed, plans[i].seed + plans[i].seeds))
+        part = comparison.of_folder(entries[i].path)
+        if set(own) & set(seeds):
+            why = "seeds that another run has as well"
+        elif parts and [e.step for e in part] != [e.step for e in parts[0]]:
+            why = "evaluated at other steps"
+        else:
+            seeds += own
+            parts.append(part)
+            continue
+        left_out.append(f"* {entries[i].path.relative_to(root)}: {why}")
+    plan = plans[order[0]]
+    return _Read(plan, seeds, comparison.of_evaluations(plan.label, parts))
+
+
+def _same_seeds(read: list[_Read]) -> list[list[_Read]]:
+    """What can be compared seed by seed."""
+    parts: dict[tuple[int, ...], list[_Read]] = {}
+    for one in read:
+        parts.setdefault(one.seeds, []).append(one)
     return list(parts.values())
 
 
@@ -216,4 +272,5 @@ def _as_html(text: str, folder: pathlib.Path) -> str:
 
 def _check_folder(path: pathlib.Path) -> None:
     if not path.is_dir():
-        raise ValueError(f"runs must be a folder, got {path}.")
+        what = "which is no folder" if path.exists() else "which does not exist"
+        raise ValueError(f"runs must be a folder, got {runs.brief(path)}, {what}.")

@@ -8,7 +8,8 @@
     summary.json       how it ended; or failure.json, where it diverged
 
 A folder belongs to one configuration. Unfinished, it goes on from its last checkpoint; finished, it
-is never written to again.
+is never written to again. Records are read by whoever finds them, so every reader here checks what
+it reads: a file that is cut short, or not ours, is a `DamagedRecordError` that names it.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import json
 import os
 import pathlib
 import platform
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -27,8 +29,18 @@ import jax
 
 import msgd_jax
 
+DRAWS = 2
+"""Raised when the same key and step come to draw something else, streams or data sets. Runs of
+different draws do not go on in each other's folders, nor are they compared seed by seed."""
+
 # Not part of what a run computes, so free to change when it goes on.
 _FREE = ("out", "data_dir", "checkpoint_every")
+_FILES = {"config.json", "metrics.jsonl", "summary.json", "failure.json", ".lock"}
+_NOT_RUNS = {"checkpoints", "tensorboard"}
+
+
+class DamagedRecordError(ValueError):
+    """A file of a run is not what this package writes; the text names it and says what is wrong."""
 
 
 def default_folder(name: str) -> pathlib.Path:
@@ -43,6 +55,34 @@ def create(path: pathlib.Path) -> None:
         path.mkdir(parents=True)
     except FileExistsError:
         raise _exists(path) from None
+
+
+def check_writable(path: pathlib.Path | None, name: str = "out") -> None:
+    """Raises ValueError unless a folder is there, or can be made, and files can be made in it.
+
+    Nothing is left there by asking. It is asked before anything is loaded or trained.
+    """
+    if path is None:
+        return
+    above = path
+    try:
+        while not above.exists() and not above.is_symlink() and above != above.parent:
+            above = above.parent
+        if not above.is_dir():
+            what = "no folder" if above == path else f"below {brief(above)}, which is no folder"
+            raise ValueError(f"{name} must be a folder, got {brief(path)}, {what}.")
+        with tempfile.TemporaryDirectory(dir=above, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} must be a folder that can be written to, got {brief(path)}: {error.strerror}."
+        ) from None
+
+
+def brief(path: pathlib.Path | str) -> str:
+    """A path in a message, its middle left out where it is long."""
+    text = str(path)
+    return text if len(text) <= 120 else f"{text[:40]} ... {text[-75:]}"
 
 
 def as_line(record: dict[str, Any]) -> str:
@@ -64,55 +104,38 @@ class RunFolder:
         is_new: whether it was made now.
     """
 
-    def __init__(self, path: pathlib.Path, config: Any, **details: Any):
+    def __init__(self, path: pathlib.Path, config: Any, command: str = "train", **details: Any):
         """Makes the folder and writes config.json, or opens that of the same unfinished run.
 
         Args:
             path: the folder; parents are made.
             config: a dataclass.
+            command: whose run it is; those of another do not go on.
             **details: what else belongs to the record, as JSON values.
 
         Raises:
             FileExistsError: if the folder exists and is not of the same run, or that has finished,
                 or another process is at it.
+            DamagedRecordError: if what the folder holds cannot be read.
+            ValueError: if it cannot be made or written to.
         """
         self.path = path
         self.is_new = not path.exists()
-        if not self.is_new:
-            self._check_goes_on(config)
+        if not self.is_new and finished(path, config, command):
+            raise _exists(path)
+        check_writable(path)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = filelock.FileLock(path / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise FileExistsError(f"{path} is being written by another process.") from None
+            raise FileExistsError(f"{brief(path)} is being written by another process.") from None
         if self.is_new or not (path / "config.json").exists():
-            replace_text(path / "config.json", _pretty(_asked(config) | details))
-
-    def _check_goes_on(self, config: Any) -> None:
-        if not any(file.name != ".lock" for file in self.path.iterdir()):
-            return  # killed before anything was written
-        record = read_json(self.path / "config.json")
-        if record is None or (self.path / "summary.json").exists():
-            raise _exists(self.path)
-        failure = read_json(self.path / "failure.json")
-        if failure is not None:
-            raise FileExistsError(
-                f"{self.path} holds a run that diverged after {failure['step']} steps, and would "
-                "again: choose a smaller learning_rate and another --out."
-            )
-        wanted = settings(config)
-        differing = [name for name, value in wanted.items() if record.get(name) != value]
-        if differing:
-            raise FileExistsError(
-                f"{self.path} holds a run that differs in {', '.join(differing)}, and results are "
-                "never overwritten: choose another --out."
-            )
-        if record["versions"] != versions():
+            replace_text(path / "config.json", _pretty(_asked(config, command) | details))
+        elif read_object(path / "config.json").get("versions") != versions():
             warnings.warn(
-                f"{self.path} was begun with other versions: what follows may differ in the last "
-                "bits.",
-                stacklevel=3,
+                f"{path} was begun with other versions: what follows may differ in the last bits.",
+                stacklevel=2,
             )
 
     def close(self) -> None:
@@ -121,7 +144,7 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl, on the disk when this returns."""
-        with open(self.path / "metrics.jsonl", "a") as file:
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(as_line(record))
             file.flush()
             os.fsync(file.fileno())
@@ -145,68 +168,192 @@ class RunFolder:
         replace_text(self.path / "failure.json", _pretty(failure))
 
 
+def finished(path: pathlib.Path, config: Any, command: str = "train") -> bool:
+    """Whether the folder holds this very run, finished; False if it can be run there.
+
+    Raises:
+        FileExistsError: if the folder holds something else, or a run that diverged.
+        DamagedRecordError: if what it holds cannot be read.
+    """
+    if not path.is_dir() or not any(file.name != ".lock" for file in path.iterdir()):
+        return False  # new, or killed before anything was written
+    if not (path / "config.json").exists():
+        raise _exists(path)
+    record = read_object(path / "config.json")
+    found = record.get("command", command)
+    if found != command:
+        raise FileExistsError(
+            f"{brief(path)} holds a run of `{found}`, not of `{command}`, and results are never "
+            "overwritten: choose another --out."
+        )
+    wanted = settings(config)
+    differing = [name for name, value in wanted.items() if record.get(name) != value]
+    if differing:
+        names = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+        raise FileExistsError(
+            f"{brief(path)} holds a run that differs in {names}, and results are never "
+            "overwritten: choose another --out."
+        )
+    if (path / "failure.json").exists():
+        step = read_object(path / "failure.json").get("step")
+        raise FileExistsError(
+            f"{brief(path)} holds a run that diverged after {step} steps, and would again: choose "
+            "a smaller learning_rate and another --out."
+        )
+    if (path / "summary.json").exists():
+        return True
+    if draws(path) != DRAWS:
+        raise FileExistsError(
+            f"{brief(path)} holds a run that was begun when a seed drew something else, so it "
+            "cannot go on: choose another --out."
+        )
+    return False
+
+
 def run_parts(
-    name: str, config: Any, steps: Mapping[str, Callable[[pathlib.Path], Any]]
+    name: str,
+    config: Any,
+    steps: Mapping[str, Callable[[pathlib.Path], Any]],
+    tables: Mapping[str, Callable[[Any], str]],
 ) -> pathlib.Path:
-    """Runs ``config.parts`` in order; the results so far are in the folder after each of them.
+    """Runs ``config.parts`` in order, each printed when it is done; what was run is not run again.
 
     Args:
         name: of the experiment, for the folder if the configuration names none.
         config: a configuration with `parts` and `out`.
-        steps: for each part, what runs it: given the folder, it returns the results.
+        steps: for each part, what runs it: given the folder, it returns the results, as JSON.
+        tables: for the parts that have one, the results as text.
     """
-    folder = RunFolder(config.out or default_folder(name), config)
+    path = config.out or default_folder(name)
     results = {}
-    for part in config.parts:
-        results[part] = steps[part](folder.path)
+
+    def show(part: str) -> None:
+        if part in tables:
+            print(f"\n{tables[part](results[part])}", flush=True)
+
+    if finished_parts(name, config):
+        results = read_object(path / "summary.json")
+        missing = [part for part in config.parts if part not in results]
+        if missing:
+            raise DamagedRecordError(f"{path}/summary.json has no results of {', '.join(missing)}")
+        for part in config.parts:
+            show(part)
+        print(f"\n{path} has finished before: this is its result.")
+        return path
+    folder = RunFolder(path, config, name)
+    partial = path / "parts.json"
+    try:
+        results = read_object(partial) if partial.exists() else {}
+        for part in config.parts:
+            if part not in results:
+                results[part] = steps[part](path)
+                replace_text(partial, _pretty(results))
+            show(part)
         folder.finish(results)
-    print(f"\nThe pictures and summary.json are in {folder.path}.")
-    return folder.path
+        partial.unlink()
+    finally:
+        folder.close()
+    print(f"\nThe pictures and summary.json are in {path}.")
+    return path
+
+
+def draws(path: pathlib.Path) -> int:
+    """Of the run in a folder, what `DRAWS` was."""
+    return read_object(path / "config.json").get("draws", 1)
+
+
+def finished_parts(name: str, config: Any) -> bool:
+    """Whether `run_parts` will only show what is there. Raises if it can do neither."""
+    check_writable(config.out)
+    return config.out is not None and finished(config.out, config, name)
 
 
 def find(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The folders of runs below a folder, in alphabetical order."""
-    for file in sorted(root.rglob("config.json")):
-        if "checkpoints" not in file.parts:
-            yield file.parent
+    """The folders below a folder that hold a run or the remains of one, in alphabetical order."""
+    found = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_RUNS]
+        # A record may also be a folder by mistake: it is found, and called damaged.
+        if _FILES & {*files, *below}:
+            found.append(pathlib.Path(folder))
+    return iter(sorted(found))
 
 
 def state(path: pathlib.Path) -> str:
-    """How a run stands: finished, diverged, running, or stopped."""
+    """How a run stands: finished, diverged, running, or stopped. Nothing is written."""
     if (path / "summary.json").exists():
         return "finished"
-    failure = read_json(path / "failure.json")
-    if failure is not None:
-        return f"diverged at {failure['step']:,}"
-    lock = filelock.FileLock(path / ".lock")
+    if (path / "failure.json").exists():
+        step = read_object(path / "failure.json").get("step")
+        if not isinstance(step, int):
+            raise DamagedRecordError(f"{path / 'failure.json'} has no step")
+        return f"diverged at {step:,}"
+    if not (path / ".lock").exists():
+        return "stopped"
     try:
-        with lock.acquire(timeout=0):
+        with filelock.FileLock(path / ".lock").acquire(timeout=0):
             return "stopped"
     except filelock.Timeout:
         return "running"
+    except OSError:  # not ours to lock
+        return "unfinished"
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The contents of a JSON file; None if there is none."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+    """The contents of a JSON file; None if there is none. Raises DamagedRecordError."""
+    text = _read_text(path)
+    if text is None:
         return None
+    if not text.strip():
+        raise DamagedRecordError(f"{path} is empty")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedRecordError(f"{path} is not JSON: {error}") from None
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a file with one JSON value a line; a last line cut short does not count."""
+    """The records of a file with one JSON object a line; a last line cut short does not count.
+
+    Raises:
+        DamagedRecordError: naming file and line, if one of them is not an object with a step.
+    """
+    text = _read_text(path)
+    records = []
+    for number, line in enumerate((text or "").split("\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DamagedRecordError(f"{path} is not JSON in line {number}") from None
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise DamagedRecordError(f"{path} has no step in line {number}")
+        records.append(record)
+    return records
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file, which must be there. Raises DamagedRecordError."""
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise DamagedRecordError(f"{path} must be a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _read_text(path: pathlib.Path) -> str | None:
     try:
-        text = path.read_text()
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+        return None
+    except UnicodeError:
+        raise DamagedRecordError(f"{path} is not text") from None
+    except OSError as error:
+        raise DamagedRecordError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:
     """Writes a file so that at any moment it is the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
+    with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -222,8 +369,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def _asked(config: Any) -> dict[str, Any]:
+def _asked(config: Any, command: str) -> dict[str, Any]:
     return {
+        "command": command,
+        "draws": DRAWS,
         **json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         "versions": versions(),
         "device": str(jax.devices()[0].device_kind),
@@ -236,5 +385,5 @@ def _pretty(record: dict[str, Any]) -> str:
 
 def _exists(path: pathlib.Path) -> FileExistsError:
     return FileExistsError(
-        f"{path} exists already, and results are never overwritten: choose another --out."
+        f"{brief(path)} exists already, and results are never overwritten: choose another --out."
     )

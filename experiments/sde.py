@@ -5,6 +5,7 @@ Every part returns plain numbers; `sde_figures` draws them, and `run` writes bot
 
 import functools
 import itertools
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
-from experiments import data, runs, sde_figures, training, weak_order
+from experiments import data, runs, sde_figures, sde_tables, terminal, training, weak_order
 from experiments.sde_problems import Problem, at_minimum, logistic, two_wells
 from experiments.theory_config import SDEConfig
 from msgd_jax import loss, noise, sde, train
+from msgd_jax._streams import Stream, derive
 
 RATES = (0.1, 0.05, 0.025, 0.0125)
 HORIZON = 2.0
@@ -70,7 +71,7 @@ def strong(config: SDEConfig) -> Iterator[dict[str, Any]]:
     """The strong order of every case, and the constant a of rms^2 = a^2 eta^2 + c eta^3."""
     problem = logistic()
     cases = strong_cases(problem.num_examples)
-    for case in tqdm(cases, desc="strong order", unit="case", dynamic_ncols=True):
+    for case in terminal.each(cases, "strong order", "case"):
         sweep = sde.strong_error(
             *(at_minimum(problem) if case.at_minimum else problem), case.law,
             learning_rates=RATES, horizon=HORIZON, num_paths=config.strong_paths,
@@ -111,7 +112,7 @@ def weak(config: SDEConfig) -> Iterator[dict[str, Any]]:
         1: (problem, (0.1, 0.05, 0.025), 1.6),
         2: (at_minimum(problem), (0.4, 0.2, 0.1), 0.8),
     }
-    for case in tqdm(cases, desc="weak order, sampled", unit="case", dynamic_ncols=True):
+    for case in terminal.each(cases, "weak order, sampled", "case"):
         start, rates, horizon = settings[case.order]
         sweep = sde.weak_error(
             *start, case.law, learning_rates=rates, horizon=horizon,
@@ -154,14 +155,14 @@ def paths(config: SDEConfig, learning_rate: float, horizon: float = 12.0, many: 
     @jax.jit
     @jax.vmap
     def every(key: Any) -> dict[str, Any]:
-        path_key, own_key = jax.random.split(key)
+        own_key = derive(key, Stream.CASES, 0)
         return {
-            "SDE": euler(path_key, 32),
-            "M-SGD-Gaussian": euler(path_key, 1),
+            "SDE": euler(key, 32),
+            "M-SGD-Gaussian": euler(key, 1),
             "SGD": _iterate(problem, sgd, learning_rate, num_steps, own_key),
         }
 
-    points = jax.device_get(every(jax.random.split(jax.random.key(config.seed), many)))
+    points = jax.device_get(every(_keys(config.seed, many)))
     distances = {
         name: np.median(np.linalg.norm(points[name] - points["SDE"], axis=-1), axis=0)
         for name in ("M-SGD-Gaussian", "SGD")
@@ -183,6 +184,11 @@ def _iterate(
 
     _, points = jax.lax.scan(step, problem.params, jnp.arange(num_steps))
     return jnp.concatenate([problem.params[None], points])
+
+
+def _keys(seed: int, count: int) -> Any:
+    """One key for each path."""
+    return jax.vmap(lambda i: derive(jax.random.key(seed), Stream.CASES, i))(jnp.arange(count))
 
 
 class NetworkRun(NamedTuple):
@@ -212,19 +218,18 @@ def network(config: SDEConfig, dataset: data.Dataset) -> Iterator[NetworkRun]:
     """
     functions = training.model_functions("lenet", dataset.max_value)
     losses = functions.losses
-    start_key, *keys = jax.random.split(jax.random.key(config.seed), 1 + config.network_paths)
+    start_key = derive(jax.random.key(config.seed), Stream.PARAMETERS)
     params = jax.tree.map(lambda leaf: leaf[0], functions.init_params(start_key[None]))
+    keys = _keys(config.seed, config.network_paths)
     train_set = jax.device_put(dataset.train)
     fisher = noise.fisher(len(dataset.train.label), config.batch_size)
     rates = [config.learning_rate / 2**i for i in range(config.halvings + 1)]
     passes = (config.substeps + 1) * (2 ** len(rates) - 1) + 2
     total = config.iterations * passes * len(keys)
-    with tqdm(total=total, desc="network", unit="pass", dynamic_ncols=True) as progress:
+    with terminal.Progress(total, "iteration") as progress:
+        progress.compiling("network")
         for rate in rates:
-            walk = functools.partial(
-                sde.euler_maruyama, losses, data=train_set, noise=fisher, learning_rate=rate,
-                substeps=config.substeps, microbatch_size=config.microbatch_size,
-            )  # fmt: skip
+            walk = _walker(losses, fisher, rate, config, train_set)
             ends = round(config.learning_rate / rate) * _iterations_at(config)
             laws = {SHARED: fisher}
             if rate == config.learning_rate:
@@ -233,11 +238,32 @@ def network(config: SDEConfig, dataset: data.Dataset) -> Iterator[NetworkRun]:
                 name: _trainer(losses, law, rate, config.microbatch_size, ends, train_set)
                 for name, law in laws.items()
             }
-            squares = [_squares(walk, trainers, params, key, ends, progress) for key in keys]
+            squares = [
+                _squares(walk, config.substeps, trainers, params, key, ends, progress)
+                for key in keys
+            ]
             displacement, distances = jax.tree.map(
                 lambda *paths: np.sqrt(np.mean(paths, 0)), *squares
             )
             yield NetworkRun(rate, rate * ends, displacement, distances)
+
+
+Walk = Callable[[Any, Any, int, int], sde.Path]
+
+
+def _walker(
+    losses: loss.LossVectorFn, law: noise.MNoise, rate: float, config: SDEConfig, train_set: Any
+) -> Walk:
+    """A part of the SDE's path, from one iteration to another; compiled once for all parts."""
+
+    @jax.jit
+    def walk(params: Any, data: Any, key: Any, first_step: Any, num_steps: Any) -> sde.Path:
+        return sde.euler_maruyama(
+            losses, params, data, law, learning_rate=rate, key=key, first_step=first_step,
+            num_steps=num_steps, substeps=config.substeps, microbatch_size=config.microbatch_size,
+        )  # fmt: skip
+
+    return lambda params, key, first, last: walk(params, train_set, key, first, last)
 
 
 class _Trainer(NamedTuple):
@@ -270,10 +296,16 @@ def _iterations_at(config: SDEConfig) -> np.ndarray:
 
 
 def _squares(
-    walk: Any, trainers: dict[str, _Trainer], params: Any, key: Any, ends: np.ndarray, progress: Any
+    walk: Walk,
+    substeps: int,
+    trainers: dict[str, _Trainer],
+    params: Any,
+    key: Any,
+    ends: np.ndarray,
+    progress: Any,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Of one path: squared displacement of the SDE and squared distances to it, at `ends`."""
-    own_key = jax.random.fold_in(key, 0)
+    own_key = derive(key, Stream.CASES, 0)
     states = {
         name: trainer.start(params, own_key if name == OWN else key)
         for name, trainer in trainers.items()
@@ -281,7 +313,7 @@ def _squares(
     position, displacement = params, [0.0]
     distances = {name: [0.0] for name in trainers}
     for before, after in itertools.pairwise(ends.tolist()):
-        path = walk(params=position, key=key, first_step=before, num_steps=after)
+        path = walk(position, key, before, after)
         if path.diverged_at >= 0:
             raise ValueError(
                 f"The SDE left the finite numbers in iteration {path.diverged_at} of {ends[-1]}: "
@@ -289,7 +321,7 @@ def _squares(
             )
         position = path.last_params
         displacement.append(_square_distance(position, params))
-        progress.update(walk.keywords["substeps"] * (after - before))
+        progress.update(substeps * (after - before))
         for name, trainer in trainers.items():
             states[name] = trainer.advance(states[name], after - before)
             distances[name].append(_square_distance(states[name].params, position))
@@ -308,22 +340,29 @@ def run(config: SDEConfig) -> pathlib.Path:
         "weak": functools.partial(_weak_part, config),
         "paths": functools.partial(_paths_part, config),
     }
-    if "network" in config.parts:  # loaded first: it is known at once whether the images are there
-        dataset = data.load("fashion_mnist", data_dir=config.data_dir)
+    if "network" in config.parts:
+        noise.fisher(data.SIZES["fashion_mnist"][0], config.batch_size)  # raises before loading
+        dataset: Any = None
+        # Loaded first: it is known at once whether the images are there.
+        if not runs.finished_parts("sde", config):
+            dataset = data.load("fashion_mnist", data_dir=config.data_dir)
         steps["network"] = functools.partial(_network_part, config, dataset)
-    return runs.run_parts("sde", config, steps)
+    tables = {
+        "strong": sde_tables.strong_table,
+        "weak": sde_tables.weak_table,
+        "network": sde_tables.network_table,
+    }
+    return runs.run_parts("sde", config, steps, tables)
 
 
 def _strong_part(config: SDEConfig, folder: pathlib.Path) -> Any:
     rows = list(strong(config))
-    print("\n" + strong_table(rows))
     sde_figures.plot_strong(rows, folder / "strong_order.png")
     return rows
 
 
 def _weak_part(config: SDEConfig, folder: pathlib.Path) -> Any:
     rows = [*weak_order.table(), *weak(config)]
-    print("\n" + weak_table(rows))
     sde_figures.plot_weak(rows, folder / "weak_order.png")
     return rows
 
@@ -336,55 +375,20 @@ def _paths_part(config: SDEConfig, folder: pathlib.Path) -> Any:
 
 def _network_part(config: SDEConfig, dataset: data.Dataset, folder: pathlib.Path) -> Any:
     networks = list(network(config, dataset))
-    print("\n" + network_table(networks))
     sde_figures.plot_network(networks, config, folder / "network.png")
     return [_as_json(part) for part in networks]
 
 
-def strong_table(rows: list[dict[str, Any]]) -> str:
-    """One line a case: order with its standard error, what theory gives, and a."""
-    lines = [f"{'path-wise (strong) order':<38}{'expected':>9}{'measured':>18}{'a':>20}"]
-    lines.append("-" * len(lines[0]))
-    for row in rows:
-        a = row.get("deterministic")
-        constant = sde.Estimate(**a) if a else ""
-        order = sde.Estimate(**row["order"])
-        lines.append(f"{row['label']:<38}{row['expected']:>9g}{order!s:>18}{constant!s:>20}")
-    return "\n".join(lines)
-
-
-def weak_table(rows: list[dict[str, Any]]) -> str:
-    """One line a case, under the name of its group; exact rows have no standard error."""
-    lines = [f"{'order in expectation (weak)':<62}{'expected':>9}{'measured':>18}"]
-    lines.append("-" * len(lines[0]))
-    group = None
-    for row in rows:
-        if row["group"] != group:
-            group = row["group"]
-            lines.append(f"{group}:")
-        order = row["order"]
-        shown = str(sde.Estimate(**order)) if isinstance(order, dict) else f"{order:.3f}"
-        lines.append(f"  {row['label']:<60}{row['expected']:>9g}{shown:>18}")
-    return "\n".join(lines)
-
-
-def network_table(networks: list[NetworkRun]) -> str:
-    """One line for each iteration: its distance to the SDE at the end, relative to the way gone."""
-    lines = [f"{'LeNet on FashionMNIST':<28}{'eta':>9}{'distance at the end':>21}{'relative':>10}"]
-    lines.append("-" * len(lines[0]))
-    for part in networks:
-        for name, values in part.distances.items():
-            relative = values[-1] / part.displacement[-1]
-            lines.append(f"{name:<28}{part.learning_rate:>9g}{values[-1]:>21.4g}{relative:>10.2%}")
-    return "\n".join(lines)
-
-
 def _record(sweep: sde.ErrorSweep) -> dict[str, Any]:
+    """Numbers that JSON has: where nothing is random there is no chi-square."""
+    fit = sweep.order_fit
+    quality = {"chi_square": fit.chi_square, "p_value": fit.p_value}
     return {
         "learning_rates": sweep.learning_rates.tolist(),
         "errors": sweep.errors.tolist(),
         "standard_errors": sweep.standard_errors.tolist(),
-        "order": sweep.order._asdict(),
+        "order": fit.slope._asdict(),
+        **{name: value if math.isfinite(value) else None for name, value in quality.items()},
     }
 
 

@@ -5,12 +5,52 @@ line.
 import dataclasses
 import math
 import pathlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from experiments.config import AlgorithmName
+from experiments.config import AlgorithmName, check_seeds
 
+# For each option, the parts that read it; every part reads those that are not here.
+_SDE_PARTS = {"strong_paths": ("strong",), "weak_paths": ("weak",)} | dict.fromkeys(
+    ("learning_rate", "halvings", "network_paths", "iterations", "batch_size", "substeps", "points",
+     "microbatch_size"),
+    ("network",),
+)  # fmt: skip
+_COMPLEXITY_PARTS = (
+    {"draws": ("theorem1",)}
+    | dict.fromkeys(
+        ("regularizer_steps", "regularizer_radius", "regularizer_scale"), ("regularizer",)
+    )
+    | dict.fromkeys(
+        ("algorithms", "steps", "every", "radius", "trace_draws", "ascent_steps",
+         "microbatch_size"),
+        ("trace",),
+    )
+    | dict.fromkeys(("batch_size", "seeds"), ("regularizer", "trace"))
+)  # fmt: skip
 SDEPart = Literal["strong", "weak", "paths", "network"]
 ComplexityPart = Literal["theorem1", "regularizer", "trace"]
+
+
+def _check_sizes(config: Any) -> None:
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {config.batch_size}.")
+    if config.microbatch_size is not None and config.microbatch_size < 1:
+        raise ValueError(
+            f"microbatch_size must be at least 1, or None, got {config.microbatch_size}."
+        )
+
+
+def _check_read(config: Any, read_by: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises ValueError for an option that none of the chosen parts reads."""
+    for field in dataclasses.fields(config):
+        parts = read_by.get(field.name, config.parts)
+        value = getattr(config, field.name)
+        if value != field.default and not set(parts) & set(config.parts):
+            raise ValueError(
+                f"{field.name} is read by the part {' and '.join(parts)} only, got {value} with "
+                f"parts = {' '.join(config.parts)}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +64,7 @@ class SDEConfig:
     Attributes:
         parts: what to measure: the strong orders, the weak orders, the paths on the loss of two
             parameters, the net (which needs FashionMNIST).
-        strong_paths: paths of each strong order.
+        strong_paths: paths of each strong order, at least 32 for the constant a.
         weak_paths: paths of each weak order 1 and each side; 4 times as many of each order 2.
         learning_rate: eta of the net, the largest.
         halvings: how often it is halved.
@@ -57,17 +97,21 @@ class SDEConfig:
     def __post_init__(self):
         if not self.parts or len(set(self.parts)) < len(self.parts):
             raise ValueError(f"parts must name one or more, each once, got {self.parts}.")
-        for name in ("strong_paths", "weak_paths"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
+        for name, fewest in (("strong_paths", 32), ("weak_paths", 4)):
+            if getattr(self, name) < fewest:
+                raise ValueError(f"{name} must be at least {fewest}, got {getattr(self, name)}.")
         for name in ("iterations", "points", "network_paths"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("halvings", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        _check_sizes(self)
+        if self.substeps < 1 or self.substeps & (self.substeps - 1):
+            raise ValueError(f"substeps must be a power of two, got {self.substeps}.")
+        if self.halvings < 0:
+            raise ValueError(f"halvings must be at least 0, got {self.halvings}.")
+        check_seeds("seed", self.seed)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate must be finite and above 0, got {self.learning_rate}.")
+        _check_read(self, _SDE_PARTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +131,8 @@ class ComplexityConfig:
         algorithms: whose training is traced.
         steps: iterations of it.
         every: iterations between two measurements.
-        learning_rate: eta of it.
+        learning_rate: eta of all training: traced, with the regulariser, and of the net in
+            Theorem 1.
         batch_size: b of SGD and M-SGD, and of the SGD complexity.
         radius: of the ball whose complexities are traced.
         trace_draws: multipliers of each traced complexity.
@@ -123,6 +168,12 @@ class ComplexityConfig:
             chosen = getattr(self, name)
             if not chosen or len(set(chosen)) < len(chosen):
                 raise ValueError(f"{name} must name one or more, each once, got {chosen}.")
+        _check_sizes(self)
+        scale = self.regularizer_scale
+        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(
+                f"regularizer_scale must be finite and at least 0, or None, got {scale}."
+            )
         for name in ("draws", "trace_draws"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
@@ -132,5 +183,5 @@ class ComplexityConfig:
         for name in ("radius", "regularizer_radius", "learning_rate"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}.")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}.")
+        check_seeds("seed", self.seed, self.seeds)
+        _check_read(self, _COMPLEXITY_PARTS)

@@ -15,6 +15,7 @@ from experiments import augmentation, data, models, optimizers
 from experiments.algorithms import ALGORITHMS
 from experiments.config import TrainConfig
 from msgd_jax import loss, noise, train
+from msgd_jax._streams import Stream, derive
 
 # Large enough to keep the cores busy, small enough for the activations of several seeds to fit.
 EVALUATION_BATCH = 500
@@ -72,23 +73,19 @@ class Trainer(NamedTuple):
     evaluate: Callable[[train.TrainState, int, float], Evaluation]
 
 
-# Keys folded with 0, 1, 2, ... are the noise's; these are for what else is random.
-_REGULARIZER, _LANGEVIN, _AUGMENTATION = (np.uint32(2**32 - 1 - i) for i in range(3))
-
-
 def make_trainer(
     config: TrainConfig, dataset: data.Dataset, regularizer: Regularizer | None = None
 ) -> Trainer:
     """Makes what `config.seeds` runs side by side need.
 
-    Seed s has the key ``jax.random.key(s)``, split for parameters and noise: what a seed does
-    depends on neither the other seeds nor how often it is stopped or evaluated.
+    Seed s has the key ``jax.random.key(s)``, with a stream of its own for everything that is drawn:
+    what a seed does depends on neither the other seeds nor how often it is stopped or evaluated.
 
     Args:
         config: what to train.
         dataset: the images, as uint8.
-        regularizer: from a PRNG key, one for each seed, to what the noisy gradient goes through
-            before the optimizer; None for nothing.
+        regularizer: from a PRNG key of its own, one for each seed, to what the noisy gradient goes
+            through before the optimizer; None for nothing.
 
     Raises:
         ValueError: if noise or model does not allow the settings (a batch size above N, say).
@@ -100,29 +97,28 @@ def make_trainer(
     stats = functions.init_stats()
     has_stats = bool(jax.tree.leaves(stats))
     if has_stats:
-        _check_ghost_batches(law, config.microbatch_size)
+        check_ghost_batches(law, config.microbatch_size)
 
     def optimizer(key: Any) -> optax.GradientTransformation:
         before = []
         if regularizer is not None:
-            before.append(regularizer(jax.random.fold_in(key, _REGULARIZER)))
+            before.append(regularizer(derive(key, Stream.REGULARIZER)))
         if algorithm.diagonal_langevin:
             before.append(
                 optimizers.diagonal_langevin(
-                    jax.random.fold_in(key, _LANGEVIN), batch_size=config.noise.batch_size,
+                    key,
+                    batch_size=config.noise.batch_size,
                     refresh_every=config.noise.refresh_every,
                     microbatch_size=config.microbatch_size,
                 )
-            )  # fmt: skip
+            )
         return optimizers.make(config, *before)
 
     def start() -> train.TrainState:
         seeds = jnp.arange(config.seed, config.seed + config.seeds)
-        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
-        params = functions.init_params(keys[:, 0])
-        return jax.vmap(lambda p, key: train.init(p, optimizer(key), key, aux=stats))(
-            params, keys[:, 1]
-        )
+        keys = jax.vmap(jax.random.key)(seeds)
+        params = functions.init_params(jax.vmap(lambda k: derive(k, Stream.PARAMETERS))(keys))
+        return jax.vmap(lambda p, key: train.init(p, optimizer(key), key, aux=stats))(params, keys)
 
     # A transformation keeps its key in the state: here any will do.
     plain_step = train.make_step(
@@ -132,8 +128,7 @@ def make_trainer(
 
     def step(state: train.TrainState, examples: Any) -> tuple[train.TrainState, train.StepMetrics]:
         if config.augment:
-            key = jax.random.fold_in(state.key, _AUGMENTATION)
-            examples = augmentation.draw(key, state.step, examples)
+            examples = augmentation.draw(state.key, state.step, examples)
         return plain_step(state, examples)
 
     def every_seed(
@@ -162,7 +157,8 @@ def make_trainer(
     return Trainer(start, lambda state, num_steps: loop(state, train_set, num_steps), evaluate)
 
 
-def _check_ghost_batches(law: noise.MNoise, microbatch_size: int | None) -> None:
+def check_ghost_batches(law: noise.MNoise, microbatch_size: int | None) -> None:
+    """Raises ValueError unless the examples of a step make whole ghost batches."""
     support = law.support_size
     size = support if microbatch_size is None else microbatch_size
     if support % size and size < support:
@@ -219,7 +215,7 @@ class DivergedError(ValueError):
 
     def __init__(self, step: int, seeds: list[int]):
         self.step, self.seeds = step, seeds
-        which = ", ".join(map(str, seeds))
+        which = ", ".join(map(str, seeds[:10])) + (", ..." if len(seeds) > 10 else "")
         super().__init__(
             f"The training loss is not finite after {step} steps (seed {which}): choose a smaller "
             "learning_rate."

@@ -1,4 +1,4 @@
-"""The types that sums are kept in."""
+"""The types that sums are kept in, and sums that keep to them."""
 
 import functools
 from typing import Any
@@ -21,3 +21,18 @@ def not_yet(params: Any) -> Float[Array, ""]:
     """Infinity, for a value that the first update will compute, in its type."""
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
     return jnp.full((), jnp.inf, accumulator(*dtypes))
+
+
+def norm(tree: Any) -> Float[Array, ""]:
+    """The Euclidean norm of all leaves, in float32 or wider; no square overflows or underflows."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    dtype = accumulator(*(leaf.dtype for leaf in leaves))
+    wide = [leaf.astype(dtype) for leaf in leaves if leaf.size]
+    largest = functools.reduce(
+        jnp.maximum, (jnp.max(jnp.abs(leaf)) for leaf in wide), jnp.zeros((), dtype)
+    )
+    # The inverse, by which XLA multiplies, has to be a normal number too.
+    tiny = jnp.finfo(dtype).tiny
+    unit = jnp.clip(largest, tiny, 1 / tiny)
+    squares = (jnp.sum(jnp.square(leaf / unit)) for leaf in wide)
+    return unit * jnp.sqrt(functools.reduce(jnp.add, squares, jnp.zeros((), dtype)))

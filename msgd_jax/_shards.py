@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
-from msgd_jax import _dtypes
+from msgd_jax import _dtypes, _validate
 
 
 def check(name: str, sharding: Any) -> NamedSharding | None:
@@ -23,7 +24,7 @@ def check(name: str, sharding: Any) -> NamedSharding | None:
     if not isinstance(sharding, NamedSharding):
         raise TypeError(
             f"{name} must be a jax.sharding.NamedSharding such as "
-            f'NamedSharding(mesh, PartitionSpec("data")), or None, got {sharding!r}.'
+            f'NamedSharding(mesh, PartitionSpec("data")), or None, got {_validate.shown(sharding)}.'
         )
     spec = tuple(sharding.spec)
     if not spec or not axes(sharding) or any(spec[1:]):
@@ -48,6 +49,20 @@ def count(sharding: NamedSharding | None) -> int:
 def missing(size: int, sharding: NamedSharding | None) -> int:
     """How many rows fill `size` up to equal parts."""
     return -size % count(sharding)
+
+
+def as_words(leaf: Any) -> tuple[Any, Any]:
+    """Arrays as numpy has them: of PRNG keys their words, and the implementation (else None)."""
+    if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf, None
+    return np.asarray(jax.random.key_data(jax.random.clone(leaf))), jax.random.key_impl(leaf)
+
+
+def from_words(words: Any, implementation: Any) -> Any:
+    """What `as_words` was given, on the devices that `words` are on."""
+    if implementation is None:
+        return words
+    return jax.random.wrap_key_data(words, impl=implementation)
 
 
 def fill(rows: Shaped[Array, "size *rest"], num_rows: int) -> Shaped[Array, "filled *rest"]:

@@ -17,11 +17,16 @@ MAX_STEP = 2**31 - 1
 def positive_int(name: str, value: Any, maximum: int | None = None, minimum: int = 1) -> int:
     """Returns `value` as an int in [minimum, maximum]; raises TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}.")
     if value < minimum or (maximum is not None and value > maximum):
         allowed = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
         raise ValueError(f"{name} must be {allowed}, got {value}.")
     return int(value)
+
+
+def optional_positive_int(name: str, value: Any) -> int | None:
+    """Returns `value` as an int above 0, or None; raises TypeError or ValueError."""
+    return None if value is None else positive_int(name, value)
 
 
 def num_examples(name: str, value: Any, minimum: int = 1) -> int:
@@ -74,7 +79,7 @@ def shown(value: Any) -> str:
 def finite_nonnegative(name: str, value: Any) -> float:
     """Returns `value` as a finite float >= 0; raises TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+        raise TypeError(f"{name} must be a number, got {shown(value)}.")
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be finite and at least 0, got {value}.")
     return float(value)
@@ -96,10 +101,10 @@ def nonnegative_scalar(name: str, value: Any) -> None:
 
 def _real_scalar(name: str, value: Any) -> None:
     if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+        raise TypeError(f"{name} must be a number, got {shown(value)}.")
     kind = jnp.result_type(value)
     if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
-        raise TypeError(f"{name} must be a real number, got {value!r} of type {kind}.")
+        raise TypeError(f"{name} must be a real number, got {shown(value)} and dtype {kind}.")
     if jnp.shape(value) != ():
         raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}; use jax.vmap.")
 
@@ -107,26 +112,51 @@ def _real_scalar(name: str, value: Any) -> None:
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """Returns `value` if it is one of `allowed`; raises ValueError."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}."
+        )
     return value
 
 
 def function(name: str, value: Any) -> None:
     """Raises TypeError unless `value` can be called."""
     if not callable(value):
-        raise TypeError(f"{name} must be a function, got {value!r} of type {type(value).__name__}.")
+        raise TypeError(f"{name} must be a function, got {shown(value)}.")
 
 
-def passed_to_update(transformation: str, **arguments: Any) -> None:
+def optimizer(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` has what optax's transformations have."""
+    if not all(callable(getattr(value, part, None)) for part in ("init", "update")):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation such as optax.sgd(0.1), "
+            f"got {shown(value)}."
+        )
+
+
+def passed_to_update(transformation: str, hint: str = "", **arguments: Any) -> None:
     """Raises ValueError if one of these arguments of an optax ``update`` was left out."""
     for name, value in arguments.items():
         if value is None:
-            raise ValueError(f"{transformation} needs {name}: update(..., {name}=...).")
+            raise ValueError(f"{transformation} needs {name}: update(..., {name}=...).{hint}")
+
+
+def float_dtype(name: str, dtype: Any, allowed: str = "a floating-point type") -> jnp.dtype:
+    """Returns a floating-point dtype; raises TypeError or ValueError."""
+    try:
+        # numpy takes None for float64, which nobody means.
+        resolved = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        resolved = None
+    if resolved is None:
+        raise TypeError(f"{name} must be {allowed}, got {shown(dtype)}.")
+    if not jnp.issubdtype(resolved, jnp.floating):
+        raise ValueError(f"{name} must be {allowed}, got {resolved}.")
+    return resolved
 
 
 def wide_float_dtype(name: str, dtype: Any) -> jnp.dtype:
-    """Returns float32 or float64 (only with x64 enabled); raises ValueError."""
-    resolved = jnp.dtype(dtype)
+    """Returns float32 or float64 (only with x64 enabled); raises TypeError or ValueError."""
+    resolved = float_dtype(name, dtype, "float32 or float64")
     if resolved not in (jnp.dtype("float32"), jnp.dtype("float64")):
         raise ValueError(
             f"{name} must be float32 or float64, got {resolved}: weights are sums' coefficients "
@@ -167,36 +197,90 @@ def step(value: Any, name: str = "step") -> Int[Array, ""]:
     return jnp.asarray(value, jnp.int32)
 
 
+def leaf_dtype(where: str, leaf: Any) -> Any:
+    """The type of a leaf, an array or a number; raises TypeError for anything else."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None and isinstance(leaf, (bool, int, float, complex)):
+        dtype = jnp.result_type(leaf)
+    if dtype is None:
+        raise TypeError(
+            f"{where} must be an array, got {shown(leaf)}. Of a whole model pass the arrays alone, "
+            "as equinox.partition(model, equinox.is_inexact_array) or flax.nnx.split give them."
+        )
+    return dtype
+
+
 def floating_params(params: Any, name: str = "params") -> None:
     """Raises TypeError, naming the leaf, unless `params` has leaves and all are real floating."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError(f"{name} has no leaves: there is nothing to differentiate.")
     for path, leaf in leaves:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            where = jax.tree_util.keystr(path)
-            raise TypeError(
-                f"{name}{where} must be floating point to be differentiated, "
-                f"got {jnp.result_type(leaf)}."
-            )
+        where = place(name, path)
+        dtype = leaf_dtype(where, leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"{where} must be floating point to be differentiated, got {dtype}.")
 
 
 def leading_axis(name: str, tree: Any) -> int:
-    """Returns the leading axis that all leaves of `tree` share; raises ValueError."""
+    """Returns the leading axis that all leaves of `tree` share; raises TypeError or ValueError."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
         raise ValueError(f"{name} has no leaves: expected arrays with a leading example axis.")
-    sizes = {}
+    first, size = "", None
     for path, leaf in leaves:
-        where = name + jax.tree_util.keystr(path)
+        where = place(name, path)
+        dtype = leaf_dtype(where, leaf)
+        if isinstance(dtype, np.dtype) and (dtype.kind in "OSUMm" or dtype.type is np.void):
+            raise TypeError(f"{where} must hold numbers or PRNG keys, got dtype {dtype}.")
         if not jnp.shape(leaf):
             raise ValueError(f"{where} is a scalar: every leaf needs a leading example axis.")
-        sizes[where] = jnp.shape(leaf)[0]
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"All leaves of {name} must share the leading axis, got {sizes}.")
-    if 0 in sizes.values():
+        if size is None:
+            first, size = where, jnp.shape(leaf)[0]
+        if jnp.shape(leaf)[0] != size:
+            raise ValueError(
+                f"All leaves of {name} must share the leading axis, got {size} at {first} and "
+                f"{jnp.shape(leaf)[0]} at {where}."
+            )
+    if not size:
         raise ValueError(f"{name} must have at least 1 example, got a leading axis of length 0.")
-    return next(iter(sizes.values()))
+    return size
+
+
+def same_kind(function: str, name: str, given: Any, returned: Any) -> None:
+    """Raises ValueError unless two pytrees have one structure, shapes and dtypes, leaf by leaf."""
+    if (difference := first_difference(name, given, returned)) is not None:
+        raise ValueError(
+            f"{function} must return {name} with the structure, shapes and dtypes it was given: "
+            f"given {difference[0]}, returned {difference[1]}."
+        )
+
+
+def first_difference(name: str, one: Any, other: Any) -> tuple[str, str] | None:
+    """What the first leaf that differs in place, shape or dtype is in two pytrees; None if none."""
+    leaves = [jax.tree_util.tree_leaves_with_path(tree) for tree in (one, other)]
+    for (path, leaf), (path_2, leaf_2) in zip(*leaves, strict=False):
+        kinds = [(leaf_dtype(name, x), np.shape(x)) for x in (leaf, leaf_2)]
+        if path != path_2 or kinds[0] != kinds[1]:
+            texts = [f"{dtype}{list(shape)} at " for dtype, shape in kinds]
+            return texts[0] + place(name, path), texts[1] + place(name, path_2)
+    if len(leaves[0]) != len(leaves[1]):
+        return f"{len(leaves[0])} leaves", f"{len(leaves[1])} leaves"
+    structures = [jax.tree.structure(tree) for tree in (one, other)]
+    if structures[0] != structures[1]:
+        return _cut(str(structures[0]), 90), _cut(str(structures[1]), 90)
+    return None
+
+
+def place(name: str, path: Any) -> str:
+    """Where in an argument a leaf is, for a message: params['w'], say."""
+    return name + _cut(jax.tree_util.keystr(path), 70)
+
+
+def _cut(text: str, length: int) -> str:
+    """A text with its middle left out if it is long."""
+    half = length // 2 - 3
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
 
 
 def loss_vector(losses: Any, size: int) -> None:

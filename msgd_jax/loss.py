@@ -321,7 +321,7 @@ def _of_drawn(
         def losses_of(params: Any) -> tuple[Float[Array, " batch"], Any]:
             if has_aux:
                 losses, new_aux = loss_vector_fn(params, batch, aux)
-                _check_aux(aux, new_aux)
+                _validate.same_kind("loss_vector_fn", "aux", aux, new_aux)
             else:
                 losses, new_aux = loss_vector_fn(params, batch), aux
             _validate.loss_vector(losses, values.shape[0])
@@ -424,13 +424,4 @@ def _check_weights(
         raise ValueError(
             f"weights.values and weights.indices must be {kind} of the same length, "
             f"got shapes {shape} and {indices.shape}."
-        )
-
-
-def _check_aux(old: Any, new: Any) -> None:
-    shapes = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), aux) for aux in (old, new)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            "loss_vector_fn must return aux with the structure, shapes and dtypes it was given: "
-            f"given {shapes[0]}, returned {shapes[1]}."
         )

@@ -35,7 +35,8 @@ def shard_examples(data: Any, sharding: NamedSharding) -> Any:
 
     Args:
         data: a pytree of arrays [N, ...]: numpy's (memory-mapped too), anything that slices like
-          them, or jax's. Under `jax.distributed` every process gives all of the data.
+          them, or jax's, PRNG keys too. Under `jax.distributed` every process gives all of the
+          data.
         sharding: ``NamedSharding(mesh, PartitionSpec("data"))`` for the axis "data" of a mesh; the
           other axes of the examples are not spread.
 
@@ -63,15 +64,17 @@ def shard_examples(data: Any, sharding: NamedSharding) -> Any:
     def place(leaf: Any) -> Shaped[Array, "rows *rest"]:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return _shards.spread(lambda x: _shards.fill(x, num_rows - len(x)), sharding)(leaf)
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        words, implementation = _shards.as_words(leaf)
+        dtype = jax.dtypes.canonicalize_dtype(words.dtype)
 
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(num_rows)
-            own = np.asarray(leaf[min(start, num_examples - 1) : min(stop, num_examples)], dtype)
+            own = np.asarray(words[min(start, num_examples - 1) : min(stop, num_examples)], dtype)
             return np.concatenate([own, np.repeat(own[-1:], stop - start - len(own), axis=0)])
 
-        shape = (num_rows, *leaf.shape[1:])
-        return jax.make_array_from_callback(shape, rows, part, dtype=dtype)
+        shape = (num_rows, *words.shape[1:])
+        placed = jax.make_array_from_callback(shape, rows, part, dtype=dtype)
+        return _shards.from_words(placed, implementation)
 
     return jax.tree.map(place, data)
 
@@ -95,8 +98,10 @@ def check_key_agrees(name: str, key: Key[Array, ""]) -> None:
     everywhere = np.asarray(multihost_utils.process_allgather(words))
     differing = np.flatnonzero((everywhere != everywhere[0]).any(axis=1)).tolist()
     if differing:
+        more = len(differing) - 10
+        shown = f"{differing[:10]}" + (f" and {more} more" if more > 0 else "")
         raise ValueError(
             f"{name} must be the same in all processes, got {everywhere[0].tolist()} in process 0 "
-            f"and others in {differing}; process {jax.process_index()} has {words.tolist()}. Make "
+            f"and others in {shown}; process {jax.process_index()} has {words.tolist()}. Make "
             "it from a seed that all of them share."
         )

@@ -26,7 +26,7 @@ from msgd_jax import loss as loss_lib
 from msgd_jax.noise import MNoise, Weights
 from msgd_jax.train import StepMetrics, TrainState, step_of
 
-__all__ = ["ArraySource", "Source", "make_loop"]
+__all__ = ["ArraySource", "BatchSource", "Source", "make_loop"]
 
 # Steps whose results nobody has waited for: one that runs, one that is ready to.
 _IN_FLIGHT = 2
@@ -36,9 +36,9 @@ _IN_FLIGHT = 2
 class Source(Protocol):
     """Examples by their number: grain's and tfds's data sources, grain's ``MapDataset``, or yours.
 
-    ``source[i]`` is one example, a pytree of arrays or numbers, the same structure, shapes and
-    dtypes for all; it is called from several threads. Sources that are quicker at many examples at
-    once have ``batch(indices)``, which returns a pytree of arrays [len(indices), ...].
+    ``source[i]`` is one example, a pytree of arrays, numbers or PRNG keys, the same structure,
+    shapes and dtypes for all; it is called from several threads. A source that is quicker at many
+    examples at once is a `BatchSource`; no other method of it is called.
     """
 
     def __len__(self) -> int:
@@ -50,26 +50,38 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class BatchSource(Source, Protocol):
+    """A `Source` that reads many examples at once: one with a method ``read_batch``."""
+
+    def read_batch(self, indices: Int[NDArray[np.integer[Any]], " size"], /) -> Any:
+        """The examples at these indices, a pytree of arrays [size, ...], numpy's or jax's."""
+        ...
+
+
 class ArraySource:
-    """A pytree of arrays [N, ...] as a source: numpy's, memory-mapped ones too.
+    """A pytree of arrays [N, ...] as a source: numpy's, memory-mapped ones too, and PRNG keys.
 
     Raises:
+        TypeError: if there is a leaf that is not an array.
         ValueError: if the leading axes disagree, or there are no arrays.
     """
 
     def __init__(self, data: Any) -> None:
         self._size = _validate.leading_axis("data", data)
-        self._data = data
+        leaves, self._structure = jax.tree.flatten(data)
+        self._leaves = [_shards.as_words(leaf) for leaf in leaves]
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: Any, /) -> Any:
-        return jax.tree.map(lambda leaf: leaf[index], self._data)
+        taken = [_on_the_host(words[index], made_of) for words, made_of in self._leaves]
+        return jax.tree.unflatten(self._structure, taken)
 
-    def batch(self, indices: Int[NDArray[np.integer[Any]], " size"]) -> Any:
+    def read_batch(self, indices: Int[NDArray[np.integer[Any]], " size"], /) -> Any:
         """The examples at these indices, [size, ...]."""
-        return jax.tree.map(lambda leaf: np.asarray(leaf[indices]), self._data)
+        return jax.tree.map(_array, self[indices])
 
 
 def make_loop(
@@ -78,12 +90,12 @@ def make_loop(
     noise: MNoise,
     source: Source,
     *,
-    microbatch_size: int | None = None,
+    microbatch_size: int | np.integer[Any] | None = None,
     has_aux: bool = False,
     sharding: NamedSharding | None = None,
-    prefetch: int = 4,
-    num_threads: int = 4,
-) -> Callable[[TrainState, int], tuple[TrainState, StepMetrics]]:
+    prefetch: int | np.integer[Any] = 4,
+    num_threads: int | np.integer[Any] = 4,
+) -> Callable[[TrainState, int | np.integer[Any]], tuple[TrainState, StepMetrics]]:
     """`train.make_step` in a loop, on examples that are read while earlier steps are computed.
 
     The parameters are those of the same noise and key on data that are all on the device, bit for
@@ -128,6 +140,7 @@ def make_loop(
     grain = _grain()
     _check(noise, source)
     _shards.check("sharding", sharding)
+    microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
     prefetch = _validate.positive_int("prefetch", prefetch)
     num_threads = _validate.positive_int("num_threads", num_threads)
     reader = _Reader(noise, source, sharding)
@@ -142,9 +155,12 @@ def make_loop(
     problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
     step = jax.jit(step_of(of_batch, optimizer, has_aux, problem), donate_argnums=0)
 
-    def loop(state: TrainState, num_steps: int) -> tuple[TrainState, StepMetrics]:
-        num_steps = _validate.positive_int("num_steps", num_steps)
+    def loop(state: TrainState, num_steps: int | np.integer[Any]) -> tuple[TrainState, StepMetrics]:
+        if not isinstance(state, TrainState):
+            raise TypeError(f"state must be a train.TrainState, got {_validate.shown(state)}.")
         first = int(state.step)
+        most = _validate.MAX_STEP - first
+        num_steps = _validate.positive_int("num_steps", num_steps, maximum=most)
         read = reader.of_key(state.key)
         steps = grain.MapDataset.range(first, first + num_steps).map(read)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
@@ -188,9 +204,7 @@ class _Reader:
     def of_key(self, key: Key[Array, ""]) -> Callable[[Any], Any]:
         """``read(step)``: the examples of this process's rows, in memory."""
         # On the host, whatever the devices of training are busy with.
-        cpu = jax.local_devices(backend="cpu")[0]
-        words = np.asarray(jax.random.key_data(jax.random.clone(key)))
-        key = jax.random.wrap_key_data(jax.device_put(words, cpu), impl=jax.random.key_impl(key))
+        key = _on_the_host(*_shards.as_words(key))
 
         def read(step: Any) -> Any:
             indices = np.asarray(self._indices(jax.random.clone(key), np.int32(step)))
@@ -201,10 +215,13 @@ class _Reader:
 
     def place(self, batch: Any) -> Any:
         """On the device, or each device's part on it."""
-        rows = self._rows
-        if rows is None:
-            return jax.device_put(batch)
-        return jax.tree.map(lambda own: self._spread(own, rows), batch)
+
+        def on_devices(leaf: Any) -> Array:
+            words, made_of = _shards.as_words(leaf)
+            own = jax.device_put(words) if self._rows is None else self._spread(words, self._rows)
+            return _shards.from_words(own, made_of)
+
+        return jax.tree.map(on_devices, batch)
 
     def _spread(self, own: Any, rows: NamedSharding) -> Array:
         def part(index: Any) -> np.ndarray:
@@ -212,6 +229,7 @@ class _Reader:
             first = np.searchsorted(self._own, start)
             return own[first : first + stop - start]
 
+        own = np.asarray(own)
         dtype = jax.dtypes.canonicalize_dtype(own.dtype)
         shape = (self._num_rows, *own.shape[1:])
         own = own.astype(dtype, copy=False)
@@ -220,34 +238,43 @@ class _Reader:
 
 def _batch(source: Any, indices: Int[NDArray[np.integer[Any]], " size"]) -> Any:
     """The examples at these indices, stacked."""
-    if hasattr(source, "batch") and not _is_grain(source):
-        batch = source.batch(indices)
-        size = _validate.leading_axis("source.batch(indices)", batch)
+    if isinstance(source, BatchSource):
+        batch = source.read_batch(indices)
+        size = _validate.leading_axis("source.read_batch(indices)", batch)
         if size != len(indices):
             raise ValueError(
-                f"source.batch(indices) must return {len(indices)} examples, one for each index, "
-                f"got {size}."
+                f"source.read_batch(indices) must return {len(indices)} examples, one for each "
+                f"index, got {size}."
             )
         return batch
-    examples = [source[int(index)] for index in indices]
-    first = jax.tree.map(_kind, examples[0])
+    examples = [jax.tree.map(_array, source[int(index)]) for index in indices]
     for index, example in zip(indices, examples, strict=True):
-        if (kind := jax.tree.map(_kind, example)) != first:
+        difference = _validate.first_difference("example", examples[0], example)
+        if difference is not None:
             raise ValueError(
-                f"source must have examples of one structure, shape and dtype: source[{indices[0]}]"
-                f" has {first}, source[{index}] has {kind}."
+                "source must have examples of one structure, shape and dtype: "
+                f"source[{indices[0]}] has {difference[0]}, source[{index}] has {difference[1]}."
             )
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
+    batch = jax.tree.map(_stacked, *examples)
+    _validate.leading_axis(f"source[{indices[0]}]", batch)
+    return batch
 
 
-def _kind(leaf: Any) -> str:
-    leaf = np.asarray(leaf)
-    return f"{leaf.dtype}{list(leaf.shape)}"
+def _array(leaf: Any) -> Any:
+    words, made_of = _shards.as_words(leaf)
+    return np.asarray(words) if made_of is None else leaf
 
 
-def _is_grain(source: Any) -> bool:
-    """A `MapDataset` has a method `batch` too, which is something else."""
-    return isinstance(source, _grain().MapDataset)
+def _stacked(*leaves: Any) -> Any:
+    arrays, made_of = zip(*map(_shards.as_words, leaves), strict=True)
+    return _on_the_host(np.stack(arrays), made_of[0])
+
+
+def _on_the_host(words: Any, made_of: Any) -> Any:
+    """`_shards.from_words` with keys on the CPU, in whatever thread and beside whatever device."""
+    if made_of is not None:
+        words = jax.device_put(words, jax.local_devices(backend="cpu")[0])
+    return _shards.from_words(words, made_of)
 
 
 def _check(noise: Any, source: Any) -> None:

@@ -1,7 +1,8 @@
 """Training: a state that is one pytree, a pure step, and many steps in one compiled loop.
 
-Works with any optax optimizer and any model: the noise is in the weights, so the optimizer needs
-to know nothing of it. To train several seeds at once, ``jax.vmap`` the step::
+Works with any model and any optax optimizer, line searches included: the noise is in the weights,
+so the optimizer needs to know nothing of it. To train several seeds at once, ``jax.vmap`` the
+step::
 
   step = make_step(loss_vector_fn, optax.sgd(0.1), noise)
   states = jax.vmap(lambda key: init(model_init(key), optimizer, key))(keys)
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
-from msgd_jax import _validate
+from msgd_jax import _dtypes, _optimizers, _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax.noise import MNoise
 from msgd_jax.sharding import check_key_agrees
@@ -50,7 +52,7 @@ class StepMetrics(NamedTuple):
 
     Attributes:
         loss: the weighted loss, an unbiased estimate of the mean loss before the step.
-        gradient_norm: the Euclidean norm of the noisy gradient.
+        gradient_norm: the Euclidean norm of the noisy gradient, in float32 or wider.
     """
 
     loss: Float[Array, "*steps"]
@@ -65,23 +67,45 @@ def init(
 ) -> TrainState:
     """The state before the first step.
 
-    Parameters, statistics and key are copied, so that donating the state deletes nothing of yours.
+    Every leaf is an array of its own, a copy in the place where the original is, so that the state
+    can be donated: nothing of yours is deleted, and nothing twice where an optimizer's state keeps
+    the parameters. Numbers become arrays.
 
     Args:
-        params: a pytree of floating-point arrays.
+        params: a pytree of floating-point arrays; for `optax.lookahead`
+          ``optax.LookaheadParams.init_synced(params)``.
         optimizer: an optax transformation.
         key: a typed PRNG key.
         aux: mutable statistics of the model, if it has any.
 
     Raises:
-        TypeError: if a parameter is not floating point or `key` is not a typed PRNG key.
+        TypeError: if a parameter is not floating point, `optimizer` is not an optax transformation,
+          `key` is not a typed PRNG key, or a leaf of the statistics or of the optimizer's state is
+          not an array.
         ValueError: if `params` is empty, `key` is an array of keys, or not the same in all
           processes of `jax.distributed`.
     """
     _validate.floating_params(params)
+    _validate.optimizer("optimizer", optimizer)
     check_key_agrees("key", key)
-    params, aux, key = jax.tree.map(jnp.copy, (params, aux, jax.random.clone(key)))
-    return TrainState(params, optimizer.init(params), aux, key, jnp.zeros((), jnp.int32))
+    params, aux = _own("params", params), _own("aux", aux)
+    opt_state = _own("optimizer.init(params)", optimizer.init(params))
+    return TrainState(params, opt_state, aux, _own("key", key), jnp.zeros((), jnp.int32))
+
+
+def _own(name: str, tree: Any) -> Any:
+    """Copies, in buffers of their own, with types that do not change when they are computed with.
+
+    A number's type is weak and an update's is not: a loop would be compiled once for each.
+    """
+
+    def copy(path: Any, leaf: Any) -> Array:
+        dtype = _validate.leaf_dtype(_validate.place(name, path), leaf)
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            return jnp.copy(jax.random.clone(leaf))
+        return jnp.array(leaf, jax.dtypes.canonicalize_dtype(dtype), copy=True)
+
+    return jax.tree_util.tree_map_with_path(copy, tree)
 
 
 def make_step(
@@ -89,7 +113,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     noise: MNoise,
     *,
-    microbatch_size: int | None = None,
+    microbatch_size: int | np.integer[Any] | None = None,
     has_aux: bool = False,
     sharding: NamedSharding | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
@@ -97,8 +121,11 @@ def make_step(
 
     Args:
         loss_vector_fn: as in `loss.weighted_value_and_grad`.
-        optimizer: an optax transformation of the noisy gradient; ``value=``, ``data=`` and (without
-          `has_aux`) ``loss_vector_fn=`` are passed to those that take them.
+        optimizer: an optax transformation of the noisy gradient. Those that take more get it, all
+          of the same step and so of the same weights W: ``value=`` and ``grad=``; ``value_fn=`` for
+          line searches and L-BFGS (``obj_fn=`` for Sophia), L(params) . W at any parameters;
+          ``grad_fn=`` for SAM, its gradient; ``data=`` and, without `has_aux`, ``loss_vector_fn=``.
+          With `has_aux` the functions leave the statistics as they were before the step.
         noise: the M-noise; its num_examples must be the leading axis of the data.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
@@ -120,6 +147,7 @@ def make_step(
         >>> round(float(state.params), 6), float(metrics.loss)
         (1.2, 3.5)
     """
+    microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
     value_and_grad = loss_lib.noisy_value_and_grad(
         loss_vector_fn, noise, microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding
     )
@@ -137,22 +165,48 @@ def step_of(
 
     `problem` is passed on to optimizers that take more than the gradient.
     """
-    optimizer = optax.with_extra_args_support(optimizer)
+    update = _optimizers.updater(optimizer)
 
     def step(state: TrainState, data: Any) -> tuple[TrainState, StepMetrics]:
-        value, grads = value_and_grad(state.params, data, state.key, state.step, state.aux)
+        key = _optimizers.repeated(state.key)
+
+        def at(params: Any) -> tuple[Any, Any]:
+            return value_and_grad(params, data, key(), state.step, state.aux)
+
+        def at_fixed_aux(params: Any) -> tuple[Any, Any]:
+            value, grads = at(params)
+            return (value[0] if has_aux else value), grads
+
+        value, grads = at(_moving(state.params))
         value, aux = value if has_aux else (value, state.aux)
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, value=value, **problem, data=data
+        offers = _optimizers.offers(at_fixed_aux, value, grads)
+        updates, opt_state = update(
+            grads, state.opt_state, state.params, **offers, **problem, data=data
         )
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(loss=value, gradient_norm=optax.tree.norm(grads))
+        metrics = StepMetrics(loss=value, gradient_norm=_dtypes.norm(grads))
+        params, opt_state, aux = jax.tree.map(_strong, (params, opt_state, aux))
         return TrainState(params, opt_state, aux, state.key, state.step + 1), metrics
 
     return step
 
 
-def make_loop(step: StepFn, *, max_steps: int) -> Callable[[Any, Any, int], tuple[Any, Any]]:
+def _moving(params: Any) -> Any:
+    """Where the gradient is taken: `optax.lookahead` keeps a second set of parameters."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
+def _strong(leaf: Any) -> Array:
+    """A leaf whose type is as `init` makes it, also where an optimizer returns a number."""
+    leaf = jnp.asarray(leaf)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    return jax.lax.convert_element_type(leaf, leaf.dtype)
+
+
+def make_loop(
+    step: StepFn, *, max_steps: int | np.integer[Any]
+) -> Callable[[Any, Any, int | np.integer[Any]], tuple[Any, Any]]:
     """Many steps in one compiled loop: Python is left only once every `max_steps`.
 
     The number of steps is an argument of the compiled loop, not a constant in it: any number up
@@ -183,11 +237,17 @@ def make_loop(step: StepFn, *, max_steps: int) -> Callable[[Any, Any, int], tupl
         (60, (60,))
     """
     _validate.function("step", step)
-    _validate.positive_int("max_steps", max_steps)
+    max_steps = _validate.positive_int("max_steps", max_steps, maximum=_validate.MAX_STEP)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def compiled(state: Any, data: Any, num_steps: Int[Array, ""]) -> tuple[Any, Any]:
-        _, shapes = jax.eval_shape(step, state, data)
+        after, shapes = jax.eval_shape(step, state, data)
+        if (difference := _validate.first_difference("state", state, after)) is not None:
+            raise ValueError(
+                f"step must return a state of the kind it was given: given {difference[0]}, "
+                f"returned {difference[1]}. Where it is the optimizer's (optax.monitor's, say), "
+                "make the first step by jax.jit(step), and the others from there in the loop."
+            )
         history = jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), x.dtype), shapes)
 
         def body(i: Int[Array, ""], carry: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -197,7 +257,7 @@ def make_loop(step: StepFn, *, max_steps: int) -> Callable[[Any, Any, int], tupl
 
         return jax.lax.fori_loop(0, num_steps, body, (state, history))
 
-    def loop(state: Any, data: Any, num_steps: int) -> tuple[Any, Any]:
+    def loop(state: Any, data: Any, num_steps: int | np.integer[Any]) -> tuple[Any, Any]:
         num_steps = _validate.positive_int("num_steps", num_steps, maximum=max_steps)
         state, history = compiled(state, data, jnp.asarray(num_steps, jnp.int32))
         return state, jax.tree.map(lambda h: h[:num_steps], history)

@@ -3,8 +3,8 @@
 Two routes to the same update, for the same noise, key and step:
 
 * `multiplicative_noise` computes the noisy gradient itself, with one backward pass, from the loss
-  vector function and the data that ``update`` is given (the fast algorithm; `msgd` puts a learning
-  rate and momentum behind it);
+  vector function and the data that ``update`` is given (the fast algorithm; `with_noise` puts any
+  optimizer behind it, `msgd` a learning rate and momentum);
 * `aggregate_per_example` takes per-example gradients that you have already, and adds them up with
   the noise's weights.
 """
@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 from optax.experimental import aggregating
 
-from msgd_jax import _dtypes, _shards, _validate
+from msgd_jax import _dtypes, _optimizers, _shards, _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax.noise import MNoise
 from msgd_jax.sharding import check_key_agrees
@@ -30,7 +31,13 @@ __all__ = [
     "aggregate_per_example",
     "msgd",
     "multiplicative_noise",
+    "with_noise",
 ]
+
+_HINT = (
+    " What optax's lookahead and sam go around gets no such arguments: put them behind the noise, "
+    "transform.with_noise(optimizer, noise, key)."
+)
 
 
 class MultiplicativeNoiseState(NamedTuple):
@@ -64,7 +71,7 @@ def multiplicative_noise(
     noise: MNoise,
     key: Key[Array, ""],
     *,
-    microbatch_size: int | None = None,
+    microbatch_size: int | np.integer[Any] | None = None,
     sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the noisy gradient ``grad(L(params) . W)`` with one backward pass (Algorithm 1).
@@ -77,7 +84,8 @@ def multiplicative_noise(
           (), state, params, loss_vector_fn=loss_vector_fn, data=data
       )
 
-    There are no updates to pass in yet, hence the ``()`` (None is as good).
+    There are no updates to pass in yet, hence the ``()`` (None is as good). Optimizers that take
+    more than the gradient do not get it in such a chain: see `with_noise`.
 
     What it composes with:
 
@@ -85,10 +93,13 @@ def multiplicative_noise(
       the others keep the updates passed in. Give ``full_params=params`` besides, since optax hides
       the other parameters from the transformations inside.
     * ``optax.MultiSteps`` behind it in a chain averages noisy gradients over several steps. Around
-      it there is nothing to accumulate, which is an error: use `microbatch_size` for memory.
+      it there is nothing to accumulate, which is an error: use `microbatch_size` for memory. The
+      same holds for ``apply_if_finite``, ``conditionally_transform``, ``lookahead`` and ``sam``:
+      ``with_noise(optax.apply_if_finite(optax.adam(1e-3), 5), noise, key)``.
     * ``optax.inject_hyperparams(msgd, static_args=("noise", "key"))``.
 
-    Models with mutable statistics need `train` or `loss.weighted_value_and_grad` instead.
+    Models with mutable statistics need `train` or `loss.weighted_value_and_grad` instead. The
+    program of eager calls is kept for the last `loss_vector_fn`.
 
     Args:
         noise: the M-noise; its num_examples must be the leading axis of the data.
@@ -116,15 +127,65 @@ def multiplicative_noise(
         >>> int(state[0].step), updates.shape
         (1, ())
     """
-    _check_noise_and_key(noise, key)
-    if microbatch_size is not None:
-        _validate.positive_int("microbatch_size", microbatch_size)
-    _shards.check("sharding", sharding)
+    alone = optax.identity()
+    whole = with_noise(alone, noise, key, microbatch_size=microbatch_size, sharding=sharding)
 
-    def init_fn(params: Any) -> MultiplicativeNoiseState:
-        check_key_agrees("key", key)
-        value = _dtypes.not_yet(params)
-        return MultiplicativeNoiseState(jnp.zeros((), jnp.int32), _copy(key), value)
+    def init_fn(params: Any) -> Any:
+        state: Any = whole.init(params)
+        return state[0]
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, MultiplicativeNoiseState]:
+        both: Any = state, alone.init(params)
+        updates, both = whole.update(updates, both, params, **extra_args)
+        return updates, both[0]
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def with_noise(
+    optimizer: optax.GradientTransformation,
+    noise: MNoise,
+    key: Key[Array, ""],
+    *,
+    microbatch_size: int | np.integer[Any] | None = None,
+    sharding: NamedSharding | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer behind `multiplicative_noise`, with all that it may ask for.
+
+    Updates and state are those of ``optax.chain(multiplicative_noise(noise, key), optimizer)``,
+    where nobody tells the optimizer the loss. Here those that take more get it, all with the
+    weights of the step, as from `train.make_step`: ``value=`` (``polyak_sgd``, ``momo``,
+    ``reduce_on_plateau``), ``grad=`` and ``value_fn=`` (line searches, ``lbfgs``), ``obj_fn=``
+    (``sophia``), ``grad_fn=`` (``sam``), and `loss_vector_fn` and `data` as they are.
+
+    Args:
+        optimizer: any optax transformation of a gradient, a chain of several, say.
+        noise: the M-noise; its num_examples must be the leading axis of the data.
+        key: a typed PRNG key, copied into the state by ``init``.
+        microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
+        sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
+
+    Returns:
+        A transformation with ``update((), state, params, *, loss_vector_fn, data)``; see
+        `multiplicative_noise`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> from msgd_jax import loss, noise, transform
+        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+        >>> x, theta = jnp.asarray([0.0, 1.0, 3.0, 4.0]), jnp.asarray(1.0)
+        >>> optimizer = transform.with_noise(optax.lbfgs(), noise.gd(4), jax.random.key(0))
+        >>> state = optimizer.init(theta)
+        >>> updates, state = optimizer.update((), state, theta, loss_vector_fn=losses, data=x)
+        >>> round(float(optax.apply_updates(theta, updates)), 3)
+        2.0
+    """
+    behind = _optimizers.updater(optimizer)
+    init_fn, noisy_gradient = _noisy_gradient(noise, key, microbatch_size, sharding)
 
     def update_fn(
         updates: Any,
@@ -135,20 +196,21 @@ def multiplicative_noise(
         data: Any = None,
         full_params: Any = None,
         **extra_args: Any,
-    ) -> tuple[Any, MultiplicativeNoiseState]:
-        del extra_args
-        _validate.passed_to_update(
-            "multiplicative_noise", params=params, loss_vector_fn=loss_vector_fn, data=data
+    ) -> tuple[Any, tuple[MultiplicativeNoiseState, Any]]:
+        _optimizers.check_no_updates(updates, params, extra_args)
+        at = noisy_gradient(state[0], params, loss_vector_fn, data, full_params)
+        value, grads = at(params)
+        offers = extra_args | _optimizers.offers(at, value, grads)
+        updates, opt_state = behind(
+            grads, state[1], params, **offers, loss_vector_fn=loss_vector_fn, data=data
         )
-        loss_vector_fn = _unmasked(loss_vector_fn, updates, params, full_params)
-        value_and_grad = loss_lib.noisy_value_and_grad(
-            loss_vector_fn, noise, microbatch_size=microbatch_size, sharding=sharding
-        )
-        value, grads = value_and_grad(params, data, state.key, state.step)
-        value = value.astype(state.value.dtype)
-        return grads, MultiplicativeNoiseState(state.step + 1, state.key, value)
+        value = value.astype(state[0].value.dtype)
+        state = MultiplicativeNoiseState(state[0].step + 1, state[0].key, value), opt_state
+        return updates, state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: (init_fn(params), optimizer.init(params)), update_fn
+    )
 
 
 def aggregate_per_example(noise: MNoise, key: Key[Array, ""]) -> aggregating.Aggregator:
@@ -187,7 +249,7 @@ def aggregate_per_example(noise: MNoise, key: Key[Array, ""]) -> aggregating.Agg
     def init_fn(params: Any) -> AggregateState:
         del params
         check_key_agrees("key", key)
-        return AggregateState(jnp.zeros((), jnp.int32), _copy(key))
+        return AggregateState(jnp.zeros((), jnp.int32), jnp.copy(jax.random.clone(key)))
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -221,7 +283,7 @@ def msgd(
     nesterov: bool = False,
     *,
     accumulator_dtype: Any = None,
-    microbatch_size: int | None = None,
+    microbatch_size: int | np.integer[Any] | None = None,
     sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """M-SGD (Eq. 6): `optax.sgd` on the noisy gradient of `multiplicative_noise`.
@@ -257,10 +319,57 @@ def msgd(
         # Arrays may be traced (optax.inject_hyperparams, vmap): they are taken on trust.
         if value is not None and not callable(value) and not isinstance(value, jax.Array):
             _validate.finite_nonnegative(name, value)
-    return optax.chain(
-        multiplicative_noise(noise, key, microbatch_size=microbatch_size, sharding=sharding),
-        optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype),
-    )
+    if accumulator_dtype is not None:
+        _validate.float_dtype("accumulator_dtype", accumulator_dtype)
+    optimizer = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
+    return with_noise(optimizer, noise, key, microbatch_size=microbatch_size, sharding=sharding)
+
+
+def _noisy_gradient(
+    noise: MNoise,
+    key: Key[Array, ""],
+    microbatch_size: int | np.integer[Any] | None,
+    sharding: NamedSharding | None,
+) -> tuple[Callable[..., MultiplicativeNoiseState], Callable[..., _optimizers.ValueAndGrad]]:
+    """How the state begins, and what gives value and gradient at the weights of a step."""
+    _check_noise_and_key(noise, key)
+    microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
+    _shards.check("sharding", sharding)
+
+    def init_fn(params: Any) -> MultiplicativeNoiseState:
+        if jax.tree.leaves(params):  # a mask may hide them all
+            _validate.floating_params(params)
+        check_key_agrees("key", key)
+        own = jnp.copy(jax.random.clone(key))  # the caller's is not to be donated with the state
+        return MultiplicativeNoiseState(jnp.zeros((), jnp.int32), own, _dtypes.not_yet(params))
+
+    def make(loss_vector_fn: Any) -> Callable[..., Any]:
+        return loss_lib.noisy_value_and_grad(
+            loss_vector_fn, noise, microbatch_size=microbatch_size, sharding=sharding
+        )
+
+    # It owns the program of eager calls.
+    made = _optimizers.keep_last(make)
+
+    def noisy_gradient(
+        state: Any, params: Any, loss_vector_fn: Any, data: Any, full_params: Any
+    ) -> _optimizers.ValueAndGrad:
+        _validate.passed_to_update(
+            "multiplicative_noise", _HINT, params=params, loss_vector_fn=loss_vector_fn, data=data
+        )
+        if _optimizers.has_masked(params):
+            value_and_grad = make(_optimizers.unmasked(loss_vector_fn, full_params))
+        else:
+            value_and_grad = made(loss_vector_fn, (params, data, state))
+
+        key = _optimizers.repeated(state.key)
+
+        def at(params: Any) -> tuple[Any, Any]:
+            return value_and_grad(params, data, key(), state.step)
+
+        return at
+
+    return init_fn, noisy_gradient
 
 
 def _check_noise_and_key(noise: Any, key: Any) -> None:
@@ -269,55 +378,21 @@ def _check_noise_and_key(noise: Any, key: Any) -> None:
     _validate.prng_key("key", key)
 
 
-def _copy(key: Key[Array, ""]) -> Key[Array, ""]:
-    """A copy in a buffer of its own: donating the state must not delete the caller's key."""
-    return jnp.copy(jax.random.clone(key))
-
-
-def _is_masked(leaf: Any) -> bool:
-    return isinstance(leaf, optax.MaskedNode)
-
-
-def _unmasked(
-    loss_vector_fn: Callable[..., Any], updates: Any, params: Any, full_params: Any
-) -> Callable[..., Any]:
-    """The loss vector function of the parameters that optax.masked lets through."""
-    if not any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
-        if jax.tree.leaves(updates):
-            raise ValueError(
-                "multiplicative_noise computes the gradient itself and would discard the updates "
-                "passed to it: pass () and put it first in the chain. Inside optax.MultiSteps "
-                "there is nothing to accumulate: chain MultiSteps behind it, or use "
-                "microbatch_size to bound the memory of one step."
-            )
-        return loss_vector_fn
-    if full_params is None:
-        raise ValueError(
-            "multiplicative_noise inside optax.masked sees only some of the parameters, and the "
-            "loss needs all of them: call update(..., full_params=params)."
-        )
-
-    def of_visible(visible: Any, batch: Any) -> Any:
-        merged = jax.tree.map(
-            lambda leaf, full: full if _is_masked(leaf) else leaf,
-            visible,
-            full_params,
-            is_leaf=_is_masked,
-        )
-        return loss_vector_fn(merged, batch)
-
-    return of_visible
-
-
 def _check_per_example(updates: Any, params: Any, num_examples: int) -> None:
     _validate.passed_to_update("aggregate_per_example", params=params)
+    given, expected = (len(jax.tree.leaves(tree)) for tree in (updates, params))
+    if given != expected:
+        raise ValueError(
+            "aggregate_per_example needs updates that are gradients like params, with an axis of "
+            f"{num_examples} examples in front, got {given} leaves instead of {expected}."
+        )
 
     def check(path: Any, update: Any, param: Any) -> None:
         expected = (num_examples, *jnp.shape(param))
         if jnp.shape(update) != expected:
             raise ValueError(
                 f"aggregate_per_example needs one gradient per example, shape {expected} at "
-                f"updates{jax.tree_util.keystr(path)}, got {jnp.shape(update)}. A gradient that is "
+                f"{_validate.place('updates', path)}, got {jnp.shape(update)}. A gradient that is "
                 "averaged already has no examples left to weigh (optax.MultiSteps around the "
                 "aggregator averages them too: chain it behind)."
             )

@@ -44,9 +44,9 @@ def streaming(process_id: int, folder: pathlib.Path) -> None:
     problem, read = regression(1003), []
 
     class Recorder(streaming.ArraySource):
-        def batch(self, indices):
+        def read_batch(self, indices):
             read.append(np.array(indices))
-            return super().batch(indices)
+            return super().read_batch(indices)
 
     rows = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
     source = Recorder(jax.tree.map(np.asarray, problem.data))

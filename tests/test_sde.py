@@ -169,7 +169,7 @@ def reference_path(problem, law, eta, num_steps, key, substeps, order):
 class TestEulerMaruyama:
     @pytest.mark.parametrize(("substeps", "order"), [(1, 1), (4, 1), (4, 2)])
     def test_against_dense_algebra(self, x64, substeps, order):
-        problem, law = logistic(N, dtype=jnp.float64), noise.cov(N, B)
+        problem, law = logistic(N, dtype=jnp.float64), noise.cov(N, B, dtype=jnp.float64)
         key, eta = jax.random.key(5), 0.2
         path = sde.euler_maruyama(
             *problem, law, learning_rate=eta, num_steps=6, key=key, substeps=substeps, order=order,

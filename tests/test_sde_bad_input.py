@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.sde_problems import logistic
@@ -38,6 +39,15 @@ class TestBadInput:
             ({"first_step": 3}, ValueError, "first_step must be between 0 and 2, got 3"),
             ({"save_at": [0], "first_step": 1}, ValueError, "save_at must be between 1 and 3"),
             ({"save_at": []}, ValueError, "at least one"),
+            ({"save_at": 3}, TypeError, r"save_at must be a sequence of .*\[10, 20\].*got 3 of ty"),
+            ({"save_at": "3"}, TypeError, "save_at must be a sequence of iterations"),
+            ({"save_at": np.array(3)}, TypeError, "save_at must be a sequence of iterations"),
+            ({"save_at": np.ones((2, 2), int)}, TypeError, "save_at must be .*an array of shape"),
+            ({"save_at": [1.5]}, TypeError, "save_at must be an integer, got 1.5"),
+            ({"num_steps": jnp.ones(2, int)}, ValueError, "num_steps must be a scalar"),
+            ({"num_steps": jnp.int32(0)}, ValueError, "num_steps must be between 1 and"),
+            ({"first_step": -1}, ValueError, "first_step must be between 0 and 2, got -1"),
+            ({"first_step": True}, TypeError, "first_step must be an integer"),
             ({"order": 3}, ValueError, "order must be between 1 and 2, got 3"),
             ({"key": 0}, TypeError, "key must be a typed PRNG key"),
             ({"microbatch_size": 0}, ValueError, "microbatch_size must be at least 1"),
@@ -67,9 +77,51 @@ class TestBadInput:
             TypeError, match=r"noise must be a noise.MNoise or a noise.Exchangeable"
         ):
             sde.euler_maruyama(*self.problem, "cov", **self.good)
+        with pytest.raises(TypeError, match="got <function cov at") as refused:
+            sde.euler_maruyama(*self.problem, noise.cov, **self.good)
+        assert len(str(refused.value)) < 400
         impossible = noise.Exchangeable(1.0, -1.0)
         with pytest.raises(ValueError, match="alpha \\+ N beta >= 0"):
             sde.euler_maruyama(*self.problem, impossible, **self.good)
+
+    @pytest.mark.parametrize("where", ["array", "jax"])
+    def test_iterations_of_any_kind(self, where):
+        save_at = {
+            "array": np.array([1, 3], np.uint8), "jax": jnp.array([1, 3]),
+        }[where]  # fmt: skip
+        options = {**self.good, "num_steps": np.int64(3), "save_at": save_at}
+        assert sde.euler_maruyama(*self.problem, noise.cov(N, B), **options).steps.tolist() == [
+            1,
+            3,
+        ]
+
+    @pytest.mark.parametrize(
+        "call",
+        {
+            "coupling": lambda problem, law: sde.coupling(law, N),
+            "diffusion": lambda problem, law: sde.diffusion(*problem, law, jnp.ones(N)),
+            "euler_maruyama": lambda problem, law: sde.euler_maruyama(
+                *problem, law, **TestBadInput.good
+            ),
+            **{
+                measure.__name__: lambda problem, law, measure=measure: measure(
+                    *problem, law, learning_rates=[0.1], horizon=0.1, num_paths=4,
+                    key=jax.random.key(0),
+                )
+                for measure in (sde.strong_error, sde.weak_error)
+            },
+        }.items(),
+        ids=lambda item: item[0],
+    )  # fmt: skip
+    def test_laws_of_correlated_steps(self, call):
+        """One step's covariance is not theirs; what is wanted can be given on purpose."""
+        law = noise.random_reshuffling(N, B)
+        message = r"independent steps, .* got random_reshuffling\(20, 4.* Use noise.sgd\(N, b\)"
+        with pytest.raises(ValueError, match=message) as refused:
+            call[1](self.problem, law)
+        assert len(str(refused.value)) <= 400
+        if call[0] != "weak_error":  # which has to draw the iteration
+            call[1](self.problem, law.covariance)
 
     def test_diffusion_and_drift(self):
         with pytest.raises(ValueError, match=r"vector must have shape \(20,\)"):

@@ -1,11 +1,12 @@
 """The SDE through diffrax: the same increments, the same path; Itô and Stratonovich."""
 
+import functools
+import inspect
 import math
 
 import diffrax
 import jax
 import jax.numpy as jnp
-import lineax
 import numpy as np
 import pytest
 
@@ -27,6 +28,7 @@ def motion():
 @pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
     problem, key = logistic(N, dtype=jnp.float64), jax.random.key(0)
+    law = noise.cov(N, B, dtype=jnp.float64)
     steps, substeps = 5, 4
     increments = jnp.concatenate([
         sde.brownian_increments(key, step, N, substeps=substeps, dtype=jnp.float64)
@@ -35,7 +37,7 @@ def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
     path = jnp.concatenate([jnp.zeros((1, N)), math.sqrt(ETA) * jnp.cumsum(increments, 0)])
     times = ETA / substeps * jnp.arange(steps * substeps + 1)
     terms = sde.diffrax_terms(
-        problem.loss_vector_fn, LAW, diffrax.LinearInterpolation(times, path),
+        problem.loss_vector_fn, law, diffrax.LinearInterpolation(times, path), diffrax.Euler(),
         learning_rate=ETA, order=order,
     )  # fmt: skip
     solution = diffrax.diffeqsolve(
@@ -44,7 +46,7 @@ def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
         saveat=diffrax.SaveAt(ts=ETA * jnp.arange(steps + 1)),
     )  # fmt: skip
     ours = sde.euler_maruyama(
-        *problem, LAW, learning_rate=ETA, num_steps=steps, key=key, substeps=substeps,
+        *problem, law, learning_rate=ETA, num_steps=steps, key=key, substeps=substeps,
         save_at=range(steps + 1), order=order,
     )  # fmt: skip
     # Of order 2 our drift is Heun's: the two agree up to the difference of the methods.
@@ -54,40 +56,110 @@ def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
         assert np.abs(np.asarray(solution.ys - ours.params)).max() > 1e-6
 
 
-def ends(solver, interpretation):
-    """A function of keys and a step: theta(T = 1) on `VirtualBrownianTree` paths, [paths, D]."""
-    problem = logistic(N)
+def every_solver():
+    """All solvers that diffrax exports and that can be made, also those that it will add."""
+    classes = [value for value in vars(diffrax).values() if inspect.isclass(value)]
+    concrete = [
+        value for value in classes
+        if issubclass(value, diffrax.AbstractSolver) and not value.__name__.startswith("Abstract")
+    ]  # fmt: skip
+    inner = {"HalfSolver": (diffrax.EulerHeun(),), "SemiImplicitEuler": ()}
+    return {value.__name__: value(*inner.get(value.__name__, ())) for value in concrete}
+
+
+SOLVERS = every_solver()
+ITO = {"Euler", "ItoMilstein"}
+STRATONOVICH = {
+    "EulerHeun", "GeneralShARK", "HalfSolver", "Heun", "Midpoint", "Ralston", "ReversibleHeun",
+    "SPaRK", "SlowRK", "StratonovichMilstein",
+}  # fmt: skip
+QUICK = {"EulerHeun", "ItoMilstein", "ReversibleHeun"}
+
+
+def saddle(params, batch):
+    """Two parameters, noise that depends on them: Itô's and Stratonovich's solutions differ."""
+    a, b = params["a"], params["b"]
+    return batch[:, 0] * jnp.tanh(a) * jnp.cos(b) + batch[:, 1] * jnp.sin(a + b)
+
+
+SADDLE = {"a": jnp.array(0.5), "b": jnp.array(-0.3)}
+SADDLE_DATA = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)), jnp.float32)
+
+
+def tree(key, size=4):
+    return diffrax.VirtualBrownianTree(
+        0.0, 1.0, tol=2**-12, shape=(size,), key=key, levy_area=diffrax.SpaceTimeLevyArea
+    )
+
+
+def ends(solver, terms_for=None, paths=16):
+    """theta(T = 1) against the step, on the same paths for all solvers: [paths, 2]."""
 
     def one(key, step):
-        motion = diffrax.VirtualBrownianTree(0.0, 1.0, tol=2**-10, shape=(N,), key=key)
         terms = sde.diffrax_terms(
-            problem.loss_vector_fn, noise.cov(N, 1), motion,
-            learning_rate=0.5, interpretation=interpretation,
-        )  # fmt: skip
-        solution = diffrax.diffeqsolve(
-            terms, solver, 0.0, 1.0, dt0=step, y0=problem.params, args=problem.data
+            saddle, noise.fisher(4, 1), tree(key), terms_for or solver, learning_rate=1.0
         )
+        solution = diffrax.diffeqsolve(
+            terms, solver, 0.0, 1.0, dt0=step, y0=SADDLE, args=SADDLE_DATA,
+            adjoint=diffrax.DirectAdjoint(),
+        )  # fmt: skip
         assert solution.ys is not None
-        return solution.ys[-1]
+        return jnp.stack([solution.ys["a"][-1], solution.ys["b"][-1]])
 
-    return jax.jit(jax.vmap(one, in_axes=(0, None)))
+    keys = jax.random.split(jax.random.key(1), paths)
+    run = jax.jit(lambda step: jax.lax.map(lambda key: one(key, step), keys))
+    return lambda step: np.asarray(run(step), np.float64)
 
 
-@pytest.mark.slow
-def test_stratonovich_solvers_find_the_same_solution():
-    """Root mean square over 16 paths: Heun with the corrected drift ends where Euler does.
+@functools.cache
+def ito():
+    """The Itô solution on these paths, by Euler's method."""
+    return ends(diffrax.Euler())(1 / 2048)
 
-    Without the correction it ends elsewhere, however fine the steps.
+
+def distance(one, other):
+    """Root mean square over paths."""
+    return math.sqrt(((one - other) ** 2).sum(1).mean())
+
+
+@pytest.mark.filterwarnings("error:.*not marked as converging")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in QUICK else pytest.mark.slow)
+        for n in sorted(ITO | STRATONOVICH)
+    ],
+)
+def test_every_solver_finds_the_solution_of_ito(name):
+    """With the terms made for it, the distance to a fine Euler path shrinks with the step.
+
+    All are of strong order 1/2 or more; Euler's own error at 1/2048 is about 0.015.
     """
-    keys = jax.random.split(jax.random.key(1), 16)
-    ito = ends(diffrax.Euler(), "ito")(keys, 1 / 512)
+    run = ends(SOLVERS[name])
+    coarse, fine = distance(run(1 / 4), ito()), distance(run(1 / 128), ito())
+    assert fine < 0.07
+    assert fine < 0.5 * coarse
 
-    def distance(paths, step):
-        return float(jnp.sqrt(((paths(keys, step) - ito) ** 2).sum(1).mean()))
 
-    corrected, wrong = (ends(diffrax.Heun(), name) for name in ("stratonovich", "ito"))
-    assert distance(corrected, 1 / 256) < 0.4 * distance(corrected, 1 / 8)
-    assert distance(corrected, 1 / 256) < 0.25 * distance(wrong, 1 / 256)
+def test_terms_for_the_other_kind_have_another_solution():
+    """The near miss: however fine the steps, Heun with Euler's terms ends elsewhere."""
+    wrong = ends(diffrax.EulerHeun(), terms_for=diffrax.Euler())
+    assert distance(wrong(1 / 128), ito()) > 0.2
+
+
+@pytest.mark.usefixtures("user_errors")
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_works_or_is_refused_before_diffrax_does(name):
+    make = functools.partial(
+        sde.diffrax_terms, saddle, noise.fisher(4, 1), tree(jax.random.key(0)), SOLVERS[name],
+        learning_rate=1.0,
+    )  # fmt: skip
+    if name in ITO | STRATONOVICH:
+        make()
+        return
+    with pytest.raises(ValueError, match=f"solver must not be {name}: .*Use diffrax") as refused:
+        make()
+    assert len(str(refused.value)) <= 400
 
 
 @pytest.mark.parametrize(
@@ -104,8 +176,8 @@ def test_stratonovich_drift_against_dense_algebra(x64, law):
     expected = sde.drift(*problem) - ETA / 4 * jax.grad(trace)(problem.params)
     for microbatch_size in (None, 7):
         terms = sde.diffrax_terms(
-            problem.loss_vector_fn, law, motion(), learning_rate=ETA,
-            interpretation="stratonovich", microbatch_size=microbatch_size,
+            problem.loss_vector_fn, law, motion(), diffrax.Heun(), learning_rate=ETA,
+            microbatch_size=microbatch_size,
         )  # fmt: skip
         got = terms.terms[0].vf(0.0, problem.params, problem.data)
         np.testing.assert_allclose(got, expected, rtol=1e-10)
@@ -114,9 +186,7 @@ def test_stratonovich_drift_against_dense_algebra(x64, law):
 def test_adaptive_steps_and_saving():
     """A pytree of parameters; `SaveAt` and step size control are diffrax's own."""
     problem = regression(N)
-    terms = sde.diffrax_terms(
-        loss_vector_fn, LAW, motion(), learning_rate=ETA, interpretation="stratonovich"
-    )
+    terms = sde.diffrax_terms(loss_vector_fn, LAW, motion(), diffrax.Heun(), learning_rate=ETA)
 
     @jax.jit
     def solve(tolerance):
@@ -135,15 +205,43 @@ def test_adaptive_steps_and_saving():
     np.testing.assert_allclose(coarse.ys["w"][-1], fine.ys["w"][-1], atol=0.02)
 
 
-def test_the_diffusion_is_a_lineax_operator(x64):
-    problem = logistic(N, dtype=jnp.float64)
-    terms = sde.diffrax_terms(problem.loss_vector_fn, LAW, motion(), learning_rate=ETA)
-    operator = terms.terms[1].vf(0.0, problem.params, problem.data)
-    assert isinstance(operator, lineax.AbstractLinearOperator)
+@pytest.mark.parametrize("microbatch_size", [None, 7])
+def test_the_diffusion_as_a_product_and_as_a_matrix(x64, microbatch_size):
+    """Solvers take either: one backward pass, or C, a column for each example."""
+    problem = regression(N, dtype=jnp.float64)
+    terms = sde.diffrax_terms(
+        loss_vector_fn, LAW, motion(), diffrax.Euler(), learning_rate=ETA,
+        microbatch_size=microbatch_size,
+    )  # fmt: skip
+    diffusion = terms.terms[1]
     vector = jax.random.normal(jax.random.key(4), (N,), jnp.float64)
-    expected = math.sqrt(ETA) * sde.diffusion(*problem, LAW, vector)
-    np.testing.assert_allclose(operator.mv(vector), expected, rtol=1e-12)
-    np.testing.assert_allclose(operator.as_matrix() @ vector, expected, rtol=1e-10)
+    expected = sde.diffusion(loss_vector_fn, problem.params, problem.data, LAW, vector)
+    matrix = diffusion.vf(0.0, problem.params, problem.data)
+    assert matrix["w"].shape == (5, N)
+    for got in (
+        diffusion.vf_prod(0.0, problem.params, problem.data, vector),
+        diffusion.prod(matrix, vector),
+    ):
+        for name in expected:
+            np.testing.assert_allclose(got[name], math.sqrt(ETA) * expected[name], rtol=1e-10)
+
+
+def test_learning_rates_share_a_program():
+    """The rate is an array of the terms: diffrax compiles once for a sweep."""
+    traces = []
+
+    def losses(params, batch):
+        traces.append(None)
+        return saddle(params, batch)
+
+    law = noise.fisher(4, 1)
+    for rate in (0.1, 0.2, 0.3):
+        terms = sde.diffrax_terms(
+            losses, law, tree(jax.random.key(0)), diffrax.Euler(), learning_rate=rate
+        )
+        diffrax.diffeqsolve(terms, diffrax.Euler(), 0.0, 1.0, dt0=0.5, y0=SADDLE, args=SADDLE_DATA)
+        count = len(traces) if rate == 0.1 else count
+    assert len(traces) == count
 
 
 @pytest.mark.usefixtures("user_errors")
@@ -152,10 +250,37 @@ def test_the_diffusion_is_a_lineax_operator(x64):
     [
         ({"learning_rate": 0}, ValueError, "learning_rate must be finite and above 0, got 0"),
         ({"order": 3}, ValueError, "order must be between 1 and 2"),
-        ({"interpretation": "Ito"}, ValueError, "interpretation must be one of 'ito', 'strat"),
         ({"microbatch_size": 0}, ValueError, "microbatch_size must be at least 1"),
+        ({"solver": diffrax.Heun}, TypeError, "solver must be a diffrax solver, .* the class Heun"),
+        ({"solver": "Heun"}, TypeError, "solver must be a diffrax solver, .* got 'Heun'"),
+        (
+            {"solver": diffrax.HalfSolver(diffrax.Dopri5())},
+            ValueError,
+            "solver must not be Dopri5: .* ordinary differential equations",
+        ),
+        (
+            {"solver": diffrax.SPaRK()},
+            ValueError,
+            r"control .* levy_area=diffrax\.SpaceTimeLevyArea for SPaRK, got a VirtualBrownianTree",
+        ),
+        ({"control": jax.random.key(0)}, TypeError, "control must be a diffrax path"),
+        ({"noise": noise.random_reshuffling(N, B)}, ValueError, "noise must have independent"),
+        ({"noise": "cov"}, TypeError, r"noise must be a noise\.MNoise"),
     ],
 )
 def test_bad_input(change, error, message):
+    good = {"noise": LAW, "control": motion(), "solver": diffrax.Euler(), "learning_rate": ETA}
     with pytest.raises(error, match=message):
-        sde.diffrax_terms(loss_vector_fn, LAW, motion(), **{"learning_rate": ETA, **change})
+        sde.diffrax_terms(loss_vector_fn, **{**good, **change})
+
+
+@pytest.mark.usefixtures("user_errors")
+def test_a_control_of_another_size_is_named():
+    problem = regression(N)
+    terms = sde.diffrax_terms(
+        loss_vector_fn, LAW, tree(jax.random.key(0), 7), diffrax.Euler(), learning_rate=ETA
+    )
+    with pytest.raises(ValueError, match=r"control must have increments of shape \(20,\).*\(7,\)"):
+        diffrax.diffeqsolve(
+            terms, diffrax.Euler(), 0.0, 1.0, dt0=0.5, y0=problem.params, args=problem.data
+        )

@@ -70,7 +70,7 @@ def test_the_constant_is_that_of_gradient_descent_at_every_noise():
     assert small.deterministic.value == pytest.approx(euler_constant(), rel=0.05)
     ratio = small.noise.value / large.noise.value
     assert ratio > 4
-    without = strong(noise.gd(N), paths=2)
+    without = strong(noise.gd(N), paths=4)
     assert (without.standard_errors == 0).all()
     assert without.error_model.deterministic.value == pytest.approx(euler_constant(), rel=0.002)
 
@@ -211,50 +211,76 @@ class TestWeakError:
         assert sweep.standard_errors[0] < 0.1 * abs(sweep.errors[0])
 
 
-class TestFits:
-    x = np.log([0.1, 0.05, 0.025, 0.0125])
+class TestOverflow:
+    @pytest.mark.parametrize("power", [-20, 0, 20])
+    def test_squares_that_overflow_or_vanish(self, power):
+        """Linear losses: distances scale with their size, also where their squares are no float."""
+        losses = loss.per_example(lambda theta, x: 10.0**power * (x @ theta))
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(N, 3)), jnp.float32)
+        sweep = sde.strong_error(
+            losses, jnp.zeros(3), x, COV, learning_rates=[0.1, 0.05], horizon=0.2, num_paths=4,
+            key=jax.random.key(0), iterate=noise.gd(N), substeps=2,
+        )  # fmt: skip
+        unit = sde.strong_error(
+            loss.per_example(lambda theta, x: x @ theta), jnp.zeros(3), x, COV,
+            learning_rates=[0.1, 0.05], horizon=0.2, num_paths=4, key=jax.random.key(0),
+            iterate=noise.gd(N), substeps=2,
+        )  # fmt: skip
+        np.testing.assert_allclose(sweep.errors, 10.0**power * unit.errors, rtol=1e-4)
+        np.testing.assert_allclose(
+            sweep.standard_errors, 10.0**power * unit.standard_errors, rtol=1e-3
+        )
+        assert sweep.order.value == pytest.approx(unit.order.value, abs=1e-3)
+        assert math.isfinite(sweep.order.standard_error)
 
-    def test_weighted_line_is_numpys(self):
-        rng = np.random.default_rng(0)
-        y, errors = rng.normal(size=4), rng.uniform(0.1, 1, size=4)
-        fit = sde.fit_line(self.x, y, errors)
-        coefficients, covariance = np.polyfit(self.x, y, 1, w=1 / errors, cov="unscaled")
-        assert fit.slope == pytest.approx((coefficients[0], math.sqrt(covariance[0, 0])))
-        assert fit.intercept == pytest.approx((coefficients[1], math.sqrt(covariance[1, 1])))
-        residuals = (y - np.polyval(coefficients, self.x)) / errors
-        assert fit.chi_square == pytest.approx(residuals @ residuals)
-        assert fit.degrees_of_freedom == 2
-        low, high = fit.slope.interval
-        assert (high - low) / 2 == pytest.approx(1.96 * fit.slope.standard_error, rel=1e-3)
+    def test_models_of_large_errors(self):
+        rates = np.array(RATES)
+        errors = np.sqrt(rates**2 + 3 * rates**3)
+        unit = sde.ErrorSweep(rates, errors, 0.01 * errors).error_model
+        for scale in (1e-170, 1e200):
+            model = sde.ErrorSweep(rates, scale * errors, 0.01 * scale * errors).error_model
+            assert model.deterministic.value == pytest.approx(scale * unit.deterministic.value)
+            assert model.chi_square == pytest.approx(unit.chi_square, abs=1e-6)
 
-    def test_without_standard_errors_residuals_judge(self):
-        y = np.random.default_rng(1).normal(size=4)
-        fit = sde.fit_line(self.x, y, np.zeros(4))
-        coefficients, covariance = np.polyfit(self.x, y, 1, cov=True)
-        assert fit.slope == pytest.approx((coefficients[0], math.sqrt(covariance[0, 0])))
+    def test_a_mean_loss_that_overflows_is_named(self):
+        losses = loss.per_example(lambda theta, x: (1e-25 * (theta @ theta)) * x[0] + x.sum())
+        with pytest.raises(ValueError, match=r"at 0\.1, all paths are finite, but the mean loss"):
+            sde.weak_error(
+                losses, jnp.full(3, 1e25), jnp.ones((N, 1)), COV, learning_rates=[0.1],
+                horizon=0.2, num_paths=4, key=jax.random.key(0), control_variate=False,
+            )  # fmt: skip
 
-    def test_error_model(self):
-        eta = np.exp(self.x)
-        errors = np.sqrt(0.3**2 * eta**2 + 0.7 * eta**3)
-        model = sde.ErrorSweep(eta, errors, 0.01 * errors).error_model
-        assert model.deterministic.value == pytest.approx(0.3)
-        assert model.noise.value == pytest.approx(0.7)
-        noise_only = sde.ErrorSweep(eta, eta**1.5, 0.01 * eta**1.5).error_model.deterministic
-        assert noise_only.value < 3 * noise_only.standard_error + 1e-6
+    def test_distances_near_the_largest_number(self):
+        """The squares of 1e37 are no float32."""
+        losses = loss.per_example(lambda theta, x: 1e37 * (x @ theta))
+        x = jnp.asarray([[1.0, 1.0]] * (N // 2) + [[-1.0, -1.0]] * (N // 2))
+        big = sde.strong_error(
+            losses, jnp.zeros(2), x, noise.cov(N, 1), learning_rates=[0.5], horizon=1.0,
+            num_paths=4, key=jax.random.key(0), iterate=noise.gd(N), substeps=2,
+        )  # fmt: skip
+        assert np.isfinite(big.errors).all()
 
-    def test_errors_of_zero_have_no_order(self):
-        with pytest.raises(ValueError, match="errors must not be 0"):
-            _ = sde.ErrorSweep(np.array([0.1, 0.2]), np.zeros(2), np.zeros(2)).order
-
-    def test_one_learning_rate_has_no_order(self):
-        with pytest.raises(ValueError, match="two different"):
-            _ = sde.ErrorSweep(np.array([0.1]), np.array([1.0]), np.array([0.1])).order
+    @pytest.mark.parametrize("measure", [sde.strong_error, sde.weak_error])
+    def test_iterations_are_counted_from_one(self, measure):
+        """From 1e29, -99 theta overflows in iteration 5, as `euler_maruyama` says."""
+        losses = loss.per_example(lambda theta, x: 0.5 * (theta @ theta) + 0 * x[0])
+        problem = losses, jnp.full(1, 1e29), jnp.ones((4, 1))
+        law = noise.cov(4, 1)
+        path = sde.euler_maruyama(
+            *problem, law, learning_rate=100.0, num_steps=9, key=jax.random.key(0), substeps=1
+        )
+        assert path.diverged_at == 5
+        with pytest.raises(ValueError, match=r"the first in iteration 5 \(counted from 1\)"):
+            measure(
+                *problem, law, learning_rates=[100.0], horizon=900.0, num_paths=4,
+                key=jax.random.key(0), substeps=1,
+            )  # fmt: skip
 
 
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
     good = {  # noqa: RUF012
-        "learning_rates": [0.1], "horizon": 0.2, "num_paths": 2, "key": jax.random.key(0),
+        "learning_rates": [0.1], "horizon": 0.2, "num_paths": 4, "key": jax.random.key(0),
     }  # fmt: skip
 
     @pytest.mark.parametrize("measure", [sde.strong_error, sde.weak_error])
@@ -267,6 +293,8 @@ class TestBadInput:
                 "learning_rates must be finite and above 0",
             ),
             ({"learning_rates": []}, ValueError, "at least one"),
+            ({"learning_rates": 0.1}, TypeError, "learning_rates must be a sequence .* got 0.1"),
+            ({"learning_rates": "0.1"}, TypeError, "learning_rates must be a sequence"),
             (
                 {"learning_rates": [0.15]},
                 ValueError,
@@ -274,11 +302,15 @@ class TestBadInput:
             ),
             ({"learning_rates": [0.4]}, ValueError, "must divide horizon"),
             ({"horizon": -1.0}, ValueError, "horizon must be finite and above 0, got -1.0"),
-            ({"num_paths": 1}, ValueError, "num_paths must be at least 2, got 1"),
+            ({"num_paths": 3}, ValueError, "num_paths must be at least 4, got 3"),
             ({"paths_per_pass": 0}, ValueError, "paths_per_pass must be at least 1"),
             ({"substeps": 12}, ValueError, "substeps must be a power of two, got 12"),
             ({"order": 0}, ValueError, "order must be between 1 and 2"),
-            ({"iterate": noise.cov(7, 2)}, ValueError, "num_examples = 7, but data has 32"),
+            (
+                {"iterate": noise.cov(7, 2)},
+                ValueError,
+                "iterate is for num_examples = 7, but data has 32",
+            ),
             ({"iterate": "cov"}, TypeError, "iterate must be"),
             (
                 {"learning_rates": [1e6], "horizon": 1e8},
@@ -295,6 +327,18 @@ class TestBadInput:
             )
         with pytest.raises(error, match=message):
             measure(*problem, COV, **{**self.good, **change})
+
+    @pytest.mark.parametrize(
+        ("test_fn", "got"),
+        [
+            (lambda params, data: params, r"float32\[5\]"),
+            (lambda params, data: params.sum() > 0, r"bool\[\]"),
+            (lambda params, data: (params.sum(), 0), "tuple"),
+        ],
+    )
+    def test_test_functions(self, test_fn, got):
+        with pytest.raises(ValueError, match=f"test_fn must return a scalar .*{got}"):
+            sde.weak_error(*LOGISTIC, COV, test_fn=test_fn, **self.good)
 
     def test_the_iteration_of_a_weak_error_draws_by_itself(self):
         with pytest.raises(TypeError, match=r"iterate must be the noise\.MNoise"):

@@ -295,6 +295,33 @@ def test_examples_are_filled_up_with_the_last():
     np.testing.assert_array_equal(one, np.ones((8, 3)))
 
 
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_are_examples_too(mode, impl):
+    """In equal parts, filled up with the last; a loss draws from them what it draws from one."""
+    rows, keys = spread(8, mode), jax.random.split(jax.random.key(5, impl=impl), 10)
+    placed = sharding.shard_examples({"key": keys, "y": np.arange(10.0)}, rows)["key"]
+    assert placed.dtype == keys.dtype
+    words = np.asarray(jax.random.key_data(jax.random.clone(keys)))
+    expected = np.concatenate([words, np.repeat(words[-1:], 6, axis=0)])
+    np.testing.assert_array_equal(jax.random.key_data(jax.random.clone(placed)), expected)
+    assert [part.data.shape for part in placed.addressable_shards] == [(2,)] * 8
+    assert placed.sharding.is_equivalent_to(rows, 1)
+
+
+@pytest.mark.usefixtures("unchecked_key_reuse")  # in runs
+@pytest.mark.parametrize("microbatch_size", [None, 3])
+def test_a_loss_draws_from_keys_that_are_spread(microbatch_size):
+    keys, law = jax.random.split(jax.random.key(5), 50), noise.cov(50, 10)
+    losses = loss.per_example(lambda theta, key: theta * jax.random.normal(key))
+    values = []
+    for rows in (None, spread(8)):
+        data = keys if rows is None else sharding.shard_examples(keys, rows)
+        f = loss.noisy_value_and_grad(losses, law, microbatch_size=microbatch_size, sharding=rows)
+        values.append(jax.jit(f)(jnp.ones(()), data, KEY, 0)[1])
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
+
+
 def test_each_part_is_read_once_and_alone():
     class Counted:
         """Rows of a file, say."""

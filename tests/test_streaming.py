@@ -52,10 +52,10 @@ class Recorder(streaming.ArraySource):
         self.read = []
         self.threads = set()
 
-    def batch(self, indices):
+    def read_batch(self, indices):
         self.read.append(np.array(indices))
         self.threads.add(threading.get_ident())
-        return super().batch(indices)
+        return super().read_batch(indices)
 
 
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 8}], ids=["whole", "micro-batches"])
@@ -104,6 +104,83 @@ def test_sources_of_single_examples():
     for source in (double, plain):
         loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, LAWS["sgd"], source)
         assert identical(loop(start(), 4), expected)
+
+
+class Counting(list):
+    """A list of examples, with a method ``batch`` that is not ours."""
+
+    def batch(self, batch_size):
+        raise AssertionError("not for us to call")
+
+
+def test_a_batch_that_is_not_ours_is_not_called():
+    """Grain's own, and that of a user's class: examples are read one by one."""
+    examples = [{"x": x, "y": y} for x, y in zip(DATA["x"], DATA["y"], strict=True)]
+    loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, LAWS["sgd"], streaming.ArraySource(DATA))
+    expected = loop(start(), 2)
+    for source in (Counting(examples), grain.MapDataset.source(examples)):
+        assert not isinstance(source, streaming.BatchSource)
+        loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, LAWS["sgd"], source)
+        assert identical(loop(start(), 2), expected)
+    assert isinstance(streaming.ArraySource(DATA), streaming.BatchSource)
+
+
+KEYED = {**PROBLEM.data, "key": jax.random.split(jax.random.key(8), N)}
+
+
+def dropped_out(params, batch):
+    """A loss with a key for each example."""
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (5,)))(batch["key"])
+    return loss_vector_fn(params, {"x": batch["x"] * keep, "y": batch["y"]})
+
+
+class KeysInBatches(streaming.ArraySource):
+    """Keys as jax's arrays, made on the default device."""
+
+    def read_batch(self, indices):
+        return {**super().read_batch(indices), "key": KEYED["key"][indices]}
+
+
+# An example has the same key at every step.
+@pytest.mark.usefixtures("unchecked_key_reuse")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"microbatch_size": 8}, {"sharding": spread(8)}],
+    ids=["whole", "runs", "spread"],
+)
+@pytest.mark.parametrize("make", [
+    streaming.ArraySource,
+    KeysInBatches,
+    lambda data: [jax.tree.map(lambda leaf, i=i: leaf[i], data) for i in range(N)],
+], ids=["arrays", "batches", "examples"])  # fmt: skip
+def test_keys_among_the_examples(make, options):
+    """The bits of training with the keys on the device, and not those of other keys."""
+    step = train.make_step(dropped_out, OPTIMIZER, LAWS["sgd"], **options)
+    rows = options.get("sharding")
+    data = KEYED if rows is None else sharding.shard_examples(KEYED, rows)
+    expected = train.make_loop(step, max_steps=3)(start(), data, 3)
+    loop = streaming.make_loop(dropped_out, OPTIMIZER, LAWS["sgd"], make(KEYED), **options)
+    assert identical(loop(start(), 3), expected)
+
+
+@pytest.mark.usefixtures("unchecked_key_reuse")
+def test_one_example_of_an_array_source():
+    example = streaming.ArraySource(KEYED)[3]
+    np.testing.assert_array_equal(example["x"], DATA["x"][3])
+    found, given = (
+        jax.random.key_data(keys["key"]) for keys in (example, {"key": KEYED["key"][3]})
+    )
+    np.testing.assert_array_equal(found, given)
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
+)
+def test_integers_of_every_type(dtype):
+    options = {name: dtype(2) for name in ("prefetch", "num_threads", "microbatch_size")}
+    source = streaming.ArraySource(DATA)
+    loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, noise.sgd(N, 2), source, **options)
+    assert int(loop(start(), dtype(2))[0].step) == 2
 
 
 def test_memory_mapped_files(tmp_path):
@@ -163,6 +240,39 @@ def test_statistics_pass_through():
     assert np.abs(expected[0].aux).max() > 0
 
 
+def make(source=None, law=LAWS["sgd"], **options):
+    source = streaming.ArraySource(DATA) if source is None else source
+    return streaming.make_loop(loss_vector_fn, OPTIMIZER, law, source, **options)
+
+
+def examples(wrong, at=7):
+    """Ten examples, the one at 7 of another kind."""
+    return [{f"leaf_{j}": wrong if i == at else np.zeros(3) for j in range(60)} for i in range(10)]
+
+
+ALL_TEN = noise.sgd(10, 10)
+# The argument's name, a call, and what is said to be wrong with it.
+MISTAKES = [
+    ("source", lambda: make(3), "got int"),
+    ("prefetch", lambda: make(prefetch=np.uint8(0)), "at least 1, got 0"),
+    ("prefetch", lambda: make(prefetch=2.5), "2.5 of type float"),
+    ("num_threads", lambda: make(num_threads=True), "True of type bool"),
+    ("num_threads", lambda: make(num_threads=np.zeros(3)), "shape (3,)"),
+    ("optimizer", lambda: streaming.make_loop(loss_vector_fn, optax.adam, LAWS["sgd"],
+                                              streaming.ArraySource(DATA)), "optax.sgd(0.1)"),
+    ("state", lambda: make()({"params": PROBLEM.params}, 2), "train.TrainState, got {"),
+    ("num_steps", lambda: make()(start(), 2**31), "between 1 and 2147483647"),
+    ("num_steps", lambda: make()(start(), "3"), "'3' of type str"),
+    ("source[7]", lambda: make(examples(np.zeros(4)), ALL_TEN)(start(), 1), "float64[4]"),
+    ("source[7]", lambda: make(examples(np.zeros(3, np.int8)), ALL_TEN)(start(), 1), "int8[3]"),
+    ("source[7]", lambda: make(examples({}), ALL_TEN)(start(), 1), "0 leaves"),
+    ("source[7]", lambda: make(examples("cat"), ALL_TEN)(start(), 1), "<U3[]"),
+    ("['name'] must hold", lambda: make([{"name": "cat"}] * 10, ALL_TEN)(start(), 1), "<U3"),
+    ("data['name']", lambda: streaming.ArraySource({"name": "cats"}), "of type str"),
+    ("data['name']", lambda: streaming.ArraySource({"name": np.array(["cat"])}), "<U3"),
+]  # fmt: skip
+
+
 class TestBadInput:
     pytestmark = pytest.mark.usefixtures("user_errors")
 
@@ -198,20 +308,20 @@ class TestBadInput:
     def test_examples_that_do_not_stack(self):
         ragged = [{"x": np.zeros(5 + (i == 7), np.float32), "y": np.float32(1)} for i in range(10)]
         loop = self.make(noise.sgd(10, 10), ragged)
-        with pytest.raises(ValueError, match=r"source\[7\] has \{'x': 'float32\[6\]'"):
+        with pytest.raises(ValueError, match=r"source\[7\] has float32\[6\] at example\['x'\]"):
             loop(start(), 1)
 
     def test_a_batch_that_is_too_short(self):
         class Short(streaming.ArraySource):
-            def batch(self, indices):
-                return super().batch(indices[:-1])
+            def read_batch(self, indices):
+                return super().read_batch(indices[:-1])
 
         with pytest.raises(ValueError, match=r"must return 20 examples.*got 19"):
             self.make(source=Short(DATA))(start(), 1)
 
     def test_what_reading_raises_is_raised(self):
         class Broken(streaming.ArraySource):
-            def batch(self, indices):
+            def read_batch(self, indices):
                 raise OSError("the disk is gone")
 
         with pytest.raises(OSError, match="the disk is gone"):
@@ -221,11 +331,11 @@ class TestBadInput:
         class Flaky(streaming.ArraySource):
             reads = 0
 
-            def batch(self, indices):
+            def read_batch(self, indices):
                 self.reads += 1
                 if self.reads == 4:
                     raise OSError("for once")
-                return super().batch(indices)
+                return super().read_batch(indices)
 
         loop = self.make(source=Flaky(DATA), num_threads=1, prefetch=1)
         state = start()
@@ -234,8 +344,16 @@ class TestBadInput:
         expected = self.make()(start(), STEPS)
         assert identical(loop(state, STEPS), expected)
 
+    @pytest.mark.parametrize(("name", "call", "wrong"), MISTAKES, ids=[m[2] for m in MISTAKES])
+    def test_messages_name_the_argument_and_are_short(self, name, call, wrong):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            call()
+        assert name in str(caught.value)
+        assert wrong in str(caught.value)
+        assert len(str(caught.value)) <= 400
+
     def test_num_steps(self):
-        with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="num_steps must be between 1 and 2147483647, got 0"):
             self.make()(start(), 0)
 
     def test_without_grain(self, monkeypatch):

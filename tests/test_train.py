@@ -1,17 +1,23 @@
 """Training: the state, the compiled loop, donation, and resuming bit for bit."""
 
+from typing import Any, NamedTuple
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from msgd_jax import noise, train
+from msgd_jax import _dtypes, loss, noise, train
 from tests.problems import Regression, loss_vector_fn, regression
 
 PROBLEM = regression()
 OPTIMIZER = optax.sgd(0.2, momentum=0.9)
+SGD = optax.sgd(0.1)
+INTEGERS = (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64)
 STEP = train.make_step(loss_vector_fn, OPTIMIZER, noise.cov(100, 10), microbatch_size=30)
 LOOP = train.make_loop(STEP, max_steps=20)
 
@@ -110,6 +116,132 @@ def test_donation_deletes_nothing_of_the_callers():
     assert state.params["w"].is_deleted()  # and donation did take place
 
 
+class Keeps(NamedTuple):
+    """A state that holds what it was given, as those of many optimizers do."""
+
+    first: Any
+    again: Any
+    number: Any
+    shared: Any
+
+
+def keeps_parameters() -> optax.GradientTransformation:
+    zero = jnp.zeros(2)
+
+    def init(params):
+        return Keeps(params, params, 1.5, (zero, zero))
+
+    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+
+
+def buffers(tree) -> list[int]:
+    leaves = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        for x in jax.tree.leaves(tree)
+    ]
+    return [s.data.unsafe_buffer_pointer() for leaf in leaves for s in leaf.addressable_shards]
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_every_leaf_of_a_state_is_an_array_of_its_own(wrap):
+    """Also what is the caller's, what an optimizer's state keeps, and a constant it has twice."""
+    optimizer, params = keeps_parameters(), jax.tree.map(jnp.copy, PROBLEM.params)
+    aux = {"mean": params["w"], "count": 0, "rate": 0.1}
+    state = wrap(lambda p, a: train.init(p, optimizer, jax.random.key(0), a))(params, aux)
+    found = buffers((state, params))
+    assert len(set(found)) == len(found)
+    for leaf in jax.tree.leaves(state):
+        assert isinstance(leaf, jax.Array)
+        assert jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or not leaf.weak_type
+    kept = {"first": params, "again": params, "number": 1.5, "shared": (np.zeros(2), np.zeros(2))}
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, Keeps(**kept))
+
+
+def test_a_state_keeps_its_places():
+    mesh = jax.make_mesh((8,), ("model",))
+    places = {
+        "w": NamedSharding(mesh, PartitionSpec("model")), "b": NamedSharding(mesh, PartitionSpec())
+    }  # fmt: skip
+    params = jax.device_put({"w": jnp.ones((8, 2)), "b": jnp.ones(2)}, places)
+    state = train.init(params, keeps_parameters(), jax.random.key(0), params)
+    found = buffers((state.params, state.opt_state.first, state.opt_state.again, state.aux))
+    assert len(set(found)) == len(found) == 64
+    for tree in (state.params, state.opt_state.first, state.opt_state.again, state.aux):
+        for name, place in places.items():
+            assert tree[name].sharding.is_equivalent_to(place, tree[name].ndim)
+
+
+def test_the_loop_of_the_docstring_is_compiled_once():
+    """Its parameter is ``jnp.asarray(1.0)``, of a weak type; that of its updates is not."""
+    losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+    x, optimizer, traces = jnp.asarray([0.0, 1.0, 3.0, 4.0]), optax.sgd(0.1), []
+    step = train.make_step(losses, optimizer, noise.sgd(4, 2))
+
+    def counting(state, data):
+        traces.append(1)
+        return step(state, data)
+
+    loop = train.make_loop(counting, max_steps=100)
+    state, _ = loop(train.init(jnp.asarray(1.0), optimizer, jax.random.key(0)), x, 60)
+    once = len(traces)
+    for num_steps in (60, 7):
+        state, _ = loop(state, x, num_steps)
+    assert int(state.step) == 127
+    assert len(traces) == once
+
+
+def test_an_optimizer_that_returns_numbers_is_compiled_once():
+    """From its second step on a weak type would come in where a strong one did."""
+    optimizer = optax.GradientTransformation(
+        lambda params: jnp.zeros(()), lambda updates, state, params=None: (updates, 0.5)
+    )
+    traces = []
+    step = train.make_step(loss_vector_fn, optimizer, noise.gd(100))
+
+    @jax.jit
+    def counting(state, data):
+        traces.append(1)
+        return step(state, data)
+
+    state = train.init(PROBLEM.params, optimizer, jax.random.key(0))
+    for _ in range(3):
+        state, _ = counting(state, PROBLEM.data)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "num"),
+    [(jnp.float16, 31.6, 256), (jnp.float16, 1.9e-6, 256), (jnp.float16, 6e-5, 4),
+     (jnp.bfloat16, 1e30, 9), (jnp.bfloat16, 1e-30, 9), (jnp.float32, 1e25, 9),
+     (jnp.float32, 1e-25, 9), (jnp.float32, 0.0, 9), (jnp.float32, np.inf, 2)],
+)  # fmt: skip
+def test_gradient_norms_neither_overflow_nor_underflow(dtype, scale, num):
+    """L = g . theta: the norm of g, of the numbers as they are in this type."""
+    g = jnp.full(num, scale, dtype).at[0].mul(-2)
+    params = {"a": jnp.zeros(num, dtype), "b": jnp.zeros((), dtype)}
+    step = jax.jit(
+        train.make_step(lambda p, x: (g * p["a"]).sum()[None] + p["b"] * x, SGD, noise.gd(1))
+    )
+    _, metrics = step(train.init(params, SGD, jax.random.key(0)), jnp.zeros(1, dtype))
+    assert metrics.gradient_norm.dtype == jnp.float32
+    expected = np.linalg.norm(np.asarray(g, np.float64))
+    np.testing.assert_allclose(metrics.gradient_norm, expected, rtol=1e-5)
+
+
+def test_gradients_that_are_nan_have_such_a_norm():
+    assert np.isnan(_dtypes.norm({"a": jnp.asarray([1.0, np.nan]), "b": jnp.ones(3)}))
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_numbers_of_every_integer_type(dtype):
+    """100 examples in runs of 7: an int8 cannot hold what is reckoned with them."""
+    step = train.make_step(loss_vector_fn, OPTIMIZER, noise.gd(100), microbatch_size=dtype(7))
+    loop = train.make_loop(step, max_steps=dtype(3))
+    state, metrics = loop(start(), PROBLEM.data, dtype(2))
+    assert int(state.step) == 2
+    assert metrics.loss.shape == (2,)
+
+
 def test_seeds_are_vmapped():
     seeds = jnp.arange(4)
     states = jax.vmap(start)(seeds)
@@ -134,6 +266,43 @@ def test_statistics_are_part_of_the_state():
     assert int(state.aux) == 12  # three ghost batches of 4, the last filled up
 
 
+@jax.tree_util.register_pytree_node_class
+class Statistics:
+    """A container of the user's, without ``__eq__``."""
+
+    def __init__(self, mean, count):
+        self.mean, self.count = mean, count
+
+    def tree_flatten(self):
+        return (self.mean, self.count), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(*leaves)
+
+
+def test_statistics_in_a_class_of_the_users():
+    def with_count(params, batch, aux):
+        return loss_vector_fn(params, batch), Statistics(0.5 * aux.mean, aux.count + 1)
+
+    state, _ = one_step(losses=with_count, aux=Statistics(1.0, 0), has_aux=True)
+    assert (float(state.aux.mean), int(state.aux.count)) == (0.5, 1)
+
+
+def test_an_equinox_model_that_is_partitioned_trains():
+    model = eqx.nn.MLP(2, 1, 4, 2, key=jax.random.key(0))
+    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss_fn(arrays, example):
+        return (eqx.combine(arrays, rest)(example)[0] - 1.0) ** 2
+
+    step = train.make_step(loss.per_example(loss_fn), SGD, noise.sgd(10, 5))
+    x = jnp.linspace(-1.0, 1.0, 20).reshape(10, 2)
+    loop = train.make_loop(step, max_steps=30)
+    _, metrics = loop(train.init(arrays, SGD, jax.random.key(0)), x, 30)
+    assert metrics.loss[-5:].mean() < 0.5 * metrics.loss[0]
+
+
 def test_optimizers_that_take_the_value():
     optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1))
     step = jax.jit(train.make_step(loss_vector_fn, optimizer, noise.gd(100)))
@@ -146,6 +315,15 @@ def test_optimizers_that_take_the_value():
     )
 
 
+def init(params=PROBLEM.params, optimizer=OPTIMIZER, key=None, aux=()):
+    return train.init(params, optimizer, jax.random.key(0) if key is None else key, aux)
+
+
+def one_step(optimizer=SGD, losses=loss_vector_fn, law=None, aux=(), data=None, **options):
+    step = train.make_step(losses, optimizer, law or noise.gd(100), **options)
+    return step(init(optimizer=optimizer, aux=aux), PROBLEM.data if data is None else data)
+
+
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
     @pytest.mark.parametrize("num_steps", [0, -1, 21])
@@ -156,7 +334,7 @@ class TestBadInput:
             LOOP(start(), PROBLEM.data, num_steps)
 
     def test_max_steps(self):
-        with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="max_steps must be between 1 and 2147483647, got 0"):
             train.make_loop(STEP, max_steps=0)
 
     def test_integer_params(self):
@@ -167,6 +345,12 @@ class TestBadInput:
     def test_keys(self, key):
         with pytest.raises(TypeError, match="key must be a typed PRNG key"):
             train.init(PROBLEM.params, OPTIMIZER, key)
+
+    def test_lookahead_with_plain_parameters(self):
+        optimizer = optax.lookahead(SGD, 2, 0.5)
+        with pytest.raises(AttributeError) as caught:
+            one_step(optimizer)
+        assert "optax.LookaheadParams.init_synced(params)" in caught.value.__notes__[0]
 
     def test_noise(self):
         weights = noise.gd(3).sample(jax.random.key(0), 0)

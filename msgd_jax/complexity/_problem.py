@@ -103,7 +103,7 @@ def objective(
         return losses.astype(wide) - constant.astype(wide)
 
     weighted = loss.weighted_value_and_grad(less_the_constant, microbatch_size=microbatch_size)
-    total = jnp.where(centred, 0, _sum(weights.values)).astype(dtype)
+    total = jnp.where(centred, 0, _sum(jnp.asarray(weights.values))).astype(dtype)
     offset = constant.astype(dtype) * total
 
     def value_and_grad(params: Any) -> tuple[Float[Array, ""], Any]:

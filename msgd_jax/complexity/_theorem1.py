@@ -174,7 +174,7 @@ def sgd_inequality(
         loss_vector_fn, params, data, bounded.laws,
         radius=radius, key=key, num_draws=num_draws, **options,
     )  # fmt: skip
-    return _inequality(bounded.name, *found, bounded.factor)
+    return _inequality(bounded.name, found[0], found[1], bounded.factor)
 
 
 def theorem1(

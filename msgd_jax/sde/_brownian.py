@@ -5,17 +5,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from msgd_jax import _validate
+from msgd_jax import _dtypes, _validate
+from msgd_jax._streams import Stream, derive
+from msgd_jax.noise import MNoise
 
 MAX_SUBSTEPS = 2**16
-_REFINEMENTS = 2**32 - 1  # folded into the run's key; iterations are int32, so none has this number
 
 
 def brownian_increments(
     key: Key[Array, ""],
-    step: int | Int[Array, ""],
+    step: int | np.integer | Int[Array, ""],
     num_examples: int,
     *,
     substeps: int = 1,
@@ -36,7 +38,8 @@ def brownian_increments(
 
     Args:
         key: a typed PRNG key, the same for the whole path.
-        step: which iteration, at least 0; a traced integer is welcome.
+        step: as of a law, from 0: the increments are those over iteration ``step + 1``, which leads
+            from ``step * eta`` to ``(step + 1) * eta``. A traced integer is welcome.
         num_examples: N, the dimension of W.
         substeps: a power of two, at most 65,536.
         dtype: float32 or float64.
@@ -48,7 +51,7 @@ def brownian_increments(
         TypeError, ValueError: if an argument is not as described.
     """
     _validate.prng_key("key", key)
-    _validate.step(step)
+    step = _validate.step(step)
     num_examples = _validate.positive_int("num_examples", num_examples)
     substeps = check_substeps(substeps)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -67,9 +70,21 @@ def check_substeps(substeps: Any) -> int:
     return substeps
 
 
+def path_dtype(noise: Any, dtype: Any) -> jnp.dtype:
+    """The type in which the path of a law is drawn: its own, so that training draws the same.
+
+    Normals of float32 and of float64 are different numbers. A `noise.Exchangeable` has no type of
+    its own: `dtype` then, that of the parameters.
+    """
+    if not isinstance(noise, MNoise):
+        return dtype
+    values = jax.eval_shape(lambda key: noise.draw(key).values, jax.random.key(0))
+    return _dtypes.accumulator(values.dtype)
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _draw(
-    key: Key[Array, ""], step: int | Int[Array, ""], num_examples: int, substeps: int, dtype: Any
+    key: Key[Array, ""], step: Int[Array, ""], num_examples: int, substeps: int, dtype: Any
 ) -> Float[Array, "substeps N"]:
     # Compiled also when called eagerly: fused and unfused arithmetic round differently.
     quantum = 2.0**-48 if dtype == jnp.dtype("float64") else 2.0**-20
@@ -80,8 +95,8 @@ def _draw(
         draws = jax.random.normal(key, (count, num_examples), dtype)
         return jnp.round(jax.lax.optimization_barrier(draws) * (deviation / quantum))
 
-    increments = -normals(jax.random.fold_in(key, step), 1, 1.0)
-    refine_key = jax.random.fold_in(jax.random.fold_in(key, _REFINEMENTS), step)
+    increments = -normals(derive(key, Stream.WEIGHTS, step), 1, 1.0)
+    refine_key = derive(key, Stream.REFINEMENT, step)
     for level in range(substeps.bit_length() - 1):
         # Given its sum, the first half of an increment is normal: mean sum/2, variance length/4.
         level_key = jax.random.fold_in(refine_key, level)

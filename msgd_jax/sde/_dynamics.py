@@ -15,7 +15,16 @@ from msgd_jax import _dtypes, _validate, loss
 from msgd_jax.noise import Exchangeable, MNoise, Weights
 
 Law = MNoise | Exchangeable
-"""Whose covariance the diffusion has: an M-noise, or two exact moments."""
+"""Whose covariance the diffusion has: an M-noise with independent steps, or two exact moments.
+
+The SDE's noise has independent increments, and the covariance of one step of the law over each
+iteration. A law whose steps depend on each other (`noise.random_reshuffling`) has another
+covariance over many steps than the sum of theirs, and is refused. What an epoch of m steps leaves
+per step is ``sum_{s, t < m} law.covariance_between(s, t) / m``: an `Exchangeable` with these two
+moments (0 and 0 where the batches use up all examples) gives the SDE the noise that such a law has
+over many epochs. It does not give weak order 2: the correlation of steps adds a term of order eta
+to the drift, which no covariance holds.
+"""
 
 Coupling = Callable[[Float[Array, " N"]], Float[Array, " N"]]
 """Weights [N] from the Brownian increment over one iteration [N], in units of sqrt(eta)."""
@@ -35,6 +44,9 @@ def drift(
     The second is the stochastic modified equation of Li, Tai and E (2017): an approximation of weak
     order 2 to the iteration. It costs a Hessian-vector product more.
 
+    It runs eagerly, and with micro-batches is compiled anew on each call: put it under `jax.jit` to
+    call it again.
+
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
         params: a pytree of floating-point arrays.
@@ -53,9 +65,13 @@ def drift(
     if order == 2:
         _validate.positive_scalar("learning_rate", learning_rate)
     check_problem(loss_vector_fn, params, data, microbatch_size)
-    field = Field.of(loss_vector_fn, params, data, microbatch_size)
-    rate = None if learning_rate is None else jnp.asarray(learning_rate, field.dtype)
-    return field.drift(params, order, rate)
+
+    def value(params: Any, data: Any, rate: Any) -> Any:
+        field = Field.of(loss_vector_fn, params, data, microbatch_size)
+        rate = None if rate is None else jnp.asarray(rate, field.dtype)
+        return field.drift(params, order, rate)
+
+    return _one_shot(value, microbatch_size)(params, data, learning_rate)
 
 
 def diffusion(
@@ -73,11 +89,15 @@ def diffusion(
     ``w - mean(w)``; for any exchangeable noise, ``grad(L . A w)`` with A A^T = Cov(W). One forward
     and one backward pass. The SDE multiplies it by sqrt(eta): the learning rate is not in here.
 
+    It runs eagerly, and with micro-batches is compiled anew on each call: put it under `jax.jit` to
+    call it again.
+
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
         params: a pytree of floating-point arrays.
         data: a pytree of arrays [N, ...].
-        noise: a `noise.MNoise`, or a `noise.Exchangeable`: only its covariance matters.
+        noise: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its
+            covariance matters.
         vector: w, [N].
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
 
@@ -93,9 +113,22 @@ def diffusion(
             f"vector must have shape ({num_examples},), one entry for each example, got "
             f"{jnp.shape(vector)}."
         )
-    field = Field.of(loss_vector_fn, params, data, microbatch_size)
-    root = Root.of(noise, num_examples, field.dtype)
-    return field.weighted_gradient(params, root(jnp.asarray(vector, field.dtype)))
+    moments = eigenvalues(noise, num_examples)
+
+    def value(params: Any, data: Any, vector: Any) -> Any:
+        field = Field.of(loss_vector_fn, params, data, microbatch_size)
+        root = Root.cast(moments, field.dtype)
+        return field.weighted_gradient(params, root(jnp.asarray(vector, field.dtype)))
+
+    return _one_shot(value, microbatch_size)(params, data, vector)
+
+
+def _one_shot(function: Callable[..., Any], microbatch_size: int | None) -> Callable[..., Any]:
+    """As it is; with micro-batches, compiled for this call alone.
+
+    jax compiles a loop that runs eagerly, too, and keeps that program for good.
+    """
+    return function if microbatch_size is None else jax.jit(function)
 
 
 def coupling(noise: Law, num_examples: int) -> Coupling:
@@ -107,7 +140,8 @@ def coupling(noise: Law, num_examples: int) -> Coupling:
     around 1/N: to study another coupling, compose it with another function.
 
     Args:
-        noise: a `noise.MNoise` or a `noise.Exchangeable`: only its covariance matters.
+        noise: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its
+            covariance matters.
         num_examples: N.
 
     Returns:
@@ -117,11 +151,10 @@ def coupling(noise: Law, num_examples: int) -> Coupling:
         TypeError, ValueError: if an argument is not as described.
     """
     num_examples = _validate.positive_int("num_examples", num_examples)
-    across, along = eigenvalues(noise, num_examples)
+    moments = eigenvalues(noise, num_examples)
 
     def weights(increment: Float[Array, " N"]) -> Float[Array, " N"]:
-        root = Root(jnp.asarray(across, increment.dtype), jnp.asarray(along, increment.dtype))
-        return 1 / num_examples - root(increment)
+        return 1 / num_examples - Root.cast(moments, increment.dtype)(increment)
 
     return weights
 
@@ -135,10 +168,16 @@ class Root(NamedTuple):
     @classmethod
     def of(cls, noise: Any, num_examples: int, dtype: Any) -> "Root":
         """Checks that `noise` is a law of N weights."""
-        return cls(*(jnp.asarray(value, dtype) for value in eigenvalues(noise, num_examples)))
+        return cls.cast(eigenvalues(noise, num_examples), dtype)
 
-    def __call__(self, vector: Float[Array, " N"]) -> Float[Array, " N"]:
-        mean = vector.mean()
+    @classmethod
+    def cast(cls, eigenvalues: tuple[Any, Any], dtype: Any) -> "Root":
+        """From the eigenvalues of Cov(W), across the all-ones vector and along it."""
+        across, along = (jnp.asarray(value, dtype) for value in eigenvalues)
+        return cls(across, along)
+
+    def __call__(self, vector: Float[Array, "N *rest"]) -> Float[Array, "N *rest"]:
+        mean = vector.mean(0, keepdims=True)
         return jnp.sqrt(self.across) * (vector - mean) + jnp.sqrt(self.along) * mean
 
 
@@ -155,12 +194,11 @@ class Field(NamedTuple):
         cls, loss_vector_fn: loss.LossVectorFn, params: Any, data: Any, microbatch_size: int | None
     ) -> "Field":
         """`dtype`, of the weights, is float32, or float64 where a parameter is."""
-        dtypes = (jnp.result_type(leaf) for leaf in jax.tree.leaves(params))
         return cls(
             loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=microbatch_size),
             data,
             _validate.leading_axis("data", data),
-            _dtypes.accumulator(*dtypes),
+            wide_dtype(params),
         )
 
     def weighted_gradient(self, params: Any, weights: Float[Array, " N"]) -> Any:
@@ -210,6 +248,11 @@ class Field(NamedTuple):
         return step_along(step_along(noisy, start, 0.5 * time), end, 0.5 * time)
 
 
+def wide_dtype(params: Any) -> jnp.dtype:
+    """Float32, or float64 where a parameter is."""
+    return _dtypes.accumulator(*(jnp.result_type(leaf) for leaf in jax.tree.leaves(params)))
+
+
 def step_along(params: Any, direction: Any, length: Any) -> Any:
     """Moves params by length * direction, in the types of the parameters."""
     return jax.tree.map(lambda p, d: p + jnp.asarray(length, p.dtype) * d, params, direction)
@@ -217,18 +260,37 @@ def step_along(params: Any, direction: Any, length: Any) -> Any:
 
 def eigenvalues(noise: Any, num_examples: int) -> tuple[float, float]:
     """The eigenvalues of Cov(W), across the all-ones vector and along it, checked."""
+    check_law(noise)
     if isinstance(noise, Exchangeable):
         return noise.eigenvalues(num_examples)
+    check_size(noise, num_examples)
+    return noise.covariance.eigenvalues(num_examples)
+
+
+def check_law(noise: Any) -> None:
+    """Raises unless `noise` has a covariance, the same over every step and none between them."""
+    if isinstance(noise, Exchangeable):
+        return
     if not isinstance(noise, MNoise):
         raise TypeError(
-            f"noise must be a noise.MNoise or a noise.Exchangeable, got {type(noise).__name__}."
+            f"noise must be a noise.MNoise or a noise.Exchangeable, got {_validate.shown(noise)}."
         )
+    if noise.draw_at is not None:
+        raise ValueError(
+            f"noise must have independent steps, as the increments of the SDE are, got {noise.name}"
+            ": its steps are correlated, and add up to another covariance than that of one step. "
+            "Use noise.sgd(N, b), or a noise.Exchangeable given on purpose, such as that of a "
+            "whole epoch divided by its steps."
+        )
+
+
+def check_size(noise: MNoise, num_examples: int, name: str = "noise") -> None:
+    """Raises ValueError unless this is a law of so many weights."""
     if noise.num_examples != num_examples:
         raise ValueError(
-            f"noise is for num_examples = {noise.num_examples}, but data has {num_examples} "
+            f"{name} is for num_examples = {noise.num_examples}, but data has {num_examples} "
             "examples on its leading axis."
         )
-    return noise.covariance.eigenvalues(num_examples)
 
 
 def check_order(order: Any) -> None:

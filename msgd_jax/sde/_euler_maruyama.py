@@ -2,12 +2,13 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from msgd_jax import _validate
@@ -22,7 +23,8 @@ class Path(NamedTuple):
         steps: the iterations, [saved].
         times: t = steps * learning_rate, [saved].
         params: a pytree like `params` with a leading axis [saved]. NaN from `diverged_at` on.
-        diverged_at: the first iteration whose end is not finite; -1 if there is none.
+        diverged_at: the first iteration whose end is not finite, counted from 1; -1 if there is
+            none.
         last_params: a pytree like `params`: the last finite point, at iteration `diverged_at` - 1
             or at the end.
     """
@@ -41,11 +43,11 @@ def euler_maruyama(
     noise: _dynamics.Law,
     *,
     learning_rate: float | Float[Array, ""],
-    num_steps: int,
+    num_steps: int | Int[Array, ""],
     key: Key[Array, ""],
     substeps: int = 8,
-    save_at: Sequence[int] | None = None,
-    first_step: int = 0,
+    save_at: Sequence[int] | Int[np.ndarray, " saved"] | None = None,
+    first_step: int | Int[Array, ""] = 0,
     order: int = 1,
     microbatch_size: int | None = None,
 ) -> Path:
@@ -64,19 +66,29 @@ def euler_maruyama(
       sde = euler_maruyama(losses, params, data, law, substeps=64, **options)
       msgd = euler_maruyama(losses, params, data, law, substeps=1, **options)
 
+    The path is drawn in the type of the law's weights, whatever that of the parameters: so it is
+    the one that training draws. (An `Exchangeable` has no type: then it is the parameters'.)
+
+    It is compiled anew on each call, and nothing is kept. Put it under `jax.jit` to call it again::
+
+      walk = jax.jit(lambda params, data, key: euler_maruyama(losses, params, data, law, key=key,
+                                                              learning_rate=0.1, num_steps=20))
+
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
         params: where the path starts: a pytree of float32 or float64 arrays.
         data: a pytree of arrays [N, ...].
-        noise: a `noise.MNoise`, or a `noise.Exchangeable`: only its covariance matters.
+        noise: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its
+            covariance matters.
         learning_rate: eta, above 0; may be traced.
-        num_steps: the iteration at which the path ends, at t = num_steps * eta; at least 1.
+        num_steps: the iteration at which the path ends, at t = num_steps * eta; at least 1. It may
+            be traced; `save_at` is then not checked against it.
         key: a typed PRNG key; `jax.vmap` over keys for several paths.
         substeps: a power of two, at most 65,536.
         save_at: the iterations after which the path is kept, ascending, from `first_step` (the
             start) to num_steps; None for num_steps alone.
-        first_step: the iteration that `params` stand at, below num_steps: a path continued from one
-            of its points is the same path to the last bit.
+        first_step: the iteration that `params` stand at, below num_steps; it may be traced. A path
+            continued from one of its points is the same path to the last bit.
         order: 1, or 2 for the drift ``-grad(L + eta/4 |grad L|^2)``, which is integrated by Heun's
             method (Euler's own error would be as large as the correction).
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
@@ -97,27 +109,59 @@ def euler_maruyama(
         (1.0, (1,), -1)
     """
     num_examples = _dynamics.check_problem(loss_vector_fn, params, data, microbatch_size, wide=True)
-    across, along = _dynamics.eigenvalues(noise, num_examples)
+    eigenvalues = _dynamics.eigenvalues(noise, num_examples)
     _validate.positive_scalar("learning_rate", learning_rate)
-    num_steps = _validate.positive_int("num_steps", num_steps, maximum=2**31 - 1)
+    end = _iteration_number("num_steps", num_steps, minimum=1)
     _validate.prng_key("key", key)
     substeps = _brownian.check_substeps(substeps)
     _dynamics.check_order(order)
-    _validate.positive_int("first_step", first_step, num_steps - 1, minimum=0)
+    last_start = 2**31 - 2 if isinstance(num_steps, Tracer) else int(num_steps) - 1
+    start = _iteration_number("first_step", first_step, minimum=0, maximum=last_start)
     targets = _check_save_at(save_at, first_step, num_steps)
-    return _integrate(
-        loss_vector_fn, jax.tree.map(jnp.asarray, params), data, (across, along), learning_rate,
-        first_step, num_steps, targets, key, substeps, order, microbatch_size,
-    )  # fmt: skip
+
+    def integrate(params: Any, data: Any, rate: Any, start: Any, end: Any, key: Any) -> Path:
+        field = _dynamics.Field.of(loss_vector_fn, params, data, microbatch_size)
+        return _integrate(
+            field, _dynamics.Root.cast(eigenvalues, field.dtype), params,
+            jnp.asarray(rate, field.dtype), start, end, end[None] if targets is None else targets,
+            key, substeps, order, _brownian.path_dtype(noise, field.dtype),
+        )  # fmt: skip
+
+    params = jax.tree.map(jnp.asarray, params)
+    return jax.jit(integrate)(params, data, learning_rate, start, end, key)
 
 
-def _check_save_at(save_at: Any, first_step: int, num_steps: int) -> Int[np.ndarray, " saved"]:
+def _iteration_number(
+    name: str, value: Any, minimum: int, maximum: int = _validate.MAX_STEP
+) -> Int[Array, ""]:
+    """An iteration as an int32 scalar, in [minimum, maximum] unless it is traced."""
+    if not isinstance(value, Tracer):
+        _validate.integer_dtype(name, value)
+        if jnp.shape(value) == ():
+            _validate.positive_int(name, int(value), maximum, minimum)
+    return _validate.step(value, name)
+
+
+def _check_save_at(
+    save_at: Any, first_step: Any, num_steps: Any
+) -> Int[np.ndarray, " saved"] | None:
     if save_at is None:
-        return np.array([num_steps], np.int32)
-    steps = [_validate.positive_int("save_at", step, num_steps, first_step) for step in save_at]
+        return None
+    one = isinstance(save_at, (str, Tracer)) or getattr(save_at, "ndim", 1) != 1
+    if one or not isinstance(save_at, Iterable):
+        raise TypeError(
+            "save_at must be a sequence of iterations, such as [10, 20], or None for the last "
+            f"alone, got {_validate.shown(save_at)}."
+        )
+    if hasattr(save_at, "dtype"):
+        save_at = np.asarray(save_at)
+    low = 0 if isinstance(first_step, Tracer) else int(first_step)
+    high = _validate.MAX_STEP if isinstance(num_steps, Tracer) else int(num_steps)
+    steps = [_validate.positive_int("save_at", step, high, low) for step in save_at]
     if not steps or any(after <= before for before, after in itertools.pairwise(steps)):
         raise ValueError(
-            f"save_at must name at least one iteration, in ascending order, got {steps}."
+            "save_at must name at least one iteration, in ascending order, got "
+            f"{_validate.shown(steps)}."
         )
     return np.array(steps, np.int32)
 
@@ -130,31 +174,24 @@ class _State(NamedTuple):
     finite: Bool[Array, ""]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("loss_vector_fn", "substeps", "order", "microbatch_size")
-)
 def _integrate(
-    loss_vector_fn: Any,
+    field: _dynamics.Field,
+    root: _dynamics.Root,
     params: Any,
-    data: Any,
-    eigenvalues: tuple[Any, Any],
-    learning_rate: Any,
-    first_step: Any,
-    num_steps: Any,
-    targets: Int[Array, " saved"],
+    rate: Float[Array, ""],
+    start: Int[Array, ""],
+    end: Int[Array, ""],
+    targets: Any,
     key: Key[Array, ""],
     substeps: int,
     order: int,
-    microbatch_size: int | None,
+    path_dtype: Any,
 ) -> Path:
-    field = _dynamics.Field.of(loss_vector_fn, params, data, microbatch_size)
-    rate = jnp.asarray(learning_rate, field.dtype)
-    root = _dynamics.Root(*(jnp.asarray(value, field.dtype) for value in eigenvalues))
-
     def iterate(state: _State) -> _State:
         increments = _brownian.brownian_increments(
-            key, state.step, field.num_examples, substeps=substeps, dtype=field.dtype
+            key, state.step, field.num_examples, substeps=substeps, dtype=path_dtype
         )
+        increments = increments.astype(field.dtype)
         moved = iteration(field, state.params, increments, root, rate, order)
         finite = all_finite(moved)
         kept = jax.tree.map(functools.partial(jnp.where, finite), moved, state.params)
@@ -165,9 +202,9 @@ def _integrate(
         saved = jax.tree.map(lambda p: jnp.where(state.finite, p, jnp.nan), state.params)
         return state, saved
 
-    start = _State(params, jnp.asarray(first_step, jnp.int32), jnp.asarray(True))
-    state, saved = jax.lax.scan(run_to, start, targets)
-    state, _ = run_to(state, num_steps)
+    targets = jnp.asarray(targets)
+    state, saved = jax.lax.scan(run_to, _State(params, start, jnp.asarray(True)), targets)
+    state, _ = run_to(state, end)
     return Path(
         steps=targets,
         times=targets.astype(rate.dtype) * rate,

@@ -1,8 +1,7 @@
 """The strong error: how far the iteration is from the SDE, path by path."""
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +11,10 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _validate
+from msgd_jax._streams import Stream, derive
 from msgd_jax.loss import LossVectorFn
 from msgd_jax.noise import MNoise, Weights
-from msgd_jax.sde import _brownian, _dynamics, _euler_maruyama, _fits, _sweeps
+from msgd_jax.sde import _dynamics, _euler_maruyama, _fits, _sweeps
 
 
 def strong_error(
@@ -42,22 +42,25 @@ def strong_error(
     adds an order 3/2. So the order is 1 where a dominates and up to 3/2 where the noise does; with
     ``order=2`` the drift's error is gone and it is 3/2. Without a shared path it is 1/2.
 
+    It is compiled anew on each call, once for all learning rates, and nothing is kept.
+
     The reference being `substeps` Euler steps itself, a is about 1 - 1/substeps of that to the SDE.
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
         params: where all paths start: a pytree of float32 or float64 arrays.
         data: a pytree of arrays [N, ...].
-        noise: whose covariance the SDE has: a `noise.MNoise` or a `noise.Exchangeable`.
+        noise: whose covariance the SDE has: a `noise.MNoise` with independent steps, or a
+            `noise.Exchangeable`.
         learning_rates: eta, each a whole fraction of `horizon`.
         horizon: T, the time at which the distance is taken, above 0.
-        num_paths: paths for each eta, at least 2.
+        num_paths: paths for each eta, at least 4.
         key: a typed PRNG key; each eta has paths of its own.
         substeps: of the SDE in one iteration, a power of two.
         iterate: the weights of the iteration. None for ``coupling(noise, N)``, M-SGD-Gaussian on
             the SDE's path; a function from the Brownian increment over the iteration [N], in units
             of sqrt(eta), to weights [N], for another coupling; a `noise.MNoise` to be drawn by its
-            own sampling, which knows nothing of the path.
+            own sampling, which knows nothing of the path (its steps may depend on each other).
         order: of the SDE, as in `euler_maruyama`.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
         paths_per_pass: paths in memory at once; None for all.
@@ -76,27 +79,60 @@ def strong_error(
     _sweeps.check_paths(num_paths, paths_per_pass)
     _validate.prng_key("key", key)
     if isinstance(iterate, MNoise):
-        _dynamics.eigenvalues(iterate, _validate.leading_axis("data", data))
+        _dynamics.check_size(iterate, problem.num_examples, "iterate")
     elif iterate is not None:
         _validate.function("iterate", iterate)
+
+    # One program for all learning rates, which nobody holds when this call is over.
+    @jax.jit
+    def distances_of_all(
+        params: Any, data: Any, rate: Any, steps: Any, key: Key[Array, ""]
+    ) -> tuple[_Distance, Int[Array, " paths"]]:
+        one_path = _one_path(problem, iterate, params, data, rate, steps)
+        return _sweeps.over_paths(one_path, key, num_paths, paths_per_pass)
+
     errors, standard_errors = [], []
     for index, (rate, steps) in enumerate(zip(rates, num_steps, strict=True)):
-        squares, left_at = _square_distances(
-            *problem,
-            iterate,
-            rate,
-            steps,
-            jax.random.fold_in(key, index),
-            num_paths,
-            paths_per_pass,
+        distances, left_at = distances_of_all(
+            problem.params, problem.data, rate, steps, derive(key, Stream.PATHS, index)
         )
         _sweeps.check_finite(left_at, rate, "iteration and SDE")
-        squares = np.asarray(squares, np.float64)
-        error = math.sqrt(squares.mean())
-        spread = squares.std(ddof=1) / math.sqrt(num_paths)
+        error, standard_error = _root_mean_square(distances.on_host(rate))
         errors.append(error)
-        standard_errors.append(spread / (2 * error) if error > 0 else 0.0)
-    return _fits.ErrorSweep(rates, np.array(errors), np.array(standard_errors))
+        standard_errors.append(standard_error)
+    return _fits.ErrorSweep(rates, np.array(errors), np.array(standard_errors), num_paths - 1)
+
+
+class _Distance(NamedTuple):
+    """Norms of differences as a product of two numbers: the norm itself may overflow, or vanish."""
+
+    largest: Float[Array, "*paths"]
+    ratio: Float[Array, "*paths"]
+
+    @classmethod
+    def between(cls, one: Any, other: Any) -> "_Distance":
+        """Of two finite points."""
+        # Half of the difference: it never overflows, and halving is exact.
+        halves = jax.tree.map(lambda a, b: 0.5 * a - 0.5 * b, one, other)
+        largest = optax.tree.norm(halves, ord=jnp.inf)
+        divisor = jnp.where(largest > 0, largest, 1)
+        ratio = optax.tree.norm(jax.tree.map(lambda x: x / divisor.astype(x.dtype), halves))
+        return cls(largest, ratio)
+
+    def on_host(self, learning_rate: float) -> Float[np.ndarray, " paths"]:
+        """The norms, in float64."""
+        largest, ratio = (np.asarray(x, np.float64) for x in self)
+        return _sweeps.check_values(2 * (largest * ratio), learning_rate, "their distance")
+
+
+def _root_mean_square(distances: Float[np.ndarray, " paths"]) -> tuple[float, float]:
+    """With its standard error, by the derivative of the root."""
+    scale = float(distances.max())
+    if scale == 0:
+        return 0.0, 0.0
+    square, spread = _sweeps.mean_and_spread((distances / scale) ** 2)
+    error = math.sqrt(square)
+    return scale * error, scale * spread / (2 * error)
 
 
 class _Pair(NamedTuple):
@@ -107,35 +143,13 @@ class _Pair(NamedTuple):
     left_at: Int[Array, ""]
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "loss_vector_fn", "substeps", "order", "microbatch_size", "iterate", "num_paths",
-        "paths_per_pass",
-    ),
-)  # fmt: skip
-def _square_distances(
-    loss_vector_fn: Any,
-    params: Any,
-    data: Any,
-    eigenvalues: tuple[Any, Any],
-    substeps: int,
-    order: int,
-    microbatch_size: int | None,
-    iterate: Any,
-    learning_rate: Any,
-    num_steps: Any,
-    key: Key[Array, ""],
-    num_paths: int,
-    paths_per_pass: int | None,
-) -> tuple[Float[Array, " paths"], Int[Array, " paths"]]:
-    """Of every path: the squared distance at the end, and when it left the finite numbers, or -1.
-
-    Learning rate, number of steps and moments are traced: a sweep compiles once.
-    """
-    field = _dynamics.Field.of(loss_vector_fn, params, data, microbatch_size)
-    rate = jnp.asarray(learning_rate, field.dtype)
-    root = _dynamics.Root(*(jnp.asarray(value, field.dtype) for value in eigenvalues))
+def _one_path(
+    problem: _sweeps.Problem, iterate: Any, params: Any, data: Any, rate: Any, num_steps: Any
+) -> Callable[[Key[Array, ""]], tuple[_Distance, Int[Array, ""]]]:
+    """Of a key: the distance at the end, and when the path left the finite numbers, or -1."""
+    field = problem.field(data)
+    rate = jnp.asarray(rate, field.dtype)
+    root = problem.root(field.dtype)
 
     def weights(increment: Float[Array, " N"], own_key: Key[Array, ""], step: Any) -> Weights:
         if isinstance(iterate, MNoise):
@@ -143,26 +157,20 @@ def _square_distances(
         coupled = iterate or (lambda increment: 1 / field.num_examples - root(increment))
         return Weights(coupled(increment), None, field.num_examples)
 
-    def one_path(key: Key[Array, ""]) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    def one_path(key: Key[Array, ""]) -> tuple[_Distance, Int[Array, ""]]:
         path_key, own_key = jax.random.split(key)
 
         def advance(step: Any, pair: _Pair) -> _Pair:
-            increments = _brownian.brownian_increments(
-                path_key, step, field.num_examples, substeps=substeps, dtype=field.dtype
-            )
+            increments = problem.increments(path_key, step, field.dtype)
             w = weights(increments.sum(0), own_key, step)
             _, gradient = field.value_and_grad(pair.msgd, data, w)
-            new = _Pair(
-                _euler_maruyama.iteration(field, pair.sde, increments, root, rate, order),
-                _dynamics.step_along(pair.msgd, gradient, -rate),
-                pair.left_at,
-            )
-            left = (new.left_at < 0) & ~_euler_maruyama.all_finite((new.sde, new.msgd))
-            return new._replace(left_at=jnp.where(left, step, new.left_at))
+            sde = _euler_maruyama.iteration(field, pair.sde, increments, root, rate, problem.order)
+            msgd = _dynamics.step_along(pair.msgd, gradient, -rate)
+            finite = _euler_maruyama.all_finite((sde, msgd))
+            return _Pair(sde, msgd, _sweeps.left_at(pair.left_at, step, finite))
 
         pair = _Pair(params, params, jnp.asarray(-1, jnp.int32))
         pair = jax.lax.fori_loop(0, num_steps, advance, pair)
-        difference = jax.tree.map(jnp.subtract, pair.sde, pair.msgd)
-        return optax.tree.norm(difference, squared=True), pair.left_at
+        return _Distance.between(pair.sde, pair.msgd), pair.left_at
 
-    return _sweeps.over_paths(one_path, key, num_paths, paths_per_pass)
+    return one_path

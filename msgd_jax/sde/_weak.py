@@ -1,6 +1,5 @@
 """The weak error: how far expectations under the iteration are from those under the SDE."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,9 +11,10 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _validate
+from msgd_jax._streams import Stream, derive
 from msgd_jax.loss import LossVectorFn
 from msgd_jax.noise import MNoise
-from msgd_jax.sde import _brownian, _dynamics, _euler_maruyama, _fits, _sweeps
+from msgd_jax.sde import _dynamics, _euler_maruyama, _fits, _sweeps
 
 
 def weak_error(
@@ -42,6 +42,8 @@ def weak_error(
     ``-grad(L + eta/4 |grad L|^2)``, and the error is of order 2 if the SDE has the iteration's
     covariance, and of order 1 if not: that is the test to make.
 
+    It is compiled anew on each call, once for all learning rates, and nothing is kept.
+
     Both sides are sampled, with independent paths. The control variate is the linear response y of
     the path to its noise along the noise-free path, for which E y = 0 exactly: grad g . y is
     subtracted from g. It lowers the standard error from O(sqrt(eta)) to O(eta), at the price of a
@@ -52,14 +54,16 @@ def weak_error(
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
         params: where all paths start: a pytree of float32 or float64 arrays.
         data: a pytree of arrays [N, ...].
-        noise: whose covariance the SDE has: a `noise.MNoise` or a `noise.Exchangeable`.
+        noise: whose covariance the SDE has: a `noise.MNoise` with independent steps, or a
+            `noise.Exchangeable`.
         learning_rates: eta, each a whole fraction of `horizon`.
         horizon: T, the time at which expectations are taken, above 0.
-        num_paths: paths for each eta and each side, at least 2.
+        num_paths: paths for each eta and each side, at least 4.
         key: a typed PRNG key.
         substeps: of the SDE in one iteration, a power of two. The SDE is sampled with an error of
             its own, O(eta/substeps) for order 1 and O(eta^2/substeps) for order 2.
-        iterate: the M-noise of the iteration; None for `noise`, which must be an MNoise then.
+        iterate: the M-noise of the iteration, drawn by its own sampling (its steps may depend on
+            each other); None for `noise`, which must be an MNoise then.
         order: of the SDE, as in `euler_maruyama`.
         test_fn: g, ``test_fn(params, data)`` returns a differentiable scalar; None for the mean
             loss L.
@@ -84,27 +88,52 @@ def weak_error(
     if not isinstance(iterate, MNoise):
         raise TypeError(
             "iterate must be the noise.MNoise that the iteration draws, or None if noise is one, "
-            f"got {type(iterate).__name__}."
+            f"got {_validate.shown(iterate)}."
         )
-    _dynamics.eigenvalues(iterate, _validate.leading_axis("data", data))
+    _dynamics.check_size(iterate, problem.num_examples, "iterate")
     if test_fn is not None:
-        _validate.function("test_fn", test_fn)
-    errors, standard_errors = [], []
+        _check_test_fn(test_fn, problem)
+
+    # Two programs for all learning rates, which nobody holds when this call is over.
+    def program(side: MNoise | None) -> Any:
+        @jax.jit
+        def final_values(
+            params: Any, data: Any, rate: Any, steps: Any, key: Key[Array, ""]
+        ) -> tuple[Float[Array, " paths"], Int[Array, " paths"]]:
+            one_path = _one_path(problem, side, test_fn, control_variate, params, data, rate, steps)
+            return _sweeps.over_paths(one_path, key, num_paths, paths_per_pass)
+
+        return final_values
+
+    sides = {"iteration": program(iterate), "SDE": program(None)}
+    errors, standard_errors, freedom = [], [], []
     for index, (rate, steps) in enumerate(zip(rates, num_steps, strict=True)):
-        moments = []
-        keys = jax.random.split(jax.random.fold_in(key, index))
-        for side, side_key, what in zip((iterate, None), keys, ("iteration", "SDE"), strict=True):
-            values, left_at = _final_values(
-                *problem, side, test_fn, control_variate, rate, steps, side_key, num_paths,
-                paths_per_pass,
-            )  # fmt: skip
-            _sweeps.check_finite(left_at, rate, what)
-            values = np.asarray(values, np.float64)
-            moments.append((values.mean(), values.std(ddof=1) / math.sqrt(num_paths)))
-        (iteration, iteration_spread), (sde, sde_spread) = moments
-        errors.append(iteration - sde)
-        standard_errors.append(math.hypot(iteration_spread, sde_spread))
-    return _fits.ErrorSweep(rates, np.array(errors), np.array(standard_errors))
+        means, spreads = [], []
+        keys = jax.random.split(derive(key, Stream.PATHS, index))
+        for (side, final_values), side_key in zip(sides.items(), keys, strict=True):
+            values, left_at = final_values(problem.params, problem.data, rate, steps, side_key)
+            _sweeps.check_finite(left_at, rate, side)
+            what = "the mean loss" if test_fn is None else "test_fn"
+            values = _sweeps.check_values(values, rate, f"{what} (less its control variate)")
+            mean, spread = _sweeps.mean_and_spread(values)
+            means.append(mean)
+            spreads.append(spread)
+        errors.append(means[0] - means[1])
+        standard_errors.append(math.hypot(*spreads))
+        freedom.append(_fits.satterthwaite(spreads, num_paths - 1))
+    return _fits.ErrorSweep(rates, np.array(errors), np.array(standard_errors), np.array(freedom))
+
+
+def _check_test_fn(test_fn: Any, problem: _sweeps.Problem) -> None:
+    """Raises TypeError or ValueError unless `test_fn` returns a real scalar."""
+    _validate.function("test_fn", test_fn)
+    value = jax.eval_shape(test_fn, problem.params, problem.data)
+    got = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", value)
+    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating) or value.shape:
+        raise ValueError(
+            "test_fn must return a scalar of floating-point numbers, for parameters and all data, "
+            f"got {_validate.shown(got)}."
+        )
 
 
 class _State(NamedTuple):
@@ -116,36 +145,21 @@ class _State(NamedTuple):
     left_at: Int[Array, ""]
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "loss_vector_fn", "substeps", "order", "microbatch_size", "iterate", "test_fn",
-        "control_variate", "num_paths", "paths_per_pass",
-    ),
-)  # fmt: skip
-def _final_values(
-    loss_vector_fn: Any,
-    params: Any,
-    data: Any,
-    eigenvalues: tuple[Any, Any],
-    substeps: int,
-    order: int,
-    microbatch_size: int | None,
+def _one_path(
+    problem: _sweeps.Problem,
     iterate: MNoise | None,
     test_fn: Any,
     control_variate: bool,
-    learning_rate: Any,
+    params: Any,
+    data: Any,
+    rate: Any,
     num_steps: Any,
-    key: Key[Array, ""],
-    num_paths: int,
-    paths_per_pass: int | None,
-) -> tuple[Float[Array, " paths"], Int[Array, " paths"]]:
-    """Of every path, g at the end less its control variate; of the SDE where `iterate` is None."""
-    field = _dynamics.Field.of(loss_vector_fn, params, data, microbatch_size)
-    rate = jnp.asarray(learning_rate, field.dtype)
-    root = _dynamics.Root(*(jnp.asarray(value, field.dtype) for value in eigenvalues))
+) -> Callable[[Key[Array, ""]], tuple[Float[Array, ""], Int[Array, ""]]]:
+    """Of a key: g at the end less its control variate; of the SDE where `iterate` is None."""
+    field = problem.field(data)
+    rate = jnp.asarray(rate, field.dtype)
     if iterate is None:
-        advance = _sde(field, root, rate, order, substeps, control_variate)
+        advance = _sde(field, problem, rate, control_variate)
     else:
         advance = _iteration(field, iterate, rate, control_variate)
 
@@ -155,8 +169,8 @@ def _final_values(
     def one_path(key: Key[Array, ""]) -> tuple[Float[Array, ""], Int[Array, ""]]:
         def advance_and_check(step: Any, state: _State) -> _State:
             new = advance(key, step, state)
-            left = (new.left_at < 0) & ~_euler_maruyama.all_finite(new.params)
-            return new._replace(left_at=jnp.where(left, step, new.left_at))
+            finite = _euler_maruyama.all_finite(new.params)
+            return new._replace(left_at=_sweeps.left_at(state.left_at, step, finite))
 
         start = _State(params, params, optax.tree.zeros_like(params), jnp.asarray(-1, jnp.int32))
         end = jax.lax.fori_loop(0, num_steps, advance_and_check, start)
@@ -165,7 +179,7 @@ def _final_values(
             value = value - jax.jvp(g, (end.centre,), (end.response,))[1]
         return value, end.left_at
 
-    return _sweeps.over_paths(one_path, key, num_paths, paths_per_pass)
+    return one_path
 
 
 Advance = Callable[[Key[Array, ""], Any, _State], _State]
@@ -196,15 +210,10 @@ def _iteration(field: _dynamics.Field, law: MNoise, rate: Any, control_variate: 
 
 
 def _sde(
-    field: _dynamics.Field,
-    root: _dynamics.Root,
-    rate: Any,
-    order: int,
-    substeps: int,
-    control_variate: bool,
+    field: _dynamics.Field, problem: _sweeps.Problem, rate: Any, control_variate: bool
 ) -> Advance:
     """One iteration of the SDE in substeps, and the same linearised around the noise-free path."""
-    length = 1 / substeps
+    root, order, length = problem.root(field.dtype), problem.order, 1 / problem.substeps
     quiet = jnp.zeros(field.num_examples, field.dtype)
 
     def substep(state: _State, increment: Float[Array, " N"]) -> tuple[_State, None]:
@@ -222,10 +231,7 @@ def _sde(
         return new, None
 
     def advance(key: Key[Array, ""], step: Any, state: _State) -> _State:
-        increments = _brownian.brownian_increments(
-            key, step, field.num_examples, substeps=substeps, dtype=field.dtype
-        )
-        return jax.lax.scan(substep, state, increments)[0]
+        return jax.lax.scan(substep, state, problem.increments(key, step, field.dtype))[0]
 
     return advance
 

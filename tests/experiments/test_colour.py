@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import cifar10, data, execution, models, svhn, training
+from experiments import cifar10, data, execution, models, svhn, terminal, training
 from experiments.__main__ import main
 from experiments.algorithms import NoiseSettings
 from experiments.config import TrainConfig
@@ -45,12 +45,12 @@ def one_block(monkeypatch):
     training.model_functions.cache_clear()
 
 
-class Progress:
+class Progress(terminal.Silent):
     def __init__(self, last=None):
         self.count, self.last = 0, last
 
-    def update(self, steps):
-        self.count += steps
+    def update(self, count=1):
+        self.count += count
         if self.last and self.count >= self.last:
             raise KeyboardInterrupt
 

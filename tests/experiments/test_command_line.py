@@ -7,7 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import config, data, execution, fashion_mnist, figures, runs, training
+from experiments import (
+    comparison,
+    config,
+    data,
+    execution,
+    fashion_mnist,
+    figures,
+    runs,
+    training,
+)
 from experiments.__main__ import main
 from experiments.algorithms import ALGORITHMS, NoiseSettings
 from msgd_jax import noise
@@ -21,7 +30,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_demo(tmp_path):
+def test_the_demo(tmp_path, capsys, monkeypatch):
     """Six algorithms, two seeds, 30 steps: files, figures and learning; and no overwriting."""
     from matplotlib import image
 
@@ -44,12 +53,51 @@ def test_the_demo(tmp_path):
         assert ended["test_accuracy_standard_error"] == pytest.approx(spread)
         assert ended["seconds_per_1000_steps"] > 0
 
-    before = (demo / "sgd" / "metrics.jsonl").read_bytes()
-    with pytest.raises(SystemExit, match="exists already, and results are never overwritten"):
-        main(["demo", "--steps", "10", "--out", str(demo)])
-    with pytest.raises(SystemExit, match="exists already"):
-        main(["train", "--dataset", "digits", "--steps", "1", "--out", str(demo / "sgd")])
-    assert (demo / "sgd" / "metrics.jsonl").read_bytes() == before
+    before = {path: path.read_bytes() for path in demo.rglob("*") if path.is_file()}
+    table = capsys.readouterr().out
+    for other in (
+        ["demo", "--steps", "10", "--out", str(demo)],
+        ["train", "--dataset", "digits", "--steps", "1", "--out", str(demo / "sgd")],
+    ):
+        with pytest.raises(
+            SystemExit, match=r"differs in .*steps, .* results are never overwritten"
+        ):
+            main(other)
+    # The same command again: its result again.
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("nothing is loaded"))
+    main(["demo", "--steps", "30", "--seeds", "2", "--eval-every", "10", "--out", str(demo)])
+    assert capsys.readouterr().out.startswith(table)
+    assert before == {path: path.read_bytes() for path in demo.rglob("*") if path.is_file()}
+
+
+def test_a_stopped_demo_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
+    """Training pretended; and where no folder was named, how it goes on is said with one."""
+    monkeypatch.chdir(tmp_path)
+    trained, stop_at = [], "m-sgd-cov"
+
+    def pretend(plan, dataset, path, progress):
+        if plan.algorithm == stop_at:
+            raise execution.Stopped("stopped after 3 steps; the same command goes on", 15)
+        trained.append(plan.algorithm)
+        folder = runs.RunFolder(path, plan.resolved())
+        values = np.full(plan.seeds, 0.5)
+        folder.log(training.Evaluation(plan.steps, *[values] * 4, 1.0).record())
+        folder.finish({})
+        folder.close()
+        progress.update(plan.total_steps)
+        return comparison.of_folder(path)
+
+    monkeypatch.setattr(execution, "run", pretend)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo"])
+    assert stopped.value.code == 143
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"goes on, with --out runs/{folder.name}" in capsys.readouterr().err
+    assert trained == ["gd", "sgd", "m-sgd-fisher"]
+    stop_at = None
+    main(["demo", "--out", f"runs/{folder.name}"])
+    assert trained == list(config.DemoConfig.algorithms)
+    assert (folder / "curves.png").exists()
 
 
 @pytest.mark.slow
@@ -159,7 +207,7 @@ def test_unknown_names_list_the_choices(option, value, choice, capsys):
         (["--noise.batch-size", "1001"], "batch_size must be between 1 and 1000, got 1001"),
         (["--learning-rate", "nan"], "learning_rate must be finite and at least 0, got nan"),
         (["--learning-rate", "1e38"], r"not finite after 1 steps \(seed 0\)"),
-        (["--model", "lenet"], r"images must have shape \[B, 28, 28, 1\]"),
+        (["--model", "lenet"], "model must be digits_net for the images of digits"),
     ],
 )
 def test_bad_numbers_are_named(arguments, message, tmp_path, capsys):

@@ -27,10 +27,7 @@ def few_digits():
 
 
 def run(out, *arguments):
-    main(["complexity", "--algorithms", "sgd", "--steps", "20", "--every", "20", "--seeds", "2",
-          "--batch-size", "5", "--trace-draws", "2", "--ascent-steps", "2",
-          "--regularizer-steps", "40", "--microbatch-size", "None", "--out", str(out),
-          *arguments])  # fmt: skip
+    main(["complexity", "--seeds", "2", "--batch-size", "5", "--out", str(out), *arguments])
     return json.loads((out / "summary.json").read_text())
 
 
@@ -44,7 +41,10 @@ def test_a_trace_of_the_digits(tmp_path, capsys, monkeypatch):
     laws["Gaussian"] = laws["SGD"] = laws["Rademacher"]  # one to compile
     monkeypatch.setattr(complexity_experiment, "laws", lambda *_: laws)
     out = tmp_path / "out"
-    start, end = run(out, "--parts", "trace")["trace"]
+    start, end = run(
+        out, "--parts", "trace", "--algorithms", "sgd", "--steps", "20", "--every", "20",
+        "--trace-draws", "2", "--ascent-steps", "2", "--microbatch-size", "None",
+    )["trace"]  # fmt: skip
     assert (start["step"], end["step"]) == (0, 20)
     for record in (start, end):
         found = record["complexities"]["Rademacher"]
@@ -73,7 +73,9 @@ def test_theorem1_and_the_regulariser(tmp_path, capsys, monkeypatch):
     ways = complexity_experiment.regularizers(ComplexityConfig(batch_size=5), 60)
     few = {name: ways[name] for name in ("SGD", "SGD, full on b examples, scale 0.1")}
     monkeypatch.setattr(complexity_experiment, "regularizers", lambda *_: few)
-    results = run(tmp_path / "out", "--parts", "theorem1", "regularizer")
+    results = run(
+        tmp_path / "out", "--parts", "theorem1", "regularizer", "--regularizer-steps", "120"
+    )
     printed = capsys.readouterr().out
 
     affine, spike = results["theorem1"]
@@ -112,6 +114,28 @@ def test_each_seed_has_a_regulariser_of_its_own():
     assert abs(moved[0, 0] - moved[1, 0]) > 1e-3
 
 
+@pytest.mark.parametrize("part", ["theorem1", "regularizer", "trace"])
+def test_every_part_trains_with_the_learning_rate_that_was_asked_for(part, monkeypatch):
+    seen = []
+
+    def spy(plan, *_):
+        seen.append(plan)
+        raise ZeroDivisionError
+
+    digits = few_digits()
+    monkeypatch.setattr(complexity_experiment.data, "load", lambda *_, **__: digits)
+    monkeypatch.setattr(training, "train_seeds", spy)
+    config = ComplexityConfig(parts=(part,), learning_rate=0.037)
+    first = {
+        "theorem1": lambda: complexity_experiment._digits_problems(config),
+        "regularizer": lambda: next(complexity_experiment.regularizer(config)),
+        "trace": lambda: next(complexity_experiment.trace(config, digits)),
+    }[part]
+    with pytest.raises(ZeroDivisionError):
+        first()
+    assert seen[0].learning_rate == 0.037
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -120,7 +144,11 @@ def test_each_seed_has_a_regulariser_of_its_own():
         ({"draws": 1}, "draws must be at least 2, got 1"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"radius": 0.0}, "radius must be finite and above 0, got 0.0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be between 0 and 2.31 - 3, for 3 seeds, got -1"),
+        (
+            {"parts": ("trace",), "regularizer_radius": 0.2},
+            "regularizer_radius is read by the part regularizer only, got 0.2",
+        ),
     ],
 )
 def test_bad_settings(wrong, message):

@@ -29,9 +29,11 @@ def test_unknown_name_lists_the_choices():
 
 
 @pytest.mark.parametrize("name", sorted(data.DATASETS))
-def test_negative_seed_is_refused(name):
-    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
-        data.load(name, seed=-1)
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**32])
+def test_a_seed_out_of_range_is_refused(name, seed):
+    """Of 2^32, jax makes the key of 0."""
+    with pytest.raises(ValueError, match=rf"seed must be between 0 and .* got {seed}\."):
+        data.load(name, seed=seed)
 
 
 def test_import_does_not_import_the_heavy_packages():

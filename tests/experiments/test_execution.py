@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import data, execution, runs, training
+from experiments import data, execution, runs, terminal, training
 from experiments.__main__ import main
 from experiments.config import TrainConfig
 
@@ -28,15 +28,15 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-class Progress:
-    """A progress bar that does something at a step."""
+class Progress(terminal.Silent):
+    """Progress that does something at a step."""
 
     def __init__(self, step=None, act=None):
         self.count, self.step, self.act = 0, step, act
 
-    def update(self, steps):
-        self.count += steps
-        if self.act and self.count >= self.step:
+    def update(self, count=1):
+        self.count += count
+        if self.act and self.step is not None and self.count >= self.step:
             self.act()
 
 
@@ -119,8 +119,9 @@ def test_a_signal_writes_a_checkpoint_between_evaluations(number, tmp_path, stra
     path = tmp_path / "run"
     handler = signal.getsignal(number)
     stopping = Progress(27, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(execution.Stopped, match="the same command goes on"):
+    with pytest.raises(execution.Stopped, match="the same command goes on") as stopped:
         execution.run(PLAN, digits, path, stopping)
+    assert stopped.value.code == 128 + number
     assert signal.getsignal(number) == handler
     with ocp.CheckpointManager(path / "checkpoints") as manager:
         assert manager.latest_step() == stopping.count
@@ -245,3 +246,35 @@ def test_other_versions_are_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "versions", lambda: {"jax": "0.0"})
     with pytest.warns(UserWarning, match="begun with other versions"):
         runs.RunFolder(tmp_path / "run", PLAN).close()
+
+
+def test_a_run_begun_with_other_draws_does_not_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "DRAWS", 1)
+    runs.RunFolder(tmp_path / "run", PLAN).close()
+    monkeypatch.undo()
+    with pytest.raises(FileExistsError, match="a seed drew something else, so it cannot go on"):
+        runs.RunFolder(tmp_path / "run", PLAN)
+
+
+def test_nor_does_one_of_another_command(tmp_path):
+    runs.RunFolder(tmp_path / "run", PLAN, "distributed").close()
+    with pytest.raises(FileExistsError, match="a run of `distributed`, not of `train`"):
+        runs.RunFolder(tmp_path / "run", PLAN)
+
+
+@pytest.mark.parametrize("damage", ["metrics", "checkpoint", "config"])
+def test_a_damaged_run_is_named(damage, tmp_path, digits):
+    path = tmp_path / "run"
+    with pytest.raises(Killed):
+        execution.run(PLAN, digits, path, Progress(40, kill))
+    if damage == "metrics":
+        (path / "metrics.jsonl").unlink()
+    elif damage == "config":
+        (path / "config.json").write_text('{"steps": 60, ')
+    else:
+        for file in (path / "checkpoints").rglob("*"):
+            if file.is_file() and file.name != "_CHECKPOINT_METADATA":
+                file.write_bytes(b"")
+    wrong = {"checkpoint": "checkpoint .*/20 cannot be read", "metrics": "no evaluation up to"}
+    with pytest.raises(runs.DamagedRecordError, match=wrong.get(damage, "config.json is not JSON")):
+        execution.run(PLAN, digits, path, Progress())

@@ -2,11 +2,14 @@
 
 import csv
 import dataclasses
+import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
-from experiments import panels, reporting, runs, training
+from experiments import execution, panels, reporting, runs, training
 from experiments.__main__ import main
 from experiments.config import TrainConfig
 from experiments.panels import Panel
@@ -86,6 +89,22 @@ def test_a_panel_is_run_drawn_listed_and_reported(tmp_path, small_panel, monkeyp
     assert (tmp_path / "report" / "runs-1.png").stat().st_size > 10_000
 
 
+def test_the_recorded_figures_are_drawn_again_from_their_runs(tmp_path, monkeypatch):
+    """Without training, by the command of their page, to the recorded numbers."""
+    results = pathlib.Path(reporting.__file__).parent / "results"
+    monkeypatch.setattr(execution, "load", never)
+    for panel in ("1a", "1b-converged"):
+        main(["figure", panel, "--runs", str(results / "runs"), "--out", str(tmp_path / panel)])
+        for name in (f"figure-{panel}.csv", f"figure-{panel}-averaged.csv"):
+            found, recorded = ((root / panel / name).read_text() for root in (tmp_path, results))
+            for line, wanted in zip(found.splitlines(), recorded.splitlines(), strict=True):
+                for value, number in zip(line.split(","), wanted.split(","), strict=True):
+                    try:
+                        assert float(value) == pytest.approx(float(number), rel=1e-9, nan_ok=True)
+                    except ValueError:
+                        assert value == number
+
+
 def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
     root = tmp_path / "runs"
     main(["figure", "1a", "--scale", "small", "--runs", str(root)])
@@ -99,6 +118,29 @@ def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
         last = np.array(runs.read_lines(path / "metrics.jsonl")[-1]["test_accuracy"]) * 50
         np.testing.assert_allclose(last, np.round(last), atol=1e-3)
     assert "(small scale)" in (root / "figure-1a-small" / "README.md").read_text()
+
+
+def test_seeds_that_drew_something_else_are_not_mixed_into_a_figure(tmp_path, small_panel):
+    """All of before are drawn again as they are; some of before, with new ones, are refused."""
+    root = tmp_path / "runs"
+    values = {
+        f"{images}_{what}": [0.5] * 3
+        for images in ("train", "test")
+        for what in ("loss", "accuracy")
+    }
+    for plan in PANEL.runs:
+        folder = runs.RunFolder(reporting.run_folder(root, plan), plan.resolved())
+        folder.log({"step": 20, "seconds": 1.0} | values)
+        folder.finish({})
+        record = runs.read_json(folder.path / "config.json")
+        del record["draws"]  # as of before they were written down
+        runs.replace_text(folder.path / "config.json", json.dumps(record))
+        folder.close()
+    main(["figure", "1a", "--runs", str(root)])
+    assert (root / "figure-1a" / "README.md").exists()
+    shutil.rmtree(folder.path)
+    with pytest.raises(SystemExit, match="1 runs of this figure from when a seed drew something"):
+        main(["figure", "1a", "--runs", str(root)])
 
 
 def test_a_folder_is_named_after_what_is_computed(tmp_path):

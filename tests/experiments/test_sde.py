@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import runs, sde_problems, sde_tables, training, weak_order
 from experiments import sde as sde_experiment
-from experiments import sde_problems, training, weak_order
 from experiments.__main__ import main
 from experiments.data import load_digits
 from experiments.theory_config import SDEConfig
@@ -42,8 +42,42 @@ def test_orders_and_pictures(tmp_path, capsys, monkeypatch):
     assert len(results["weak"]) == 7
     for name in ("strong_order.png", "weak_order.png"):
         assert image.imread(out / name).shape[0] > 300
-    with pytest.raises(SystemExit, match="exists already, and results are never overwritten"):
+    with pytest.raises(SystemExit, match="differs in parts, strong_paths, and results are never"):
         main(["sde", "--parts", "weak", "--out", str(out)])
+    # The same command again: its tables again.
+    monkeypatch.setattr(sde_experiment, "strong", None)
+    main(["sde", "--parts", "strong", "weak", "--strong-paths", "32", "--out", str(out)])
+    tables = printed[: printed.index("The pictures")]
+    assert capsys.readouterr().out.startswith(tables)
+
+
+def test_parts_that_are_done_are_not_done_again(tmp_path, monkeypatch, capsys):
+    """Stopped in its second part, the same command goes on with that."""
+    exact = weak_order.table()[:2]
+    monkeypatch.setattr(weak_order, "table", lambda: exact)
+    monkeypatch.setattr(sde_experiment, "weak", lambda config: iter(exact[:1]))
+    command = ["sde", "--parts", "weak", "paths", "--out", str(tmp_path / "out")]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sde_experiment, "paths", stopped)
+    with pytest.raises(SystemExit) as interrupted:
+        main(command)
+    assert interrupted.value.code == 130
+    assert runs.state(tmp_path / "out") == "stopped"
+    monkeypatch.setattr(sde_experiment, "weak", None)
+    monkeypatch.setattr(
+        sde_experiment, "paths",
+        lambda *_: sde_experiment.Paths(np.zeros(1), {}, {}, 0.2),
+    )  # fmt: skip
+    monkeypatch.setattr(sde_experiment.sde_figures, "plot_paths", lambda *_: None)
+    capsys.readouterr()
+    main(command)
+    assert exact[0]["label"] in capsys.readouterr().out
+    results = read(tmp_path / "out" / "summary.json")
+    assert (len(results["weak"]), len(results["paths"])) == (3, 2)
+    assert not (tmp_path / "out" / "parts.json").exists()
 
 
 @pytest.mark.slow
@@ -90,7 +124,9 @@ def test_network(tmp_path, monkeypatch, capsys):
     assert (coarse.displacement[1:] > shared[1:]).all()
     sde_figures.plot_network([coarse, fine], config, tmp_path / "network.png")
     assert (tmp_path / "network.png").stat().st_size > 10_000
-    assert "M-SGD-Fisher, own draws" in sde_experiment.network_table([coarse, fine])
+    assert "M-SGD-Fisher, own draws" in sde_tables.network_table(
+        [sde_experiment._as_json(part) for part in (coarse, fine)]
+    )
 
 
 def test_at_minimum():
@@ -104,10 +140,16 @@ def test_at_minimum():
     [
         ({"parts": ()}, "parts must name one or more"),
         ({"parts": ("weak", "weak")}, "each once"),
-        ({"weak_paths": 1}, "weak_paths must be at least 2, got 1"),
+        ({"weak_paths": 3}, "weak_paths must be at least 4, got 3"),
+        ({"strong_paths": 31}, "strong_paths must be at least 32, got 31"),
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
         ({"halvings": -1}, "halvings must be at least 0, got -1"),
         ({"learning_rate": 0.0}, "learning_rate must be finite and above 0, got 0.0"),
+        ({"seed": 2**32}, "seed must be between 0 and 2"),
+        (
+            {"parts": ("weak",), "learning_rate": 0.5},
+            "learning_rate is read by the part network only, got 0.5 with parts = weak",
+        ),
     ],
 )
 def test_bad_settings(wrong, message):

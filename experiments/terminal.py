@@ -1,0 +1,167 @@
+"""What the command line shows while it works: progress, colours, and text for every terminal."""
+
+import codecs
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO, TypeVar
+
+from tqdm import tqdm
+
+# Seconds between two lines where progress is not drawn but written, into a log or a pipe.
+_BETWEEN_LINES = 30.0
+_COMPILING = "{desc}compiling ..."
+_IN_ASCII = str.maketrans(
+    {"±": "+-", "─": "-", "│": "|", "…": "...", "·": "."} | dict.fromkeys("╭╮╰╯├┤┬┴┼", "+")
+)
+_ERRORS = "experiments.terminal"
+T = TypeVar("T")
+
+
+class Silent:
+    """Progress that nobody sees; and what others have to offer."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Nothing more is coming."""
+
+    def compiling(self, description: str = "") -> None:
+        """Something is being compiled, until the next `update`."""
+
+    def update(self, count: int = 1) -> None:
+        """So many more are done."""
+
+
+class Progress(Silent):
+    """A bar on a terminal; elsewhere a plain line now and then. Nothing before there is news.
+
+    While something is compiled it says so, instead of a count that does not move.
+    """
+
+    def __init__(self, total: int, unit: str = "step"):
+        self._total, self._unit, self._done, self._description = total, unit, 0, ""
+        self._compiling = False
+        self._drawn = draws(sys.stderr)
+        self._bar: Any = None
+        self._began = self._written = time.monotonic()
+
+    def __exit__(self, *_: Any) -> None:
+        """Nothing more is coming."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def compiling(self, description: str = "") -> None:
+        """Something is being compiled, until the next `update`."""
+        self._description = description or self._description
+        if not self._compiling and not self._drawn:
+            self._write("compiling ...")
+        self._compiling = True
+        if self._drawn:
+            self._draw()
+
+    def update(self, count: int = 1) -> None:
+        """So many more are done."""
+        self._done += count
+        if self._drawn:
+            first = self._compiling or self._bar is None
+            self._compiling = False
+            bar = self._draw()
+            if first:
+                bar.unpause()  # compiling does not count for the speed
+            bar.update(count)
+            if first:
+                bar.refresh()
+            return
+        self._compiling = False
+        due = time.monotonic() - self._written >= _BETWEEN_LINES
+        if due or self._done == self._total:
+            seconds = time.monotonic() - self._began
+            self._write(f"{self._done:,}/{self._total:,} {self._unit}s, {seconds:.0f} s")
+
+    def _draw(self) -> Any:
+        so_far = " ({n_fmt}/{total_fmt} {unit}s done)" if self._done else ""
+        form = _COMPILING + so_far if self._compiling else None
+        # As tqdm's own `set_description` has it.
+        description = f"{self._description}: " if self._description else ""
+        if self._bar is None:
+            self._bar = tqdm(
+                total=self._total, unit=self._unit, dynamic_ncols=True, file=sys.stderr,
+                desc=description, bar_format=form,
+            )  # fmt: skip
+            return self._bar
+        changed = (self._bar.bar_format, self._bar.desc) != (form, description)
+        self._bar.bar_format, self._bar.desc = form, description
+        if changed and self._compiling:
+            self._bar.refresh()
+        return self._bar
+
+    def _write(self, text: str) -> None:
+        start = f"{self._description}: " if self._description else ""
+        print(start + text, file=sys.stderr, flush=True)
+        self._written = time.monotonic()
+
+
+def each(items: Iterable[T], description: str, unit: str) -> Iterator[T]:
+    """The items, with the progress of what is done with them."""
+    items = list(items)
+    with Progress(len(items), unit) as progress:
+        progress.compiling(description)
+        for item in items:
+            yield item
+            progress.update()
+
+
+def draws(stream: TextIO) -> bool:
+    """Whether a stream is a terminal on which a line can be drawn over: it has a size, too."""
+    if not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return False
+    try:
+        return min(os.get_terminal_size(stream.fileno())) > 0
+    except (OSError, ValueError):
+        return False
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether to write in colours: https://no-color.org, FORCE_COLOR, or on a terminal."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or draws(stream)
+
+
+class WithoutColours:
+    """A stream that passes for no terminal, or for one: so is told who asks it for colours."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        """Whether to write in colours."""
+        return has_colours(self._stream)
+
+    def write(self, text: str) -> int:
+        """As the stream does."""
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        """As the stream does."""
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def write_anything(*streams: Any) -> None:
+    """Lets the streams write what their encoding cannot: ± as +-, the unknown as its number."""
+    codecs.register_error(_ERRORS, _replace)
+    for stream in streams:
+        if getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors=_ERRORS)
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].translate(_IN_ASCII)
+    return text.encode("ascii", "backslashreplace").decode("ascii"), error.end

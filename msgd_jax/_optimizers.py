@@ -1,0 +1,181 @@
+"""Calling optax: an optimizer gets all that it may ask for, and masks are looked through."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jaxtyping import Array, Float, Key
+
+from msgd_jax import _dtypes, _validate
+
+ValueAndGrad = Callable[[Any], tuple[Float[Array, ""], Any]]
+"""``f(params) -> (value, grads)``, the noisy loss with the weights of one step."""
+
+
+def updater(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+    """``update(grads, state, params, **offered)``: passes on of `offered` what is taken.
+
+    optax knows two kinds of transformations, with and without further arguments; those of
+    `optax.contrib.sam` take some and no others.
+    """
+    _validate.optimizer("optimizer", optimizer)
+    takes = _keywords(optimizer)
+
+    def update(grads: Any, state: Any, params: Any, **offered: Any) -> tuple[Any, Any]:
+        passed = {k: v for k, v in offered.items() if takes is None or k in takes}
+        try:
+            return optimizer.update(grads, state, params, **passed)
+        except (AttributeError, TypeError, ValueError) as error:
+            error.add_note(
+                "The optimizer was given one noisy gradient, like params, and "
+                f"{', '.join(passed) or 'nothing besides'}. If it needs a gradient for each "
+                "example, use transform.aggregate_per_example; optax.lookahead needs params = "
+                "optax.LookaheadParams.init_synced(params); optax.contrib.sam goes around a chain, "
+                "not into it."
+            )
+            raise
+
+    return update
+
+
+def offers(value_and_grad: ValueAndGrad, value: Any, grads: Any) -> dict[str, Any]:
+    """What optimizers may ask for besides the gradient; functions cost nothing until called.
+
+    All are of the same step, so of the same weights: `value` and `grad` at its parameters, and as
+    functions of other parameters ``value_fn(params)`` (the line searches, L-BFGS), ``obj_fn``, the
+    same by another name (Sophia), and ``grad_fn(params, i)`` (SAM).
+    """
+    value_fn = _differentiable(value_and_grad)
+
+    def grad_fn(params: Any, iteration: Any = None) -> Any:
+        del iteration
+        return value_and_grad(params)[1]
+
+    return {
+        "value": value, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn,
+    }  # fmt: skip
+
+
+def repeated(key: Key[Array, ""]) -> Callable[[], Key[Array, ""]]:
+    """The same key as often as it is asked for: also in loops, where keys may be used once only."""
+    words, implementation = jax.random.key_data(jax.random.clone(key)), jax.random.key_impl(key)
+    return lambda: jax.random.wrap_key_data(words, impl=implementation)
+
+
+def _differentiable(value_and_grad: ValueAndGrad) -> Callable[..., Float[Array, ""]]:
+    """The value as a function that can be differentiated, forwards and backwards and once more.
+
+    Its derivative is the gradient that was summed in micro-batches: differentiated as it stands,
+    what all micro-batches have in memory would be kept for the way back.
+    """
+
+    @jax.custom_jvp
+    def of_params(params: Any) -> Float[Array, ""]:
+        return value_and_grad(params)[0]
+
+    @of_params.defjvp
+    def _(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Array, Array]:
+        value, grads = value_and_grad(*primals)
+        return value, jax.tree.reduce(
+            jnp.add, jax.tree.map(lambda g, t: _product(g, t, value.dtype), grads, tangents[0])
+        )
+
+    # optax's line searches insist on a function that takes all that they were offered.
+    def value_fn(
+        params: Any, *, data: Any = None, loss_vector_fn: Any = None, obj_fn: Any = None,
+        grad_fn: Any = None,
+    ) -> Float[Array, ""]:  # fmt: skip
+        del data, loss_vector_fn, obj_fn, grad_fn
+        return of_params(params)
+
+    return value_fn
+
+
+def _product(gradient: Any, tangent: Any, dtype: Any) -> Float[Array, ""]:
+    wide = _dtypes.accumulator(gradient.dtype, dtype)
+    return jnp.sum(gradient.astype(wide) * tangent.astype(wide)).astype(dtype)
+
+
+def _keywords(optimizer: Any) -> set[str] | None:
+    """The names that an ``update`` takes, None for any."""
+    plain = isinstance(optimizer, optax.GradientTransformation)
+    if plain and not isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        return set()
+    parameters = inspect.signature(optimizer.update).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY} - {
+        "updates", "state", "params", "grads",
+    }  # fmt: skip
+
+
+def keep_last(make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """``made(function, arguments)``: ``make(function)``, made anew for another function only.
+
+    Where an argument is traced it is made each time, and not kept: the function may hold what is
+    traced, and there is nothing to compile.
+    """
+    last: tuple[Any, Any] = (None, None)
+
+    def made(function: Any, arguments: Any) -> Any:
+        nonlocal last
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+            return make(function)
+        kept = last
+        if kept[0] is not function:
+            last = kept = function, make(function)
+        return kept[1]
+
+    return made
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def has_masked(params: Any) -> bool:
+    """Whether optax.masked or optax.partition hides some of the parameters."""
+    return any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
+
+
+def check_no_updates(updates: Any, params: Any, extra_args: dict[str, Any]) -> None:
+    """What is passed in would be lost, unless it is there for the parameters hidden by a mask."""
+    if not jax.tree.leaves(updates) or has_masked(params):
+        return
+    if "grad_fn" in extra_args:
+        raise ValueError(
+            "multiplicative_noise makes the gradient itself, and so does what this optimizer was "
+            "given to (train.make_step, streaming.make_loop, transform.with_noise): give it the "
+            "optimizer alone, such as optax.sgd(0.1) instead of transform.msgd(0.1, noise, key)."
+        )
+    raise ValueError(
+        "multiplicative_noise makes the gradient itself and would discard the updates passed to "
+        "it: pass () and put it first in the chain. Around it MultiSteps has nothing to "
+        "accumulate (microbatch_size bounds memory), and apply_if_finite, conditionally_transform, "
+        "lookahead and sam nothing to look at: put them behind, "
+        "transform.with_noise(optax.MultiSteps(...), noise, key)."
+    )
+
+
+def unmasked(loss_vector_fn: Callable[..., Any], full_params: Any) -> Callable[..., Any]:
+    """The loss vector function of the parameters that optax.masked lets through."""
+    if full_params is None:
+        raise ValueError(
+            "multiplicative_noise inside optax.masked sees only some of the parameters, and the "
+            "loss needs all of them: call update(..., full_params=params)."
+        )
+
+    def of_visible(visible: Any, batch: Any) -> Any:
+        merged = jax.tree.map(
+            lambda leaf, full: full if _is_masked(leaf) else leaf,
+            visible,
+            full_params,
+            is_leaf=_is_masked,
+        )
+        return loss_vector_fn(merged, batch)
+
+    return of_visible

@@ -1,0 +1,136 @@
+"""What is drawn where, and how long things are said to take."""
+
+import dataclasses
+import fcntl
+import io
+import os
+import pty
+import struct
+import termios
+
+import pytest
+
+from experiments import expected, panels, terminal
+from experiments.algorithms import NoiseSettings
+from experiments.config import TrainConfig
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """A terminal's two ends, without a size yet."""
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stream:
+        yield ours, stream
+    os.close(ours)
+
+
+def size(stream, rows=40, columns=100):
+    fcntl.ioctl(stream.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def test_bars_are_for_terminals_that_have_a_size(screen, monkeypatch):
+    _, stream = screen
+    assert not terminal.draws(stream)
+    size(stream)
+    assert terminal.draws(stream)
+    assert terminal.has_colours(stream)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert terminal.draws(stream)
+    assert not terminal.has_colours(stream)
+    monkeypatch.setenv("TERM", "dumb")
+    assert not terminal.draws(stream)
+    assert not terminal.draws(io.StringIO())
+
+
+@pytest.mark.parametrize(
+    ("no_color", "force_color", "expected_colours"),
+    [(None, None, False), (None, "1", True), ("1", "1", False), ("", "1", True), ("", "", False)],
+)
+def test_colours_in_a_pipe(no_color, force_color, expected_colours, monkeypatch):
+    """Empty variables do not count (https://no-color.org)."""
+    for name, value in (("NO_COLOR", no_color), ("FORCE_COLOR", force_color)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert terminal.has_colours(io.StringIO()) == expected_colours
+
+
+def test_a_log_has_a_line_now_and_then(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    with terminal.Progress(100) as progress:
+        progress.compiling("A")
+        progress.compiling("A")  # still
+        for _ in range(90):
+            clock[0] += 1.0
+            progress.update()
+        progress.compiling("B")
+        progress.update(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "A: compiling ...", "A: 30/100 steps, 30 s", "A: 60/100 steps, 60 s",
+        "A: 90/100 steps, 90 s", "B: compiling ...", "B: 100/100 steps, 90 s",
+    ]  # fmt: skip
+
+
+def test_nothing_is_drawn_before_there_is_news(screen, monkeypatch):
+    ours, stream = screen
+    size(stream)
+    monkeypatch.setattr(terminal.sys, "stderr", stream)
+    with terminal.Progress(100) as progress:
+        pass
+    with terminal.Progress(100) as progress:
+        progress.compiling("A")
+        progress.update(40)
+        progress.compiling("B")
+    stream.flush()
+    shown = os.read(ours, 10_000).decode()
+    assert shown.index("A: compiling ...") < shown.index("40/100") < shown.index("B: compiling ...")
+    assert "0/100" not in shown[: shown.index("40/100")]
+
+
+def test_text_that_an_encoding_does_not_have():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    terminal.write_anything(stream)
+    stream.write("1 ± 2 ─ ╭ … ü \udcff")
+    stream.flush()
+    assert stream.buffer.getvalue() == rb"1 +- 2 - + ... \xfc \udcff"
+
+
+# How long it takes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "recorded"),
+    [("gd", 171.3), ("sgd", 10.0), ("m-sgd-cov", 167.4), ("m-sgd-sparse-cov", 110.7)],
+)
+def test_expected_seconds_are_those_that_were_recorded(algorithm, recorded):
+    """Of 1,000 steps of LeNet, five seeds, on two cores, within a factor of 1.5."""
+    settings = NoiseSettings(support_size=500)
+    plan = TrainConfig(algorithm=algorithm, noise=settings, seeds=5, steps=1_000, eval_every=1_000)
+    longer = dataclasses.replace(plan, steps=2_000, eval_every=2_000)
+    assert 1 / 1.5 < (expected.seconds(longer) - expected.seconds(plan)) / recorded < 1.5
+
+
+@pytest.mark.parametrize("name", panels.PANELS)
+@pytest.mark.parametrize("small", [False, True])
+def test_every_panel_has_an_expected_time(name, small):
+    plans = list(panels.PANELS[name].at_scale(small))
+    sentence = expected.sentence(plans, len(plans))
+    assert f"{len(plans)} of {len(plans)} runs" in sentence
+    assert "on two cores" in sentence
+    hours = sum(map(expected.seconds, plans)) / 3600
+    assert hours < 12 if small else hours > 0.1
+    assert ("for a GPU" in sentence) == (not small and plans[0].model != "lenet")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "1 seconds"), (59, "59 seconds"), (119, "119 seconds"), (121, "2 minutes"),
+     (7_199, "120 minutes"), (7_200, "2 hours"), (86_400 * 30, "30 days"), (1e9, "32 years")],
+)  # fmt: skip
+def test_durations(seconds, words):
+    assert expected.duration(seconds) == words
