@@ -193,7 +193,7 @@ def test_bad_input_is_refused():
         covariance.fisher(jnp.ones((0, 3)))
     with pytest.raises(ValueError, match="data must have at least 1 example"):
         covariance.gradient_matrix(problems.loss_vector_fn, problem.params, jnp.ones((0, 3)))
-    with pytest.raises(TypeError, match="'fisher' or 'sgd_covariance', got float"):
+    with pytest.raises(TypeError, match="'fisher' or 'sgd_covariance', got 1.0 of type float"):
         covariance.diagonal(1.0, rows)
     for law in (noise.Exchangeable(0.1, 0.2), noise.Exchangeable(0.1, -0.09)):
         with pytest.raises(ValueError, match="to be a covariance of N = 4 weights, got alpha"):
