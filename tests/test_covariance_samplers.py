@@ -91,7 +91,7 @@ NOT_FINITE = [np.nan, np.inf]
 @pytest.mark.parametrize("matrix", INDEFINITE.values(), ids=INDEFINITE)
 @pytest.mark.parametrize("name", DENSE)
 def test_indefinite_matrices_are_refused(name, matrix):
-    with pytest.raises(ValueError, match="positive semi-definite.*smallest eigenvalue -") as error:
+    with pytest.raises(ValueError, match=r"positive semi-definite.*smallest eigenvalue -") as error:
         DENSE[name](matrix)
     assert len(str(error.value)) <= 400
 

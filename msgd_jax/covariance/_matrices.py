@@ -121,9 +121,9 @@ def noise_covariance(noise: MNoise | Exchangeable | str, gradients: Any) -> Floa
     """The covariance of the noisy gradient ``grad(L . W)``, exact and dense.
 
     It is ``alpha G^T G + beta (G^T 1)(G^T 1)^T``, computed from centred gradients so that nothing
-    cancels. It is the covariance of one step: of laws whose steps depend on each other
-    (`noise.random_reshuffling`) each step by itself has it, exactly, but their sum over an epoch has
-    not the sum of them (see `noise.MNoise.covariance_between`).
+    cancels. It is the covariance of one step. Where steps depend on each other, as those of
+    `noise.random_reshuffling`, each by itself has it, exactly, but their sum has not the sum of
+    these (see `noise.MNoise.covariance_between`).
 
     Args:
         noise: an M-noise or its covariance (or "fisher", "sgd_covariance": F and S).

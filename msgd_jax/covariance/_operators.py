@@ -110,11 +110,12 @@ def noise_covariance_operator(
         return backward(across * (slopes - mean) + along * mean)
 
     structure = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag)
-    kind = lineax.FunctionLinearOperator
+    tags = frozenset((lineax.symmetric_tag, lineax.positive_semidefinite_tag))
     if len({p.dtype for p in jax.tree.leaves(params)}) > 1:
-        from msgd_jax.covariance._mixed import MixedLinearOperator as kind
-    return kind(product, structure, tags)
+        from msgd_jax.covariance._mixed import MixedLinearOperator
+
+        return MixedLinearOperator(product, structure, tags)
+    return lineax.FunctionLinearOperator(product, structure, tags)
 
 
 LinearMaps = tuple[Callable[[Any], Float[Array, " N"]], Callable[[Float[Array, " N"]], Any]]
