@@ -4,8 +4,12 @@ Works with any model and any optax optimizer, line searches included: the noise 
 so the optimizer needs to know nothing of it. To train several seeds at once, ``jax.vmap`` the
 step::
 
-  step = make_step(loss_vector_fn, optax.sgd(0.1), noise)
-  states = jax.vmap(lambda key: init(model_init(key), optimizer, key))(keys)
+  def start(key):
+      params_key, noise_key = jax.random.split(key)
+      return init(model_init(params_key), optimizer, noise_key)
+
+  step = make_step(loss_vector_fn, optimizer, noise)
+  states = jax.vmap(start)(jax.random.split(key, 5))
   loop = make_loop(jax.vmap(step, in_axes=(0, None)), max_steps=100)
   states, metrics = loop(states, data, 100)
 """

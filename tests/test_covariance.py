@@ -193,7 +193,7 @@ def test_bad_input_is_refused():
         covariance.fisher(jnp.ones((0, 3)))
     with pytest.raises(ValueError, match="data must have at least 1 example"):
         covariance.gradient_matrix(problems.loss_vector_fn, problem.params, jnp.ones((0, 3)))
-    with pytest.raises(TypeError, match="'fisher' or 'sgd_covariance', got float"):
+    with pytest.raises(TypeError, match=r"'fisher' or 'sgd_covariance', got 1\.0 of type float"):
         covariance.diagonal(1.0, rows)
     for law in (noise.Exchangeable(0.1, 0.2), noise.Exchangeable(0.1, -0.09)):
         with pytest.raises(ValueError, match="to be a covariance of N = 4 weights, got alpha"):
@@ -217,3 +217,76 @@ def test_bad_input_is_refused():
         covariance.gradient_matrix(
             problems.loss_vector_fn, problem.params, problem.data, microbatch_size=0
         )
+
+
+SWAPPED = {
+    "noise_covariance": covariance.noise_covariance,
+    "diagonal": covariance.diagonal,
+    "spectrum": covariance.spectrum,
+    "gradient_sampler": covariance.gradient_sampler,
+}
+# Long reprs, of which a message shows the beginning.
+GRADIENTS = {"array": jnp.ones((4, 3)), "layers": {f"layer_{i}": jnp.ones(4) for i in range(40)}}
+
+
+@pytest.mark.usefixtures("user_errors")
+@pytest.mark.parametrize("gradients", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("name", SWAPPED)
+def test_swapped_arguments_are_told_their_order(name, gradients):
+    for law in (noise.sgd(4, 2), noise.Exchangeable(0.3, 0.1), "fisher"):
+        for wrong in ((gradients, law), (law, law)):
+            with pytest.raises(TypeError, match=rf"order is {name}\(noise, gradients\)") as error:
+                SWAPPED[name](*wrong)
+            assert len(str(error.value)) <= 400
+    with pytest.raises(ValueError, match="must be one of 'fisher', 'sgd_covariance', got") as error:
+        SWAPPED[name]("x" * 1000, gradients)
+    assert len(str(error.value)) <= 400
+
+
+@pytest.mark.usefixtures("user_errors")
+def test_swapped_arguments_of_the_conversions_are_told_their_order():
+    rows, weights = jnp.ones((4, 3)), noise.sgd(4, 2).sample(jax.random.key(0), 0)
+    with pytest.raises(TypeError, match=r"order is to_additive\(weights, gradients\)"):
+        covariance.to_additive(rows, weights)
+    with pytest.raises(ValueError, match=r"order is to_multiplicative\(additive, gradients\)"):
+        covariance.to_multiplicative(rows, jnp.ones(3))
+
+
+@pytest.mark.usefixtures("user_errors")
+@pytest.mark.parametrize("bad", ["float32", ["x" * 1000], {"w": jax.nn.relu}], ids=type)
+def test_what_is_no_array_is_named(bad):
+    for function in (covariance.flatten, covariance.fisher, covariance.sgd_covariance):
+        with pytest.raises(TypeError, match=r"gradients.* must be an array, got") as error:
+            function(bad)
+        assert len(str(error.value)) <= 400
+    with pytest.raises(ValueError, match="form must be one of") as long:
+        covariance.sgd_covariance(jnp.ones((4, 3)), form="x" * 1000)
+    assert len(str(long.value)) <= 400
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_an_example_may_use_a_parameter_many_times(dtype):
+    """A text of one word: in bfloat16 its gradient would be 256 or so instead of 2,000."""
+
+    def losses(params, tokens):
+        looked_up = params.astype(dtype)[tokens, 0] / 2000
+        return looked_up.astype(jnp.float32).sum(1)
+
+    tokens = jnp.zeros((3, 2000), jnp.int32)
+    for microbatch_size in (None, 2):
+        found = covariance.gradient_matrix(
+            losses, jnp.ones((1, 1)), tokens, microbatch_size=microbatch_size
+        )
+        np.testing.assert_allclose(found.ravel(), 1, rtol=0.02)
+
+
+@pytest.mark.usefixtures("x64", "strict_dtypes")
+def test_correlated_steps_have_the_covariance_of_one_step():
+    rows, law = by_hand(12), noise.random_reshuffling(12, 3)
+    close(covariance.noise_covariance(law, rows), dense(law, rows))
+    steps = jnp.arange(0, 8000, 5)  # each of an epoch of its own
+    draws = jax.jit(jax.vmap(law.sample, in_axes=(None, 0)))(jax.random.key(0), steps)
+    weights = np.asarray(draws.dense())
+    found = np.cov(rows.T @ weights.T)
+    wanted = dense(law, rows)
+    assert np.abs(found - wanted).max() < 5 * np.abs(wanted).max() * np.sqrt(2 / len(weights))

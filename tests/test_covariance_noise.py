@@ -184,23 +184,3 @@ def test_narrow_covariances_are_factored_in_float32(name):
     drawn = sampler.sample(jax.random.key(0), 0)
     assert (sampler.factor.dtype, drawn.dtype) == (jnp.float32, jnp.float32)
     assert jnp.isfinite(drawn).all()
-
-
-@pytest.mark.usefixtures("user_errors")
-def test_bad_samplers_are_refused():
-    for make in (covariance.svd_sampler, covariance.eigh_sampler, covariance.cholesky_sampler):
-        with pytest.raises(ValueError, match=r"matrix must be square, got shape \(2, 3\)"):
-            make(jnp.ones((2, 3)))
-        with pytest.raises(ValueError, match="matrix must be floating point, got int32"):
-            make(jnp.ones((2, 2), jnp.int32))
-    with pytest.raises(ValueError, match="jitter must be finite and at least 0, got -1"):
-        covariance.cholesky_sampler(jnp.eye(2), jitter=-1.0)
-    with pytest.raises(ValueError, match=r"not positive definite even with jitter = 0.0"):
-        covariance.cholesky_sampler(-jnp.eye(2), jitter=0.0)
-    with pytest.raises(ValueError, match=r"vector of floating-point numbers, got shape \(2, 2\)"):
-        covariance.diagonal_sampler(jnp.eye(2))
-    sampler = covariance.diagonal_sampler(jnp.ones(2))
-    with pytest.raises(TypeError, match="key must be a typed PRNG key"):
-        sampler.sample(jnp.zeros(2, jnp.uint32), 0)
-    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
-        sampler.sample(jax.random.key(0), -1)

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from msgd_jax import covariance, noise
 from tests import problems
+from tests.programs import compilations, live_bytes
 from tests.test_covariance import by_hand, close, dense
 
 N = 10
@@ -97,6 +98,150 @@ def test_bad_input_is_refused():
         covariance.fisher_operator(None, problem.params, problem.data)
     with pytest.raises(ValueError, match=r"one loss per example, shape \(10,\), got shape \(\)"):
         covariance.fisher_operator(lambda p, b: p["b"], problem.params, problem.data)
+
+
+@pytest.mark.usefixtures("user_errors")
+def test_swapped_arguments_are_told_their_order():
+    problem = problems.regression(N)
+    law, losses = noise.sgd(N, 2), problems.loss_vector_fn
+    order = r"order is noise_covariance_operator\(noise, loss_vector_fn, params, data\)"
+    for wrong in (
+        (losses, law, problem.params, problem.data),
+        (law, problem.params, losses, problem.data),
+        (losses, problem.params, problem.data, law),
+    ):
+        with pytest.raises(TypeError, match=order) as error:
+            covariance.noise_covariance_operator(*wrong)
+        assert len(str(error.value)) <= 400
+    with pytest.raises(TypeError, match="loss_vector_fn must be a function") as error:
+        covariance.fisher_operator(problem.params, losses, problem.data)
+    with pytest.raises(ValueError, match="noise must be one of 'fisher', 'sgd_covariance'"):
+        covariance.noise_covariance_operator("hessian", losses, problem.params, problem.data)
+
+
+# Types --------------------------------------------------------------------------------------------
+
+MIXED = [
+    ("float32", "bfloat16", 2e-2, "float32"),
+    ("float32", "float64", 1e-5, "float64"),
+    ("float16", "bfloat16", 2e-2, "float32"),
+    ("bfloat16", "float64", 2e-2, "float64"),
+]
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 3])
+@pytest.mark.parametrize(("first", "second", "tolerance", "wide"), MIXED)
+@pytest.mark.usefixtures("x64")
+def test_parameters_of_several_types_have_a_matrix(first, second, tolerance, wide, microbatch_size):
+    problem = problems.regression(N, dtype=jnp.float64)
+    params = {"w": problem.params["w"].astype(first), "b": problem.params["b"].astype(second)}
+
+    def losses(params, batch):
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+        return problems.loss_vector_fn(params, batch)
+
+    operator = covariance.fisher_operator(
+        losses, params, problem.data, microbatch_size=microbatch_size
+    )
+    for matrix in (operator.as_matrix(), jax.jit(lambda: operator.as_matrix())()):
+        assert matrix.dtype == wide
+        close(matrix, wanted("fisher"), tolerance)
+    product = operator.mv(params)
+    assert jax.tree.map(lambda leaf: leaf.dtype, product) == {"w": first, "b": second}
+    assert lineax.is_positive_semidefinite(operator)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("microbatch_size", [None, 700])
+@pytest.mark.parametrize("name", ["fisher", "rademacher"])
+def test_sums_of_narrow_models_are_in_float32(name, microbatch_size, dtype):
+    """An embedding that 2,000 examples look up: in bfloat16 the sum would stop at 256 terms."""
+    size = 2000
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.5, 1.5, size)
+    token = rng.integers(0, 2, size) * 2  # the second of three words is not used
+
+    def losses(params, batch):
+        table = params.astype(dtype)
+        return table[batch["token"], 0] * batch["x"].astype(dtype)
+
+    data = {"token": jnp.asarray(token), "x": jnp.asarray(x, jnp.float32)}
+    law = noise.rademacher(size, 2.0) if name == "rademacher" else name
+    operator = covariance.noise_covariance_operator(
+        law, losses, jnp.ones((3, 1)), data, microbatch_size=microbatch_size
+    )
+    rows = np.zeros((size, 3))
+    rows[np.arange(size), token] = x
+    close(operator.as_matrix(), dense(law, rows), 0.02)
+    narrow = covariance.noise_covariance_operator(
+        law, losses, jnp.ones((3, 1), dtype), data, microbatch_size=microbatch_size
+    )
+    assert narrow.mv(jnp.ones((3, 1), dtype)).dtype == dtype
+    close(narrow.as_matrix().astype(jnp.float32), dense(law, rows), 0.02)
+
+
+# Programs -----------------------------------------------------------------------------------------
+
+CAPTURED = 8 << 20  # bytes of the array in each fresh loss
+PARAMS = {"w": jnp.ones(5), "b": jnp.ones(())}
+
+
+def fresh(seed):
+    """A loss with an array of its own, and data of its own."""
+    held = jnp.full(CAPTURED // 4, seed, jnp.float32)
+    data = problems.regression(60).data
+    data = {**data, "x": data["x"] + seed}
+    return lambda p, b: problems.loss_vector_fn(p, b) * (1 + held[0]), data
+
+
+def samples(matrix, gradients):
+    for make in (covariance.svd_sampler, covariance.eigh_sampler, covariance.cholesky_sampler):
+        make(matrix).sample(jax.random.key(0), 0)
+    covariance.diagonal_sampler(jnp.diag(matrix)).sample(jax.random.key(0), 0)
+    covariance.gradient_sampler("fisher", gradients).sample(jax.random.key(0), 0)
+
+
+def of_gradients(losses, data):
+    gradients = covariance.gradient_matrix(losses, PARAMS, data)
+    covariance.gradient_matrix(losses, PARAMS, data, microbatch_size=20)
+    covariance.spectrum("sgd_covariance", gradients)
+    samples(covariance.noise_covariance(noise.cov(60, 4), gradients), gradients)
+
+
+def of_operator(losses, data, **options):
+    operator = covariance.sgd_covariance_operator(losses, PARAMS, data, **options)
+    operator.mv(PARAMS)
+    operator.as_matrix()
+
+
+USES = {
+    "gradient matrix": of_gradients,
+    "operator": of_operator,
+    "micro-batched": lambda losses, data: of_operator(losses, data, microbatch_size=20),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_arrays_of_earlier_losses_are_gone(name):
+    USES[name](*fresh(0.0))
+    before = live_bytes()
+    for seed in range(1, 4):
+        USES[name](*fresh(float(seed)))
+    assert live_bytes() - before < CAPTURED / 2
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 20, 25])
+def test_a_second_eager_product_compiles_nothing(microbatch_size):
+    losses, data = fresh(1.0)
+    operator = covariance.sgd_covariance_operator(
+        losses, PARAMS, data, microbatch_size=microbatch_size
+    )
+    operator.mv(PARAMS)
+    other = jax.tree.map(lambda leaf: leaf + 1, PARAMS)
+    with compilations() as compiled:
+        operator.mv(PARAMS)
+        operator.mv(other)
+    assert not compiled
 
 
 def test_without_lineax_the_error_says_what_to_install():

@@ -63,6 +63,15 @@ def test_paths_of_an_error_are_apart_from_draws_of_the_same_key(monkeypatch):
     ours = np.concatenate([np.atleast_2d(x) for x in seen])
     assert len(ours) >= 16
     own = [sde.brownian_increments(key, step, size)[0] for step in (0, 1)]
+    # The keys of paths are children of the user's key in no number of generations.
+    children = jax.random.split(jax.random.fold_in(jax.random.clone(key), 0), 4)
+    own += [
+        jax.random.normal(
+            jax.random.fold_in(jax.random.split(jax.random.clone(child))[0], step), (size,)
+        )
+        for child in children
+        for step in (0, 1)
+    ]
     theirs = np.stack([*user_draws(key, size), *own])
     r = np.corrcoef(np.concatenate([theirs, ours]))[: len(theirs), len(theirs) :]
     assert np.abs(r).max() < 5 / math.sqrt(size)

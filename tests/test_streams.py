@@ -163,8 +163,9 @@ def test_positions_of_any_integer_type(size, dtype):
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_indices_of_any_integer_type(dtype):
-    values = np.asarray([0.5, 0.25, 0.25], np.float32)
-    weights = noise.Weights(values, np.asarray([3, 99, 3], dtype), 5000)
+    with jax.enable_x64(True):
+        indices = jnp.asarray([3, 99, 3], dtype)
+    weights = noise.Weights(jnp.asarray([0.5, 0.25, 0.25], jnp.float32), indices, 5000)
     dense = np.zeros(5000, np.float32)
     dense[[3, 99]] = 0.75, 0.25
     np.testing.assert_array_equal(weights.dense(), dense)

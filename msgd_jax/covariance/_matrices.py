@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from msgd_jax import _dtypes, _validate
+from msgd_jax import _dtypes, _narrow, _validate
 from msgd_jax.loss import LossVectorFn
 from msgd_jax.noise import Exchangeable, MNoise
 
@@ -57,7 +57,8 @@ def gradient_matrix(
             _validate.loss_vector(losses, 1)
             return losses[0]
 
-        return jax.grad(loss_of_one)(params)
+        # An example may use a parameter many times, as a text does a word.
+        return jax.grad(_narrow.wide_sums(loss_of_one, params)[0])(params)
 
     if microbatch_size is None:
         return jax.vmap(one_gradient)(data)
@@ -76,6 +77,7 @@ def flatten(gradients: Any) -> Float[Array, "N D"]:
     Raises:
         TypeError, ValueError: if the leaves are not floating point or disagree on N.
     """
+    numbers("gradients", gradients)
     _validate.floating_params(gradients, name="gradients")
     num_examples = _validate.leading_axis("gradients", gradients)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
@@ -106,7 +108,7 @@ def sgd_covariance(gradients: Any, *, form: str = "centred") -> Float[Array, "D 
     Raises:
         ValueError: if `form` is neither.
     """
-    _validate.one_of("form", form, FORMS)
+    _named("form", form, FORMS)
     rows = flatten(gradients)
     mean = rows.mean(0)
     if form == "definition":
@@ -119,7 +121,9 @@ def noise_covariance(noise: MNoise | Exchangeable | str, gradients: Any) -> Floa
     """The covariance of the noisy gradient ``grad(L . W)``, exact and dense.
 
     It is ``alpha G^T G + beta (G^T 1)(G^T 1)^T``, computed from centred gradients so that nothing
-    cancels.
+    cancels. It is the covariance of one step. Where steps depend on each other, as those of
+    `noise.random_reshuffling`, each by itself has it, exactly, but their sum has not the sum of
+    these (see `noise.MNoise.covariance_between`).
 
     Args:
         noise: an M-noise or its covariance (or "fisher", "sgd_covariance": F and S).
@@ -129,8 +133,7 @@ def noise_covariance(noise: MNoise | Exchangeable | str, gradients: Any) -> Floa
         TypeError, ValueError: if `noise` is not as described, is for another number of examples, or
             is no covariance (negative somewhere).
     """
-    rows = flatten(gradients)
-    factor = root(noise, rows)
+    factor = root_of("noise_covariance", noise, gradients)
     return _product(factor.T, factor)
 
 
@@ -144,7 +147,7 @@ def diagonal(noise: MNoise | Exchangeable | str, gradients: Any) -> Float[Array,
     Raises:
         TypeError, ValueError: as `noise_covariance`.
     """
-    return jnp.square(root(noise, flatten(gradients))).sum(0)
+    return jnp.square(root_of("diagonal", noise, gradients)).sum(0)
 
 
 class Spectrum(NamedTuple):
@@ -181,7 +184,7 @@ def spectrum(noise: MNoise | Exchangeable | str, gradients: Any) -> Spectrum:
         >>> [round(float(value), 6) for value in result.eigenvalues]
         [8.0, 0.5]
     """
-    factor = root(noise, flatten(gradients))
+    factor = root_of("spectrum", noise, gradients)
     num_examples, dim = factor.shape
     through_gram = num_examples < dim
     matrix = _product(factor, factor.T) if through_gram else _product(factor.T, factor)
@@ -199,17 +202,49 @@ def weight_eigenvalues(noise: Any, num_examples: int) -> tuple[float, float]:
     return _moments(noise, num_examples).eigenvalues(num_examples)
 
 
-def root(noise: Any, rows: Float[Array, "N D"]) -> Float[Array, "N D"]:
+def check_noise(noise: Any, order: str) -> None:
+    """Raises unless `noise` may stand for a covariance of weights, and says the order if not."""
+    if isinstance(noise, str):
+        _named("noise", noise, NAMED)
+    elif not isinstance(noise, (MNoise, Exchangeable)):
+        raise TypeError(
+            "noise must be a noise.MNoise, a noise.Exchangeable, 'fisher' or 'sgd_covariance', got "
+            f"{_validate.shown(noise)}; the order is {order}."
+        )
+
+
+def numbers(name: str, tree: Any) -> None:
+    """Raises TypeError, naming the leaf, unless all leaves are arrays or numbers."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not isinstance(leaf, (bool, int, float, complex)) and not hasattr(leaf, "dtype"):
+            where = jax.tree_util.keystr(path)
+            raise TypeError(f"{name}{where} must be an array, got {_validate.shown(leaf)}.")
+
+
+def root_of(caller: str, noise: Any, gradients: Any) -> Float[Array, "N D"]:
     """A with A^T A the covariance: the root of Cov(W), which has two eigenvalues, times G."""
+    order = f"{caller}(noise, gradients)"
+    check_noise(noise, order)
+    if isinstance(gradients, (MNoise, Exchangeable, str)):
+        raise TypeError(
+            "gradients must be an array or a pytree of arrays, got "
+            f"{_validate.shown(gradients)}; the order is {order}."
+        )
+    rows = flatten(gradients)
     across, along = weight_eigenvalues(noise, rows.shape[0])
     mean = rows.mean(0)[None]
     return math.sqrt(across) * (rows - mean) + math.sqrt(along) * mean
 
 
+def _named(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        listed = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name} must be one of {listed}, got {_validate.shown(value)}.")
+
+
 def _moments(noise: Any, num_examples: int) -> Exchangeable:
     """The covariance of the weights that `noise` stands for."""
     if isinstance(noise, str):
-        _validate.one_of("noise", noise, NAMED)
         off_diagonal = 0.0 if noise == "fisher" else -1 / num_examples**2
         return Exchangeable(1 / num_examples + off_diagonal, off_diagonal)
     if isinstance(noise, MNoise):
@@ -219,11 +254,6 @@ def _moments(noise: Any, num_examples: int) -> Exchangeable:
                 f"{num_examples} examples."
             )
         return noise.covariance
-    if not isinstance(noise, Exchangeable):
-        raise TypeError(
-            "noise must be a noise.MNoise, a noise.Exchangeable, 'fisher' or 'sgd_covariance', got "
-            f"{type(noise).__name__}."
-        )
     return noise
 
 

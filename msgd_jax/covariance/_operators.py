@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from msgd_jax import _dtypes, _validate
+from msgd_jax import _dtypes, _narrow, _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax.covariance import _matrices
 from msgd_jax.noise import Exchangeable, MNoise, Weights
@@ -70,7 +70,9 @@ def noise_covariance_operator(
             and then all products share one forward pass.
 
     Returns:
-        A `lineax.FunctionLinearOperator`, tagged symmetric and positive semi-definite.
+        A `lineax.FunctionLinearOperator`, tagged symmetric and positive semi-definite. Products are
+        in the types of `params`; where these differ, ``as_matrix()`` is in the narrowest type that
+        holds all of them and is float32 or wider.
 
     Raises:
         ImportError: if lineax is not installed (``pip install 'msgd-jax[solvers]'``).
@@ -82,7 +84,14 @@ def noise_covariance_operator(
         raise ImportError(
             "matrix-free operators need lineax: pip install 'msgd-jax[solvers]'."
         ) from error
-    _validate.function("loss_vector_fn", loss_vector_fn)
+    order = "noise_covariance_operator(noise, loss_vector_fn, params, data)"
+    _matrices.check_noise(noise, order)
+    if not callable(loss_vector_fn):
+        raise TypeError(
+            f"loss_vector_fn must be a function, got {_validate.shown(loss_vector_fn)}; the order "
+            f"is {order}, and without noise for F and S."
+        )
+    _matrices.numbers("params", params)
     _validate.floating_params(params)
     num_examples = _validate.leading_axis("data", data)
     across, along = _matrices.weight_eigenvalues(noise, num_examples)
@@ -101,7 +110,11 @@ def noise_covariance_operator(
         return backward(across * (slopes - mean) + along * mean)
 
     structure = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag)
+    tags = frozenset((lineax.symmetric_tag, lineax.positive_semidefinite_tag))
+    if len({p.dtype for p in jax.tree.leaves(params)}) > 1:
+        from msgd_jax.covariance._mixed import MixedLinearOperator
+
+        return MixedLinearOperator(product, structure, tags)
     return lineax.FunctionLinearOperator(product, structure, tags)
 
 
@@ -117,9 +130,18 @@ def _linear_maps(loss_vector_fn: Any, params: Any, data: Any) -> LinearMaps:
         _validate.loss_vector(losses, num_examples)
         return losses.astype(_dtypes.accumulator(losses.dtype))
 
-    losses, forward = jax.linearize(losses_of, params)
+    wide_losses_of, narrow = _narrow.wide_sums(losses_of, params)
+    losses, forward = jax.linearize(wide_losses_of, params)
     transposed = jax.linear_transpose(forward, params)
-    return forward, lambda weights: transposed(weights.astype(losses.dtype))[0]
+
+    def backward(weights: Float[Array, " N"]) -> Any:
+        scale = _narrow.scale(weights) if narrow else None
+        weights = weights.astype(losses.dtype)
+        scaled = weights if scale is None else weights * scale.astype(losses.dtype)
+        grads = _narrow.unscaled(transposed(scaled)[0], scale)
+        return jax.tree.map(lambda p, g: g.astype(p.dtype), params, grads)
+
+    return forward, backward
 
 
 def _microbatched_maps(

@@ -1,16 +1,21 @@
 """Additive Gaussian noise with a given covariance, and the way between additive and M-noise."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from msgd_jax import _dtypes, _validate
+from msgd_jax._streams import Stream, derive
+from msgd_jax._typing import Step
 from msgd_jax.covariance import _matrices
 from msgd_jax.noise import Exchangeable, MNoise, Weights
+
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @jax.tree_util.register_dataclass
@@ -25,23 +30,23 @@ class GaussianSampler:
 
     factor: Float[Array, "D *k"]
 
-    def sample(self, key: Key[Array, ""], step: int | Int[Array, ""]) -> Float[Array, " D"]:
+    def sample(self, key: Key[Array, ""], step: Step) -> Float[Array, " D"]:
         """Draws the noise of one step, in the order of `flatten`; a pure function of (key, step).
 
         Args:
-            key: a typed PRNG key, the same for the whole run (it is folded with `step`).
-            step: which step, at least 0.
+            key: a typed PRNG key, the same for the whole run. It may be used for anything else as
+                well: what is drawn here is independent of what `jax.random` makes of it.
+            step: which step, from 0 to 2^31 - 1, of any integer type; a traced one is welcome.
 
         Raises:
             TypeError, ValueError: if an argument is not as described.
         """
         _validate.prng_key("key", key)
-        _validate.step(step)
-        key = jax.random.fold_in(key, step)
-        white = jax.random.normal(key, self.factor.shape[-1:], self.factor.dtype)
+        own = derive(key, Stream.ADDITIVE, _validate.step(step))
+        white = jax.random.normal(own, self.factor.shape[-1:], self.factor.dtype)
         if self.factor.ndim == 1:
             return self.factor * white
-        return jnp.matmul(self.factor, white, precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(self.factor, white, precision=_HIGHEST)
 
 
 def svd_sampler(matrix: Float[Array, "D D"]) -> GaussianSampler:
@@ -53,10 +58,19 @@ def svd_sampler(matrix: Float[Array, "D D"]) -> GaussianSampler:
         matrix: a covariance, [D, D]; `sgd_covariance` / b for the noise of SGD.
 
     Raises:
-        ValueError: if `matrix` is not a square matrix of floating-point numbers.
+        ValueError: if `matrix` is not a square matrix of floating-point numbers, or, outside of
+            jit, is no covariance: not finite, not symmetric, or with an eigenvalue below 0, each
+            up to the rounding of its type (7.6e-6 sqrt(D) of its scale in float32). Under jit
+            nothing can be looked at, and eigenvalues below 0 count as their absolute values.
     """
-    matrix = _square(matrix)
+    given, matrix = matrix, _symmetric(matrix)
     vectors, values, _ = jnp.linalg.svd(matrix)
+    if not isinstance(matrix, Tracer) and matrix.size:
+        # Where it is a covariance, vectors of both sides agree, and it is U Lambda U^T as well.
+        rebuilt = jnp.matmul(vectors * values[None], vectors.T, precision=_HIGHEST)
+        error = float(jnp.linalg.norm(rebuilt - matrix))
+        if error > _tolerance(given) * float(values[0]):
+            _semidefinite(given, jnp.linalg.eigvalsh(matrix))
     return GaussianSampler(vectors * jnp.sqrt(values)[None])
 
 
@@ -67,10 +81,11 @@ def eigh_sampler(matrix: Float[Array, "D D"]) -> GaussianSampler:
         matrix: a covariance, [D, D]. Eigenvalues that come out below 0 by rounding count as 0.
 
     Raises:
-        ValueError: if `matrix` is not a square matrix of floating-point numbers.
+        ValueError: as `svd_sampler`. Under jit every eigenvalue below 0 counts as 0.
     """
-    matrix = _square(matrix)
+    given, matrix = matrix, _symmetric(matrix)
     values, vectors = jnp.linalg.eigh(matrix)
+    _semidefinite(given, values)
     return GaussianSampler(vectors * jnp.sqrt(jnp.maximum(values, 0))[None])
 
 
@@ -79,7 +94,9 @@ def cholesky_sampler(
 ) -> GaussianSampler:
     """As `svd_sampler`, by a Cholesky factorisation: cheaper still, but for regular matrices.
 
-    Covariances of gradients are singular if N <= D, so a multiple of the identity is added.
+    Covariances of gradients are singular if N <= D, so a multiple of the identity is added. That
+    the matrix is a covariance is checked by factoring it, with what was added: a `jitter` above the
+    smallest eigenvalue's distance from 0 hides that it is negative. The matrix 0 has the factor 0.
 
     Args:
         matrix: a covariance, [D, D].
@@ -88,18 +105,21 @@ def cholesky_sampler(
             at D = 11,000 in float32).
 
     Raises:
-        ValueError: if `matrix` is not a square matrix of floating-point numbers, `jitter` is
-            negative, or, outside of jit, the factorisation fails; under jit the factor is NaN then.
+        TypeError, ValueError: if `matrix` is not a square matrix of floating-point numbers, or
+            `jitter` is not a number or negative, or, outside of jit, `matrix` is not finite, not
+            symmetric up to rounding, or the factorisation fails; under jit the factor is NaN then.
     """
-    matrix = _square(matrix)
+    given, matrix = matrix, _symmetric(matrix)
     if jitter is None:
         jitter = 8 * float(jnp.finfo(matrix.dtype).eps)
     jitter = _validate.finite_nonnegative("jitter", jitter)
     added = jitter * jnp.trace(matrix) * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-    factor = jnp.linalg.cholesky(matrix + added)
+    # Without noise there is no noise: no jitter, which is relative, would make 0 regular.
+    factor = jnp.where((matrix == 0).all(), 0, jnp.linalg.cholesky(matrix + added))
     if not isinstance(factor, Tracer) and not bool(jnp.isfinite(factor).all()):
+        _semidefinite(given, jnp.linalg.eigvalsh(matrix))
         raise ValueError(
-            f"matrix is not positive definite even with jitter = {jitter} of its trace: raise "
+            f"matrix is singular up to rounding even with jitter = {jitter} of its trace: raise "
             "jitter, or use eigh_sampler."
         )
     return GaussianSampler(factor)
@@ -109,17 +129,28 @@ def diagonal_sampler(variances: Float[Array, " D"]) -> GaussianSampler:
     """Independent components: the approximation that the field compares with.
 
     Args:
-        variances: [D], from `diagonal`.
+        variances: [D], from `diagonal`. What is below 0 by rounding counts as 0.
 
     Raises:
-        ValueError: if `variances` is not a vector of floating-point numbers.
+        ValueError: if `variances` is not a vector of floating-point numbers, or, outside of jit, is
+            not finite or below 0. Under jit every variance below 0 counts as 0.
     """
+    _matrices.numbers("variances", variances)
     if jnp.ndim(variances) != 1 or not jnp.issubdtype(jnp.result_type(variances), jnp.floating):
         raise ValueError(
             "variances must be a vector of floating-point numbers, got shape "
             f"{jnp.shape(variances)} and dtype {jnp.result_type(variances)}."
         )
-    return GaussianSampler(jnp.sqrt(jnp.maximum(_widen(variances), 0)))
+    given, variances = variances, _widen(variances)
+    _finite("variances", variances)
+    if not isinstance(variances, Tracer) and variances.size:
+        smallest = float(variances.min())
+        if smallest < -_rounding(given) * float(jnp.abs(variances).max()):
+            raise ValueError(
+                f"variances must be at least 0, got {smallest} at position "
+                f"{int(variances.argmin())}."
+            )
+    return GaussianSampler(jnp.sqrt(jnp.maximum(variances, 0)))
 
 
 def gradient_sampler(noise: MNoise | Exchangeable | str, gradients: Any) -> GaussianSampler:
@@ -132,9 +163,12 @@ def gradient_sampler(noise: MNoise | Exchangeable | str, gradients: Any) -> Gaus
         gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
 
     Raises:
-        TypeError, ValueError: as `noise_covariance`.
+        TypeError, ValueError: as `noise_covariance`; outside of jit also if `gradients` are not
+            finite.
     """
-    return GaussianSampler(_matrices.root(noise, _matrices.flatten(gradients)).T)
+    factor = _matrices.root_of("gradient_sampler", noise, gradients)
+    _finite("gradients", factor)
+    return GaussianSampler(factor.T)
 
 
 class Multiplicative(NamedTuple):
@@ -165,9 +199,12 @@ def to_additive(weights: Weights, gradients: Any) -> Float[Array, " D"]:
         ValueError: if the weights are for another number of examples, or are several draws (use
             `jax.vmap`).
     """
-    rows = _matrices.flatten(gradients)
     if not isinstance(weights, Weights):
-        raise TypeError(f"weights must be a noise.Weights, got {type(weights).__name__}.")
+        raise TypeError(
+            f"weights must be a noise.Weights, got {_validate.shown(weights)}; the order is "
+            "to_additive(weights, gradients)."
+        )
+    rows = _matrices.flatten(gradients)
     if weights.values.ndim != 1:
         raise ValueError(
             f"weights must be one draw, got weights.values of shape {weights.values.shape}; use "
@@ -200,7 +237,8 @@ def to_multiplicative(additive: Float[Array, " D"], gradients: Any) -> Multiplic
     num_examples, dim = rows.shape
     if jnp.shape(additive) != (dim,):
         raise ValueError(
-            f"additive must be a vector of length D = {dim}, got shape {jnp.shape(additive)}."
+            f"additive must be a vector of length D = {dim}, got shape {jnp.shape(additive)}; the "
+            "order is to_multiplicative(additive, gradients)."
         )
     additive = jnp.asarray(additive, rows.dtype)
     deviations = jnp.linalg.lstsq(rows.T, additive)[0]
@@ -211,10 +249,62 @@ def to_multiplicative(additive: Float[Array, " D"], gradients: Any) -> Multiplic
 
 
 def _apply(deviations: Float[Array, " N"], rows: Float[Array, "N D"]) -> Float[Array, " D"]:
-    return jnp.matmul(deviations, rows, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(deviations, rows, precision=_HIGHEST)
+
+
+def _symmetric(matrix: Any) -> Float[Array, "D D"]:
+    """A matrix in float32 or wider, that may be a covariance as far as one look can tell."""
+    given, matrix = matrix, _square(matrix)
+    _finite("matrix", matrix)
+    if not isinstance(matrix, Tracer) and matrix.size:
+        difference, largest = jnp.abs(matrix - matrix.T), float(jnp.abs(matrix).max())
+        if float(difference.max()) > _rounding(given) * largest:
+            i, j = divmod(int(difference.argmax()), matrix.shape[0])
+            raise ValueError(
+                "matrix must be symmetric up to rounding to be a covariance, got "
+                f"{float(matrix[i, j])} at ({i}, {j}) and {float(matrix[j, i])} at ({j}, {i})."
+            )
+    return matrix
+
+
+def _semidefinite(given: Any, eigenvalues: Float[Array, " D"]) -> None:
+    """Raises ValueError unless all are at least 0 up to rounding (traced ones are not seen)."""
+    if isinstance(eigenvalues, Tracer) or not eigenvalues.size:
+        return
+    smallest, largest = float(eigenvalues.min()), float(jnp.abs(eigenvalues).max())
+    if smallest < -_tolerance(given) * largest:
+        raise ValueError(
+            "matrix must be positive semi-definite to be a covariance: smallest eigenvalue "
+            f"{smallest}, largest {float(eigenvalues.max())}. (A covariance that was computed as a "
+            "difference may have lost all its digits: see form='centred' of sgd_covariance.)"
+        )
+
+
+def _finite(name: str, values: Float[Array, "..."]) -> None:
+    if not isinstance(values, Tracer) and not bool(jnp.isfinite(values).all()):
+        count = int((~jnp.isfinite(values)).sum())
+        raise ValueError(f"{name} must be finite, got {count} entries that are not.")
+
+
+def _rounding(given: Any) -> float:
+    """How far an entry of a computed covariance may be off, as a fraction of the largest.
+
+    Sums of N products in float32 or wider are off by sqrt(N) roundings or so, and by one more where
+    the result was rounded to a narrow type.
+    """
+    dtype = jnp.result_type(given)
+    wide = _dtypes.accumulator(dtype)
+    rounded = 0.0 if dtype == wide else float(jnp.finfo(dtype).eps)
+    return 64 * float(jnp.finfo(wide).eps) + rounded
+
+
+def _tolerance(given: Any) -> float:
+    """The same for an eigenvalue: D^2 errors of that size have a norm of sqrt(D) times it."""
+    return math.sqrt(jnp.shape(given)[0]) * _rounding(given)
 
 
 def _square(matrix: Any) -> Float[Array, "D D"]:
+    _matrices.numbers("matrix", matrix)
     shape = jnp.shape(matrix)
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"matrix must be square, got shape {shape}.")

@@ -34,12 +34,8 @@ class Weights:
             traced ones are not looked at.
     """
 
-    values: Float[Array, "*batch support"] | Float[NDArray[np.floating[Any]], "*batch support"]
-    indices: (
-        Integer[Array, "*batch support"]
-        | Integer[NDArray[np.integer[Any]], "*batch support"]
-        | None
-    )
+    values: Float[Array, "*batch support"]
+    indices: Integer[Array, "*batch support"] | None
     num_examples: int
 
     def __post_init__(self) -> None:

@@ -10,9 +10,16 @@ model can be simulated.
 
 * `euler_maruyama` integrates it on a Brownian path that is a function of a key, can be refined at
   will, and is the one that `noise.fisher` and `noise.cov` follow when trained with the same key;
-* `diffrax_terms` hands it to diffrax;
+* `diffrax_terms` hands it to diffrax, in the interpretation that the solver converges to;
 * `strong_error` and `weak_error` measure the distance between iteration and SDE against the
   learning rate, path by path (Theorem 3) and in expectation (Theorem 2).
+
+The noise of the SDE has independent increments, as the steps of a law must have. The steps of
+`noise.random_reshuffling` depend on each other; over many of them their covariances do not add up,
+and such laws are refused. What an epoch of m steps leaves per step is
+``sum_{s, t < m} law.covariance_between(s, t) / m`` (0 where the batches use up all examples): these
+two moments in a `noise.Exchangeable` give the SDE the noise of many epochs. It is of weak order 1
+whatever the drift, since the correlation of steps also moves the mean, by O(eta).
 """
 
 from msgd_jax._estimate import Estimate

@@ -15,16 +15,7 @@ from msgd_jax import _dtypes, _validate, loss
 from msgd_jax.noise import Exchangeable, MNoise, Weights
 
 Law = MNoise | Exchangeable
-"""Whose covariance the diffusion has: an M-noise with independent steps, or two exact moments.
-
-The SDE's noise has independent increments, and the covariance of one step of the law over each
-iteration. A law whose steps depend on each other (`noise.random_reshuffling`) has another
-covariance over many steps than the sum of theirs, and is refused. What an epoch of m steps leaves
-per step is ``sum_{s, t < m} law.covariance_between(s, t) / m``: an `Exchangeable` with these two
-moments (0 and 0 where the batches use up all examples) gives the SDE the noise that such a law has
-over many epochs. It does not give weak order 2: the correlation of steps adds a term of order eta
-to the drift, which no covariance holds.
-"""
+"""Whose covariance the diffusion has: an M-noise with independent steps, or two exact moments."""
 
 Coupling = Callable[[Float[Array, " N"]], Float[Array, " N"]]
 """Weights [N] from the Brownian increment over one iteration [N], in units of sqrt(eta)."""

@@ -106,7 +106,7 @@ class ErrorSweep:
         ratios = ratios / scale
         deviations = 2 * ratios * (self.standard_errors / (rates * scale))
         line = fit_line(rates, ratios**2, deviations, self.degrees_of_freedom)
-        square, spread, freedom = line.intercept
+        square, spread, freedom, _ = line.intercept
         a = math.sqrt(max(square, 0.0))
         spread = spread / (2 * a) if square > spread else math.sqrt(spread)
         noise = line.slope
