@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msgd_jax import complexity, noise
-from tests.programs import compilations, growth
+from tests.programs import compilations, growth, resources
 
 KEY = jax.random.key(5)
 N = 8
@@ -105,6 +105,16 @@ def test_losses_and_what_they_hold_go_when_the_call_returns(name):
     CALLS[name](losses)
     del losses
     assert [weak() for weak in gone] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["penalty", "its gradient", "add_local_complexity"])
+def test_programs_go_as_well(name):
+    """Of loops outside of jit jax keeps the program: some hundred memory maps a call."""
+    CALLS[name](Losses())
+    _, before = resources()
+    for _ in range(3):
+        CALLS[name](Losses())
+    assert resources()[1] - before < 60
 
 
 @pytest.mark.slow
