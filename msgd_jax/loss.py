@@ -281,8 +281,8 @@ def weighted_values_and_grads(
         def one_draw(values: Float[Array, " batch"]) -> tuple[Float[Array, ""], Any]:
             value = jnp.sum(losses.astype(dtype) * values.astype(dtype))
             scale = _narrow.scale(values) if narrow else None
-            scaled = values if scale is None else values * scale
-            return value, _narrow.unscaled(pull_back(scaled.astype(losses.dtype))[0], scale)
+            scaled = _narrow.scaled(values, scale).astype(losses.dtype)
+            return value, _narrow.unscaled(pull_back(scaled)[0], scale)
 
         # One draw at a time is a plain scan, without a `vmap` over one inside.
         at_once = None if draws_per_pass == 1 else draws_per_pass
@@ -333,7 +333,7 @@ def _of_drawn(
         def weighted_loss(params: Any) -> tuple[Float[Array, ""], Any]:
             losses, new_aux = wide_losses_of(params)
             dtype = _dtypes.accumulator(losses.dtype, values.dtype)
-            weights = values.astype(dtype) if scale is None else values.astype(dtype) * scale
+            weights = _narrow.scaled(values.astype(dtype), scale)
             return jnp.sum(losses.astype(dtype) * weights), new_aux
 
         (value, new_aux), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
