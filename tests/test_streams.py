@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msgd_jax import noise
+from msgd_jax import loss, noise
 from msgd_jax._streams import Stream, derive
 from tests.noises import ROWS
 
@@ -159,6 +159,21 @@ def test_positions_of_any_integer_type(size, dtype):
         traced = jax.jit(noise.permute, static_argnums=2)(key, jnp.asarray(positions), size)
     np.testing.assert_array_equal(traced, expected)
     assert traced.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_micro_batches_of_any_integer_type(dtype):
+    """500 examples in micro-batches of 100, which int8 cannot add up."""
+    losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+    x, weights = jnp.linspace(0, 1, 500), noise.cov(500, 10).sample(jax.random.key(0), 0)
+    size = dtype.type(100)
+    of_weights = loss.weighted_value_and_grad(losses, microbatch_size=size)
+    plain = loss.weighted_value_and_grad(losses, microbatch_size=100)
+    one = jnp.asarray(1.0)
+    jax.tree.map(np.testing.assert_array_equal, of_weights(one, x, weights), plain(one, x, weights))
+    stacked = jax.tree.map(lambda leaf: leaf[None], weights)
+    many = loss.weighted_values_and_grads(losses, microbatch_size=size, draws_per_pass=size)
+    np.testing.assert_allclose(many(one, x, stacked)[1][0], plain(one, x, weights)[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
