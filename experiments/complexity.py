@@ -220,7 +220,10 @@ def trace(config: ComplexityConfig, dataset: data.Dataset) -> Iterator[dict[str,
     model = "digits_net" if dataset.name == "digits" else "lenet"
     losses = training.model_functions(model, dataset.max_value).losses
     train_set = jax.device_put(dataset.train)
-    multipliers = laws(config, len(dataset.train.label))
+    multipliers = {
+        name: _measurement(config, losses, law)
+        for name, law in laws(config, len(dataset.train.label)).items()
+    }
     times = -(-config.steps // config.every) + 1
     total = len(config.algorithms) * times * config.seeds * len(multipliers)
     with terminal.Progress(total, "measurement") as progress:
@@ -231,8 +234,8 @@ def trace(config: ComplexityConfig, dataset: data.Dataset) -> Iterator[dict[str,
                 measured = {name: [] for name in multipliers}
                 for i in range(config.seeds):
                     own = jax.tree.map(lambda leaf, i=i: leaf[i], params)
-                    for name, law in multipliers.items():
-                        measured[name].append(_measure(config, losses, own, train_set, law))
+                    for name, measure in multipliers.items():
+                        measured[name].append(_as_numbers(measure(own, train_set)))
                         progress.update()
                 yield {
                     "algorithm": plan.label,
@@ -252,21 +255,37 @@ def _traced(config: ComplexityConfig, algorithm: AlgorithmName, dataset: Any) ->
     )  # fmt: skip
 
 
-def _measure(
-    config: ComplexityConfig, losses: Any, params: Any, examples: Any, law: complexity.Multipliers
-) -> dict[str, float]:
-    found = complexity.local_complexity(
-        losses, params, examples, law, radius=config.radius, key=jax.random.key(config.seed),
-        num_draws=config.trace_draws, num_starts=1, num_steps=config.ascent_steps,
-        microbatch_size=config.microbatch_size, ascents_per_pass=1,
-    )  # fmt: skip
-    return {
-        "mean": float(found.mean),
-        "standard_error": float(found.standard_error),
-        "at_centre": float(found.at_centre.mean()),
-        "first_order": float(found.first_order.mean()),
-        "largest_gap": float(found.gap.max()),
-    }
+def _measurement(
+    config: ComplexityConfig, losses: Any, law: complexity.Multipliers
+) -> Callable[[Any, Any], dict[str, Any]]:
+    """A function of parameters and examples, compiled once for the whole trace."""
+
+    @jax.jit
+    def measure(params: Any, examples: Any) -> dict[str, Any]:
+        found = complexity.local_complexity(
+            losses, params, examples, law, radius=config.radius, key=jax.random.key(config.seed),
+            num_draws=config.trace_draws, num_starts=1, num_steps=config.ascent_steps,
+            microbatch_size=config.microbatch_size, ascents_per_pass=1,
+        )  # fmt: skip
+        return {
+            "mean": found.mean,
+            "standard_error": found.standard_error,
+            "at_centre": found.at_centre.mean(),
+            "first_order": found.first_order.mean(),
+            "largest_gap": found.gap.max(),
+        }
+
+    return measure
+
+
+def _as_numbers(measured: dict[str, Any]) -> dict[str, float]:
+    numbers = {name: float(value) for name, value in measured.items()}
+    if not np.isfinite(numbers["mean"]):  # under jit `local_complexity` cannot say so itself
+        raise ValueError(
+            "The losses or gradients are not finite in the ball: choose a smaller --radius, or a "
+            "--learning-rate at which training does not diverge."
+        )
+    return numbers
 
 
 def _transposed(values: list[dict[str, float]]) -> dict[str, list[float]]:

@@ -11,8 +11,7 @@ matplotlib.use("Agg")  # also where there is no display
 import matplotlib.pyplot as plt
 
 from experiments import figures
-
-_Z95 = 1.96
+from msgd_jax.complexity import Estimate
 
 
 def plot_theorem1(
@@ -38,7 +37,7 @@ def plot_theorem1(
         axes.errorbar(
             [ratio["value"] for _, ratio in found],
             [height + 0.12 * (2 - i) for height, _ in found],
-            xerr=[_Z95 * ratio["standard_error"] for _, ratio in found],
+            xerr=_margins([ratio for _, ratio in found]),
             fmt="osD^v"[i],
             color=f"C{(0, 2, 4, 3, 1)[i]}",
             markersize=5,
@@ -52,6 +51,14 @@ def plot_theorem1(
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle("Theorem 1: how tight is each inequality", fontsize=11)
     figures.save(figure, path)
+
+
+def _margins(ratios: Sequence[dict[str, float]]) -> np.ndarray:
+    """How far the 95 % intervals reach below and above their values, [2, ratios]."""
+    estimates = [Estimate(**ratio) for ratio in ratios]
+    ends = np.array([estimate.interval for estimate in estimates]).reshape(-1, 2)
+    values = np.array([[estimate.value] for estimate in estimates]).reshape(-1, 1)
+    return np.abs(ends - values).T
 
 
 def plot_trace(records: Sequence[dict[str, Any]], config: Any, path: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """The local complexity of a loss: Monte Carlo over multipliers, the supremum by ascent."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -150,8 +151,34 @@ def local_complexity(
         >>> round(float(local.mean), 6)  # E |v1 + 2 v2| / 2
         1.0
     """
+    (result,) = local_complexities(
+        loss_vector_fn, params, data, (multipliers,),
+        radius=radius, key=key, num_draws=num_draws, num_starts=num_starts, num_steps=num_steps,
+        optimizer=optimizer, smoothness=smoothness, microbatch_size=microbatch_size,
+        ascents_per_pass=ascents_per_pass,
+    )  # fmt: skip
+    return result
+
+
+def local_complexities(
+    loss_vector_fn: loss.LossVectorFn,
+    params: Any,
+    data: Any,
+    multipliers: Sequence[_multipliers.Multipliers | MNoise],
+    *,
+    radius: Any,
+    key: Any = None,
+    num_draws: Any,
+    num_starts: Any = 2,
+    num_steps: Any = 30,
+    optimizer: Any = None,
+    smoothness: Any = None,
+    microbatch_size: Any = None,
+    ascents_per_pass: Any = None,
+) -> list[LocalComplexity]:
+    """`local_complexity` of several multipliers: those whose draws look alike share a program."""
     problem = Problem.of(loss_vector_fn, params, data, microbatch_size)
-    law = _multipliers.of(multipliers, problem.num_examples)
+    laws = [_multipliers.of(law, problem.num_examples) for law in multipliers]
     settings = Settings.of(
         radius, num_starts, num_steps, optimizer, ascents_per_pass, problem.dtype
     )
@@ -163,36 +190,90 @@ def local_complexity(
                 "num_draws = None takes every v once, so data must be fixed, not a function of a "
                 "key: give num_draws."
             )
-        vectors, chances = _multipliers.all_draws(law)
-        vectors, law = jnp.asarray(vectors, problem.dtype), None
     else:
         num_draws = _validate.positive_int("num_draws", num_draws, minimum=2)
-        vectors, chances = None, np.full(num_draws, 1 / num_draws)
     if key is None:
         if num_draws is not None:
             raise ValueError("key is needed to draw at random: give key=jax.random.key(0), say.")
         key = jax.random.key(0)  # only the starts are random, and only those after the first
     _validate.prng_key("key", key)
+    groups: dict[Any, list[int]] = {}
+    for i, law in enumerate(laws):
+        groups.setdefault(i if num_draws is None else _multipliers.looks(law), []).append(i)
+    results: dict[int, LocalComplexity] = {}
+    for group in groups.values():
+        alike = [laws[i] for i in group]
+        found = _of_group(problem, settings, alike, key, num_draws, smoothness)
+        results |= dict(zip(group, found, strict=True))
+    return [results[i] for i in range(len(laws))]
 
-    def measured(arrays: tuple[Any, ...], key: Key[Array, ""], smoothness: Any) -> LocalComplexity:
-        params, data, vectors, radius = arrays
-        return _measured(
-            dataclasses.replace(problem, params=params, data=data), law, vectors,
-            dataclasses.replace(settings, radius=radius), key, len(chances), smoothness,
-        )  # fmt: skip
 
-    # A program of this call alone. The losses are in it, not among its arguments: jax remembers the
-    # structure of arguments for good, and what is static in it.
-    arrays = problem.params, problem.data, vectors, settings.radius
-    result = jax.jit(measured)(arrays, key, smoothness or 0.0)
-    result = result._replace(
-        probabilities=jnp.asarray(chances, problem.dtype),
-        exhaustive=vectors is not None,
-        upper=None if smoothness is None else result.upper,
-        num_starts=num_starts,
-    )
-    _check_finite(result.at_centre, result.draws)
-    return result
+def _of_group(
+    problem: Problem,
+    settings: Settings,
+    laws: Sequence[_multipliers.Multipliers],
+    key: Key[Array, ""],
+    num_draws: int | None,
+    smoothness: float | None,
+) -> list[LocalComplexity]:
+    """Of laws whose draws look alike, by one program; of one law, if all its draws are taken."""
+    vectors = None
+    if num_draws is None:
+        every, chances = _multipliers.all_draws(laws[0])
+        vectors = jnp.asarray(every, problem.dtype)
+    else:
+        chances = np.full(num_draws, 1 / num_draws)
+
+    # What jax is given as an argument it may keep, and a function it has seen before it does not
+    # trace again. So the functions are closed over, by one of this call: it goes, all goes.
+    def measured(arrays: Any, vectors: Any, key: Key[Array, ""], which: Int[Array, ""]) -> Any:
+        params, data, radius = arrays
+        own = dataclasses.replace(problem, params=params, data=data)
+        ways = dataclasses.replace(settings, radius=radius)
+        draws = Draws(laws, which, vectors, len(chances))
+        return _measured(own, draws, ways, key, smoothness or 0.0)
+
+    program = jax.jit(measured)
+    arrays = problem.params, problem.data, settings.radius
+    results = []
+    for i in range(len(laws)):
+        result = program(arrays, vectors, jax.random.clone(key), jnp.asarray(i, jnp.int32))
+        result = result._replace(
+            probabilities=jnp.asarray(chances, problem.dtype),
+            exhaustive=vectors is not None,
+            upper=None if smoothness is None else result.upper,
+            num_starts=settings.num_starts,
+        )
+        _check_finite(result.at_centre, result.draws)
+        results.append(result)
+    return results
+
+
+class Draws(NamedTuple):
+    """Where the draws come from: one of several laws, or vectors that are there.
+
+    Attributes:
+        laws: whose draws look alike.
+        which: the one that is measured.
+        vectors: all draws of the only law, [draws, N]; None if they are drawn.
+        num_draws: how many.
+    """
+
+    laws: Sequence[_multipliers.Multipliers]
+    which: Int[Array, ""]
+    vectors: Float[Array, "draws N"] | None
+    num_draws: int
+
+    def weights(self, key: Key[Array, ""], draw: Int[Array, ""]) -> tuple[Weights, Any]:
+        """A draw, over N, and whether its law is centred."""
+        n, centred = self.laws[0].num_examples, jnp.array([law.centred for law in self.laws])
+        if self.vectors is not None:
+            v = Weights(self.vectors[draw], None, n)
+        elif len(self.laws) == 1:
+            v = self.laws[0].drawn(key, draw)
+        else:
+            v = jax.lax.switch(self.which, [law.drawn for law in self.laws], key, draw)
+        return Weights(v.values / n, v.indices, n), centred[self.which]
 
 
 class _Ascents(NamedTuple):
@@ -207,28 +288,17 @@ class _Ascents(NamedTuple):
     finite: Bool[Array, "draws 2 starts"]
 
 
-def _ascents(
-    problem: Problem,
-    law: _multipliers.Multipliers | None,
-    vectors: Float[Array, "draws N"] | None,
-    settings: Settings,
-    key: Key[Array, ""],
-    num_draws: int,
-) -> _Ascents:
+def _ascents(problem: Problem, draws: Draws, settings: Settings, key: Key[Array, ""]) -> _Ascents:
     """Every ascent of every draw; parameters, data, vectors and radius are traced."""
-    num_starts, num_examples, dtype = settings.num_starts, problem.num_examples, problem.dtype
+    num_draws, num_starts, dtype = draws.num_draws, settings.num_starts, problem.dtype
 
     def one_ascent(position: Int[Array, ""]) -> Any:
         draw, ascent = jnp.divmod(position, 2 * num_starts)
         sign = jnp.where(ascent < num_starts, 1, -1).astype(dtype)
         index = ascent % num_starts
-        if vectors is not None:
-            v = Weights(vectors[draw], None, num_examples)
-        else:
-            v = law.drawn(key, draw)  # type: ignore[union-attr]
+        weights, centred = draws.weights(key, draw)
         examples = problem.examples(derive(key, Stream.COMPLEXITY_DATA, draw))
-        weights = Weights(v.values / num_examples, v.indices, num_examples)
-        value_and_grad = problem.objective(examples, weights)
+        value_and_grad = problem.objective(examples, weights, centred)
         centre = _ascent.Centre.of(value_and_grad, problem.params)
         start_key = derive(key, Stream.ASCENTS, position)
         start = _ascent.start(centre, sign, index, num_starts, start_key)
@@ -259,16 +329,10 @@ def _ascents(
 
 
 def _measured(
-    problem: Problem,
-    law: _multipliers.Multipliers | None,
-    vectors: Float[Array, "draws N"] | None,
-    settings: Settings,
-    key: Key[Array, ""],
-    num_draws: int,
-    smoothness: Float[Array, ""] | float,
+    problem: Problem, drawn: Draws, settings: Settings, key: Key[Array, ""], smoothness: float
 ) -> LocalComplexity:
     """Runs the ascents and takes the best of each draw; what is static is left out."""
-    ascents = _ascents(problem, law, vectors, settings, key, num_draws)
+    ascents, num_draws = _ascents(problem, drawn, settings, key), drawn.num_draws
     best = ascents.value.reshape(num_draws, -1).argmax(-1)
 
     def of_best(values: Float[Array, "draws 2 starts"]) -> Float[Array, " draws"]:

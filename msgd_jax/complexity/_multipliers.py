@@ -40,6 +40,8 @@ class Multipliers:
             are not among its indices have v_i = 0 and are not computed.
         enumerate: returns all vectors that can be drawn with their probabilities; None where there
             are infinitely many.
+        centred: whether the v_i of every draw add up to 0, as those of SGD do. A constant in all
+            losses has no part in the complexity then, and rounding is kept from giving it one.
 
     Raises:
         TypeError, ValueError: if an attribute is not as described.
@@ -49,6 +51,7 @@ class Multipliers:
     num_examples: int
     draw: Callable[[Key[Array, ""]], Weights] = dataclasses.field(repr=False)
     enumerate: Callable[[], Enumerated] | None = dataclasses.field(repr=False, default=None)
+    centred: bool = False
 
     def __post_init__(self) -> None:
         _validate.positive_int("num_examples", self.num_examples)
@@ -72,13 +75,20 @@ class Multipliers:
         return self._compiled(key, _validate.step(step))
 
     def drawn(self, key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
-        """`sample` as part of another program, unchecked."""
-        return self.draw(derive(key, Stream.MULTIPLIERS, step))
+        """`sample` as part of another program, unchecked: the same bits."""
+        return _drawn(self.draw, key, step)
 
     @functools.cached_property
     def _compiled(self) -> Callable[[Key[Array, ""], Int[Array, ""]], Weights]:
-        draw = self.draw
-        return jax.jit(lambda key, step: draw(derive(key, Stream.MULTIPLIERS, step)))
+        # Of `draw` alone: a program that held the law would keep itself alive.
+        return jax.jit(functools.partial(_drawn, self.draw))
+
+
+def _drawn(
+    draw: Callable[[Key[Array, ""]], Weights], key: Key[Array, ""], step: Int[Array, ""]
+) -> Weights:
+    # Not fused with what uses it: arithmetic that is fused otherwise rounds otherwise.
+    return jax.lax.optimization_barrier(draw(derive(key, Stream.MULTIPLIERS, step)))
 
 
 def rademacher(
@@ -182,7 +192,11 @@ def from_noise(noise: MNoise) -> Multipliers:
     """
     if not isinstance(noise, MNoise):
         raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
-    return Multipliers(noise.name, noise.num_examples, bound(_draw_deviations, noise))
+    n, moments = noise.num_examples, noise.covariance
+    # Of the covariance, not of a draw: N W - 1 adds up to 0 but for rounding.
+    centred = abs(moments.alpha + n * moments.beta) <= 1e-12 * abs(moments.alpha)
+    draw = bound(_draw_deviations, noise)
+    return Multipliers(noise.name, n, draw, centred=centred)
 
 
 def _draw_deviations(noise: MNoise, key: Key[Array, ""]) -> Weights:
@@ -205,6 +219,13 @@ def of(multipliers: Multipliers | MNoise, num_examples: int | None = None) -> Mu
             f"{num_examples} examples on its leading axis."
         )
     return multipliers
+
+
+def looks(multipliers: Multipliers) -> tuple[Any, ...]:
+    """Structure, shapes and types of a draw, of which a program is made."""
+    shapes = jax.eval_shape(lambda key: multipliers.draw(key), jax.random.key(0))
+    leaves, structure = jax.tree.flatten(shapes)
+    return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def all_draws(multipliers: Multipliers) -> Enumerated:

@@ -171,7 +171,8 @@ def add_local_complexity(
         _multipliers.of(law, _validate.leading_axis("data", data))
         start_key = derive(state.key, Stream.ASCENTS, state.step)
         ascend = _ascender(loss_vector_fn, *options)
-        value, gradient = ascend(params, data, law.drawn(state.key, state.step), start_key)
+        v = law.drawn(state.key, state.step)
+        value, gradient = ascend(params, data, v, start_key, law.centred)
         updates = jax.tree.map(
             lambda u, g: (u.astype(g.dtype) + jnp.asarray(scale, g.dtype) * g).astype(u.dtype),
             updates,
@@ -197,7 +198,9 @@ def _ascender(
         _validate.positive_int("microbatch_size", microbatch_size)
     settings = Settings.of(radius, num_starts, num_steps, optimizer, None, jnp.float32)
 
-    def ascend(params: Any, data: Any, multipliers: Weights, key: Any = None) -> tuple[Array, Any]:
+    def ascend(
+        params: Any, data: Any, multipliers: Weights, key: Any = None, centred: bool = False
+    ) -> tuple[Array, Any]:
         _validate.floating_params(params)
         if not isinstance(multipliers, Weights):
             raise TypeError(
@@ -213,7 +216,9 @@ def _ascender(
         dtype = _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
         ball = jnp.asarray(radius, dtype)
 
-        value_and_grad = objective(loss_vector_fn, params, data, weights, dtype, microbatch_size)
+        value_and_grad = objective(
+            loss_vector_fn, params, data, weights, dtype, microbatch_size, centred
+        )
         centre = _ascent.Centre.of(value_and_grad, params)
 
         def one_ascent(position: Int[Array, ""]) -> _ascent.Peak:

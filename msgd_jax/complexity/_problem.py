@@ -1,4 +1,8 @@
-"""What a supremum is sought of, and how: checked arguments."""
+"""What a supremum is sought of, and how: checked arguments.
+
+These are no pytrees: functions among a program's arguments, static ones too, are kept by jax for as
+long as it likes. The program of a call closes over the functions, and is given the arrays.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from msgd_jax import _dtypes, _validate, loss
 from msgd_jax.complexity import _ascent
@@ -41,25 +45,33 @@ class Problem:
                 )
         if microbatch_size is not None:
             _validate.positive_int("microbatch_size", microbatch_size)
-        sample_data = data if callable(data) else None
-        if sample_data is None:
-            num_examples = _validate.leading_axis("data", data)
-        else:
-            shapes, data = jax.eval_shape(sample_data, jax.random.key(0)), None
-            num_examples = _validate.leading_axis("data(key)", shapes)
+        num_examples = number_of_examples(data)
+        sample_data, data = (data, None) if callable(data) else (None, data)
         params = jax.tree.map(jnp.asarray, params)
         dtype = _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
         return cls(params, data, loss_vector_fn, sample_data, num_examples, dtype, microbatch_size)
 
-    def objective(self, examples: Any, weights: Weights) -> _ascent.ValueAndGrad:
+    def objective(
+        self, examples: Any, weights: Weights, centred: bool | Bool[Array, ""]
+    ) -> _ascent.ValueAndGrad:
         """Value and gradient of ``L . w`` as a function of parameters."""
         return objective(
-            self.loss_vector_fn, self.params, examples, weights, self.dtype, self.microbatch_size
-        )
+            self.loss_vector_fn, self.params, examples, weights, self.dtype, self.microbatch_size,
+            centred,
+        )  # fmt: skip
 
     def examples(self, key: Any) -> Any:
         """The data, drawn with this key where they are drawn."""
         return self.data if self.sample_data is None else self.sample_data(key)
+
+
+def number_of_examples(data: Any) -> int:
+    """N of data that are there, or of what a function draws."""
+    if not callable(data):
+        return _validate.leading_axis("data", data)
+    # In a function of its own: jax remembers the shapes of those that it has seen.
+    shapes = jax.eval_shape(lambda key: data(key), jax.random.key(0))
+    return _validate.leading_axis("data(key)", shapes)
 
 
 def objective(
@@ -69,12 +81,14 @@ def objective(
     weights: Weights,
     dtype: Any,
     microbatch_size: int | None,
+    centred: bool | Bool[Array, ""] = False,
 ) -> _ascent.ValueAndGrad:
     """Value and gradient of ``L . w`` as a function of parameters near `centre`.
 
     What all losses have in common is taken out of the sum, which would lose the differences
     otherwise: ``sum_i w_i l_i = sum_i w_i (l_i - c) + c sum_i w_i``, with c their mean at the
-    centre. Where the weights add up to zero, c has no part in the result, however large it is.
+    centre. Where the weights add up to zero, c has no part in the result, however large it is:
+    with `centred` they do, and what they seem to add up to is rounding.
     """
     support = weights.values.shape[0]
     equal = jnp.full(support, 1 / support, weights.values.dtype)
@@ -89,7 +103,8 @@ def objective(
         return losses.astype(wide) - constant.astype(wide)
 
     weighted = loss.weighted_value_and_grad(less_the_constant, microbatch_size=microbatch_size)
-    offset = constant.astype(dtype) * _sum(weights.values).astype(dtype)
+    total = jnp.where(centred, 0, _sum(jnp.asarray(weights.values))).astype(dtype)
+    offset = constant.astype(dtype) * total
 
     def value_and_grad(params: Any) -> tuple[Float[Array, ""], Any]:
         value, gradient = weighted(params, examples, weights)
@@ -99,11 +114,9 @@ def objective(
 
 
 def _sum(values: Float[Array, " support"]) -> Float[Array, ""]:
-    """The sum of weights; exactly 0 where it is 0 up to the rounding of centred weights."""
+    """The sum of weights; exactly 0 where it is 0 up to the rounding of the sum."""
     total = jnp.sum(values)
-    # Weights are v/N, and v is often made as N W - 1: the 1 is rounded as well.
-    size = values.shape[0]
-    rounding = 4 * jnp.finfo(values.dtype).eps * (size * jnp.max(jnp.abs(values)) + 1)
+    rounding = 4 * jnp.finfo(values.dtype).eps * jnp.sum(jnp.abs(values))
     return jnp.where(jnp.abs(total) <= rounding, 0, total)
 
 

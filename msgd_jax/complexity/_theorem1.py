@@ -3,14 +3,15 @@
 import math
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
 from msgd_jax import _validate, loss
 from msgd_jax._estimate import Estimate
 from msgd_jax.complexity import _multipliers
-from msgd_jax.complexity._local import LocalComplexity, local_complexity
+from msgd_jax.complexity._local import LocalComplexity, local_complexities
+from msgd_jax.complexity._multipliers import Multipliers
+from msgd_jax.complexity._problem import number_of_examples
 
 _ROUNDING = 1e-5  # of float32 sums, where there is no sampling error
 
@@ -95,7 +96,8 @@ def gaussian_inequalities(
     """Both sides of Eq. 10: ``sqrt(2/pi) R(A, N) <= R(G, N) <= E max|g_i| R(A, N)``.
 
     They hold for every class of losses, for fixed examples and so for random ones. (The paper's
-    C ln N on the right is false for N = 1, and needs C >= 1.63 beyond.)
+    C ln N on the right is false for N = 1, and needs C >= 1.63 beyond.) Compiled anew on each call
+    and freed after it, as `local_complexity`; the two laws share a program.
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
@@ -113,20 +115,11 @@ def gaussian_inequalities(
     Raises:
         TypeError, ValueError: as `local_complexity`, or if both complexities are 0.
     """
-    n = _number_of_examples(data)
-
-    def complexity(law: _multipliers.Multipliers) -> LocalComplexity:
-        return local_complexity(
-            loss_vector_fn, params, data, law,
-            radius=radius, key=key, num_draws=num_draws, **options,
-        )  # fmt: skip
-
-    rademacher = complexity(_multipliers.rademacher(n))
-    gaussian = complexity(_multipliers.gaussian(n))
-    return (
-        _inequality("sqrt(2/pi) R(A, N) <= R(G, N)", rademacher, gaussian, math.sqrt(math.pi / 2)),
-        _inequality("R(G, N) <= E max|g| R(A, N)", gaussian, rademacher, expected_max_normal(n)),
+    problem, n = (loss_vector_fn, params, data), number_of_examples(data)
+    found = local_complexities(
+        *problem, _gaussian_laws(n), radius=radius, key=key, num_draws=num_draws, **options
     )
+    return _gaussian_inequalities(n, *found)
 
 
 def sgd_inequality(
@@ -157,7 +150,8 @@ def sgd_inequality(
     ===========  ==================  ======================================================
 
     The counterexample: all losses 0 but one. Then with replacement the ratio of "paper" is
-    (1 - 1/N)^b / (1 - b/N) > 1 for b > 1.
+    (1 - 1/N)^b / (1 - b/N) > 1 for b > 1. Compiled anew on each call and freed after it, as
+    `local_complexity`.
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
@@ -175,37 +169,12 @@ def sgd_inequality(
         TypeError, ValueError: as `local_complexity`; if b does not divide N where the paper's bound
             needs it; if both complexities are 0.
     """
-    n = _number_of_examples(data)
-    _validate.one_of("bound", bound, ("corrected", "paper"))
-    if n < 2:
-        raise ValueError("data must have at least 2 examples to have batches of fewer, got 1.")
-    b = _validate.positive_int("batch_size", batch_size, maximum=n - 1)
-    if bound == "paper" and n % b:
-        raise ValueError(
-            f"batch_size must divide N: Theorem 1 (2) needs N = k b with k > 1, got batch_size = "
-            f"{b} and N = {n}. bound='corrected' holds for every b below N."
-        )
-
-    def complexity(law: _multipliers.Multipliers) -> LocalComplexity:
-        return local_complexity(
-            loss_vector_fn, params, data, law,
-            radius=radius, key=key, num_draws=num_draws, **options,
-        )  # fmt: skip
-
-    with_replacement = replace and bound == "corrected"
-    if with_replacement:
-        size, factor, constant = b, 2 * (1 - 1 / n), "2 (1 - 1/N)"
-    else:
-        size, factor, constant = min(b, n - b), 2 * (1 - b / n), "2 (1 - b/N)"
-    of = "R(A, b)" if size == b else "R(A, N - b)"
-    how = "with" if replace else "without"
-    drawn = ", b drawn with replacement" if with_replacement else ""
-    return _inequality(
-        f"R(V_sgd {how} replacement, N) <= {constant} {of}{drawn}",
-        complexity(_multipliers.sgd(n, b, replace=replace)),
-        complexity(_multipliers.rademacher(n, size, replace=with_replacement)),
-        factor,
-    )
+    bounded = _SGDBound.of(number_of_examples(data), batch_size, replace, bound)
+    found = local_complexities(
+        loss_vector_fn, params, data, bounded.laws,
+        radius=radius, key=key, num_draws=num_draws, **options,
+    )  # fmt: skip
+    return _inequality(bounded.name, found[0], found[1], bounded.factor)
 
 
 def theorem1(
@@ -223,6 +192,9 @@ def theorem1(
 ) -> Theorem1:
     """Both parts of Theorem 1 with their explicit constants, measured: how tight is each bound.
 
+    Compiled anew on each call and freed after it, as `local_complexity`: one program for the laws
+    over all N examples, one for the signs on a batch.
+
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
         params: the centre of the ball.
@@ -238,18 +210,62 @@ def theorem1(
     Raises:
         TypeError, ValueError: as `gaussian_inequalities` and `sgd_inequality`.
     """
-    settings = {"radius": radius, "key": key, "num_draws": num_draws, **options}
-    sgd = sgd_inequality(
-        loss_vector_fn, params, data,
-        batch_size=batch_size, replace=replace, bound=bound, **settings,
+    n = number_of_examples(data)
+    bounded = _SGDBound.of(n, batch_size, replace, bound)
+    laws = (*_gaussian_laws(n), *bounded.laws)
+    *found, left, right = local_complexities(
+        loss_vector_fn, params, data, laws,
+        radius=radius, key=key, num_draws=num_draws, **options,
     )  # fmt: skip
-    return Theorem1(*gaussian_inequalities(loss_vector_fn, params, data, **settings), sgd)
+    sgd = _inequality(bounded.name, left, right, bounded.factor)
+    return Theorem1(*_gaussian_inequalities(n, *found), sgd)
 
 
-def _number_of_examples(data: Any) -> int:
-    if callable(data):
-        return _validate.leading_axis("data(key)", jax.eval_shape(data, jax.random.key(0)))
-    return _validate.leading_axis("data", data)
+def _gaussian_laws(n: int) -> tuple[Multipliers, Multipliers]:
+    return _multipliers.rademacher(n), _multipliers.gaussian(n)
+
+
+def _gaussian_inequalities(
+    n: int, rademacher: LocalComplexity, gaussian: LocalComplexity
+) -> tuple[Inequality, Inequality]:
+    return (
+        _inequality("sqrt(2/pi) R(A, N) <= R(G, N)", rademacher, gaussian, math.sqrt(math.pi / 2)),
+        _inequality("R(G, N) <= E max|g| R(A, N)", gaussian, rademacher, expected_max_normal(n)),
+    )
+
+
+class _SGDBound(NamedTuple):
+    """What is compared in `sgd_inequality`: the left law, the right law, and the constant."""
+
+    name: str
+    laws: tuple[Multipliers, Multipliers]
+    factor: float
+
+    @classmethod
+    def of(cls, n: int, batch_size: Any, replace: bool, bound: str) -> "_SGDBound":
+        """Checks the arguments."""
+        _validate.one_of("bound", bound, ("corrected", "paper"))
+        if n < 2:
+            raise ValueError("data must have at least 2 examples to have batches of fewer, got 1.")
+        b = _validate.positive_int("batch_size", batch_size, maximum=n - 1)
+        if bound == "paper" and n % b:
+            raise ValueError(
+                "batch_size must divide N: Theorem 1 (2) needs N = k b with k > 1, got batch_size "
+                f"= {b} and N = {n}. bound='corrected' holds for every b below N."
+            )
+        with_replacement = replace and bound == "corrected"
+        if with_replacement:
+            size, factor, constant = b, 2 * (1 - 1 / n), "2 (1 - 1/N)"
+        else:
+            size, factor, constant = min(b, n - b), 2 * (1 - b / n), "2 (1 - b/N)"
+        of = "R(A, b)" if size == b else "R(A, N - b)"
+        how = "with" if replace else "without"
+        drawn = ", b drawn with replacement" if with_replacement else ""
+        laws = (
+            _multipliers.sgd(n, b, replace=replace),
+            _multipliers.rademacher(n, size, replace=with_replacement),
+        )
+        return cls(f"R(V_sgd {how} replacement, N) <= {constant} {of}{drawn}", laws, factor)
 
 
 def _inequality(
