@@ -53,7 +53,7 @@ def plot_theorem1(
     figures.save(figure, path)
 
 
-def _margins(ratios: Sequence[dict[str, float]]) -> np.ndarray:
+def _margins(ratios: Sequence[dict[str, Any]]) -> np.ndarray:
     """How far the 95 % intervals reach below and above their values, [2, ratios]."""
     estimates = [Estimate(**ratio) for ratio in ratios]
     ends = np.array([estimate.interval for estimate in estimates]).reshape(-1, 2)

@@ -129,6 +129,49 @@ def test_a_constant_in_the_penalty():
     np.testing.assert_allclose(large, plain, rtol=0.1)  # of losses that are rounded to a sixteenth
 
 
+@pytest.mark.parametrize("size", [1, 5, 31, 32])
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_constant_that_rounds_no_loss_changes_nothing_at_all(size, replace):
+    """Eighths and 2^20 add up exactly. Of large batches v is small, and the more so its sum's 0."""
+    y = jnp.asarray(np.round(DATA[:, 5] * 8) / 8)
+    law = complexity.sgd(32, size, replace=replace)
+    plain, large = (
+        complexity.local_complexity(
+            lambda theta, y, c=c: y + c + 0 * theta, jnp.zeros(()), y, law,
+            radius=0.0, key=KEY, num_draws=4, num_starts=1, num_steps=0,
+        ).draws
+        for c in (0.0, 2.0**20)
+    )  # fmt: skip
+    np.testing.assert_allclose(large, plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_small_multipliers_have_small_complexities(scale):
+    """R of c V is c R of V, however small c: what is no rounding counts."""
+
+    def law(scale):
+        return complexity.Multipliers(
+            "scaled", 32,
+            lambda key: noise.Weights(scale * jax.random.normal(key, (32,)), None, 32),
+        )  # fmt: skip
+
+    expected, found = (measured(affine(100.0), law(c), num_steps=1) for c in (1.0, scale))
+    np.testing.assert_allclose(found.draws, scale * expected.draws, rtol=1e-4)
+    v, x = law(1.0).sample(KEY, 0), jnp.asarray(DATA)
+    penalty = complexity.penalty(affine(100.0), radius=0.5)
+    small = noise.Weights(scale * v.values, None, 32)
+    theta = jnp.zeros(5)
+    np.testing.assert_allclose(penalty(theta, x, small), scale * penalty(theta, x, v), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CENTRED)
+def test_laws_say_whether_they_are_centred(name):
+    assert CENTRED[name].centred
+    for law in (complexity.rademacher(32), complexity.gaussian(32), noise.fisher(32, 6)):
+        law = complexity.from_noise(law) if isinstance(law, noise.MNoise) else law
+        assert not law.centred
+
+
 @pytest.mark.parametrize("losses", [lambda theta, batch: 0 * batch[:, 0] * theta[0]])
 def test_where_nothing_is_found_the_gap_is_nothing(losses):
     found = measured(losses, complexity.rademacher(32))

@@ -60,11 +60,18 @@ def penalty(
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    ascend = _ascender(loss_vector_fn, radius, num_steps, num_starts, optimizer, microbatch_size)
+    options = (radius, num_steps, num_starts, optimizer, microbatch_size)
+    ascend = _ascender(loss_vector_fn, *options)
 
     def of_params(params: Any, data: Any, multipliers: Weights, key: Any = None) -> Array:
+        _check(params, data, multipliers)
+        if key is None and num_starts > 1:
+            raise ValueError("key is needed for the random starts of num_starts > 1.")
+        key = jax.random.key(0) if key is None else key  # the first start is not random
         fixed = jax.lax.stop_gradient
-        value, gradient = fixed(ascend(fixed(params), fixed(data), fixed(multipliers), key))
+        # A program of this call, which goes with it; under the user's jit it is part of that.
+        program = jax.jit(lambda *arguments: ascend(*arguments))
+        value, gradient = fixed(program(fixed(params), fixed(data), fixed(multipliers), key))
         # Zero, with the gradient found: nothing is differentiated through the ascent.
         moves = jax.tree.map(lambda p: p - fixed(p), params)
         products = jax.tree.map(
@@ -114,6 +121,8 @@ def add_local_complexity(
       updates, state = optimizer.update(
           (), state, params, loss_vector_fn=loss_vector_fn, data=data
       )
+
+    An update outside of `jax.jit` is compiled anew each time, as a call of `penalty` is.
 
     `train.make_step` passes loss vector function and data along, so there it goes before the
     optimizer in a chain of its own. With ``rademacher(N, b)`` a step takes b examples, so that it
@@ -169,10 +178,14 @@ def add_local_complexity(
                 "put it outside."
             )
         _multipliers.of(law, _validate.leading_axis("data", data))
-        start_key = derive(state.key, Stream.ASCENTS, state.step)
-        ascend = _ascender(loss_vector_fn, *options)
-        v = law.drawn(state.key, state.step)
-        value, gradient = ascend(params, data, v, start_key, law.centred)
+        ascend = _ascender(loss_vector_fn, *options, centred=law.centred)
+
+        def of_step(params: Any, data: Any, key: Key[Array, ""], step: Int[Array, ""]) -> Any:
+            start_key = derive(key, Stream.ASCENTS, step)
+            return ascend(params, data, law.drawn(key, step), start_key)
+
+        # A program of this call, as in `penalty`.
+        value, gradient = jax.jit(of_step)(params, data, state.key, state.step)
         updates = jax.tree.map(
             lambda u, g: (u.astype(g.dtype) + jnp.asarray(scale, g.dtype) * g).astype(u.dtype),
             updates,
@@ -191,6 +204,7 @@ def _ascender(
     num_starts: Any,
     optimizer: Any,
     microbatch_size: int | None,
+    centred: bool = False,
 ) -> Callable[..., tuple[Array, Any]]:
     """The supremum and the gradient there, as a function of params, data, v and a key."""
     _validate.function("loss_vector_fn", loss_vector_fn)
@@ -199,17 +213,8 @@ def _ascender(
     settings = Settings.of(radius, num_starts, num_steps, optimizer, None, jnp.float32)
 
     def ascend(
-        params: Any, data: Any, multipliers: Weights, key: Any = None, centred: bool = False
+        params: Any, data: Any, multipliers: Weights, key: Key[Array, ""]
     ) -> tuple[Array, Any]:
-        _validate.floating_params(params)
-        if not isinstance(multipliers, Weights):
-            raise TypeError(
-                "multipliers must be a noise.Weights, as `sample` draws them, got "
-                f"{type(multipliers).__name__}."
-            )
-        if key is None and num_starts > 1:
-            raise ValueError("key is needed for the random starts of num_starts > 1.")
-        key = jax.random.key(0) if key is None else key  # the first start is not random
         params = jax.tree.map(jnp.asarray, params)
         n = multipliers.num_examples
         weights = Weights(multipliers.values / n, multipliers.indices, n)
@@ -235,3 +240,13 @@ def _ascender(
         return peaks.value[best], jax.tree.map(lambda g: g[best], peaks.gradient)
 
     return ascend
+
+
+def _check(params: Any, data: Any, multipliers: Any) -> None:
+    _validate.floating_params(params)
+    _validate.leading_axis("data", data)
+    if not isinstance(multipliers, Weights):
+        raise TypeError(
+            "multipliers must be a noise.Weights, as `sample` draws them, got "
+            f"{type(multipliers).__name__}."
+        )
