@@ -13,7 +13,7 @@ import pytest
 
 from msgd_jax import loss, noise
 from msgd_jax._streams import Stream, derive
-from tests.noises import ROWS
+from tests.noises import ROWS, spared
 
 IMPLEMENTATIONS = ["threefry2x32", "rbg"]
 INTEGERS = [np.dtype(kind + size) for kind in "iu" for size in "1248"]
@@ -73,10 +73,17 @@ def correlations(draw, size, num_keys, impl):
     return theirs @ ours / scale * np.sqrt(ours.size)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("size", "num_keys"), [(6, 300), (1500, 4)])
-@pytest.mark.parametrize("name", sorted(set(ROWS) - {"gd"}))
-def test_weights_are_uncorrelated_with_what_a_user_draws(name, size, num_keys, impl):
+DRAWN = [
+    ("threefry2x32", 6, 300),
+    pytest.param("threefry2x32", 1500, 4, marks=pytest.mark.slow),
+    pytest.param("rbg", 6, 300, marks=pytest.mark.slow),
+    ("rbg", 1500, 4),
+]
+
+
+@pytest.mark.parametrize(("impl", "size", "num_keys"), DRAWN)
+@pytest.mark.parametrize("name", spared(sorted(set(ROWS) - {"gd"})))
+def test_weights_are_uncorrelated_with_what_a_user_draws(name, impl, size, num_keys):
     law = ROWS[name].make(size, -(-size // 5))
     z = correlations(lambda key: law.sample(key, 2).dense(), size, num_keys, impl)
     assert np.abs(z).max() < 5.5
@@ -114,7 +121,7 @@ def test_one_key_for_parameters_and_noise_is_harmless():
     assert abs(np.corrcoef(start, weights)[0, 1]) < 5 / np.sqrt(500)
 
 
-@pytest.mark.parametrize("size", [6, 1500])
+@pytest.mark.parametrize("size", [6, pytest.param(1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ROWS)
 def test_the_x64_flag_changes_no_draw(name, size):
     law = ROWS[name].make(size, -(-size // 5), dtype=jnp.float32)
