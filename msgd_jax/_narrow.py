@@ -60,6 +60,11 @@ def scale(weights: Float[Array, " batch"]) -> Float[Array, ""]:
     return jnp.ldexp(jnp.ones((), jnp.float32), jnp.clip(-exponent - half, -100, 100))
 
 
+def scaled(weights: Float[Array, " batch"], scale: Float[Array, ""] | None) -> Array:
+    """The weights times the scale; as they are without one."""
+    return weights if scale is None else weights * scale.astype(weights.dtype)
+
+
 def unscaled(tree: Any, scale: Float[Array, ""] | None) -> Any:
     """The tree divided by the scale, in float32 or wider; as it is without one."""
     if scale is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
@@ -68,7 +69,7 @@ def per_example(loss_fn: Callable[[Any, Any], Float[Array, ""]]) -> LossVectorFn
 def weighted_value_and_grad(
     loss_vector_fn: LossVectorFn,
     *,
-    microbatch_size: int | None = None,
+    microbatch_size: int | np.integer[Any] | None = None,
     has_aux: bool = False,
     sharding: NamedSharding | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
@@ -139,7 +140,7 @@ def weighted_value_and_grad(
         >>> float(value), float(gradient)  # the mean loss, 2 (theta - mean of x)
         (3.5, -2.0)
     """
-    _check_arguments(loss_vector_fn, microbatch_size, sharding)
+    microbatch_size = _check_arguments(loss_vector_fn, microbatch_size, sharding)
 
     value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_aux, sharding)
 
@@ -154,7 +155,7 @@ def noisy_value_and_grad(
     loss_vector_fn: LossVectorFn,
     noise: MNoise,
     *,
-    microbatch_size: int | None = None,
+    microbatch_size: int | np.integer[Any] | None = None,
     has_aux: bool = False,
     sharding: NamedSharding | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
@@ -194,12 +195,12 @@ def drawn_value_and_grad(
     loss_vector_fn: LossVectorFn,
     draw: Callable[[Key[Array, ""], Int[Array, ""]], Weights],
     *,
-    microbatch_size: int | None,
+    microbatch_size: int | np.integer[Any] | None,
     has_aux: bool,
     sharding: NamedSharding | None,
 ) -> Callable[..., tuple[Any, Any]]:
     """`noisy_value_and_grad` at the weights ``draw(key, step)``."""
-    _check_arguments(loss_vector_fn, microbatch_size, sharding)
+    microbatch_size = _check_arguments(loss_vector_fn, microbatch_size, sharding)
     value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_aux, sharding)
 
     def of_step(
@@ -223,8 +224,8 @@ def drawn_value_and_grad(
 def weighted_values_and_grads(
     loss_vector_fn: LossVectorFn,
     *,
-    microbatch_size: int | None = None,
-    draws_per_pass: int = 1,
+    microbatch_size: int | np.integer[Any] | None = None,
+    draws_per_pass: int | np.integer[Any] = 1,
     sharding: NamedSharding | None = None,
 ) -> Callable[[Any, Any, Weights], tuple[Float[Array, " draws"], Any]]:
     """The values and the gradients of ``loss_vector_fn(params, data) . W`` for K draws of W.
@@ -263,8 +264,8 @@ def weighted_values_and_grads(
         >>> values.shape, gradients.shape
         ((10,), (10,))
     """
-    _check_arguments(loss_vector_fn, microbatch_size, sharding)
-    _validate.positive_int("draws_per_pass", draws_per_pass)
+    microbatch_size = _check_arguments(loss_vector_fn, microbatch_size, sharding)
+    draws_per_pass = _validate.positive_int("draws_per_pass", draws_per_pass)
 
     def one_batch(
         params: Any, batch: Any, values: Float[Array, "batch draws"], aux: Any
@@ -281,8 +282,8 @@ def weighted_values_and_grads(
         def one_draw(values: Float[Array, " batch"]) -> tuple[Float[Array, ""], Any]:
             value = jnp.sum(losses.astype(dtype) * values.astype(dtype))
             scale = _narrow.scale(values) if narrow else None
-            scaled = values if scale is None else values * scale
-            return value, _narrow.unscaled(pull_back(scaled.astype(losses.dtype))[0], scale)
+            scaled = _narrow.scaled(values, scale).astype(losses.dtype)
+            return value, _narrow.unscaled(pull_back(scaled)[0], scale)
 
         # One draw at a time is a plain scan, without a `vmap` over one inside.
         at_once = None if draws_per_pass == 1 else draws_per_pass
@@ -333,7 +334,7 @@ def _of_drawn(
         def weighted_loss(params: Any) -> tuple[Float[Array, ""], Any]:
             losses, new_aux = wide_losses_of(params)
             dtype = _dtypes.accumulator(losses.dtype, values.dtype)
-            weights = values.astype(dtype) if scale is None else values.astype(dtype) * scale
+            weights = _narrow.scaled(values.astype(dtype), scale)
             return jnp.sum(losses.astype(dtype) * weights), new_aux
 
         (value, new_aux), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
@@ -390,12 +391,14 @@ def _like(params: Any, grads: Any) -> Any:
 
 
 def _check_arguments(
-    loss_vector_fn: Any, microbatch_size: int | None, sharding: NamedSharding | None
-) -> None:
+    loss_vector_fn: Any, microbatch_size: Any, sharding: NamedSharding | None
+) -> int | None:
+    """Returns the size of a micro-batch as an int; raises TypeError or ValueError."""
     _validate.function("loss_vector_fn", loss_vector_fn)
-    if microbatch_size is not None:
-        _validate.positive_int("microbatch_size", microbatch_size)
     _shards.check("sharding", sharding)
+    if microbatch_size is None:
+        return None
+    return _validate.positive_int("microbatch_size", microbatch_size)
 
 
 def _check_weights(

@@ -8,7 +8,7 @@ import pytest
 from msgd_jax import complexity, loss, noise
 from msgd_jax.complexity._theorem1 import _inequality
 from tests.programs import live_bytes
-from tests.test_streams import INTEGERS, correlations
+from tests.test_streams import DRAWN, INTEGERS, correlations
 
 KEY = jax.random.key(11)
 LAWS = {
@@ -22,10 +22,9 @@ LAWS = {
 }
 
 
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-@pytest.mark.parametrize(("size", "num_keys"), [(6, 300), (1500, 4)])
+@pytest.mark.parametrize(("impl", "size", "num_keys"), DRAWN)
 @pytest.mark.parametrize("name", LAWS)
-def test_multipliers_are_uncorrelated_with_what_a_user_draws(name, size, num_keys, impl):
+def test_multipliers_are_uncorrelated_with_what_a_user_draws(name, impl, size, num_keys):
     law = LAWS[name](size)
     z = correlations(lambda key: law.sample(key, 2).dense(), size, num_keys, impl)
     assert np.abs(z).max() < 5.5

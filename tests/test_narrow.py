@@ -92,6 +92,20 @@ def test_many_draws(dtype):
         assert max(relative_errors(own, weights, data).values()) < 0.01
 
 
+@pytest.mark.usefixtures("x64", "strict_dtypes")
+def test_wide_weights_of_a_narrow_model_promote_nothing():
+    weights = noise.cov(1000, 10, dtype=jnp.float64).sample(KEY, 0)
+
+    def losses(params, batch):
+        return params.astype(jnp.bfloat16)[jnp.zeros(1000, jnp.int32)] * batch.astype(jnp.bfloat16)
+
+    data = linear_data(1000)
+    _, gradient = loss.weighted_value_and_grad(losses)(
+        jnp.ones(1, jnp.float32), jnp.asarray(data["x"]), weights
+    )
+    assert max(relative_errors({"p": gradient}, weights, data).values()) < 0.01
+
+
 def test_a_text_classifier():
     """Zipf tokens: the commonest word is in almost every example."""
     rng = np.random.default_rng(1)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msgd_jax import noise
+from msgd_jax import loss, noise
 from msgd_jax._streams import Stream, derive
-from tests.noises import ROWS
+from tests.noises import ROWS, spared
 
 IMPLEMENTATIONS = ["threefry2x32", "rbg"]
 INTEGERS = [np.dtype(kind + size) for kind in "iu" for size in "1248"]
@@ -73,10 +73,17 @@ def correlations(draw, size, num_keys, impl):
     return theirs @ ours / scale * np.sqrt(ours.size)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("size", "num_keys"), [(6, 300), (1500, 4)])
-@pytest.mark.parametrize("name", sorted(set(ROWS) - {"gd"}))
-def test_weights_are_uncorrelated_with_what_a_user_draws(name, size, num_keys, impl):
+DRAWN = [
+    ("threefry2x32", 6, 300),
+    pytest.param("threefry2x32", 1500, 4, marks=pytest.mark.slow),
+    pytest.param("rbg", 6, 300, marks=pytest.mark.slow),
+    ("rbg", 1500, 4),
+]
+
+
+@pytest.mark.parametrize(("impl", "size", "num_keys"), DRAWN)
+@pytest.mark.parametrize("name", spared(sorted(set(ROWS) - {"gd"})))
+def test_weights_are_uncorrelated_with_what_a_user_draws(name, impl, size, num_keys):
     law = ROWS[name].make(size, -(-size // 5))
     z = correlations(lambda key: law.sample(key, 2).dense(), size, num_keys, impl)
     assert np.abs(z).max() < 5.5
@@ -114,7 +121,7 @@ def test_one_key_for_parameters_and_noise_is_harmless():
     assert abs(np.corrcoef(start, weights)[0, 1]) < 5 / np.sqrt(500)
 
 
-@pytest.mark.parametrize("size", [6, 1500])
+@pytest.mark.parametrize("size", [6, pytest.param(1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ROWS)
 def test_the_x64_flag_changes_no_draw(name, size):
     law = ROWS[name].make(size, -(-size // 5), dtype=jnp.float32)
@@ -159,6 +166,21 @@ def test_positions_of_any_integer_type(size, dtype):
         traced = jax.jit(noise.permute, static_argnums=2)(key, jnp.asarray(positions), size)
     np.testing.assert_array_equal(traced, expected)
     assert traced.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_micro_batches_of_any_integer_type(dtype):
+    """500 examples in micro-batches of 100, which int8 cannot add up."""
+    losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+    x, weights = jnp.linspace(0, 1, 500), noise.cov(500, 10).sample(jax.random.key(0), 0)
+    size = dtype.type(100)
+    of_weights = loss.weighted_value_and_grad(losses, microbatch_size=size)
+    plain = loss.weighted_value_and_grad(losses, microbatch_size=100)
+    one = jnp.asarray(1.0)
+    jax.tree.map(np.testing.assert_array_equal, of_weights(one, x, weights), plain(one, x, weights))
+    stacked = jax.tree.map(lambda leaf: leaf[None], weights)
+    many = loss.weighted_values_and_grads(losses, microbatch_size=size, draws_per_pass=size)
+    np.testing.assert_allclose(many(one, x, stacked)[1][0], plain(one, x, weights)[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)

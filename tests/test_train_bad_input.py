@@ -64,8 +64,8 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("train.make_step", lambda: one_step(MSGD), "the optimizer alone"),
     ("train.make_step", lambda: one_step(optax.apply_if_finite(MSGD, 3)), "the optimizer alone"),
     ("train.make_step", lambda: one_step(
-        optax.conditionally_transform(MSGD, lambda step: jnp.greater_equal(step, 0))
-    ), "the optimizer alone"),
+        optax.conditionally_transform(MSGD, lambda step: jnp.asarray(step) >= 0)),
+     "the optimizer alone"),
     ("with_noise", lambda: one_step(optax.contrib.sam(MSGD, ADVERSARY)), "sam"),
 ]  # fmt: skip
 

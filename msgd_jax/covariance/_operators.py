@@ -137,8 +137,7 @@ def _linear_maps(loss_vector_fn: Any, params: Any, data: Any) -> LinearMaps:
     def backward(weights: Float[Array, " N"]) -> Any:
         scale = _narrow.scale(weights) if narrow else None
         weights = weights.astype(losses.dtype)
-        scaled = weights if scale is None else weights * scale.astype(losses.dtype)
-        grads = _narrow.unscaled(transposed(scaled)[0], scale)
+        grads = _narrow.unscaled(transposed(_narrow.scaled(weights, scale))[0], scale)
         return jax.tree.map(lambda p, g: g.astype(p.dtype), params, grads)
 
     return forward, backward

@@ -76,9 +76,7 @@ def _uniform(words: UInt32[Array, "2 size"], dtype: jnp.dtype) -> Float[Array, "
 
 def _degrees_of_freedom(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"degrees_of_freedom must be a number, got {value!r} of type {type(value).__name__}."
-        )
+        raise TypeError(f"degrees_of_freedom must be a number, got {_validate.shown(value)}.")
     if not math.isfinite(value) or value <= 2:
         raise ValueError(
             "degrees_of_freedom must be finite and above 2, where the variance is finite, got "

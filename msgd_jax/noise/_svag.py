@@ -48,8 +48,7 @@ def svag(base: MNoise, refinement: int) -> MNoise:
         TypeError, ValueError: if an argument is not as described.
     """
     if not isinstance(base, MNoise):
-        got = type(base).__name__
-        raise TypeError(f"base must be a noise.MNoise, got {base!r} of type {got}.")
+        raise TypeError(f"base must be a noise.MNoise, got {_validate.shown(base)}.")
     if base.draw_at is not None:
         raise ValueError(
             f"base must have independent steps, got {base.name}: the two draws of a step would not "
