@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from msgd_jax import covariance, noise
 from tests import problems
-from tests.programs import compilations, live_bytes
+from tests.programs import compilations, live_bytes, resources
 from tests.test_covariance import by_hand, close, dense
 
 N = 10
@@ -228,6 +228,16 @@ def test_arrays_of_earlier_losses_are_gone(name):
     for seed in range(1, 4):
         USES[name](*fresh(float(seed)))
     assert live_bytes() - before < CAPTURED / 2
+
+
+@pytest.mark.parametrize("name", ["gradient matrix", "operator"])
+def test_programs_of_earlier_losses_are_gone(name):
+    """Those of loops outside of jit would stay, ten memory maps each: lineax keeps some of its."""
+    USES[name](*fresh(0.0))
+    _, before = resources()
+    for seed in range(1, 5):
+        USES[name](*fresh(float(seed)))
+    assert resources()[1] - before < 20
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 20, 25])

@@ -1,5 +1,6 @@
 """The gradient matrix, the covariances made of it, and their exact spectrum."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ def gradient_matrix(
 ) -> Any:
     """The gradient of every example's loss, one row an example (the paper's nabla L, transposed).
 
-    Takes N times the memory of the parameters: for few parameters or few examples.
+    Takes N times the memory of the parameters: for few parameters or few examples. With
+    `microbatch_size` it is compiled anew on each call, and freed after it: to call it again, put it
+    under `jax.jit`.
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B]. It
@@ -49,7 +52,7 @@ def gradient_matrix(
     if microbatch_size is not None:
         _validate.positive_int("microbatch_size", microbatch_size)
 
-    def one_gradient(example: Any) -> Any:
+    def one_gradient(params: Any, example: Any) -> Any:
         batch = jax.tree.map(lambda x: x[None], example)
 
         def loss_of_one(params: Any) -> Float[Array, ""]:
@@ -61,8 +64,14 @@ def gradient_matrix(
         return jax.grad(_narrow.wide_sums(loss_of_one, params)[0])(params)
 
     if microbatch_size is None:
-        return jax.vmap(one_gradient)(data)
-    return jax.lax.map(one_gradient, data, batch_size=microbatch_size)
+        return jax.vmap(one_gradient, in_axes=(None, 0))(params, data)
+
+    def in_runs(params: Any, data: Any) -> Any:
+        one = functools.partial(one_gradient, params)
+        return jax.lax.map(one, data, batch_size=microbatch_size)
+
+    # A program of this call: that of a loop outside of jit would be kept for good.
+    return jax.jit(in_runs)(params, data)
 
 
 def flatten(gradients: Any) -> Float[Array, "N D"]:
