@@ -241,7 +241,8 @@ def coverages(num_draws, num_keys=200):
 @pytest.mark.parametrize("num_draws", [2, 4, 10, 66])
 def test_intervals_cover_what_they_say(num_draws):
     """95 % of 200 intervals, give or take 1.5 %: between 92 and 98 % as documented."""
-    assert (np.abs(coverages(num_draws) - 0.95) <= 0.03).all()
+    found = coverages(num_draws)
+    assert ((found >= 0.92) & (found <= 0.98)).all(), found
 
 
 def test_a_normal_quantile_would_not_cover():
