@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from msgd_jax import _dtypes, _shards, _validate
-from msgd_jax.noise import permute
+from msgd_jax.noise import Weights, permute
 
 Order = Key[Array, ""] | None
 """A key for the order in which micro-batches take the examples; None for the order they are in."""
@@ -154,3 +154,33 @@ def take(data: Any, indices: Int[Array, " size"] | None) -> Any:
     if indices is None:
         return data
     return jax.tree.map(lambda x: jnp.take(x, indices, axis=0, mode="clip"), data)
+
+
+def check_weights(
+    weights: Weights, data_size: int, sharding: NamedSharding | None, stacked: bool = False
+) -> None:
+    """Raises TypeError or ValueError unless these are weights of the data, or a stack of such."""
+    if not isinstance(weights, Weights):
+        raise TypeError(f"weights must be a noise.Weights, got {type(weights).__name__}.")
+    num_examples = weights.num_examples
+    filled = num_examples + _shards.missing(num_examples, sharding)
+    if data_size not in (num_examples, filled):
+        or_filled = f" ({filled} when filled up for its devices)" if filled > num_examples else ""
+        raise ValueError(
+            f"weights are for num_examples = {num_examples}{or_filled}, "
+            f"but data has {data_size} examples on its leading axis."
+        )
+    shape, indices = weights.values.shape, weights.indices
+    dims, draws = (2, "(draws, ") if stacked else (1, "(")
+    if indices is None and (len(shape) != dims or shape[-1] != num_examples):
+        comma = "" if stacked else ","
+        raise ValueError(
+            f"weights.values must have shape {draws}{num_examples}{comma}), one for each example, "
+            f"got {shape}."
+        )
+    if indices is not None and (len(shape) != dims or indices.shape != shape):
+        kind = "stacks of vectors" if stacked else "vectors"
+        raise ValueError(
+            f"weights.values and weights.indices must be {kind} of the same length, "
+            f"got shapes {shape} and {indices.shape}."
+        )

@@ -5,18 +5,16 @@ gradient of its product with a weight vector is the noisy gradient: no gradient 
 covariance matrix, nothing larger than the gradient itself.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
-from msgd_jax import _dtypes, _narrow, _rows, _shards, _validate
+from msgd_jax import _dtypes, _narrow, _programs, _rows, _shards, _validate
 from msgd_jax._streams import Stream, derive
 from msgd_jax._typing import Step
 from msgd_jax.noise import MNoise, Weights
@@ -148,7 +146,7 @@ def weighted_value_and_grad(
         leaves, made_of = jax.tree.flatten(weights)
         return value_and_grad(params, data, lambda *x: jax.tree.unflatten(made_of, x), leaves, aux)
 
-    return _compiled_if(microbatch_size is not None or sharding is not None, of_weights)
+    return _programs.compiled_if(microbatch_size is not None or sharding is not None, of_weights)
 
 
 def noisy_value_and_grad(
@@ -210,7 +208,7 @@ def drawn_value_and_grad(
         order = derive(key, Stream.ORDER, step) if has_aux else None
         return value_and_grad(params, data, draw, (key, step), aux, order)
 
-    compiled = _compiled_if(microbatch_size is not None or sharding is not None, of_step)
+    compiled = _programs.compiled_if(microbatch_size is not None or sharding is not None, of_step)
 
     def of_checked_step(
         params: Any, data: Any, key: Key[Array, ""], step: Step, aux: Any = None
@@ -296,7 +294,7 @@ def weighted_values_and_grads(
         params: Any, data: Any, weights: Weights
     ) -> tuple[Float[Array, " draws"], Any]:
         _validate.floating_params(params)
-        _check_weights(weights, _validate.leading_axis("data", data), sharding, stacked=True)
+        _rows.check_weights(weights, _validate.leading_axis("data", data), sharding, stacked=True)
 
         leaves, made_of = jax.tree.flatten(weights)
 
@@ -307,7 +305,7 @@ def weighted_values_and_grads(
         (totals, grads), _ = total(params, rows, (), None)
         return totals, _like(params, grads)
 
-    return _compiled_if(True, values_and_grads)
+    return _programs.compiled_if(True, values_and_grads)
 
 
 def _of_drawn(
@@ -356,7 +354,7 @@ def _of_drawn(
 
         def checked(*args: Any) -> tuple[Array, Array | None]:
             weights = draw(*args)
-            _check_weights(weights, data_size, sharding)
+            _rows.check_weights(weights, data_size, sharding)
             indices = None if weights.indices is None else jnp.asarray(weights.indices)
             return jnp.asarray(weights.values), indices
 
@@ -366,23 +364,6 @@ def _of_drawn(
         return ((value, aux), grads) if has_aux else (value, grads)
 
     return value_and_grad
-
-
-def _compiled_if(condition: bool, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, called eagerly as one program that it owns, where `condition` says so.
-
-    Called on traced arguments it is part of the program around it: traced with that, anew.
-    """
-    if not condition:
-        return function
-    compiled = jax.jit(function)
-
-    @functools.wraps(function)
-    def either(*args: Any) -> Any:
-        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
-        return function(*args) if traced else compiled(*args)
-
-    return either
 
 
 def _like(params: Any, grads: Any) -> Any:
@@ -399,32 +380,3 @@ def _check_arguments(
     if microbatch_size is None:
         return None
     return _validate.positive_int("microbatch_size", microbatch_size)
-
-
-def _check_weights(
-    weights: Weights, data_size: int, sharding: NamedSharding | None, stacked: bool = False
-) -> None:
-    if not isinstance(weights, Weights):
-        raise TypeError(f"weights must be a noise.Weights, got {type(weights).__name__}.")
-    num_examples = weights.num_examples
-    filled = num_examples + _shards.missing(num_examples, sharding)
-    if data_size not in (num_examples, filled):
-        or_filled = f" ({filled} when filled up for its devices)" if filled > num_examples else ""
-        raise ValueError(
-            f"weights are for num_examples = {num_examples}{or_filled}, "
-            f"but data has {data_size} examples on its leading axis."
-        )
-    shape, indices = weights.values.shape, weights.indices
-    dims, draws = (2, "(draws, ") if stacked else (1, "(")
-    if indices is None and (len(shape) != dims or shape[-1] != num_examples):
-        comma = "" if stacked else ","
-        raise ValueError(
-            f"weights.values must have shape {draws}{num_examples}{comma}), one for each example, "
-            f"got {shape}."
-        )
-    if indices is not None and (len(shape) != dims or indices.shape != shape):
-        kind = "stacks of vectors" if stacked else "vectors"
-        raise ValueError(
-            f"weights.values and weights.indices must be {kind} of the same length, "
-            f"got shapes {shape} and {indices.shape}."
-        )

@@ -266,7 +266,7 @@ class TestBadInput:
     @pytest.mark.parametrize("base", [None, 3, "sgd", noise.sgd, noise.Exchangeable(1.0, 0.0)])
     @pytest.mark.parametrize("refinement", [1, 3])
     def test_base_of_svag(self, base, refinement):
-        with pytest.raises(TypeError, match=r"base must be a noise\.MNoise, got .* of type"):
+        with pytest.raises(TypeError, match=r"base must be a noise\.MNoise, got "):
             noise.svag(base, refinement)
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])

@@ -83,7 +83,13 @@ def call(name, seed):
     return CALLS[name](fresh_loss(float(seed)), law, fresh_data(seed, FEW))
 
 
-@pytest.mark.parametrize("name", CALLS)
+# The others are made of the same pieces.
+QUICK = ("noise.MNoise.sample", "in micro-batches", "transform.msgd", "train.make_loop")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CALLS]
+)
 def test_arrays_of_earlier_calls_are_gone(name):
     """Fresh losses of 8 MB each, with fresh data and a fresh law: none of them stays."""
     call(name, 0)

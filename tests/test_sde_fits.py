@@ -28,8 +28,8 @@ class TestFits:
         assert fit.degrees_of_freedom == 2
         assert chi_square > 2  # Birge's ratio
         expected = np.sqrt(np.diag(covariance) * chi_square / 2)
-        assert fit.slope == pytest.approx((coefficients[0], expected[0], 2))
-        assert fit.intercept == pytest.approx((coefficients[1], expected[1], 2))
+        assert fit.slope[:3] == pytest.approx((coefficients[0], expected[0], 2))
+        assert fit.intercept[:3] == pytest.approx((coefficients[1], expected[1], 2))
 
     def test_a_line_that_fits_has_the_errors_of_its_points(self):
         y, errors = 2 * self.x + np.array([0.01, -0.02, 0.01, 0.0]), np.array([0.1, 0.2, 0.1, 0.3])
@@ -37,7 +37,9 @@ class TestFits:
         coefficients, covariance = np.polyfit(self.x, y, 1, w=1 / errors, cov="unscaled")
         assert fit.chi_square < 0.1
         assert fit.p_value > 0.9
-        assert fit.slope == pytest.approx((coefficients[0], math.sqrt(covariance[0, 0]), math.inf))
+        assert fit.slope[:3] == pytest.approx(
+            (coefficients[0], math.sqrt(covariance[0, 0]), math.inf)
+        )
         # Satterthwaite: the variance of the slope is a weighted sum of those of the points.
         few = sde.fit_line(self.x, y, errors, 5)
         assert few.slope[:2] == fit.slope[:2]
@@ -50,7 +52,7 @@ class TestFits:
         y = np.random.default_rng(1).normal(size=4)
         fit = sde.fit_line(self.x, y, np.zeros(4))
         coefficients, covariance = np.polyfit(self.x, y, 1, cov=True)
-        assert fit.slope == pytest.approx((coefficients[0], math.sqrt(covariance[0, 0]), 2))
+        assert fit.slope[:3] == pytest.approx((coefficients[0], math.sqrt(covariance[0, 0]), 2))
         assert math.isnan(fit.p_value)
         two = sde.fit_line(self.x[:2], y[:2], np.zeros(2)).slope
         assert two.value == pytest.approx((y[1] - y[0]) / (self.x[1] - self.x[0]))

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from msgd_jax import loss, noise, sharding, train, transform
+from msgd_jax._streams import Stream, derive
 from tests.noises import ROWS
 from tests.problems import Regression, loss_vector_fn, regression
 
@@ -185,7 +186,12 @@ def test_statistics_are_averaged_and_counters_agree():
         of_batch, noise.gd(16), microbatch_size=2, has_aux=True, sharding=spread(4)
     )
     (_, (mean, calls)), _ = f(jnp.ones(()), x, KEY, 0, (jnp.float32(8.0), jnp.int32(3)))
-    per_device = [0.25 * 8 + 0.25 * a + 0.5 * (a + 2) for a in (0.5, 4.5, 8.5, 12.5)]
+    order = derive(KEY, Stream.ORDER, 0)  # each device has one of its own
+    per_device = []
+    for part, own in enumerate(np.split(np.arange(16.0), 4)):
+        visited = own[noise.permute(jax.random.fold_in(order, part), np.arange(4), 4)]
+        first, second = visited[:2].mean(), visited[2:].mean()
+        per_device.append(0.25 * 8 + 0.25 * first + 0.5 * second)
     assert float(mean) == np.mean(per_device)
     assert int(calls) == 5
 
