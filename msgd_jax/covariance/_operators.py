@@ -67,7 +67,8 @@ def noise_covariance_operator(
         params: a pytree of floating-point arrays.
         data: a pytree of arrays [N, ...].
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`. None for all,
-            and then all products share one forward pass.
+            and then all products share one forward pass. In micro-batches, products outside of
+            `jax.jit` leave a program of each operator with jax for good.
 
     Returns:
         A `lineax.FunctionLinearOperator`, tagged symmetric and positive semi-definite. Products are
