@@ -48,6 +48,11 @@ class TestFits:
             5 * (parts**2).sum() ** 2 / (parts**4).sum()
         )
 
+    def test_two_points_have_the_smaller_degrees_of_freedom(self):
+        fit = sde.fit_line(self.x[:2], 2 * self.x[:2], np.array([0.1, 0.2]), np.array([9, 5]))
+        assert fit.slope.degrees_of_freedom == 5
+        assert fit.intercept.degrees_of_freedom == 5
+
     def test_without_standard_errors_residuals_judge(self):
         y = np.random.default_rng(1).normal(size=4)
         fit = sde.fit_line(self.x, y, np.zeros(4))
@@ -108,6 +113,16 @@ class TestIntervals:
     def test_orders(self, draws, sampled):
         rng = np.random.default_rng(draws)
         sweeps = [power_law(rng, draws, sampled) for _ in range(600)]
+        covered = coverage([sweep.order.interval for sweep, _ in sweeps], sweeps[0][1])
+        assert 0.92 <= covered <= 0.98
+
+    @pytest.mark.parametrize(
+        ("draws", "sampled"), [(4, "one dimension"), (10, "log-normal"), (66, "weak")]
+    )
+    def test_orders_from_two_learning_rates(self, draws, sampled):
+        """Over 2,000 sweeps; with Satterthwaite's degrees of freedom 0.897, 0.909 and 0.945."""
+        rng = np.random.default_rng(draws + 1000)
+        sweeps = [power_law(rng, draws, sampled, RATES[:2]) for _ in range(2000)]
         covered = coverage([sweep.order.interval for sweep, _ in sweeps], sweeps[0][1])
         assert 0.92 <= covered <= 0.98
 

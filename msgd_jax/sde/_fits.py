@@ -154,7 +154,9 @@ def fit_line(
 
     With four points and at least 4 draws behind each, 95 % intervals cover 93 to 98 %, skewed draws
     included. With two points nobody knows whether they are on a line: the interval is what sampling
-    leaves.
+    leaves, with the smaller one of the points' degrees of freedom instead of Satterthwaite's, since
+    no third point shows that skewed draws have errors beyond their standard errors. It covers 92 to
+    98 % (98.5 % where 4 draws are little skewed).
 
     Args:
         x: abscissae, at least two different ones.
@@ -195,6 +197,8 @@ def fit_line(
     def estimate(value: float, parts: Float[np.ndarray, " E"]) -> Estimate:
         # Norms of the parts by `hypot`: squares of small errors vanish.
         error, freedom = math.hypot(*parts), satterthwaite(parts, freedoms)
+        if not degrees:
+            freedom = float(freedoms.min())
         if known and ratio <= 1:
             return Estimate(value, error, freedom)
         return Estimate(value, ratio * error, min(freedom, degrees))
