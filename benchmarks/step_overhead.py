@@ -80,17 +80,21 @@ def groups(config: Config) -> list[Group]:
         "rademacher": noise.rademacher(n, scale),
         "estimated_fisher": noise.estimated_fisher(n, b, estimate_size=b),
         "estimated_cov": noise.estimated_cov(n, b, estimate_size=b),
+        "student_t": noise.student_t(n, b, degrees_of_freedom=10),
     }
     sparse = {
         "sparse_fisher": noise.sparse_fisher(n, b, support_size=support),
         "sparse_cov": noise.sparse_cov(n, b, support_size=support),
+        # Two mini-batches in a step, B examples together.
+        "svag": noise.svag(noise.sgd(n, support // 2), refinement=3),
     }
     if config.quick:
         dense = {"cov": dense["cov"]}
         return [Group("dense", False, dense)]
+    shuffled = noise.random_reshuffling(n, b, drop_remainder=True)
     return [
         Group("dense", False, dense),
-        Group("sparse", False, {"sgd": noise.sgd(n, b)}),
+        Group("sparse", False, {"sgd": noise.sgd(n, b), "random_reshuffling": shuffled}),
         Group("sparse", True, {"sgd, replace": noise.sgd(n, b, replace=True)}),
         Group("sparse", False, sparse),
     ]
@@ -112,7 +116,8 @@ def main(config: Config) -> list[report.Headline]:
         if i and left <= 0:
             print(f"Left out, no time: {', '.join(group.laws)}")
             continue
-        seconds = _measure(group, problem, config, left / (len(groups(config)) - i))
+        to_come = [len(other.laws) + 2 for other in groups(config)[i:]]  # with the plain steps
+        seconds = _measure(group, problem, config, left * to_come[0] / sum(to_come))
         samples.append({name: values.tolist() for name, values in seconds.items()})
         steps = _steps(group, config)
         for name in [name for name in seconds if name != PLAIN]:
