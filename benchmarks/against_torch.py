@@ -19,7 +19,18 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import machine, report, rows, timing
-from benchmarks.workers import AS_IS, KEPT, OURS, TORCH, Contestant, Settings, Worker, WorkerError
+from benchmarks.workers import (
+    AS_IS,
+    KEPT,
+    NO_TIME,
+    OURS,
+    TORCH,
+    Contestant,
+    Settings,
+    Task,
+    Worker,
+    WorkerError,
+)
 
 Name = tuple[Contestant, str]  # with its allocator
 MIN_ROUNDS = 3
@@ -141,13 +152,14 @@ def _on_cpu(config: Config, chosen: list[tuple[rows.Row, bool]]) -> Iterable[Mea
         for name in tqdm(contestants(row, "cpu"), desc=f"ready: {row}", leave=False):
             left = prepared_by - time.monotonic()
             if left <= 0 and len({n[0].library for n in workers}) == 2:
-                found.left_out[name] = "no time left to get ready"
+                found.left_out[name] = NO_TIME
                 continue
-            worker = Worker(_settings(name, "cpu"))
-            worker.send("prepare", (id(found), name), name[0], row, reference)
+            workers[name] = worker = Worker(_settings(name, "cpu"))
             limit = config.compile_seconds if left <= 0 else min(config.compile_seconds, left + 10)
-            if _collect(found, name, worker, limit, TOLERANCE["cpu"]):
-                workers[name] = worker
+            worker.send("prepare", [Task((id(found), name), name[0], row, reference)], limit, 1)
+            if not _collect([(found, name)], worker, limit):
+                workers.pop(name).close()
+        _check(found, TOLERANCE["cpu"])
         try:
             _take_turns(found, workers, config.repeats, until, at_least=0.02)
         finally:
@@ -164,46 +176,37 @@ def _on_gpu(config: Config, chosen: list[tuple[rows.Row, bool]]) -> Iterable[Mea
     start = time.monotonic()
     prepared_by, end = start + 0.6 * config.seconds, start + config.seconds
     found = [Measured(row) for row, _ in chosen]
-    tasks = [
-        (measured, name, reference)
-        for measured, (row, tf32) in zip(found, chosen, strict=True)
-        for reference in (rows.reference(row),)
-        for name in contestants(row, "cuda", tf32=tf32)
-    ]
-    # Loops last: they are a second program of the same step.
-    tasks.sort(key=lambda task: task[1][0].loop)
-    shared = {library: Worker(_settings((Contestant(library, False), AS_IS), config.device))
-              for library in (OURS, TORCH)}  # fmt: skip
-    own = {}
-    for measured, name, reference in tasks:
-        if name[0].compiled is not None:
-            own[id(measured), name] = worker = Worker(_settings(name, config.device))
-            worker.send("prepare", (id(measured), name), name[0], measured.row, reference)
-    where: dict[int, dict[Name, Worker]] = {id(measured): {} for measured in found}
+    jobs: dict[Any, list[tuple[Measured, Name]]] = {}
+    for measured, (row, tf32) in zip(found, chosen, strict=True):
+        for name in contestants(row, "cuda", tf32=tf32):
+            alone = name[0].compiled is not None
+            jobs.setdefault((id(measured), name) if alone else name[0].library, []).append(
+                (measured, name)
+            )
+    references = {row: rows.reference(row) for row, _ in chosen}
+    workers = {job: Worker(_settings(names[0][1], config.device)) for job, names in jobs.items()}
     try:
-        for measured, name, reference in tasks:
-            if name[0].compiled is None:
-                worker, left = shared[name[0].library], prepared_by - time.monotonic()
-                if left <= 0:
-                    measured.left_out[name] = "no time left to get ready"
-                    continue
-                worker.send("prepare", (id(measured), name), name[0], measured.row, reference)
-                # A process that others share is not ended because one of them is slow.
-                if _collect(measured, name, worker, 10 * config.seconds, TOLERANCE["cuda"]):
-                    where[id(measured)][name] = worker
-        for measured, name, _ in tasks:
-            if name[0].compiled is not None:
-                limit = start + config.compile_seconds - time.monotonic()
-                worker = own[id(measured), name]
-                limit = min(limit, prepared_by - time.monotonic())
-                if _collect(measured, name, worker, limit, TOLERANCE["cuda"]):
-                    where[id(measured)][name] = worker
+        for job, names in jobs.items():
+            # Loops last: they are a second program of the same step.
+            names.sort(key=lambda who: who[1][0].loop)
+            tasks = [Task((id(m), n), n[0], m.row, references[m.row]) for m, n in names]
+            threads = min(4, machine.usable_cores()) if job == OURS else 1
+            workers[job].send("prepare", tasks, prepared_by - time.monotonic(), threads)
+        where: dict[int, dict[Name, Worker]] = {id(measured): {} for measured in found}
+        # Those that are shared first, since they are not ended because one of them is slow.
+        for job in sorted(jobs, key=lambda job: job not in (OURS, TORCH)):
+            limit = min(start + config.compile_seconds, prepared_by) - time.monotonic()
+            for measured, name in _collect(
+                jobs[job], workers[job], config.seconds if job in (OURS, TORCH) else limit
+            ):
+                where[id(measured)][name] = workers[job]
         for i, measured in enumerate(found):
+            _check(measured, TOLERANCE["cuda"])
             until = time.monotonic() + (end - time.monotonic()) / (len(found) - i)
             _take_turns(measured, where[id(measured)], config.repeats, until, at_least=0.05)
             yield measured
     finally:
-        for worker in (*shared.values(), *own.values()):
+        for worker in workers.values():
             worker.close()
 
 
@@ -211,24 +214,34 @@ def _settings(name: Name, device: str) -> Settings:
     return Settings(name[0].library, device, name[1], machine.usable_cores())
 
 
-def _collect(found: Measured, name: Name, worker: Worker, timeout: float, tolerated: float) -> bool:
-    """Waits until a contestant is ready; whether it is, and computes what the first one does."""
+def _collect(
+    who: list[tuple[Measured, Name]], worker: Worker, timeout: float
+) -> list[tuple[Measured, Name]]:
+    """Waits until contestants are ready; returns those that are."""
     try:
-        check = worker.answer(timeout)
+        answers = worker.answer(timeout)
     except WorkerError as error:
-        found.left_out[name] = str(error)
-        return False
-    found.checks[name] = check
-    first = next(iter(found.checks.values()))
-    for quantity in ("parameters", "loss", "gradient_norm"):
-        tolerance = 0.0 if quantity == "parameters" else tolerated * abs(first[quantity])
-        if not abs(check[quantity] - first[quantity]) <= tolerance:
-            found.left_out[name] = (
-                f"its {quantity} at the first step is {check[quantity]:.6g}, and "
-                f"{first[quantity]:.6g} the first contestant's"
-            )
-            return False
-    return True
+        answers = [str(error)] * len(who)
+    ready = []
+    for (found, name), answer in zip(who, answers, strict=True):
+        if isinstance(answer, str):
+            found.left_out[name] = answer
+        else:
+            found.checks[name] = answer
+            ready.append((found, name))
+    return ready
+
+
+def _check(found: Measured, tolerated: float) -> None:
+    """Leaves out whoever does not compute what ours does, in the first step."""
+    first = next((c for n, c in found.checks.items() if n[0].library == OURS), None)
+    for name, check in found.checks.items():
+        for quantity, wanted in (first or {}).items():
+            tolerance = {"setup": float("inf"), "parameters": 0.0}.get(quantity, tolerated)
+            if not abs(check[quantity] - wanted) <= tolerance * abs(wanted):
+                found.left_out[name] = (
+                    f"its {quantity} in the first step is {check[quantity]:.6g}, ours {wanted:.6g}"
+                )
 
 
 def _take_turns(
@@ -244,7 +257,7 @@ def _take_turns(
         at_least: seconds of one measurement; quicker steps are made several times.
     """
     steps: dict[Name, int] = {}
-    samples: dict[Name, list[float]] = {name: [] for name in workers}
+    samples: dict[Name, list[float]] = {n: [] for n in workers if n not in found.left_out}
     for round_ in tqdm(range(repeats + 1), desc=str(found.row), unit="round", leave=False):
         order = list(samples) if round_ % 2 else list(samples)[::-1]
         for name in order:

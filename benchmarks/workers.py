@@ -9,13 +9,15 @@ import ctypes
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 from benchmarks.rows import Reference, Row
 
 OURS, TORCH = "ours", "PyTorch"
 AS_IS, KEPT = "as it is", "keeps pages"
+NO_TIME = "no time left to get ready"
 
 
 class Contestant(NamedTuple):
@@ -47,6 +49,22 @@ class Contestant(NamedTuple):
         return f"{self.library}: {', '.join(filter(None, how))}"
 
 
+class Task(NamedTuple):
+    """A contestant to get ready.
+
+    Attributes:
+        name: what it is called in later requests.
+        contestant: how it makes its steps.
+        row: of what.
+        reference: from where.
+    """
+
+    name: Any
+    contestant: Contestant
+    row: Row
+    reference: Reference
+
+
 class Settings(NamedTuple):
     """What holds for a whole process.
 
@@ -74,8 +92,10 @@ class OutOfTimeError(WorkerError):
 class Worker:
     """A process that answers requests one after the other; its errors come back as `WorkerError`.
 
-    Requests: ``prepare(name, contestant, row, reference)`` compiles and makes the first steps, and
-    answers a dict of what came of it; ``measure(name, steps)`` answers seconds a step.
+    Requests: ``prepare(tasks, seconds, threads)`` gets contestants ready, several at once where
+    there are several threads, and begins with none after so many seconds; it answers, for each
+    task, the dict of `prepare`, or a text that says why there is none. ``measure(name, steps)``
+    answers seconds a step.
     """
 
     def __init__(self, settings: Settings):
@@ -107,7 +127,7 @@ class Worker:
         try:
             if not self._pipe.poll(max(timeout, 0)):
                 self.close()
-                raise OutOfTimeError(f"not ready after {timeout:.0f} s")
+                raise OutOfTimeError("it took too long")
             done, value = self._pipe.recv()
         except (EOFError, ConnectionResetError):
             raise WorkerError(self._last_words()) from None
@@ -166,19 +186,39 @@ def _serve(pipe: Any, settings: Settings) -> None:
             if failure is not None:
                 raise WorkerError(failure)
             if request == "prepare":
-                name, contestant, row, reference = arguments
-                prepared[name], found = prepare(contestant, row, reference, settings.device)
-                pipe.send((True, found))
+                pipe.send((True, _prepare_all(prepared, settings.device, *arguments)))
             elif request == "measure":
                 name, steps = arguments
                 pipe.send((True, prepared[name](steps) / steps))
-            elif request == "forget":
-                prepared.clear()
-                pipe.send((True, None))
             else:
                 raise ValueError(f"unknown request {request!r}.")
         except Exception:
             pipe.send((False, _brief(traceback.format_exc())))
+
+
+def _prepare_all(
+    prepared: dict[Any, Callable[[int], float]],
+    device: str,
+    tasks: Sequence[Task],
+    seconds: float,
+    threads: int,
+) -> list[dict[str, float] | str]:
+    """Fills `prepared`; what came of each task."""
+    until = time.monotonic() + seconds
+
+    def one(task: Task) -> dict[str, float] | str:
+        if time.monotonic() > until:
+            return NO_TIME
+        try:
+            prepared[task.name], found = prepare(task.contestant, task.row, task.reference, device)
+        except Exception:
+            return _brief(traceback.format_exc())
+        return found
+
+    if threads == 1:  # PyTorch compiles in the thread that it runs in
+        return [one(task) for task in tasks]
+    with futures.ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(one, tasks))
 
 
 def _brief(text: str) -> str:
