@@ -73,7 +73,7 @@ class Reference(NamedTuple):
         labels: [N].
         weights: W of our first step, [N], for the check that all compute the same.
         order: the order in which our first step walks through the examples, [N].
-        num_parameters: scalars in `params`.
+        num_parameters: how many scalars the parameters are.
     """
 
     params: Any
@@ -107,8 +107,14 @@ def reference(row: Row) -> Reference:
         shape = {"lenet": models.LeNet, "vgg11": models.VGG11}.get(row.net, models.ResNet18)
         images, labels = problems.random_images(row.num_examples, shape.image_shape)
         weights = law(row).sample(key(), 0).values
-        arrays = jax.tree.map(np.asarray, (params, images, labels, weights, _first_order(row)))
-    return Reference(*arrays, models.num_parameters(params))
+        return Reference(
+            params=jax.tree.map(np.asarray, params),
+            images=np.asarray(images),
+            labels=np.asarray(labels),
+            weights=np.asarray(weights),
+            order=np.asarray(_first_order(row)),
+            num_parameters=models.num_parameters(params),
+        )
 
 
 def _first_order(row: Row) -> Any:

@@ -278,31 +278,36 @@ def _ours(
     step = rows.step(row, row.microbatch_size if contestant.microbatched else None)
     state = rows.start(row, reference.params)
     data = jax.tree.map(jnp.asarray, (reference.images, reference.labels))
-    loop = train.make_loop(step, max_steps=1_000)
     # None leaves XLA its default, which is TF32 on GPUs that have it.
-    with jax.default_matmul_precision(None if contestant.tf32 else "float32"):  # pyright: ignore
-        if contestant.loop:
-            state, metrics = loop(state, data, 1)
-            metrics = jax.tree.map(lambda values: values[0], metrics)
-        else:
+    precision = None if contestant.tf32 else "float32"
+
+    if contestant.loop:
+        loop = train.make_loop(step, max_steps=1_000)
+
+        def advance(state: Any, steps: int) -> Any:
+            with jax.default_matmul_precision(precision):  # part of what is compiled
+                return loop(state, data, steps)
+    else:
+        with jax.default_matmul_precision(precision):
             compiled = jax.jit(step, donate_argnums=0).lower(state, data).compile()
-            state, metrics = compiled(state, data)
+
+        def advance(state: Any, steps: int) -> Any:
+            metrics = None
+            for _ in range(steps):
+                state, metrics = compiled(state, data)
+            return state, metrics
+
+    state, metrics = advance(state, 1)
+    metrics = jax.tree.map(jnp.ravel, metrics)  # the loop's have an axis for the steps
 
     def run(steps: int) -> None:
         nonlocal state
-        if contestant.loop:
-            with jax.default_matmul_precision(  # part of the key of what is compiled
-                None if contestant.tf32 else "float32"  # pyright: ignore
-            ):
-                state, _ = loop(state, data, steps)
-        else:
-            for _ in range(steps):
-                state, _ = compiled(state, data)
+        state, _ = advance(state, steps)
         jax.block_until_ready(state)
 
     return run, {
-        "loss": float(metrics.loss),
-        "gradient_norm": float(metrics.gradient_norm),
+        "loss": float(metrics.loss[0]),
+        "gradient_norm": float(metrics.gradient_norm[0]),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     }
 
