@@ -17,7 +17,7 @@ NO_TORCH = "PyTorch, the contestant, is not installed (pip install '.[benchmarks
 def gradient_of_ours(row, reference):
     """Weighted loss and gradient at the reference, in the order of the first step."""
     data = tuple(jnp.asarray(a[reference.order]) for a in (reference.images, reference.labels))
-    weights = noise.Weights(jnp.asarray(reference.weights[reference.order]), None)
+    weights = noise.Weights(jnp.asarray(reference.weights[reference.order]), None, row.num_examples)
     value_and_grad = loss.weighted_value_and_grad(
         rows.loss_vector_fn(row), microbatch_size=row.microbatch_size, has_aux=row.normalises
     )
