@@ -1,166 +1,362 @@
-"""The same full-batch M-SGD step written the natural way in PyTorch, on the same cores.
+"""The same full-batch M-SGD step in PyTorch, written in every way that may be its fastest.
 
-``python -m benchmarks.against_torch``. LeNet with 11,330 parameters, N = 1,000 images, weighted
-cross-entropy, M-SGD-Fisher weights drawn anew at every step, plain SGD. PyTorch gets float images
-in its own layout, made once; we keep uint8 and scale at every step.
+``python -m benchmarks.against_torch``. Five rows: LeNet, VGG-11 and ResNet-18 at two widths each.
+PyTorch takes the batch whole or in micro-batches, with channels first or last, eagerly or through
+`torch.compile`; on a CPU each of those also told to keep the memory that it frees, since PyTorch
+otherwise gives pages back to the system at every step. Every contestant's first step is checked
+against ours. What there was no time for is listed.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+import importlib.metadata
+import importlib.util
+import time
+from collections.abc import Iterable
+from typing import Any, Literal
 
-import jax
 import numpy as np
-import optax
-import tyro
+from tqdm import tqdm
 
-from benchmarks import machine, problems, report, timing
-from msgd_jax import noise, train
+from benchmarks import machine, report, rows, timing
+from benchmarks.workers import (
+    AS_IS,
+    KEPT,
+    NO_TIME,
+    OURS,
+    TORCH,
+    Contestant,
+    Settings,
+    Task,
+    Worker,
+    WorkerError,
+)
 
-TORCH = "PyTorch"
+Name = tuple[Contestant, str]  # with its allocator
+MIN_ROUNDS = 3
+TOLERANCE = {"cpu": 1e-3, "cuda": 3e-2}  # of the first step; TF32 keeps ten bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(report.Config):
-    """One full-batch step: ours against PyTorch.
+    """One full-batch step: ours against PyTorch's best.
 
     Attributes:
-        examples: N.
-        microbatch_sizes: of ours; the first is the experiments' own, which counts.
-        learning_rate: eta.
+        repeats: rounds that count, at most.
+        device: where; cuda stands for ROCm too.
+        rows: which rows.
+        seconds: for all rows together; at least three rounds of the most important contestants
+            are measured, even if that takes longer.
+        compile_seconds: the longest that one contestant may take to get ready.
+        full_float32: on a GPU, also the last row with products in full float32, not TF32.
     """
 
     repeats: int = 40
-    examples: int = 1_000
-    microbatch_sizes: tuple[int, ...] = (100, 50, 125)
-    learning_rate: float = 0.01
+    device: Literal["cpu", "cuda"] = "cpu"
+    rows: tuple[str, ...] = tuple(rows.ROWS)
+    seconds: float = 480.0
+    compile_seconds: float = 100.0
+    full_float32: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        unknown = sorted(set(self.rows) - set(rows.ROWS))
+        if unknown or not self.rows:
+            raise ValueError(f"rows must name some of {tuple(rows.ROWS)}, got {self.rows}.")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}.")
+
+
+@dataclasses.dataclass
+class Measured:
+    """What came of one row.
+
+    Attributes:
+        row: which.
+        seconds: of a step, round by round, by contestant.
+        left_out: contestants that there are no figures of, and why.
+        checks: loss and gradient norm of each one's first step, and seconds to get ready.
+    """
+
+    row: rows.Row
+    seconds: dict[Name, np.ndarray] = dataclasses.field(default_factory=dict)
+    left_out: dict[Name, str] = dataclasses.field(default_factory=dict)
+    checks: dict[Name, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    def ours(self) -> Name | None:
+        """The experiments' own way: in micro-batches, no page kept on purpose."""
+        mine = [n for n in self.seconds if n[0].library == OURS and n[1] == AS_IS]
+        return min(mine, key=lambda n: (not n[0].microbatched, n[0].loop)) if mine else None
+
+    def best(self, library: str, statistic: Any = np.median) -> Name | None:
+        """The fastest contestant of a library."""
+        theirs = {n: statistic(s) for n, s in self.seconds.items() if n[0].library == library}
+        return min(theirs, key=lambda n: theirs[n]) if theirs else None
+
+
+def contestants(row: rows.Row, device: str, *, tf32: bool = True) -> list[Name]:
+    """Everyone who takes part in a row, the most important first."""
+    splits = row.microbatch_size < row.num_examples
+    batchings = (True, False) if splits else (False,)
+    # With ghost batch norm, ours in one batch would be another function.
+    mine = [
+        Contestant(OURS, m, tf32=tf32) for m in batchings if m or not (splits and row.normalises)
+    ]
+    theirs = [Contestant(TORCH, m, tf32=tf32) for m in batchings]
+    theirs += [Contestant(TORCH, m, channels_last=True, tf32=tf32) for m in batchings]
+    compiled = [Contestant(TORCH, m, compiled="default", tf32=tf32) for m in batchings]
+    if device == "cpu":
+        return [(c, a) for c in (*mine, *theirs, *compiled) for a in (AS_IS, KEPT)]
+    last = {"channels_last": True, "tf32": tf32}
+    whole = [Contestant(TORCH, False, compiled=m, **last) for m in ("default", "reduce-overhead")]
+    loop = mine[-1]._replace(loop=True)
+    return [(c, AS_IS) for c in (*mine, *theirs, *whole, *compiled[: len(batchings) - 1], loop)]
 
 
 def main(config: Config) -> list[report.Headline]:
     """Measures, prints, writes; returns the headlines (none without PyTorch)."""
-    try:
-        import torch
-    except ImportError:
+    if importlib.util.find_spec("torch") is None:
         print("against_torch needs PyTorch (pip install torch): left out.")
         return []
     if config.quick:
-        config = dataclasses.replace(config, repeats=2, examples=60, microbatch_sizes=(20,))
-    torch.set_num_threads(machine.usable_cores())
-    problem = problems.lenet(config.examples)
-    contestants = {TORCH: torch_step(problem, config.learning_rate)}
-    ours = {f"ours, micro-batch {size}": size for size in config.microbatch_sizes}
-    for name, size in ours.items():
-        contestants[name] = jax_step(problem, config.learning_rate, size)
-    seconds = timing.alternate(contestants, repeats=config.repeats, description="against_torch")
-    flops = step_flops(config.examples)
-    rate = machine.matmul_rate(sizes=(256,) if config.quick else (512, 1024, 2048))
-    rows = [_row(name, seconds, flops, rate) for name in contestants]
-    first = next(iter(ours))
-    ratio = timing.ratio(seconds, first, TORCH)
-    headline = report.Headline(
-        "against_torch", f"step time over PyTorch's ({first})",
-        f"{ratio.median:.2f} (quartiles {ratio.low:.2f} to {ratio.high:.2f})", "<= 0.4",
-        ratio.median <= 0.4,
-    )  # fmt: skip
+        config = dataclasses.replace(
+            config, repeats=2, rows=config.rows[:1], seconds=min(config.seconds, 90.0)
+        )
+    table = rows.TINY if config.quick else rows.ROWS
+    chosen = [(table[name], True) for name in config.rows]
+    if config.device == "cuda" and config.full_float32:
+        chosen.append((chosen[-1][0], False))
+    measure = _on_cpu if config.device == "cpu" else _on_gpu
+    measured = list(measure(config, chosen))
+    headlines = [_headline(found) for found in measured if found.ours() and found.best(TORCH)]
     report.publish(
-        "against_torch", config, rows, [headline], functools.partial(_plot, seconds),
-        torch=torch.__version__, seconds={k: v.tolist() for k, v in seconds.items()},
-        flops_of_a_step=flops, matmul_flops_per_second=rate,
+        "against_torch", config, [line for found in measured for line in _lines(found)], headlines,
+        functools.partial(_plot, measured), torch=importlib.metadata.version("torch"),
+        samples=[_record(found) for found in measured],
     )  # fmt: skip
-    print(
-        f"A step needs {flops / 1e9:.2f} GFLOP (as plain convolutions); this machine multiplies "
-        f"matrices at {rate / 1e9:.0f} GFLOP/s, so the floor is {1e3 * flops / rate:.1f} ms."
-    )
-    return [headline]
+    for found in measured:
+        for (contestant, allocator), why in found.left_out.items():
+            print(f"Left out of {_title(found)}: {contestant} ({allocator}): {why}")
+    return headlines
 
 
-def jax_step(
-    problem: problems.Problem, learning_rate: float, microbatch_size: int
-) -> Callable[[], Any]:
-    """One M-SGD-Fisher step, the state carried on; the number of the step picks the weights."""
-    num_examples = problem.data[1].shape[0]
-    law = noise.fisher(num_examples, problems.BATCH_SIZE)
-    optimizer = optax.sgd(learning_rate)
-    step = jax.jit(
-        train.make_step(problem.loss_vector_fn, optimizer, law, microbatch_size=microbatch_size),
-        donate_argnums=0,
-    )
-    state = train.init(problem.params, optimizer, jax.random.key(1))
-
-    def run() -> Any:
-        nonlocal state
-        state, metrics = step(state, problem.data)
-        return metrics
-
-    return run
-
-
-def torch_step(problem: problems.Problem, learning_rate: float) -> Callable[[], Any]:
-    """The same in PyTorch: modules, cross_entropy(reduction="none"), backward, optim.SGD."""
-    import torch
-    from torch import nn
-    from torch.nn import functional
-
-    class LeNet(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1, self.conv2 = nn.Conv2d(1, 10, 5), nn.Conv2d(10, 10, 5)
-            self.fc1, self.fc2 = nn.Linear(160, 50), nn.Linear(50, 10)
-
-        def forward(self, images):
-            hidden = functional.relu(functional.max_pool2d(self.conv1(images), 2))
-            hidden = functional.relu(functional.max_pool2d(self.conv2(hidden), 2))
-            return self.fc2(functional.relu(self.fc1(hidden.flatten(1))))
-
-    images, labels = (np.asarray(leaf) for leaf in problem.data)
-    inputs = torch.tensor(images.transpose(0, 3, 1, 2)).float() / 255
-    targets = torch.tensor(labels).long()
-    num_examples = len(labels)
-    net = LeNet()
-    optimizer = torch.optim.SGD(net.parameters(), lr=learning_rate)
-    scale = (problems.BATCH_SIZE * num_examples) ** -0.5
-
-    def run() -> None:
-        weights = 1 / num_examples + scale * torch.randn(num_examples)
-        optimizer.zero_grad()
-        losses = functional.cross_entropy(net(inputs), targets, reduction="none")
-        (losses * weights).sum().backward()
-        optimizer.step()
-
-    return run
+def _on_cpu(config: Config, chosen: list[tuple[rows.Row, bool]]) -> Iterable[Measured]:
+    """Row after row, every contestant in a process of its own."""
+    end = time.monotonic() + config.seconds
+    for i, (row, _) in enumerate(chosen):
+        found = Measured(row)
+        share = (end - time.monotonic()) / (len(chosen) - i)
+        prepared_by, until = (time.monotonic() + part * share for part in (0.6, 1.0))
+        reference = rows.reference(row)
+        workers: dict[Name, Worker] = {}
+        for name in tqdm(contestants(row, "cpu"), desc=f"ready: {row}", leave=False):
+            left = prepared_by - time.monotonic()
+            if left <= 0 and len({n[0].library for n in workers}) == 2:
+                found.left_out[name] = NO_TIME
+                continue
+            workers[name] = worker = Worker(_settings(name, "cpu"))
+            limit = config.compile_seconds if left <= 0 else min(config.compile_seconds, left + 10)
+            worker.send("prepare", [Task((id(found), name), name[0], row, reference)], limit, 1)
+            if not _collect([(found, name)], worker, limit):
+                workers.pop(name).close()
+        _check(found, TOLERANCE["cpu"])
+        try:
+            _take_turns(found, workers, config.repeats, until, at_least=0.02)
+        finally:
+            for worker in workers.values():
+                worker.close()
+        yield found
 
 
-def step_flops(num_examples: int) -> float:
-    """Operations of forward and backward pass, the net's convolutions counted as they are.
+def _on_gpu(config: Config, chosen: list[tuple[rows.Row, bool]]) -> Iterable[Measured]:
+    """One process for ours, one for eager PyTorch, one for each compilation of PyTorch.
 
-    Multiply-adds: conv1 and conv2 with their gradients, the dense layers three times each. No
-    gradient with respect to the images is needed.
+    Everything is compiled first, by all cores, and nothing runs beside what is measured.
     """
-    conv1, conv2 = 24 * 24 * 25 * 10, 8 * 8 * 250 * 10
-    dense = 160 * 50 + 50 * 10
-    return 2.0 * num_examples * (2 * conv1 + 3 * conv2 + 3 * dense)
+    start = time.monotonic()
+    prepared_by, end = start + 0.6 * config.seconds, start + config.seconds
+    found = [Measured(row) for row, _ in chosen]
+    jobs: dict[Any, list[tuple[Measured, Name]]] = {}
+    for measured, (row, tf32) in zip(found, chosen, strict=True):
+        for name in contestants(row, "cuda", tf32=tf32):
+            alone = name[0].compiled is not None
+            jobs.setdefault((id(measured), name) if alone else name[0].library, []).append(
+                (measured, name)
+            )
+    references = {row: rows.reference(row) for row, _ in chosen}
+    workers = {job: Worker(_settings(names[0][1], config.device)) for job, names in jobs.items()}
+    try:
+        for job, names in jobs.items():
+            # Loops last: they are a second program of the same step.
+            names.sort(key=lambda who: who[1][0].loop)
+            tasks = [Task((id(m), n), n[0], m.row, references[m.row]) for m, n in names]
+            threads = min(4, machine.usable_cores()) if job == OURS else 1
+            workers[job].send("prepare", tasks, prepared_by - time.monotonic(), threads)
+        where: dict[int, dict[Name, Worker]] = {id(measured): {} for measured in found}
+        # Those that are shared first, since they are not ended because one of them is slow.
+        for job in sorted(jobs, key=lambda job: job not in (OURS, TORCH)):
+            limit = min(start + config.compile_seconds, prepared_by) - time.monotonic()
+            for measured, name in _collect(
+                jobs[job], workers[job], config.seconds if job in (OURS, TORCH) else limit
+            ):
+                where[id(measured)][name] = workers[job]
+        for i, measured in enumerate(found):
+            _check(measured, TOLERANCE["cuda"])
+            until = time.monotonic() + (end - time.monotonic()) / (len(found) - i)
+            _take_turns(measured, where[id(measured)], config.repeats, until, at_least=0.05)
+            yield measured
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
-def _row(name: str, seconds: dict[str, np.ndarray], flops: float, rate: float) -> dict[str, Any]:
-    time = timing.spread(seconds[name])
-    ratio = timing.ratio(seconds, name, TORCH)
+def _settings(name: Name, device: str) -> Settings:
+    return Settings(name[0].library, device, name[1], machine.usable_cores())
+
+
+def _collect(
+    who: list[tuple[Measured, Name]], worker: Worker, timeout: float
+) -> list[tuple[Measured, Name]]:
+    """Waits until contestants are ready; returns those that are."""
+    try:
+        answers = worker.answer(timeout)
+    except WorkerError as error:
+        answers = [str(error)] * len(who)
+    ready = []
+    for (found, name), answer in zip(who, answers, strict=True):
+        if isinstance(answer, str):
+            found.left_out[name] = answer
+        else:
+            found.checks[name] = answer
+            ready.append((found, name))
+    return ready
+
+
+def _check(found: Measured, tolerated: float) -> None:
+    """Leaves out whoever does not compute what ours does, in the first step."""
+    first = next((c for n, c in found.checks.items() if n[0].library == OURS), None)
+    for name, check in found.checks.items():
+        for quantity, wanted in (first or {}).items():
+            tolerance = {"setup": float("inf"), "parameters": 0.0}.get(quantity, tolerated)
+            if not abs(check[quantity] - wanted) <= tolerance * abs(wanted):
+                found.left_out[name] = (
+                    f"its {quantity} in the first step is {check[quantity]:.6g}, ours {wanted:.6g}"
+                )
+
+
+def _take_turns(
+    found: Measured, workers: dict[Name, Worker], repeats: int, until: float, at_least: float
+) -> None:
+    """Rounds until the time is up, in an order that goes back and forth.
+
+    Args:
+        found: filled in.
+        workers: who takes part, and in which process.
+        repeats: rounds, at most.
+        until: `time.monotonic` after which no round begins, once there are MIN_ROUNDS.
+        at_least: seconds of one measurement; quicker steps are made several times.
+    """
+    steps: dict[Name, int] = {}
+    samples: dict[Name, list[float]] = {n: [] for n in workers if n not in found.left_out}
+    for round_ in tqdm(range(repeats + 1), desc=str(found.row), unit="round", leave=False):
+        order = list(samples) if round_ % 2 else list(samples)[::-1]
+        for name in order:
+            try:
+                count = steps.get(name, 1)
+                seconds = workers[name].ask("measure", (id(found), name), count, timeout=120)
+            except WorkerError as error:
+                found.left_out[name] = str(error)
+                del samples[name]
+                continue
+            if round_:
+                samples[name].append(seconds)
+            else:  # not counted: it says how many steps to take from now on
+                steps[name] = int(np.clip(np.ceil(at_least / seconds), 1, 500))
+        if round_ >= MIN_ROUNDS and time.monotonic() > until:
+            break
+    found.seconds = {name: np.array(values) for name, values in samples.items() if values}
+
+
+def _title(found: Measured) -> str:
+    full = any(not name[0].tf32 for name in (*found.seconds, *found.left_out))
+    return f"{found.row}{', full float32' if full else ''}"
+
+
+def _lines(found: Measured) -> list[dict[str, Any]]:
+    """The table of a row, the fastest first; ratios are to PyTorch's fastest."""
+    best = found.best(TORCH)
+    lines = []
+    for name in sorted(found.seconds, key=lambda n: np.median(found.seconds[n])):
+        ms = timing.spread(1e3 * found.seconds[name])
+        over = "" if best is None else f"{timing.ratio(found.seconds, name, best).median:.2f}"
+        lines.append(
+            {
+                "row": _title(found),
+                "contestant": str(name[0]),
+                "allocator": name[1],
+                "ms a step": f"{ms.median:.3g}",
+                "quartiles": f"{ms.low:.3g} to {ms.high:.3g}",
+                "least": f"{1e3 * found.seconds[name].min():.3g}",
+                "over PyTorch's best": over,
+                "rounds": len(found.seconds[name]),
+                "s to get ready": f"{found.checks[name]['setup']:.0f}",
+            }
+        )
+    return lines
+
+
+def _headline(found: Measured) -> report.Headline:
+    """The experiments' own step against PyTorch's best, by medians and by minima."""
+    ours, best, quickest = found.ours(), found.best(TORCH), found.best(TORCH, np.min)
+    assert ours is not None
+    assert best is not None
+    assert quickest is not None
+    ratio = timing.ratio(found.seconds, ours, best)
+    minima = found.seconds[ours].min() / found.seconds[quickest].min()
+    fastest = found.best(OURS)
+    assert fastest is not None
+    also = ""
+    if fastest != ours:
+        other = timing.ratio(found.seconds, fastest, best).median
+        also = f"; our fastest ({fastest[0]}, {fastest[1]}): {other:.2f}"
+    return report.Headline(
+        "against_torch",
+        f"{_title(found)}: {ours[0]}, over PyTorch's best ({best[0]}, {best[1]})",
+        f"{ratio.median:.2f} (quartiles {ratio.low:.2f} to {ratio.high:.2f}); "
+        f"of the minima {minima:.2f}{also}",
+        "<= 1",
+        ratio.median <= 1,
+    )
+
+
+def _record(found: Measured) -> dict[str, Any]:
+    """Raw samples, as JSON values."""
     return {
-        "contestant": name,
-        "ms a step": f"{1e3 * time.median:.1f}",
-        "quartiles": f"{1e3 * time.low:.1f} to {1e3 * time.high:.1f}",
-        "over PyTorch": f"{ratio.median:.2f}",
-        "GFLOP/s": f"{flops / time.median / 1e9:.0f}",
-        "times the floor": f"{time.median / (flops / rate):.1f}",
+        "row": _title(found),
+        "seconds": {" | ".join(map(str, n)): s.tolist() for n, s in found.seconds.items()},
+        "first_step": {" | ".join(map(str, n)): c for n, c in found.checks.items()},
+        "left_out": {" | ".join(map(str, n)): why for n, why in found.left_out.items()},
     }
 
 
-def _plot(seconds: dict[str, np.ndarray], axes: Any) -> None:
-    axes.boxplot([1e3 * values for values in seconds.values()], tick_labels=list(seconds))
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("ms a step")
-    axes.set_title("Full-batch M-SGD-Fisher step, LeNet, N = 1,000", fontsize=11)
+def _plot(measured: list[Measured], axes: Any) -> None:
+    names = [_title(found) for found in measured if found.ours() and found.best(TORCH)]
+    ratios = [
+        timing.ratio(found.seconds, ours, best)
+        for found in measured
+        if (ours := found.ours()) and (best := found.best(TORCH))
+    ]
+    medians = np.array([ratio.median for ratio in ratios])
+    errors = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
+    axes.errorbar(medians, np.arange(len(names)), xerr=errors, fmt="o", capsize=3)
+    axes.set_yticks(np.arange(len(names)), names)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="gray", linewidth=1)
+    axes.set_xlabel("time of our step over PyTorch's best (median, quartiles)")
+    axes.set_title("Full-batch step with weights of `cov`", fontsize=11)
 
 
 if __name__ == "__main__":
+    import tyro  # here, since `main` needs no command line
+
     main(tyro.cli(Config))

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.noise_generation``. Every draw starts from parameters and data, as a training
 step does: the baselines have to make their matrix anew, and do not even add the mean gradient,
-which ours includes.
+which ours includes. PyTorch's ways to per-example gradients take part where they are installed.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ import numpy as np
 import psutil
 import tyro
 
-from benchmarks import machine, problems, report, timing
+from benchmarks import machine, problems, report, timing, torch_gradients
 from msgd_jax import covariance, loss, noise
 
 OURS = "grad(L.W)"
 LIBRARY = ("svd", "eigh", "cholesky")
-NAMES = (OURS, "gradient matrix", "diagonal", *LIBRARY[::-1])
+NAMES = (OURS, "gradient matrix", *torch_gradients.NAMES, "diagonal", *LIBRARY[::-1])
 REFERENCE_PARAMETERS = 11_330
 # What a D x D factorisation needs, for a guess at what takes seconds and what takes minutes.
 CUBIC_FLOPS = {"svd": 22, "eigh": 9, "cholesky": 1 / 3}
@@ -139,10 +139,14 @@ def _measure(num_parameters: int, num_examples: int, config: Config, rate: float
     quick: dict[str, Callable[[], Any]] = {}
     slow = []
     for name in NAMES:
-        if _bytes(name, problem) > 0.7 * psutil.virtual_memory().available:
+        if why := name in torch_gradients.NAMES and torch_gradients.missing(name):
+            points[name] = Point([], why)
+        elif _bytes(name, problem) > 0.7 * psutil.virtual_memory().available:
             points[name] = Point([], "does not fit")
         elif 10 * CUBIC_FLOPS.get(name, 0) * num_parameters**3 / rate > 20:
             slow.append(name)
+        elif name in torch_gradients.NAMES:
+            quick[name] = torch_gradients.draw_function(name, problem)
         else:
             keys = iter(jax.random.split(jax.random.key(1), 1_000))
             draw = draw_function(name, problem)

@@ -83,14 +83,15 @@ def publish(
     _save_plot(folder / f"{name}.png", draw)
     print(f"\n{name} ({machine.one_line()})\n")
     print(table([{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]))
-    print()
-    print(headline_table(headlines))
+    print(f"\n{headline_table(headlines)}" if headlines else "")
     print(f"\n{folder}: result.json, {name}.png")
     return folder
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as an aligned Markdown table."""
+    if not rows:
+        return "Nothing was measured."
     columns = list(rows[0])
     cells = [columns, *[[_text(row[column]) for column in columns] for row in rows]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

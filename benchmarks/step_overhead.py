@@ -1,7 +1,8 @@
 """What multiplicative noise costs: an M-SGD step against a plain `optax.sgd` step.
 
-``python -m benchmarks.step_overhead``. The same LeNet, examples, loss vector function and reported
-numbers (loss and gradient norm) on both sides, without micro-batches. Dense noises stand against
+``python -m benchmarks.step_overhead``. The same net, examples, loss vector function, micro-batches
+and reported numbers (loss and gradient norm) on both sides. It runs on jax's default device, and
+says which that was. Dense noises stand against
 plain gradient descent on the N examples; sparse ones against mini-batch SGD with as many a step,
 which has to draw its batch too: without replacement as a permutation's first entries, or, for the
 noise that draws with replacement, as random integers. The plain step competes twice: how far its
@@ -10,19 +11,23 @@ second run is from its first says how much of the other ratios is the machine.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from concurrent import futures
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
-from benchmarks import problems, report, timing
+from benchmarks import machine, problems, report, rows, timing
+from experiments import models
 from msgd_jax import noise, train
 
 LEARNING_RATE = 0.01
 PLAIN, CONTROL = "plain", "(plain again)"
+COMPILING = 0.6  # part of the time that compiling may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +35,25 @@ class Config(report.Config):
     """M-SGD steps against plain steps, for every noise.
 
     Attributes:
+        net: lenet, or vgg11 with 16 channels in its first convolution.
         examples: N.
         batch_size: b.
         support_size: B, what a step of the sparse noises computes.
-        sparse_steps: mini-batch steps in one sample; of full-batch steps it is one.
+        microbatch_size: examples in one pass, on both sides; None for all at once.
+        dense_steps: full-batch steps in one sample; more than one where they are quick (GPUs).
+        sparse_steps: mini-batch steps in one sample.
+        seconds: after that no further noises are begun, and what is left out is printed.
     """
 
     repeats: int = 60
+    net: Literal["lenet", "vgg11"] = "lenet"
     examples: int = 1_000
     batch_size: int = 50
     support_size: int = 100
+    microbatch_size: int | None = None
+    dense_steps: int = 1
     sparse_steps: int = 20
+    seconds: float = float("inf")
 
 
 class Group(NamedTuple):
@@ -69,17 +82,21 @@ def groups(config: Config) -> list[Group]:
         "rademacher": noise.rademacher(n, scale),
         "estimated_fisher": noise.estimated_fisher(n, b, estimate_size=b),
         "estimated_cov": noise.estimated_cov(n, b, estimate_size=b),
+        "student_t": noise.student_t(n, b, degrees_of_freedom=10),
     }
     sparse = {
         "sparse_fisher": noise.sparse_fisher(n, b, support_size=support),
         "sparse_cov": noise.sparse_cov(n, b, support_size=support),
+        # Two mini-batches in a step, B examples together.
+        "svag": noise.svag(noise.sgd(n, support // 2), refinement=3),
     }
     if config.quick:
         dense = {"cov": dense["cov"]}
         return [Group("dense", False, dense)]
+    shuffled = noise.random_reshuffling(n, b, drop_remainder=True)
     return [
         Group("dense", False, dense),
-        Group("sparse", False, {"sgd": noise.sgd(n, b)}),
+        Group("sparse", False, {"sgd": noise.sgd(n, b), "random_reshuffling": shuffled}),
         Group("sparse", True, {"sgd, replace": noise.sgd(n, b, replace=True)}),
         Group("sparse", False, sparse),
     ]
@@ -91,46 +108,104 @@ def main(config: Config) -> list[report.Headline]:
         config = dataclasses.replace(
             config, repeats=2, examples=60, batch_size=5, support_size=10, sparse_steps=1
         )
-    problem = problems.lenet(config.examples)
-    rows: list[dict[str, Any]] = []
+    problem = _problem(config)
+    begin = time.monotonic()
+    lines: list[dict[str, Any]] = []
     ratios: dict[str, dict[str, timing.Spread]] = {"dense": {}, "sparse": {}}
     samples = []
-    for group in groups(config):
-        seconds = _measure(group, problem, config)
+    for i, group in enumerate(groups(config)):
+        left = config.seconds - (time.monotonic() - begin)
+        if i and left <= 0:
+            print(f"Left out, no time: {', '.join(group.laws)}")
+            continue
+        to_come = [len(other.laws) + 2 for other in groups(config)[i:]]  # with the plain steps
+        seconds = _measure(group, problem, config, left * to_come[0] / sum(to_come))
         samples.append({name: values.tolist() for name, values in seconds.items()})
-        steps = 1 if group.kind == "dense" else config.sparse_steps
-        for name in [*group.laws, CONTROL]:
+        steps = _steps(group, config)
+        for name in [name for name in seconds if name != PLAIN]:
             ratio = timing.ratio(seconds, name, PLAIN)
-            rows.append(_row(name, group, steps, seconds, ratio))
+            lines.append(_row(name, group, steps, seconds, ratio))
             if name != CONTROL:
                 ratios[group.kind][name] = ratio
     targets = {"dense": 1.02, "sparse": 1.05}
     headlines = [_headline(kind, targets[kind], found) for kind, found in ratios.items() if found]
-    plot = functools.partial(_plot, {**ratios["dense"], **ratios["sparse"]})
-    report.publish("step_overhead", config, rows, headlines, plot, seconds=samples)
+    title = f"{problem.num_parameters:,} parameters, N = {config.examples:,}"
+    plot = functools.partial(_plot, {**ratios["dense"], **ratios["sparse"]}, title)
+    report.publish("step_overhead", config, lines, headlines, plot, seconds=samples)
     return headlines
 
 
-def _measure(group: Group, problem: problems.Problem, config: Config) -> dict[str, np.ndarray]:
-    """The plain step twice, the second time as a control, and the noises, all in turn."""
+def _problem(config: Config) -> problems.Problem:
+    if config.net == "lenet":
+        return problems.lenet(config.examples)
+    row = rows.Row("vgg11", 16, config.examples, config.microbatch_size or config.examples)
+    params = jax.jit(rows.model(row).init)(jax.random.key(0))
+    data = problems.random_images(config.examples, models.VGG11.image_shape)
+    count = models.num_parameters(params)
+    return problems.Problem(rows.loss_vector_fn(row), params, data, count)
+
+
+def _steps(group: Group, config: Config) -> int:
+    return config.dense_steps if group.kind == "dense" else config.sparse_steps
+
+
+def _measure(
+    group: Group, problem: problems.Problem, config: Config, budget: float
+) -> dict[str, np.ndarray]:
+    """The plain step twice, the second time as a control, and the noises, all in turn.
+
+    Noises that are not begun to be compiled when a part of the budget, in seconds, is over are left
+    out.
+    """
     support = next(iter(group.laws.values())).support_size
-    steps = 1 if group.kind == "dense" else config.sparse_steps
-    plain = plain_step(problem, support, replace=group.replace)
+    steps = _steps(group, config)
+    plain = plain_step(
+        problem, support, replace=group.replace, microbatch_size=config.microbatch_size
+    )
     contestants = {PLAIN: _loop(plain, problem, steps)}
     for name, law in group.laws.items():
-        contestants[name] = _loop(msgd_step(problem, law), problem, steps)
+        step = msgd_step(problem, law, config.microbatch_size)
+        contestants[name] = _loop(step, problem, steps)
     contestants[CONTROL] = _loop(plain, problem, steps)
+    start = time.monotonic()
+
+    def get_ready(name: str) -> bool:
+        # The plain steps and one noise are measured whatever the time.
+        needed = name in (PLAIN, CONTROL, next(iter(group.laws)))
+        if not needed and time.monotonic() - start > COMPILING * budget:
+            return False
+        jax.block_until_ready(contestants[name]())
+        return True
+
+    with futures.ThreadPoolExecutor(min(4, machine.usable_cores())) as pool:
+        ready = dict(zip(contestants, pool.map(get_ready, contestants), strict=True))
+    if late := [name for name in contestants if not ready[name]]:
+        print(f"Left out, no time to compile: {', '.join(late)}")
+    contestants = {name: run for name, run in contestants.items() if ready[name]}
     return timing.alternate(
-        contestants, repeats=config.repeats, description=", ".join(group.laws)[:40]
+        contestants,
+        repeats=config.repeats,
+        warmups=1,
+        budget=start + budget - time.monotonic(),
+        description=", ".join(group.laws)[:40],
     )
 
 
-def msgd_step(problem: problems.Problem, law: noise.MNoise) -> train.StepFn:
+def msgd_step(
+    problem: problems.Problem, law: noise.MNoise, microbatch_size: int | None = None
+) -> train.StepFn:
     """Ours: `train.make_step`."""
-    return train.make_step(problem.loss_vector_fn, optax.sgd(LEARNING_RATE), law)
+    optimizer = optax.sgd(LEARNING_RATE)
+    return train.make_step(problem.loss_vector_fn, optimizer, law, microbatch_size=microbatch_size)
 
 
-def plain_step(problem: problems.Problem, batch_size: int, *, replace: bool) -> train.StepFn:
+def plain_step(
+    problem: problems.Problem,
+    batch_size: int,
+    *,
+    replace: bool,
+    microbatch_size: int | None = None,
+) -> train.StepFn:
     """A plain training step on all examples, or on a mini-batch drawn with or without replacement.
 
     On the state of `train`, and with its two metrics, so that both sides keep the same books.
@@ -148,11 +223,15 @@ def plain_step(problem: problems.Problem, batch_size: int, *, replace: bool) -> 
             indices = jax.random.permutation(key, num_examples)[:batch_size]
         return jax.tree.map(lambda leaf: leaf[indices], data)
 
-    def step(state: train.TrainState, data: Any) -> tuple[train.TrainState, train.StepMetrics]:
-        def mean_loss(params: Any) -> Any:
-            return problem.loss_vector_fn(params, batch_of(state, data)).mean()
+    def mean_gradient(params: Any, batch: Any) -> tuple[Any, Any]:
+        return jax.value_and_grad(lambda p: problem.loss_vector_fn(p, batch).mean())(params)
 
-        value, grads = jax.value_and_grad(mean_loss)(state.params)
+    def step(state: train.TrainState, data: Any) -> tuple[train.TrainState, train.StepMetrics]:
+        batch = batch_of(state, data)
+        if microbatch_size is None or microbatch_size >= batch_size:
+            value, grads = mean_gradient(state.params, batch)
+        else:
+            value, grads = _in_microbatches(mean_gradient, state.params, batch, microbatch_size)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = train.StepMetrics(loss=value, gradient_norm=optax.tree.norm(grads))
@@ -160,6 +239,19 @@ def plain_step(problem: problems.Problem, batch_size: int, *, replace: bool) -> 
         return state, metrics
 
     return step
+
+
+def _in_microbatches(mean_gradient: Any, params: Any, batch: Any, size: int) -> tuple[Any, Any]:
+    """The mean over micro-batches, which divide the batch, of their mean losses and gradients."""
+    batches = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batch)
+    count = jax.tree.leaves(batches)[0].shape[0]
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, mean_gradient(params, part)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, batches)
+    return jax.tree.map(lambda leaf: leaf / count, total)
 
 
 def _loop(step: train.StepFn, problem: problems.Problem, steps: int) -> Callable[[], Any]:
@@ -204,7 +296,7 @@ def _headline(kind: str, target: float, ratios: dict[str, timing.Spread]) -> rep
     )
 
 
-def _plot(ratios: dict[str, timing.Spread], axes: Any) -> None:
+def _plot(ratios: dict[str, timing.Spread], title: str, axes: Any) -> None:
     medians = np.array([ratio.median for ratio in ratios.values()])
     errors = [
         [ratio.median - ratio.low for ratio in ratios.values()],
@@ -215,8 +307,10 @@ def _plot(ratios: dict[str, timing.Spread], axes: Any) -> None:
     axes.invert_yaxis()
     axes.axvline(1.0, color="gray", linewidth=1)
     axes.set_xlabel("time of an M-SGD step over a plain step (median, quartiles)")
-    axes.set_title("LeNet, N = 1,000", fontsize=11)
+    axes.set_title(title, fontsize=11)
 
 
 if __name__ == "__main__":
+    import tyro  # here, since `main` needs no command line
+
     main(tyro.cli(Config))

@@ -24,7 +24,7 @@ def spread(samples: Any) -> Spread:
     return Spread(float(median), float(low), float(high))
 
 
-def ratio(samples: Mapping[str, Any], name: str, reference: str) -> Spread:
+def ratio(samples: Mapping[Any, Any], name: Any, reference: Any) -> Spread:
     """The ratio of two contestants, formed round by round: load that slows both cancels."""
     return spread(np.asarray(samples[name]) / np.asarray(samples[reference]))
 
