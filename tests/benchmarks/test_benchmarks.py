@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as everything
-from benchmarks import against_torch, memory, problems, report, timing
+from benchmarks import memory, problems, report, timing
 
 
 def test_contestants_take_turns_in_an_order_that_goes_back_and_forth():
@@ -61,24 +61,6 @@ def test_nets_have_about_the_parameters_asked_for(wanted):
     assert problem.num_parameters == pytest.approx(wanted, rel=0.05)
     assert problem.loss_vector_fn(problem.params, problem.data).shape == (3,)
     assert wanted != 11_330 or problem.num_parameters == 11_330
-
-
-def test_step_flops_of_lenet_are_what_xla_counts_for_its_layers():
-    def convolve(images, kernel):
-        layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            images, kernel, (1, 1), "VALID", dimension_numbers=layout
-        )
-
-    def flops(operation, *shapes):
-        return count_flops(operation, *(jnp.ones(shape) for shape in shapes))
-
-    conv1 = flops(convolve, (10, 28, 28, 1), (5, 5, 1, 10))
-    conv2 = flops(convolve, (10, 12, 12, 10), (5, 5, 10, 10))
-    dense = flops(jnp.matmul, (10, 160), (160, 50)) + flops(jnp.matmul, (10, 50), (50, 10))
-    # Forward, gradient of the kernel, and (but for the first layer) gradient of the input.
-    expected = 2 * conv1 + 3 * conv2 + 3 * dense
-    assert against_torch.step_flops(10) == pytest.approx(expected, rel=0.01)
 
 
 def test_reports_are_never_overwritten(tmp_path):
