@@ -29,11 +29,15 @@ Laws have an algebra: :func:`scaled` multiplies the noise by a number, a traced 
 :func:`coloured` correlates the noise over steps, and :func:`reweighted` lets examples count more or
 less. Their covariances are as exact, where two numbers can state them.
 
+For the batches of a data loader, of any size, there are :func:`batch_cov` and :func:`batch_fisher`:
+they count the draw of the batch as part of the noise.
+
 F = G G^T / N is the empirical Fisher, S = F - grad L grad L^T the gradient covariance, and
 `batch_size` (b) always means the scale: the batch size of the SGD that the noise imitates.
 """
 
 from msgd_jax.noise._algebra import coloured, mixture, scaled, sum_of
+from msgd_jax.noise._batch import BatchLaw, batch_cov, batch_fisher
 from msgd_jax.noise._full import bernoulli, cov, fisher, gd, matching_scale, rademacher, sgd
 from msgd_jax.noise._permutation import permute
 from msgd_jax.noise._reshuffling import random_reshuffling
@@ -44,9 +48,12 @@ from msgd_jax.noise._svag import svag
 from msgd_jax.noise._types import Exchangeable, MNoise, Weights
 
 __all__ = [
+    "BatchLaw",
     "Exchangeable",
     "MNoise",
     "Weights",
+    "batch_cov",
+    "batch_fisher",
     "bernoulli",
     "coloured",
     "cov",

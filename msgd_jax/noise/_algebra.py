@@ -46,6 +46,7 @@ def scaled(law: MNoise, scale: Scale) -> MNoise:
         >>> law = noise.scaled(noise.cov(100, batch_size=10), 0.5)
         >>> round(law.covariance.diagonal / noise.cov(100, 10).covariance.diagonal, 6)
         0.25
+        >>> import optax
         >>> annealed = noise.scaled(noise.cov(100, 10), optax.cosine_decay_schedule(1.0, 1000))
         >>> annealed.covariance_between(1000, 1000).diagonal
         0.0

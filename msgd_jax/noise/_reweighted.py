@@ -43,8 +43,8 @@ def reweighted(law: MNoise, factors: Any) -> MNoise:
         >>> from msgd_jax import noise
         >>> labels = np.array([0, 0, 0, 1])
         >>> balanced = noise.reweighted(noise.gd(4), 4 / (2 * np.bincount(labels)[labels]))
-        >>> balanced.sample(jax.random.key(0), 0).values.round(4).tolist()
-        [0.1667, 0.1667, 0.1667, 0.5]
+        >>> (6 * balanced.sample(jax.random.key(0), 0).values).tolist()
+        [1.0, 1.0, 1.0, 3.0]
     """
     _check_law("law", law)
     if callable(factors):
