@@ -62,6 +62,20 @@ ROWS: dict[str, Row] = {
         lambda n, b, **kw: noise.random_reshuffling(n, b, drop_remainder=True, **kw)
     ),
     "student_t": Row(functools.partial(noise.student_t, degrees_of_freedom=10)),
+    "scaled": Row(lambda n, b, **kw: noise.scaled(noise.cov(n, b, **kw), 0.7)),
+    "scaled_reshuffling": Row(
+        lambda n, b, **kw: noise.scaled(
+            noise.random_reshuffling(n, b, drop_remainder=True, **kw), 1.5
+        )
+    ),
+    "sum_of": Row(lambda n, b, **kw: noise.sum_of(noise.sgd(n, b, **kw), noise.fisher(n, b, **kw))),
+    "mixture": Row(
+        lambda n, b, **kw: noise.mixture([noise.sgd(n, b, **kw), noise.sgd(n, 1, **kw)], [0.6, 0.4])
+    ),
+    "coloured": Row(lambda n, b, **kw: noise.coloured(noise.cov(n, b, **kw), (1.0, 0.5, -0.25))),
+    "coloured_sparse": Row(
+        lambda n, b, **kw: noise.coloured(noise.sgd(n, b, **kw), (0.75, 0.25)), repeats=True
+    ),
     "svag": Row(lambda n, b, **kw: noise.svag(noise.sgd(n, b, **kw), refinement=3), repeats=True),
 }
 
@@ -74,7 +88,8 @@ def cases(*sizes: tuple[int, int]) -> list[tuple[str, int, int]]:
 # Each is made of the same pieces as one that is always tested.
 _RELATED = (
     "sgd_replace", "rademacher", "estimated_fisher", "estimated_cov", "sparse_fisher_gaussian",
-    "sparse_cov_gaussian", "random_reshuffling", "svag",
+    "sparse_cov_gaussian", "random_reshuffling", "svag", "scaled", "scaled_reshuffling", "sum_of",
+    "mixture", "coloured", "coloured_sparse",
 )  # fmt: skip
 
 

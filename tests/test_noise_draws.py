@@ -300,8 +300,10 @@ class TestBadInput:
         law = noise.fisher(7, 2)
         with pytest.raises(ValueError, match="support_size must be at least 1, got 0"):
             dataclasses.replace(law, support_size=0)
-        with pytest.raises(TypeError, match=r"covariance must be a noise\.Exchangeable, got float"):
-            dataclasses.replace(law, covariance=0.1)
+        with pytest.raises(
+            TypeError, match=r"moments must be a noise\.Exchangeable or None, got float"
+        ):
+            dataclasses.replace(law, moments=0.1)
         with pytest.raises(TypeError, match="draw must be a function"):
             dataclasses.replace(law, draw=None)
 

@@ -24,35 +24,54 @@ noise                       W                                      evaluations  
 :func:`svag`                p W1 + q W2, two draws of any base     2b for sgd   l times the base's
 ==========================  =====================================  ===========  ====================
 
+Laws have an algebra: :func:`scaled` multiplies the noise by a number, a traced array or a schedule,
+:func:`sum_of` adds independent noises, :func:`mixture` draws each step from one of several laws,
+:func:`coloured` correlates the noise over steps, and :func:`reweighted` lets examples count more or
+less. Their covariances are as exact, where two numbers can state them.
+
+For the batches of a data loader, of any size, there are :func:`batch_cov` and :func:`batch_fisher`:
+they count the draw of the batch as part of the noise.
+
 F = G G^T / N is the empirical Fisher, S = F - grad L grad L^T the gradient covariance, and
 `batch_size` (b) always means the scale: the batch size of the SGD that the noise imitates.
 """
 
+from msgd_jax.noise._algebra import coloured, mixture, scaled, sum_of
+from msgd_jax.noise._batch import BatchLaw, batch_cov, batch_fisher
 from msgd_jax.noise._full import bernoulli, cov, fisher, gd, matching_scale, rademacher, sgd
 from msgd_jax.noise._permutation import permute
 from msgd_jax.noise._reshuffling import random_reshuffling
+from msgd_jax.noise._reweighted import reweighted
 from msgd_jax.noise._student_t import student_t
 from msgd_jax.noise._subset import estimated_cov, estimated_fisher, sparse_cov, sparse_fisher
 from msgd_jax.noise._svag import svag
 from msgd_jax.noise._types import Exchangeable, MNoise, Weights
 
 __all__ = [
+    "BatchLaw",
     "Exchangeable",
     "MNoise",
     "Weights",
+    "batch_cov",
+    "batch_fisher",
     "bernoulli",
+    "coloured",
     "cov",
     "estimated_cov",
     "estimated_fisher",
     "fisher",
     "gd",
     "matching_scale",
+    "mixture",
     "permute",
     "rademacher",
     "random_reshuffling",
+    "reweighted",
+    "scaled",
     "sgd",
     "sparse_cov",
     "sparse_fisher",
     "student_t",
+    "sum_of",
     "svag",
 ]

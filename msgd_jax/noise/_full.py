@@ -82,39 +82,41 @@ def _draw_sgd(n: int, b: int, replace: bool, dtype: jnp.dtype, key: Key[Array, "
     return Weights(jnp.full(b, 1 / b, dtype), indices, n)
 
 
-def fisher(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoise:
+def fisher(num_examples: int, batch_size: float | int, *, dtype: Any = jnp.float32) -> MNoise:
     """M-SGD-Fisher: W = 1/N + eps/sqrt(bN), eps standard normal (Eq. 17).
 
     The gradient noise is Gaussian with covariance F/b, F the empirical Fisher matrix.
 
     Args:
         num_examples: N, at least 1.
-        batch_size: b, the batch size of the SGD whose scale the noise has, between 1 and N.
+        batch_size: b, the batch size of the SGD whose scale the noise has, any number above 0:
+            also above N, also fractional.
         dtype: of the weights, float32 or float64.
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    n, b = _pieces.sizes(num_examples, batch_size)
+    n, b = _pieces.scale(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
     covariance = Exchangeable(1 / (b * n), 0.0)
     return MNoise(f"fisher({n}, {b})", n, n, covariance, bound(_draw_fisher, n, b, dtype))
 
 
-def _draw_fisher(n: int, b: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+def _draw_fisher(n: int, b: float | int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
     noise = _pieces.normals(key, n, dtype)
     return Weights(1 / n + noise / math.sqrt(b * n), None, n)
 
 
-def cov(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoise:
+def cov(num_examples: int, batch_size: float | int, *, dtype: Any = jnp.float32) -> MNoise:
     """M-SGD-Cov: W = 1/N + (eps - mean eps)/sqrt(bN), eps standard normal (Eq. 16).
 
     The gradient noise is Gaussian with covariance S/b, exactly that of SGD with replacement.
 
     Args:
         num_examples: N, at least 1; with N = 1 there is nothing to vary and W = 1.
-        batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
+        batch_size: b, the batch size of the SGD whose covariance the noise has, any number above 0:
+            also above N, also fractional.
         dtype: of the weights, float32 or float64.
 
     Raises:
@@ -128,14 +130,14 @@ def cov(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoi
         >>> noise.cov(1000, 50).covariance == noise.sgd(1000, 50, replace=True).covariance
         True
     """
-    n, b = _pieces.sizes(num_examples, batch_size)
+    n, b = _pieces.scale(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
     covariance = _pieces.centred_covariance(n, (n - 1) / (b * n**2))
     return MNoise(f"cov({n}, {b})", n, n, covariance, bound(_draw_cov, n, b, dtype))
 
 
-def _draw_cov(n: int, b: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
+def _draw_cov(n: int, b: float | int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
     noise = _pieces.centre_normals(_pieces.normals(key, n, dtype))
     return Weights(1 / n + noise / math.sqrt(b * n), None, n)
 
@@ -203,5 +205,8 @@ def matching_scale(target: MNoise) -> float:
 
     It is N sqrt(Var(W_i)): sqrt(N/b) for `fisher`, sqrt((N-1)/b) for `cov`, sqrt((N-b)/b) for
     `sgd` without replacement.
+
+    Raises:
+        ValueError: if `target` states no `covariance`.
     """
-    return target.num_examples * math.sqrt(target.covariance.diagonal)
+    return target.num_examples * math.sqrt(float(target.covariance.diagonal))

@@ -16,7 +16,7 @@ from msgd_jax.noise._types import MNoise, Weights
 
 def student_t(
     num_examples: int,
-    batch_size: int,
+    batch_size: float | int,
     *,
     degrees_of_freedom: float | int,
     dtype: Any = jnp.float32,
@@ -34,14 +34,15 @@ def student_t(
 
     Args:
         num_examples: N, at least 1; with N = 1 there is nothing to vary and W = 1.
-        batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
+        batch_size: b, the batch size of the SGD whose covariance the noise has, any number above 0:
+            also above N, also fractional.
         degrees_of_freedom: nu, finite and above 2, where the variance is finite.
         dtype: of the weights, float32 or float64.
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    n, b = _pieces.sizes(num_examples, batch_size)
+    n, b = _pieces.scale(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
     nu = _degrees_of_freedom(degrees_of_freedom)
     scale = math.sqrt((nu - 2) / (nu * b * n))

@@ -13,7 +13,7 @@ from msgd_jax.noise._types import MNoise, Weights
 
 
 def estimated_fisher(
-    num_examples: int, batch_size: int, *, estimate_size: int, dtype: Any = jnp.float32
+    num_examples: int, batch_size: float | int, *, estimate_size: int, dtype: Any = jnp.float32
 ) -> MNoise:
     """M-SGD-[Fisher-m]: full gradient, and Fisher noise estimated from m examples (section 5.3).
 
@@ -22,14 +22,15 @@ def estimated_fisher(
 
     Args:
         num_examples: N, at least 1.
-        batch_size: b, the batch size of the SGD whose scale the noise has, between 1 and N.
+        batch_size: b, the batch size of the SGD whose scale the noise has, any number above 0:
+            also above N, also fractional.
         estimate_size: m, how many examples the Fisher matrix is estimated from, between 1 and N.
         dtype: of the weights, float32 or float64.
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    n, b = _pieces.sizes(num_examples, batch_size)
+    n, b = _pieces.scale(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
     m = _validate.positive_int("estimate_size", estimate_size, maximum=n)
     scale = 1 / math.sqrt(b * m)
@@ -40,7 +41,7 @@ def estimated_fisher(
 
 
 def estimated_cov(
-    num_examples: int, batch_size: int, *, estimate_size: int, dtype: Any = jnp.float32
+    num_examples: int, batch_size: float | int, *, estimate_size: int, dtype: Any = jnp.float32
 ) -> MNoise:
     """M-SGD-[Cov-m]: full gradient, and covariance noise estimated from m examples (section 5.3).
 
@@ -49,14 +50,15 @@ def estimated_cov(
 
     Args:
         num_examples: N, at least 2.
-        batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
+        batch_size: b, the batch size of the SGD whose covariance the noise has, any number above 0:
+            also above N, also fractional.
         estimate_size: m, how many examples it is estimated from, between 2 and N.
         dtype: of the weights, float32 or float64.
 
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    n, b = _pieces.sizes(num_examples, batch_size, smallest=2)
+    n, b = _pieces.scale(num_examples, batch_size, smallest=2)
     dtype = _validate.wide_float_dtype("dtype", dtype)
     m = _validate.positive_int("estimate_size", estimate_size, minimum=2, maximum=n)
     scale = math.sqrt((n - 1) / (b * n * (m - 1)))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Key
 
 from msgd_jax import _validate
 from msgd_jax._values import bound
-from msgd_jax.noise._types import Exchangeable, MNoise, Weights
+from msgd_jax.noise._types import MNoise, Weights
 
 
 def svag(base: MNoise, refinement: int) -> MNoise:
@@ -61,11 +61,9 @@ def svag(base: MNoise, refinement: int) -> MNoise:
 
     indices = jax.eval_shape(lambda: base.draw(jax.random.key(0)).indices)  # computes nothing
     support_size = base.support_size * (1 if indices is None else 2)
-    covariance = Exchangeable(
-        refinement * base.covariance.diagonal, refinement * base.covariance.off_diagonal
-    )
+    moments = None if base.moments is None else refinement * base.moments
     draw = bound(_draw, base.draw, base.num_examples, refinement)
-    return MNoise(name, base.num_examples, support_size, covariance, draw)
+    return MNoise(name, base.num_examples, support_size, moments, draw)
 
 
 def _draw(

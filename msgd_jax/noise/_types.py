@@ -86,27 +86,33 @@ class Weights:
 class Exchangeable:
     """The covariance of an exchangeable weight vector: one number on the diagonal, one off it.
 
+    Arrays, which may be traced, where the scale of the noise is one (`scaled`).
+
     Attributes:
         diagonal: Var(W_i).
         off_diagonal: Cov(W_i, W_j) for i != j; 0 where there is one example only.
     """
 
-    diagonal: float
-    off_diagonal: float
+    diagonal: float | Float[Array, ""]
+    off_diagonal: float | Float[Array, ""]
 
     @property
-    def alpha(self) -> float:
+    def alpha(self) -> Any:
         """The coefficient of I in Cov(W) = alpha I + beta 1 1^T."""
         return self.diagonal - self.off_diagonal
 
     @property
-    def beta(self) -> float:
+    def beta(self) -> Any:
         """The coefficient of 1 1^T in Cov(W) = alpha I + beta 1 1^T."""
         return self.off_diagonal
 
     def __add__(self, other: "Exchangeable") -> "Exchangeable":
         """The covariance of a sum of uncorrelated vectors."""
         return Exchangeable(self.diagonal + other.diagonal, self.off_diagonal + other.off_diagonal)
+
+    def __rmul__(self, factor: Any) -> "Exchangeable":
+        """The covariance of a vector that is multiplied by the root of a number."""
+        return Exchangeable(factor * self.diagonal, factor * self.off_diagonal)
 
     def eigenvalues(self, num_examples: int) -> tuple[float, float]:
         """The two eigenvalues of Cov(W): across the all-ones vector, and along it.
@@ -151,14 +157,16 @@ class MNoise:
         name: the constructor and its arguments, for people.
         num_examples: N, how many examples there are.
         support_size: how many per-example losses one step computes.
-        covariance: Cov(W), exact.
+        moments: `covariance`; None where two numbers do not state it, because the weights are not
+            exchangeable or it changes from step to step. What needs it refuses such a law.
         draw: maps one PRNG key to `Weights`. It is called with keys that nobody else draws from;
             call `sample`, which sees to that.
         draw_at: for steps that depend on each other: maps (key of the run, step) to `Weights`, each
             step by itself with the law of `draw`. None: the steps are independent, each of them
             `draw` with a key of its own.
-        between: with `draw_at`, Cov(W_s, W_t) of two different steps, exact; see
-            `covariance_between`.
+        between: with `draw_at`, Cov(W_s, W_t) of two different steps, exact, and without
+            `moments` also that of a step with itself; see `covariance_between`. It may be None
+            where `moments` are.
 
     Raises:
         TypeError, ValueError: if an attribute is not as described.
@@ -167,7 +175,7 @@ class MNoise:
     name: str
     num_examples: int
     support_size: int
-    covariance: Exchangeable
+    moments: Exchangeable | None
     draw: Callable[[Key[Array, ""]], Weights] = dataclasses.field(repr=False)
     draw_at: Callable[[Key[Array, ""], Int[Array, ""]], Weights] | None = dataclasses.field(
         default=None, repr=False
@@ -178,28 +186,46 @@ class MNoise:
         _validate.positive_int("num_examples", self.num_examples)
         _validate.positive_int("support_size", self.support_size)
         _validate.function("draw", self.draw)
-        if (self.draw_at is None) != (self.between is None):
+        missing = self.between is None and self.moments is not None
+        if (self.draw_at is None and self.between is not None) or (self.draw_at and missing):
             raise ValueError("draw_at and between must be given together, or neither.")
-        if self.draw_at is not None:
-            _validate.function("draw_at", self.draw_at)
-            _validate.function("between", self.between)
-        if not isinstance(self.covariance, Exchangeable):
-            got = type(self.covariance).__name__
-            raise TypeError(f"covariance must be a noise.Exchangeable, got {got}.")
+        for name in ("draw_at", "between"):
+            if getattr(self, name) is not None:
+                _validate.function(name, getattr(self, name))
+        if self.moments is not None and not isinstance(self.moments, Exchangeable):
+            got = type(self.moments).__name__
+            raise TypeError(f"moments must be a noise.Exchangeable or None, got {got}.")
+
+    @property
+    def covariance(self) -> Exchangeable:
+        """Cov(W) of every step, exact.
+
+        Raises:
+            ValueError: if the law states none: the weights are not exchangeable, or it changes from
+                step to step.
+        """
+        if self.moments is None:
+            raise ValueError(
+                "law must have one covariance of two numbers, Cov(W) = alpha I + beta 1 1^T, at "
+                f"every step, got {self.name[:200]}, which states none."
+            )
+        return self.moments
 
     def covariance_between(self, step: int, other: int) -> Exchangeable:
         """The covariance of the weight vectors of two steps: Cov(W_s,i, W_t,i), Cov(W_s,i, W_t,j).
 
         Raises:
-            TypeError, ValueError: if a step is not an integer, or negative.
+            TypeError: if a step is not an integer.
+            ValueError: if a step is negative, or the law has no covariance of two numbers.
         """
         step, other = (
             _validate.positive_int(name, value, minimum=0)
             for name, value in (("step", step), ("other", other))
         )
-        if step == other:
-            return self.covariance
-        return Exchangeable(0.0, 0.0) if self.between is None else self.between(step, other)
+        if self.between is not None and (self.moments is None or step != other):
+            return self.between(step, other)
+        covariance = self.covariance
+        return covariance if step == other else Exchangeable(0.0, 0.0)
 
     def sample(self, key: Key[Array, ""], step: Step) -> Weights:
         """Draws the weight vector of one step.

@@ -1,0 +1,417 @@
+"""Laws made of laws: scaled, added, mixed, and noise that is correlated over steps."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+from msgd_jax import _validate
+from msgd_jax._values import bound
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights
+
+Scale = float | int | np.generic | Float[Array, ""] | Callable[[Int[Array, ""]], Any]
+
+
+def scaled(law: MNoise, scale: Scale) -> MNoise:
+    """The noise of a law multiplied by a number: W = 1/N + c (W' - 1/N), W' a draw of `law`.
+
+    The mean stays 1/N and the covariance is c^2 times that of `law`. The weights of a step are made
+    of the ones that `law` itself draws for that step, so that different scales see the same noise.
+
+    A law whose draws list some examples only becomes dense, since the mean 1/N of all the others
+    has to be made up for: a step then computes all N losses, unless c is the number 1.
+
+    Args:
+        law: the law W' comes from.
+        scale: c, a finite number of at least 0, or an array of shape (), which may be traced: built
+            inside a function, the law can be swept over by `jax.vmap` and compiles once. Or a
+            schedule, a function from the step (an int32 array of shape ()) to such a number, like
+            those of optax: then the law states no `covariance`, since that changes from step to
+            step; `covariance_between` states it.
+
+    Raises:
+        TypeError: if `law` is not a law or `scale` is neither a number nor a function.
+        ValueError: if `scale`, or a schedule at step 0, is negative, not finite or not a scalar;
+            traced ones are taken on trust.
+
+    Example:
+        >>> from msgd_jax import noise
+        >>> law = noise.scaled(noise.cov(100, batch_size=10), 0.5)
+        >>> round(law.covariance.diagonal / noise.cov(100, 10).covariance.diagonal, 6)
+        0.25
+        >>> import optax
+        >>> annealed = noise.scaled(noise.cov(100, 10), optax.cosine_decay_schedule(1.0, 1000))
+        >>> annealed.covariance_between(1000, 1000).diagonal
+        0.0
+    """
+    _check_law("law", law)
+    if callable(scale):
+        _validate.nonnegative_scalar("scale(0)", scale(jnp.zeros((), jnp.int32)))
+        name = f"scaled({law.name}, {getattr(scale, '__name__', type(scale).__name__)})"
+        return MNoise(
+            name,
+            law.num_examples,
+            law.num_examples,
+            None,
+            # One draw by itself has no step: it is the first one's.
+            bound(_scheduled_draw, law, scale),
+            bound(_scheduled_draw_at, law, scale),
+            bound(_scheduled_between, law, scale),
+        )
+    _validate.nonnegative_scalar("scale", scale)
+    factor = scale if isinstance(scale, Tracer) else float(scale)
+    if not isinstance(factor, Tracer) and factor == 1:
+        return dataclasses.replace(law, name=f"scaled({law.name}, 1)")
+    shown = "traced" if isinstance(scale, Tracer) else f"{factor:g}"
+    squared = factor * factor
+    moments = None if law.moments is None else squared * law.moments
+    draw_at = between = None
+    if law.draw_at is not None:
+        draw_at = bound(_scaled_draw_at, law, factor)
+        between = None if law.between is None else bound(_scaled_between, law, squared)
+    return MNoise(
+        f"scaled({law.name}, {shown})",
+        law.num_examples,
+        law.num_examples,
+        moments,
+        bound(_scaled_draw, law, factor),
+        draw_at,
+        between,
+    )
+
+
+def sum_of(*laws: MNoise) -> MNoise:
+    """The noises of several laws added up: W = 1/N + sum over k of (W_k - 1/N), independent W_k.
+
+    The covariances add up. Draws are dense, as those of `scaled`, so that a step computes all N
+    losses. The key of a step is split in as many as there are laws, so none of the W_k is what its
+    law draws by itself from the same key.
+
+    Args:
+        laws: at least one law, all for the same number of examples.
+
+    Raises:
+        TypeError: if an argument is not a law.
+        ValueError: if there is none, or their numbers of examples differ.
+
+    Example:
+        >>> from msgd_jax import noise
+        >>> law = noise.sum_of(noise.sgd(100, batch_size=10), noise.fisher(100, batch_size=20))
+        >>> law.covariance == noise.sgd(100, 10).covariance + noise.fisher(100, 20).covariance
+        True
+    """
+    n = _check_laws(laws)
+    moments = _combined(laws, [1.0] * len(laws))
+    draw_at = between = None
+    if any(law.draw_at is not None for law in laws):
+        draw_at = bound(_sum_draw_at, laws)
+        stated = all(law.moments is not None or law.between is not None for law in laws)
+        between = bound(_sum_between, laws) if stated else None
+    name = f"sum_of({', '.join(law.name for law in laws)})"
+    return MNoise(name, n, n, moments, bound(_sum_draw, laws), draw_at, between)
+
+
+def mixture(laws: Sequence[MNoise], probabilities: Any) -> MNoise:
+    """Each step drawn from one of several laws, which one by chance.
+
+    The mean is 1/N and the covariance the average of those of the laws. Where the laws list some
+    examples only, so does the mixture, always as many as the largest of them (with weights of 0 for
+    the rest); with one law that is dense, all draws are.
+
+    Args:
+        laws: at least one law of independent steps, all for the same number of examples.
+        probabilities: one per law, at least 0, adding up to 1.
+
+    Raises:
+        TypeError: if one is not a law, or not a number.
+        ValueError: if there is none, their numbers of examples differ, the steps of one are not
+            independent, or the probabilities are not as described.
+
+    Example:
+        >>> from msgd_jax import noise
+        >>> law = noise.mixture([noise.sgd(100, 10), noise.sgd(100, 1)], [0.9, 0.1])
+        >>> law.support_size  # a step costs ten losses, also where one is drawn
+        10
+    """
+    laws = tuple(laws)
+    n = _check_laws(laws)
+    for law in laws:
+        _check_independent(law)
+    shares = np.asarray(list(probabilities), np.float64)
+    if shares.shape != (len(laws),) or not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
+        raise ValueError(
+            f"probabilities must be {len(laws)} numbers of at least 0, one per law, that add up to "
+            f"1, got {_validate.shown(list(probabilities))}."
+        )
+    shares = tuple(float(share) for share in shares / shares.sum())
+    moments = _combined(laws, shares)
+    sparse = all(_is_sparse(law) for law in laws)
+    size = max(law.support_size for law in laws) if sparse else n
+    pairs = ", ".join(f"{share:g} {law.name}" for share, law in zip(shares, laws, strict=True))
+    draw = bound(_mixture_draw, laws, shares, size if sparse else None)
+    return MNoise(f"mixture({pairs})", n, size, moments, draw)
+
+
+def coloured(law: MNoise, coefficients: Any) -> MNoise:
+    """Noise that is correlated over steps: W_t = 1/N + sum over k of c_k V_(t-k).
+
+    V_t = W'_t - 1/N is the noise that `law` by itself draws for step t from the same key; those of
+    steps before the first, which the first steps need, have keys of their own, so that the noise is
+    stationary from step 0 on. With rho(h) = sum_k c_k c_(k+h),
+    Cov(W_t, W_(t+h)) = rho(h) Cov(W'), exactly; summed over all lags it is (sum c)^2 Cov(W').
+
+    * ``(1, -1)`` is the noise of Anti-PGD (Orvieto et al. 2022, arXiv:2202.02831): its sum over
+      any number of steps stays bounded.
+    * ``sqrt(1 - r^2) r^k`` for k = 0 ... M is an autoregressive noise, as momentum makes it.
+    * For the same size of noise per step as `law`, let the squares of the coefficients add up to 1.
+
+    Each step draws M + 1 vectors, M + 1 the number of coefficients. If the coefficients add up to 1
+    and the draws of `law` list some examples only, a step computes M + 1 times as many losses;
+    otherwise it computes all N.
+
+    Args:
+        law: any law of independent steps.
+        coefficients: c_0, c_1, ..., finite numbers, at least one.
+
+    Raises:
+        TypeError: if `law` is not a law or a coefficient is not a number.
+        ValueError: if there is no coefficient or one is not finite, or the steps of `law` are not
+            independent.
+
+    Example:
+        >>> from msgd_jax import noise
+        >>> law = noise.coloured(noise.cov(100, batch_size=10), (1.0, -1.0))
+        >>> one = noise.cov(100, 10).covariance.diagonal
+        >>> [round(law.covariance_between(3, t).diagonal / one, 6) + 0.0 for t in (3, 4, 5)]
+        [2.0, -1.0, 0.0]
+    """
+    _check_law("law", law)
+    _check_independent(law)
+    c = _numbers("coefficients", coefficients)
+    n = law.num_examples
+    rest = 1 - math.fsum(c)  # of the mean: on all examples
+    sparse = _is_sparse(law) and abs(rest) < 1e-12 * math.fsum(map(abs, c))
+    size = len(c) * law.support_size if sparse else n
+    rest = None if sparse else rest
+    moments = None if law.moments is None else _autocovariance(c, 0) * law.moments
+    between = None if law.moments is None else bound(_coloured_between, law.moments, c)
+    return MNoise(
+        f"coloured({law.name}, {_brief(c)})",
+        n,
+        size,
+        moments,
+        bound(_coloured_draw, law, c, rest),
+        bound(_coloured_draw_at, law, c, rest),
+        between,
+    )
+
+
+# Draws --------------------------------------------------------------------------------------------
+
+
+def _at(law: MNoise, key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
+    """What a law draws for a step from the key of its stream, as `MNoise.sample` does."""
+    if law.draw_at is not None:
+        return law.draw_at(key, step)
+    return law.draw(jax.random.fold_in(key, step))
+
+
+def _stretched(weights: Weights, scale: Any) -> Weights:
+    """1/N + scale (W - 1/N), dense."""
+    values = jax.lax.optimization_barrier(weights.dense())
+    scale = jnp.asarray(scale, values.dtype)
+    return Weights((1 - scale) / weights.num_examples + scale * values, None, weights.num_examples)
+
+
+def _scaled_draw(law: MNoise, scale: Any, key: Key[Array, ""]) -> Weights:
+    return _stretched(law.draw(key), scale)
+
+
+def _scaled_draw_at(law: MNoise, scale: Any, key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
+    return _stretched(_at(law, key, step), scale)
+
+
+def _scheduled_draw(law: MNoise, schedule: Callable[..., Any], key: Key[Array, ""]) -> Weights:
+    return _stretched(law.draw(key), schedule(jnp.zeros((), jnp.int32)))
+
+
+def _scheduled_draw_at(
+    law: MNoise, schedule: Callable[..., Any], key: Key[Array, ""], step: Int[Array, ""]
+) -> Weights:
+    return _stretched(_at(law, key, step), schedule(step))
+
+
+def _sum_draw(laws: tuple[MNoise, ...], key: Key[Array, ""]) -> Weights:
+    keys = jax.random.split(key, len(laws))
+    return _summed([law.draw(own) for law, own in zip(laws, keys, strict=True)])
+
+
+def _sum_draw_at(laws: tuple[MNoise, ...], key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
+    keys = jax.random.split(key, len(laws))
+    return _summed([_at(law, own, step) for law, own in zip(laws, keys, strict=True)])
+
+
+def _summed(draws: list[Weights]) -> Weights:
+    n = draws[0].num_examples
+    values = jax.lax.optimization_barrier([draw.dense() for draw in draws])
+    total = values[0] - (len(draws) - 1) / n
+    for other in values[1:]:
+        total = total + other
+    return Weights(total, None, n)
+
+
+def _mixture_draw(
+    laws: tuple[MNoise, ...], shares: tuple[float, ...], size: int | None, key: Key[Array, ""]
+) -> Weights:
+    choice_key, draw_key = jax.random.split(key)
+    # Which one: how many of the cumulative shares a uniform number is above.
+    bounds = jnp.asarray(np.cumsum(shares)[:-1], jnp.float32)
+    chosen = jnp.sum(jax.random.uniform(choice_key, (), jnp.float32) >= bounds, dtype=jnp.int32)
+    implementation = str(jax.random.key_impl(draw_key))
+    draws = [bound(_padded, law, size, implementation) for law in laws]
+    # As words: one branch alone uses the key, which the checker of reused keys cannot know.
+    return jax.lax.switch(chosen, draws, jax.random.key_data(draw_key))
+
+
+def _padded(
+    law: MNoise, size: int | None, implementation: str, words: UInt32[Array, " words"]
+) -> Weights:
+    """A draw on `size` examples, some of them with weight 0; None: on all, in order."""
+    weights = law.draw(jax.random.wrap_key_data(words, impl=implementation))
+    if size is None or weights.indices is None:
+        return Weights(weights.dense(), None, weights.num_examples)
+    rest = (0, size - weights.values.shape[0])
+    indices = jnp.pad(weights.indices.astype(jnp.int32), rest)
+    return Weights(jnp.pad(weights.values, rest), indices, weights.num_examples)
+
+
+def _coloured_draw(
+    law: MNoise, coefficients: tuple[float, ...], rest: float | None, key: Key[Array, ""]
+) -> Weights:
+    """One step by itself, with the law of every step."""
+    return _coloured_draw_at(law, coefficients, rest, key, jnp.zeros((), jnp.int32))
+
+
+def _coloured_draw_at(
+    law: MNoise,
+    coefficients: tuple[float, ...],
+    rest: float | None,
+    key: Key[Array, ""],
+    step: Int[Array, ""],
+) -> Weights:
+    # As unsigned numbers the steps before the first are those from 2^32 - 1 downwards, which are
+    # beyond the last step there is.
+    now = step.astype(jnp.uint32)
+    parts = [
+        law.draw(jax.random.fold_in(key, now - jnp.uint32(lag))) for lag in range(len(coefficients))
+    ]
+    n = law.num_examples
+    if rest is None:
+        values = [c * part.values for c, part in zip(coefficients, parts, strict=True)]
+        indices = [part.indices for part in parts if part.indices is not None]
+        return Weights(jnp.concatenate(values), jnp.concatenate(indices), n)
+    total = jnp.full(n, rest / n, parts[0].values.dtype)
+    dense = jax.lax.optimization_barrier([part.dense() for part in parts])
+    for coefficient, values in zip(coefficients, dense, strict=True):
+        total = total + coefficient * values
+    return Weights(total, None, n)
+
+
+# Covariances --------------------------------------------------------------------------------------
+
+
+def _combined(laws: Sequence[MNoise], factors: Sequence[float]) -> Exchangeable | None:
+    """The covariances multiplied and added up; None where a law states none."""
+    total = Exchangeable(0.0, 0.0)
+    for factor, law in zip(factors, laws, strict=True):
+        if law.moments is None:
+            return None
+        total = total + factor * law.moments
+    return total
+
+
+def _scaled_between(law: MNoise, squared: Any, step: int, other: int) -> Exchangeable:
+    return squared * law.covariance_between(step, other)
+
+
+def _scheduled_between(
+    law: MNoise, schedule: Callable[..., Any], step: int, other: int
+) -> Exchangeable:
+    factor = math.prod(float(schedule(jnp.asarray(t, jnp.int32))) for t in (step, other))
+    return factor * law.covariance_between(step, other)
+
+
+def _sum_between(laws: tuple[MNoise, ...], step: int, other: int) -> Exchangeable:
+    total = Exchangeable(0.0, 0.0)
+    for law in laws:
+        total = total + law.covariance_between(step, other)
+    return total
+
+
+def _coloured_between(
+    covariance: Exchangeable, coefficients: tuple[float, ...], step: int, other: int
+) -> Exchangeable:
+    return _autocovariance(coefficients, abs(step - other)) * covariance
+
+
+def _autocovariance(coefficients: tuple[float, ...], lag: int) -> float:
+    """rho(h) = sum_k c_k c_(k+h)."""
+    return math.fsum(a * b for a, b in zip(coefficients, coefficients[lag:], strict=False))
+
+
+# Checks -------------------------------------------------------------------------------------------
+
+
+def _check_law(name: str, law: Any) -> None:
+    if not isinstance(law, MNoise):
+        raise TypeError(f"{name} must be a noise.MNoise, got {_validate.shown(law)}.")
+
+
+def _check_laws(laws: Sequence[Any]) -> int:
+    """The number of examples that all laws are for."""
+    if not laws:
+        raise ValueError("laws must hold at least one law, got none.")
+    for position, law in enumerate(laws):
+        _check_law(f"laws[{position}]", law)
+    sizes = [law.num_examples for law in laws]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"laws must all be for the same number of examples, got {sizes}.")
+    return sizes[0]
+
+
+def _check_independent(law: MNoise) -> None:
+    if law.draw_at is not None:
+        raise ValueError(
+            f"law must have independent steps, got {law.name}, whose steps depend on each other."
+        )
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    sized = isinstance(values, Sequence | np.ndarray | jax.Array) and np.ndim(values) == 1
+    if isinstance(values, str) or not sized or not len(values):
+        raise ValueError(f"{name} must be at least one number, got {_validate.shown(values)}.")
+    for position, value in enumerate(values):
+        if isinstance(value, np.ndarray | jax.Array) and value.shape == ():
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}[{position}] must be a number, got {_validate.shown(value)}.")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}[{position}] must be finite, got {value}.")
+    return tuple(float(value) for value in values)
+
+
+def _is_sparse(law: MNoise) -> bool:
+    """Whether its draws list some examples only; computes nothing."""
+    return jax.eval_shape(lambda: law.draw(jax.random.key(0)).indices) is not None
+
+
+def _brief(values: tuple[float, ...]) -> str:
+    shown = ", ".join(f"{value:g}" for value in values[:4])
+    return f"({shown}, ...)" if len(values) > 4 else f"({shown})"

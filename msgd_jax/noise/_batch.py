@@ -1,0 +1,193 @@
+"""Laws for a batch that somebody else drew: a data loader, a generator, a stream."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from msgd_jax import _validate
+from msgd_jax._values import bound
+from msgd_jax.noise import _pieces
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class BatchLaw:
+    """What law the weights of a loaded batch have, whatever its size; made by `batch_cov` and kin.
+
+    The batch itself is random, and part of the noise: what its weights add is less. `of` gives the
+    law of the weights of B examples, an `MNoise` of B examples with mean 1/B. `train`, `transform`
+    and `loss` take a `BatchLaw` where they take a law, and ask it for the number of examples that
+    they are given: a smaller last batch has the scale of its own size.
+
+    Attributes:
+        num_examples: N, how many examples the loader draws from; None for a stream.
+        batch_size: b, the batch size of the SGD whose noise is wanted.
+        centred: whether the target is S/b, as that of `cov`, or F/b, as that of `fisher`.
+        replace: whether the examples of a batch are drawn independently of each other.
+        matching: what is matched, "total" or "gaussian".
+        dtype: of the weights.
+    """
+
+    num_examples: int | None
+    batch_size: float | int
+    centred: bool
+    replace: bool
+    matching: str
+    dtype: Any
+
+    @property
+    def name(self) -> str:
+        """The constructor and its arguments, for people."""
+        kind = "batch_cov" if self.centred else "batch_fisher"
+        return f"{kind}({self.num_examples}, {self.batch_size}, matching={self.matching!r})"
+
+    @property
+    def smallest(self) -> int:
+        """The fewest examples of a batch for which there is such a law."""
+        n, b = self.num_examples, self.batch_size
+        if self.matching == "gaussian":
+            return 2 if self.centred else 1
+        if self.centred:
+            return 1 if b == 1 else max(2, math.ceil(b if n is None else b * n / (n - 1 + b)))
+        if n == 1:
+            return 1
+        return max(2, math.ceil(b + 1 if n is None else n * (b + 1) / (n + b)))
+
+    def of(self, size: int) -> MNoise:
+        """The law of the weights of a batch of `size` examples.
+
+        Its `covariance` is that of the weights given the batch, [B, B].
+
+        Raises:
+            TypeError: if `size` is not an integer.
+            ValueError: if the batch has more examples than there are, or so few that drawing them
+                is noisier by itself than the noise that is wanted; the error names the fewest.
+        """
+        size = _validate.positive_int("the number of examples in a batch", size)
+        n, b = self.num_examples, self.batch_size
+        if n is not None and size > n and not self.replace:
+            raise ValueError(
+                f"a batch must have at most num_examples = {n} examples, got {size}: they are "
+                "drawn without replacement."
+            )
+        if size < self.smallest:
+            raise ValueError(
+                f"a batch must have at least {self.smallest} examples for {self.name}, got {size}: "
+                "drawing so few is noisier than SGD of that batch_size. Drop the last batch of an "
+                "epoch (drop_remainder, drop_last), load more, or raise batch_size."
+            )
+        # What is missing: sigma^2 on each example, tau^2 on all of them together.
+        rest = 1.0 if n is None else (n - size) / n  # of the variance of the draw of the batch
+        together = 0.0
+        if self.matching == "gaussian":
+            one = 1 if n is None else (n - 1) / n
+            each = size**2 * one / (b * (size - 1)) if self.centred else size / b
+        elif size == 1:  # SGD of batch size 1 as it is
+            each = 0.0 if self.centred else 1 / b
+        elif self.centred:
+            one = 1 if n is None else (n - 1) / n
+            each = size * (size * one / b - rest) / (size - 1)
+        else:
+            together = rest / (size - 1)
+            each = size * (1 / b - together)
+        each = max(each, 0.0)  # at the smallest size, rounding can go below 0
+        if self.centred:
+            inside = each * (size - 1) / size / size**2
+            covariance = _pieces.centred_covariance(size, inside)
+        else:
+            covariance = Exchangeable((each + together) / size**2, together / size**2)
+        draw = bound(_draw, size, math.sqrt(each), math.sqrt(together), self.centred, self.dtype)
+        return MNoise(f"{self.name}.of({size})", size, size, covariance, draw)
+
+
+def batch_cov(
+    num_examples: int | None,
+    batch_size: float | int,
+    *,
+    matching: Literal["total", "gaussian"] = "total",
+    dtype: Any = jnp.float32,
+) -> BatchLaw:
+    """SGD's noise at another batch size, on the batches of a data loader: covariance S/b in all.
+
+    The loader hands over B examples, drawn uniformly from N: any B of them, or the next B of a
+    shuffled epoch. Their weights are (1 + s (eps - mean eps))/B, with s so that a step, the draw of
+    its batch included, has mean gradient grad L and covariance exactly S/b: large batches that are
+    as noisy as small ones, on `sparse_cov`'s formula, with the subset given.
+
+    * ``matching="total"``: every single step has covariance S/b. Needs B >= bN/(N - 1 + b).
+    * ``matching="gaussian"``: what the weights add has covariance S/b by itself, and the draw of
+      the batch comes on top. That is the choice where batches partition an epoch and the sum over
+      epochs matters: the draws of an epoch cancel (two of its steps have covariance -S/(N - 1)).
+
+    Args:
+        num_examples: N, how many examples the loader draws from; None for a stream of independent
+            examples, or a loader that draws with replacement, where S is the covariance of one
+            example of the population.
+        batch_size: b, the batch size of the SGD whose covariance is wanted, above 0.
+        matching: "total" or "gaussian".
+        dtype: of the weights, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: if `num_examples` is not an integer of at least 2 or None,
+            `batch_size` not a number above 0, or one of the others not among its choices.
+
+    Example:
+        >>> from msgd_jax import noise
+        >>> law = noise.batch_cov(60_000, batch_size=32)
+        >>> law.smallest, law.of(1024).covariance == law.of(1000).covariance
+        (32, False)
+    """
+    return _batch_law(num_examples, batch_size, True, matching, dtype)
+
+
+def batch_fisher(
+    num_examples: int | None,
+    batch_size: float | int,
+    *,
+    matching: Literal["total", "gaussian"] = "total",
+    dtype: Any = jnp.float32,
+) -> BatchLaw:
+    """Fisher noise on the batches of a data loader: covariance F/b in all.
+
+    As `batch_cov`, with weights (1 + s eps_i + t xi)/B: the normal xi, common to the batch, makes
+    up for the products of different examples that the draw of the batch leaves out. ``"total"``
+    needs B >= N(b + 1)/(N + b).
+
+    Args:
+        num_examples: N, how many examples the loader draws from; None for a stream of independent
+            examples, or a loader that draws with replacement.
+        batch_size: b, the batch size of the SGD whose scale is wanted, above 0.
+        matching: "total" or "gaussian"; for "gaussian" the weights' own part has covariance F/b.
+        dtype: of the weights, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: as `batch_cov`.
+    """
+    return _batch_law(num_examples, batch_size, False, matching, dtype)
+
+
+def _batch_law(
+    num_examples: Any, batch_size: Any, centred: bool, matching: Any, dtype: Any
+) -> BatchLaw:
+    n, b = _pieces.scale(2 if num_examples is None else num_examples, batch_size, smallest=2)
+    _validate.one_of("matching", matching, ("total", "gaussian"))
+    dtype = _validate.wide_float_dtype("dtype", dtype)
+    stream = num_examples is None
+    return BatchLaw(None if stream else n, b, centred, stream, matching, dtype)
+
+
+def _draw(
+    size: int, each: float, together: float, centred: bool, dtype: Any, key: Key[Array, ""]
+) -> Weights:
+    own_key, common_key = jax.random.split(key)
+    noise = _pieces.normals(own_key, size, dtype)
+    noise = _pieces.centre_normals(noise) if centred else noise
+    values = 1 + each * noise
+    if together:
+        values = values + together * _pieces.normals(common_key, 1, dtype)
+    return Weights(values / size, None, size)
