@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Integer
-from numpy.typing import NDArray
 
-Step = int | np.integer[Any] | Integer[Array, ""] | Integer[NDArray[np.integer[Any]], ""]
+Step = int | np.integer[Any] | Integer[Array, ""] | Integer[np.ndarray, ""]
 """A step: an integer of any type from 0 to 2^31 - 1, or a traced one."""

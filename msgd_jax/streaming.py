@@ -19,7 +19,6 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
-from numpy.typing import NDArray
 
 from msgd_jax import _shards, _validate
 from msgd_jax import loss as loss_lib
@@ -54,7 +53,7 @@ class Source(Protocol):
 class BatchSource(Source, Protocol):
     """A `Source` that reads many examples at once: one with a method ``read_batch``."""
 
-    def read_batch(self, indices: Int[NDArray[np.integer[Any]], " size"], /) -> Any:
+    def read_batch(self, indices: Int[np.ndarray, " size"], /) -> Any:
         """The examples at these indices, a pytree of arrays [size, ...], numpy's or jax's."""
         ...
 
@@ -79,7 +78,7 @@ class ArraySource:
         taken = [_on_the_host(words[index], made_of) for words, made_of in self._leaves]
         return jax.tree.unflatten(self._structure, taken)
 
-    def read_batch(self, indices: Int[NDArray[np.integer[Any]], " size"], /) -> Any:
+    def read_batch(self, indices: Int[np.ndarray, " size"], /) -> Any:
         """The examples at these indices, [size, ...]."""
         return jax.tree.map(_array, self[indices])
 
@@ -236,7 +235,7 @@ class _Reader:
         return jax.make_array_from_callback(shape, rows, part, dtype=dtype)
 
 
-def _batch(source: Any, indices: Int[NDArray[np.integer[Any]], " size"]) -> Any:
+def _batch(source: Any, indices: Int[np.ndarray, " size"]) -> Any:
     """The examples at these indices, stacked."""
     if isinstance(source, BatchSource):
         batch = source.read_batch(indices)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
-from numpy.typing import NDArray
 
 from msgd_jax import _validate, noise
 from msgd_jax._streams import Stream, derive, signs
@@ -21,7 +20,7 @@ from msgd_jax.noise import MNoise, Weights
 
 MAX_ENUMERATED = 200_000
 
-Enumerated = tuple[Float[NDArray[np.float64], "M N"], Float[NDArray[np.float64], " M"]]
+Enumerated = tuple[Float[np.ndarray, "M N"], Float[np.ndarray, " M"]]
 """Every vector that can be drawn, [M, N], and its probability, [M], in float64."""
 
 

@@ -7,14 +7,13 @@ comes up makes it a bijection of range(N). Time and memory are those of the posi
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Int, Integer, Key, UInt32
-from numpy.typing import NDArray
 
 from msgd_jax import _validate
 from msgd_jax._streams import Stream, derive
@@ -29,7 +28,7 @@ ROUNDS = 12
 
 def permute(
     key: Key[Array, ""],
-    positions: int | Integer[Array, "*shape"] | Integer[NDArray[np.integer[Any]], "*shape"],
+    positions: int | Integer[Array, "*shape"] | Integer[np.ndarray, "*shape"],
     num_examples: int,
 ) -> Int[Array, "*shape"]:
     """What a random permutation of range(N) has at the given positions.

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
-from numpy.typing import NDArray
 
 from msgd_jax import _validate
 from msgd_jax._streams import Stream, derive
@@ -130,7 +129,7 @@ class Exchangeable:
             along = 0.0
         return max(across, 0.0), max(along, 0.0)
 
-    def matrix(self, num_examples: int) -> Float[NDArray[np.float64], "N N"]:
+    def matrix(self, num_examples: int) -> Float[np.ndarray, "N N"]:
         """The dense covariance, [N, N] in float64; meant for small N."""
         num_examples = _validate.positive_int("num_examples", num_examples)
         identity = np.eye(num_examples)

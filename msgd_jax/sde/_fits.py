@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import NDArray
 
 from msgd_jax import _validate
 from msgd_jax._estimate import Estimate
 
 MODEL_PATHS = 32  # a mean of fewer skewed squares has no interval that covers 92 %
 
-Numbers = Float[NDArray[np.floating[Any]], " E"]
+Numbers = Float[np.ndarray, " E"]
 
 
 class Fit(NamedTuple):
@@ -51,9 +50,9 @@ class ErrorSweep:
             known.
     """
 
-    learning_rates: Float[NDArray[np.float64], " E"]
-    errors: Float[NDArray[np.float64], " E"]
-    standard_errors: Float[NDArray[np.float64], " E"]
+    learning_rates: Float[np.ndarray, " E"]
+    errors: Float[np.ndarray, " E"]
+    standard_errors: Float[np.ndarray, " E"]
     degrees_of_freedom: Any = math.inf
 
     @property
