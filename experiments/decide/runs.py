@@ -105,8 +105,9 @@ class Program(NamedTuple):
 
     Attributes:
         names: the contestants; `which` of `advance` counts them.
-        advance: ``advance(state, which, begin, end, learning_rate, decay_step) -> State`` makes the
-            steps from `begin` to `end` - 1; the state given is gone.
+        advance: ``advance(state, which, begin, end, learning_rates, decay_step) -> State`` makes
+            the steps from `begin` to `end` - 1, each seed at its own learning rate; the state given
+            is gone.
     """
 
     names: tuple[str, ...]
@@ -179,7 +180,7 @@ def make_program(setting: Setting, shape: Shape, options: Options) -> Program:
         return jax.tree.map(lambda p, g: p - rate * g, state.params, grads)
 
     def advance(
-        state: State, which: Array, begin: Array, end: Array, rate: Array, decay_step: Array
+        state: State, which: Array, begin: Array, end: Array, rates: Array, decay_step: Array
     ) -> State:
         def one_step(step: Array, state: State) -> State:
             if shape.perturbed:
@@ -192,8 +193,8 @@ def make_program(setting: Setting, shape: Shape, options: Options) -> Program:
                     lambda: state.variances,
                 )
                 state = state._replace(variances=fresh)
-            now = jnp.where(step < decay_step, rate, rate * setting.decay_factor)
-            params = jax.vmap(step_one, in_axes=(0, None, None, None))(state, which, step, now)
+            now = jnp.where(step < decay_step, rates, rates * setting.decay_factor)
+            params = jax.vmap(step_one, in_axes=(0, None, None, 0))(state, which, step, now)
             return state._replace(params=params)
 
         return jax.lax.fori_loop(begin, end, one_step, state)
@@ -291,7 +292,7 @@ class Runner:
         name: str,
         seeds: Sequence[int],
         *,
-        factor: float = 1.0,
+        factors: Sequence[float] | None = None,
         advanced: Callable[[int], None] = lambda steps: None,
     ) -> Outcome:
         """Trains a contestant with these seeds, side by side.
@@ -299,12 +300,12 @@ class Runner:
         Args:
             name: of the contestant.
             seeds: of which everything is drawn: subset, labels, initial weights, noise.
-            factor: of the setting's learning rate.
+            factors: of the setting's learning rate, one per seed; None for 1.
             advanced: is told how many steps have been made since it was last told.
         """
         contestant = CONTESTANTS[name]
         steps, before = contestant.evaluation_steps(self.setting), time.perf_counter()
-        state, advance = self._started(name, seeds, factor)
+        state, advance = self._started(name, seeds, factors)
         jax.block_until_ready(self._evaluate(state))
         began = time.perf_counter()
         scores, done = [], 0
@@ -320,7 +321,7 @@ class Runner:
     def time_steps(self, name: str, seeds: Sequence[int], steps: int) -> tuple[float, float]:
         """Seconds per step of a contestant after compiling, and the seconds that compiling took."""
         before = time.perf_counter()
-        state, advance = self._started(name, seeds, 1.0)
+        state, advance = self._started(name, seeds, None)
         state = jax.block_until_ready(advance(state, 0, 1))
         began = time.perf_counter()
         jax.block_until_ready(advance(state, 1, 1 + steps))
@@ -330,7 +331,7 @@ class Runner:
         return self._ends.evaluate(state.params, state.examples, self._images)
 
     def _started(
-        self, name: str, seeds: Sequence[int], factor: float
+        self, name: str, seeds: Sequence[int], factors: Sequence[float] | None
     ) -> tuple[State, Callable[[State, int, int], State]]:
         """The state before the first step, and what advances it, compiled."""
         contestant, program = CONTESTANTS[name], self._program(name)
@@ -339,11 +340,13 @@ class Runner:
         if contestant.perturbation != "none":
             state = state._replace(variances=jax.tree.map(jnp.zeros_like, state.params))
         which = np.int32(program.names.index(name))
-        rate = np.float32(contestant.learning_rate(self.setting, factor))
+        factors = [1.0] * len(seeds) if factors is None else factors
+        rates = [contestant.learning_rate(self.setting, factor) for factor in factors]
+        rates = np.asarray(rates, np.float32)
         decay_step = np.int32(round(self.setting.decay_at * contestant.steps(self.setting)))
 
         def advance(state: State, begin: int, end: int) -> State:
-            return program.advance(state, which, np.int32(begin), np.int32(end), rate, decay_step)
+            return program.advance(state, which, np.int32(begin), np.int32(end), rates, decay_step)
 
         # No steps at all: this only compiles.
         return jax.block_until_ready(advance(state, 0, 0)), advance

@@ -245,7 +245,7 @@ DIGITS = Setting(
     name="digits", data="digits", net="digits_net", width=0, train_part="train",
     num_train=200, pool=800, num_test=997, label_noise=0.2,
     batch_size=5, learning_rate=0.1, steps=8_000, decay_at=0.7, decay_factor=0.1, evaluations=12,
-    seeds=(100, 100), tuning_seeds=(40, 40), tuning_factors=(1.0, 2.0, 4.0, 8.0),
+    seeds=(100, 100), tuning_seeds=(40, 25), tuning_factors=(1.0, 2.0, 4.0, 8.0),
     longer=4, supports=(10, 40), refresh_every=10,
     margin=0.0095, family=_ALL,
 )  # fmt: skip
@@ -255,7 +255,7 @@ SVHN = Setting(
     name="svhn", data="npz", net="vgg11", width=8, train_part="test",
     num_train=1_000, pool=1_952, num_test=4_434, label_noise=0.0,
     batch_size=50, learning_rate=0.05, steps=1_500, decay_at=0.7, decay_factor=0.1, evaluations=12,
-    seeds=(100, 20), tuning_seeds=(40, 8), tuning_factors=(0.4, 1.0, 2.0, 4.0),
+    seeds=(100, 20), tuning_seeds=(40, 10), tuning_factors=(0.4, 1.0, 2.0, 4.0),
     longer=2, supports=(100, 200), refresh_every=10,
     margin=0.0125, family=(
         "sgd-other-key", "cov", "fisher", "bernoulli", "sparse-cov-1", "sparse-fisher-1",
