@@ -353,9 +353,16 @@ class Runner:
 
 
 class Timing(NamedTuple):
-    """How fast a choice is: seconds per step and seed, and the seconds that compiling took."""
+    """How fast a choice is, with its runner, which has compiled already.
 
-    options: Options
+    Attributes:
+        runner: with the options that were timed.
+        seeds_at_once: runs side by side.
+        seconds_per_seed_step: for one step of one seed.
+        compile_seconds: before the first step.
+    """
+
+    runner: Runner
     seeds_at_once: int
     seconds_per_seed_step: float
     compile_seconds: float
@@ -395,12 +402,13 @@ def calibrate(
             break
         seeds = range(setting.tuning_seeds[0], setting.tuning_seeds[0] + at_once)
         try:
-            seconds, compiling = Runner(setting, images, options).time_steps(name, seeds, steps)
+            runner = Runner(setting, images, options)
+            seconds, compiling = runner.time_steps(name, seeds, steps)
         except jax.errors.JaxRuntimeError as error:  # out of memory, in general
             failures.append(f"{options}, {at_once} seeds: {str(error)[:200]}")
             told(f"calibrate: {failures[-1]}")
             continue
-        timing = Timing(options, at_once, seconds / at_once, compiling)
+        timing = Timing(runner, at_once, seconds / at_once, compiling)
         timings.append(timing)
         told(
             f"calibrate: {options.convolution}, groups {options.groups}, {at_once} seeds at once: "
