@@ -250,6 +250,11 @@ def _sums(logits_of: Callable[..., Array], params: Any, examples: Example) -> tu
     return losses.sum() / size, correct.sum()
 
 
+def noise_number(name: str) -> int:
+    """The number of a noise key's name, the same on every machine."""
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
 class Outcome(NamedTuple):
     """What a contestant reached with the seeds of one chunk.
 
@@ -335,8 +340,8 @@ class Runner:
     ) -> tuple[State, Callable[[State, int, int], State]]:
         """The state before the first step, and what advances it, compiled."""
         contestant, program = CONTESTANTS[name], self._program(name)
-        noise_name = np.uint32(zlib.crc32(contestant.key.encode()) & 0x7FFFFFFF)
-        state = self._ends.start(self._images, np.asarray(seeds, np.int32), noise_name)
+        number = np.uint32(noise_number(contestant.key))
+        state = self._ends.start(self._images, np.asarray(seeds, np.int32), number)
         if contestant.perturbation != "none":
             state = state._replace(variances=jax.tree.map(jnp.zeros_like, state.params))
         which = np.int32(program.names.index(name))

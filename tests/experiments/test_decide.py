@@ -1,0 +1,382 @@
+"""The study on tiny settings: what is drawn, what is computed, what is recorded."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import models
+from experiments.decide import command, datasets, nets, records, report, runs, settings, study
+from msgd_jax import covariance, loss
+
+TINY = dataclasses.replace(
+    settings.DIGITS,
+    steps=12, evaluations=3, num_train=20, pool=60, num_test=50, batch_size=4, supports=(8, 10),
+    seeds=(100, 3), tuning_seeds=(40, 2), tuning_factors=(1.0, 2.0), longer=2, refresh_every=5,
+    family=("sgd-other-key", "cov", "isotropic", "gd-best"), others=(),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images() -> datasets.Images:
+    return datasets.load(TINY)
+
+
+@pytest.fixture(scope="module")
+def runner(images) -> runs.Runner:
+    return runs.Runner(TINY, images, runs.Options())
+
+
+def quiet(runner, images, folder: pathlib.Path, seeds_at_once: int = 2) -> study.Study:
+    return study.Study(runner, images, folder, seeds_at_once=seeds_at_once, told=lambda text: None)
+
+
+def npz_of(path: pathlib.Path, **changed: np.ndarray) -> pathlib.Path:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "x_train": rng.integers(0, 256, (30, 32, 32, 3), np.uint8),
+        "y_train": rng.integers(0, 10, (30, 1)),
+        "x_test": rng.integers(0, 256, (40, 32, 32, 3), np.uint8),
+        "y_test": rng.integers(0, 10, 40),
+    }
+    np.savez(path, **(arrays | changed))
+    return path
+
+
+# What is drawn.
+
+
+def test_the_stated_share_of_labels_is_of_another_class(images):
+    for share, flipped in ((0.0, 0), (0.2, 4), (1.0, 20)):
+        noisy = dataclasses.replace(TINY, label_noise=share)
+        sample = datasets.draw(noisy, jax.random.key(1), jnp.asarray(images.pool_labels))
+        true = images.pool_labels[sample.positions]
+        assert int((sample.labels != true).sum()) == flipped
+        assert ((sample.labels >= 0) & (sample.labels < 10)).all()
+
+
+def test_every_other_class_is_as_likely():
+    # 9 counts with mean 1,000: chi-square with 8 degrees of freedom, above 37.3 with p = 1e-5.
+    many = dataclasses.replace(TINY, num_train=9_000, pool=9_000, label_noise=1.0)
+    sample = datasets.draw(many, jax.random.key(2), jnp.zeros(9_000, jnp.int32))
+    counts = np.bincount(sample.labels, minlength=10)
+    assert counts[0] == 0
+    assert ((counts[1:] - 1_000) ** 2 / 1_000).sum() < 37.3
+
+
+def test_every_seed_draws_its_own_subset_labels_and_weights(runner):
+    state, _ = runner._started("gd", [100, 101, 102], None)
+    shown = [
+        *state.examples,
+        state.params["conv1"]["kernel"],
+        jax.random.key_data(state.noise_keys),
+    ]
+    for values in map(np.asarray, shown):
+        assert not (values[0] == values[1]).all()
+        assert not (values[0] == values[2]).all()
+
+
+def test_contestants_share_data_and_weights_but_no_noise_key(runner):
+    one, _ = runner._started("sgd", [100], None)
+    other, _ = runner._started("sgd-other-key", [100], None)
+    for a, b in ((one.examples, other.examples), (one.params, other.params)):
+        assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+    keys = {contestant.key for contestant in settings.CONTESTANTS.values()}
+    numbers = {runs.noise_number(key) for key in keys}
+    assert len(numbers) == len(keys)
+    assert len(keys) == len(settings.CONTESTANTS) - 2  # gd, gd-best and gd-longer draw nothing
+
+
+# What is computed.
+
+
+@pytest.mark.parametrize("net", ["digits_net", "vgg11"])
+@pytest.mark.parametrize(("convolution", "groups"), [("product", 1), ("product", 3), ("lax", 1)])
+def test_the_nets_are_those_of_the_models(net, convolution, groups):
+    setting = dataclasses.replace(TINY, net=net, width=2)
+    kwargs = {"width": 2} if net == "vgg11" else {}
+    model = models.functional(models.MODELS[net], **kwargs)
+    made = nets.make(setting, convolution, groups)
+    params = made.init(jax.random.key(0))
+    shape = (6, 32, 32, 3) if net == "vgg11" else (6, 8, 8, 1)
+    pixels = jax.random.randint(jax.random.key(1), shape, 0, 17).astype(jnp.uint8)
+    scaled = pixels.astype(jnp.float32) / datasets.max_value(setting)
+
+    def ours(params):
+        return made.logits(params, pixels)
+
+    def theirs(params):
+        return model.apply(params, {}, scaled)[0]
+
+    np.testing.assert_allclose(ours(params), theirs(params), rtol=1e-4, atol=1e-5)
+    gradients = [jax.grad(lambda p, f=f: (f(p) ** 2).sum())(params) for f in (ours, theirs)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), *gradients)
+
+
+def test_the_diagonal_of_s_is_that_of_the_dense_matrix():
+    losses = loss.per_example(lambda theta, example: (theta @ example.image) ** 2 + example.label)
+    theta = jnp.asarray([1.0, -2.0])
+    x = jax.random.normal(jax.random.key(0), (250, 2))
+    examples = runs.Example(x, jnp.zeros(250))
+    gradients = covariance.gradient_matrix(losses, theta, examples)
+    got = runs.covariance_diagonal(losses, theta, examples)
+    np.testing.assert_allclose(got, np.var(np.asarray(gradients, np.float64), axis=0), rtol=1e-5)
+
+
+def test_isotropic_noise_has_the_trace_of_the_diagonal_one(images):
+    both = dataclasses.replace(TINY, family=("isotropic", "diagonal"))
+    runner, traces = runs.Runner(both, images, runs.Options()), []
+    for name in ("isotropic", "diagonal"):
+        state, advance = runner._started(name, [100], None)
+        variances = advance(state, 0, 1).variances
+        traces.append(sum(float(x.sum()) for x in jax.tree.leaves(variances)))
+        spread = np.ptp(np.concatenate([np.ravel(x) for x in jax.tree.leaves(variances)]))
+        assert (spread == 0) == (name == "isotropic")
+    assert traces[0] == pytest.approx(traces[1], rel=1e-4)
+
+
+def test_gd_is_gradient_descent_with_the_decay(runner, images):
+    state, advance = runner._started("gd", [100], [2.0])
+    params, examples = (
+        jax.tree.map(lambda x: x[0], part) for part in (state.params, state.examples)
+    )
+    net = nets.make(TINY)
+
+    def mean_loss(params):
+        log_p = jax.nn.log_softmax(net.logits(params, examples.image))
+        return -jnp.take_along_axis(log_p, examples.label[:, None], 1).mean()
+
+    descend = jax.jit(lambda p, rate: jax.tree.map(
+        lambda x, g: x - rate * g, p, jax.grad(mean_loss)(p)
+    ))  # fmt: skip
+    for step in range(12):
+        params = descend(params, 0.2 if step < 8 else 0.02)  # 70 % of 12 steps are 8
+    final = advance(state, 0, 12).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, atol=2e-5), final, params)
+
+
+def test_a_seed_does_not_depend_on_its_chunk(runner):
+    alone = runner.run("cov", [101])
+    beside = runner.run("cov", [100, 101])
+    np.testing.assert_allclose(
+        alone.scores.train_loss[:, 0], beside.scores.train_loss[:, 1], rtol=1e-4
+    )
+    assert not np.allclose(beside.scores.train_loss[-1, 0], beside.scores.train_loss[-1, 1])
+
+
+def test_svag_makes_more_and_smaller_steps():
+    svag = settings.CONTESTANTS["svag"]
+    assert svag.steps(TINY) == 24
+    assert svag.learning_rate(TINY) == TINY.learning_rate / 2
+    assert settings.CONTESTANTS["gd-longer"].evaluation_steps(TINY) == [8, 16, 24]
+
+
+# What is recorded.
+
+
+def test_a_study_end_to_end_is_recorded_resumed_and_reported(runner, images, tmp_path, monkeypatch):
+    one = quiet(runner, images, tmp_path)
+    seeds = study.main_seeds(TINY)
+    assert study.run_setting(one, TINY.contestants, seeds, shows_progress=False) == []
+    before = one.path.read_text()
+    # 6 contestants with 3 seeds, and 2 learning rates on 2 seeds; 2 runs at once.
+    assert len(one.runs()) == 6 * 3 + 4
+    assert len(before.splitlines()) == 6 * 2 + 2
+    assert str(tmp_path) not in before
+
+    monkeypatch.setattr(runs.Runner, "run", None)  # nothing is run again
+    again = quiet(runner, images, tmp_path)
+    assert study.run_setting(again, TINY.contestants, seeds, shows_progress=False) == []
+    assert one.path.read_text() == before
+
+    page, text = report.write(TINY, tmp_path)
+    assert page.read_text().startswith("## digits")
+    for name in TINY.contestants:
+        assert f"| {settings.label(name, TINY)} " in text
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+def test_a_line_that_was_cut_short_is_run_again(runner, images, tmp_path):
+    one = quiet(runner, images, tmp_path)
+    job = one.job("sgd", [100, 101, 102])
+    assert one.run(job)
+    first, second = one.path.read_text().splitlines()
+    one.path.write_text(first + "\n" + second[:100])
+    assert one.missing(job) == [(102, 1.0)]
+    assert one.run(job)
+    assert one.missing(job) == []
+    assert one.path.read_text().splitlines()[0] == first
+
+
+def test_nothing_is_started_after_the_deadline(runner, images, tmp_path):
+    one = quiet(runner, images, tmp_path)
+    assert study.run_setting(one, ["gd"], [100], deadline=0.0, shows_progress=False) == ["gd"]
+    assert not one.path.exists()
+    assert one.run(one.job("gd", [100]))  # from which it knows how long one takes
+    assert not one.run(one.job("gd", [101]), latest_end=0.0)
+
+
+def test_records_of_another_setting_are_refused(runner, images, tmp_path):
+    one = quiet(runner, images, tmp_path)
+    one.run(one.job("gd", [100]))
+    other = dataclasses.replace(TINY, learning_rate=0.2)
+    with pytest.raises(ValueError, match="records of another setting"):
+        quiet(runs.Runner(other, images, runs.Options()), images, tmp_path)
+    # Seeds, margin and family are about the analysis alone.
+    same = dataclasses.replace(TINY, seeds=(0, 7), margin=0.5, family=("cov",))
+    assert same.fingerprint == TINY.fingerprint
+    moved = images._replace(test_labels=np.roll(images.test_labels, 1))
+    with pytest.raises(ValueError, match="records of other images"):
+        quiet(runner, moved, tmp_path)
+
+
+def test_gds_own_rate_is_the_best_on_the_tuning_seeds_alone():
+    def curve(accuracy):
+        return records.Curve(np.asarray([12]), *(np.asarray([accuracy]) for _ in range(4)))
+
+    found = {
+        records.Run("gd", factor, seed): curve(accuracy)
+        for factor, seed, accuracy in (
+            (1.0, 40, 0.5), (1.0, 41, 0.7), (2.0, 40, 0.9), (2.0, 41, 0.4),
+            (1.0, 100, 0.0), (2.0, 100, 1.0),
+        )
+    }  # fmt: skip
+    assert study.best_factor(TINY, found) == 2.0
+    found[records.Run("gd", 2.0, 41)] = curve(0.2)
+    assert study.best_factor(TINY, found) == 1.0
+    del found[records.Run("gd", 2.0, 41)]
+    assert study.best_factor(TINY, found) is None
+
+
+def test_gd_is_stopped_where_its_loss_is_sgds():
+    steps = np.asarray([1, 2, 3])
+    accuracy = np.asarray([0.1, 0.2, 0.4])
+    gd = records.Curve(steps, np.exp([0.0, -1.0, -3.0]), accuracy, accuracy, accuracy)
+    for wanted, expected in ((-1.5, 0.25), (-3.0, 0.4), (-9.0, 0.4), (1.0, 0.1)):
+        sgd = gd._replace(train_loss=np.exp([0.0, 0.0, wanted]))
+        stopped = report._at_equal_loss({7: gd}, {7: sgd})[7]
+        assert stopped.test_accuracy[-1] == pytest.approx(expected)
+
+
+def test_the_report_adjusts_over_the_declared_family():
+    rng = np.random.default_rng(0)
+    seeds = range(100, 120)
+    setting = dataclasses.replace(TINY, seeds=(100, 20))
+    found = {}
+    for name, mean in (("gd", 0.5), ("sgd", 0.6), ("cov", 0.6), ("isotropic", 0.5)):
+        for seed in seeds:
+            values = np.asarray([mean + 0.01 * rng.normal()])
+            found[records.Run(name, 1.0, seed)] = records.Curve(np.asarray([12]), *[values] * 4)
+    table = {row.label: row for row in report.rows(setting, found)}
+    cov, isotropic = table["M-SGD-Cov"], table["GD + isotropic noise"]
+    # Four contestants were declared, so the smallest of eight p-values counts eight times.
+    smallest = min(cov.to_gd.p_value, isotropic.to_sgd.p_value)
+    assert min(cov.adjusted_to_gd, isotropic.adjusted_to_sgd) == pytest.approx(8 * smallest)
+    assert cov.share.low < 1 < cov.share.high
+    assert isotropic.share.low < 0 < isotropic.share.high
+    assert cov.adjusted_to_sgd > 0.05
+    assert np.isnan(table[report.AT_EQUAL_LOSS].adjusted_to_gd)
+
+
+# What the user gives.
+
+
+def test_the_declared_settings_use_seeds_that_the_pilot_did_not():
+    for setting in settings.SETTINGS.values():
+        main, tuning = (
+            set(study.main_seeds(setting)),
+            {s for s, _ in study.tuning_job(setting).runs},
+        )
+        assert min(main) > 31
+        assert min(tuning) > 31
+        assert not main & tuning
+        assert not set(settings.BASELINES) & set(setting.family)
+        for name in setting.contestants:
+            law = settings.CONTESTANTS[name].law(setting)
+            assert law.num_examples == setting.num_train
+    assert len(study.main_seeds(settings.DIGITS)) >= 60
+    assert len(study.main_seeds(settings.SVHN)) >= 20
+
+
+def test_images_of_a_file_are_taken_the_way_round_that_is_declared(tmp_path):
+    path = npz_of(tmp_path / "images.npz")
+    for part, sizes in (("train", (10, 40)), ("test", (10, 30))):
+        setting = dataclasses.replace(
+            settings.SVHN, train_part=part, pool=10, num_train=10, num_test=100
+        )
+        loaded = datasets.load(setting, path)
+        assert (len(loaded.pool_labels), len(loaded.test_labels)) == sizes
+        with np.load(path) as file:
+            assert (loaded.pool_images == file[f"x_{part}"][:10]).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"x_test": np.zeros((40, 28, 28), np.uint8)}, "x_test of shape"),
+        ({"y_train": np.full(30, 10)}, "not so y_train"),
+        ({"y_train": np.zeros(29, int)}, "not so y_train"),
+        ({"x_test": np.zeros((5, 32, 32, 3), np.uint8), "y_test": np.zeros(5, int)}, "at least"),
+    ],
+)
+def test_other_images_are_refused(tmp_path, changed, words):
+    setting = dataclasses.replace(settings.SVHN, pool=30, num_train=30)
+    with pytest.raises(ValueError, match=words) as error:
+        datasets.load(setting, npz_of(tmp_path / "images.npz", **changed))
+    assert str(error.value).startswith("dataset must")
+    assert len(str(error.value)) <= 400
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "text.npz").write_text("no archive")
+    for path in (None, tmp_path / "missing.npz", tmp_path / "text.npz"):
+        with pytest.raises(ValueError, match="dataset must"):
+            datasets.load(settings.SVHN, path)
+    with pytest.raises(ValueError, match="dataset must be left out for digits"):
+        datasets.load(settings.DIGITS, tmp_path / "missing.npz")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"setting": "mnist"}, "setting must be one of digits, svhn, cifar10, got 'mnist'"),
+        ({"contestants": ("adam",)}, "contestants must be among gd, sgd"),
+        ({"seeds": (-1, 5)}, "seeds must be a first seed of at least 0"),
+        ({"seeds_at_once": 0}, "seeds_at_once must be at least 1, got 0"),
+        ({"microbatch_size": 0}, "microbatch_size must be at least 1, or None, got 0"),
+    ],
+)
+def test_bad_options_are_refused(changed, words):
+    with pytest.raises(ValueError, match=words):
+        command.DecideConfig(**changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"num_train": 61}, "num_train must be between 1 and the pool of 60, got 61"),
+        ({"label_noise": 1.5}, "label_noise must be between 0 and 1, got 1.5"),
+        ({"margin": 0.0}, "margin must be finite and positive, got 0.0"),
+        ({"evaluations": 13}, "evaluations must be at most the 12 steps, got 13"),
+        ({"family": ("adam",)}, "must name contestants, got adam"),
+    ],
+)
+def test_bad_settings_are_refused(changed, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(TINY, **changed)
+
+
+def test_a_report_without_records_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="at least two main seeds of gd, got 0"):
+        command.run(command.DecideConfig(report=True, out=tmp_path))
+
+
+def test_what_is_no_record_is_refused(tmp_path):
+    path = records.path_of(tmp_path, TINY)
+    path.write_text(json.dumps({"some": "thing"}) + "\n")
+    with pytest.raises(ValueError, match="line 1, is no record"):
+        records.lines(path, TINY)
