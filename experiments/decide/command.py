@@ -93,9 +93,9 @@ def _run(config: DecideConfig, setting: settings.Setting) -> None:
     runner, at_once = runs.Runner(setting, images, options), config.seeds_at_once
     if config.calibrate:
         choices = [
-            (runs.Options(convolution, groups), at_once)
+            (options, at_once)
             for at_once in (20, 10, 5)
-            for convolution, groups in (("product", 1), ("product", 10), ("lax", 1))
+            for options in (runs.Options(), runs.Options(groups=10), runs.Options("lax"))
         ]
         best = runs.calibrate(setting, images, choices)[0]
         runner, at_once = best.runner, best.seeds_at_once

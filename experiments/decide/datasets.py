@@ -3,7 +3,7 @@
 import hashlib
 import pathlib
 import zipfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,10 @@ class Images(NamedTuple):
         test_labels: int32, [num_test].
     """
 
-    pool_images: UInt8[Array, "pool height width channels"]
-    pool_labels: Int[Array, " pool"]
-    test_images: UInt8[Array, "tests height width channels"]
-    test_labels: Int[Array, " tests"]
+    pool_images: UInt8[Array | np.ndarray, "pool height width channels"]
+    pool_labels: Int[Array | np.ndarray, " pool"]
+    test_images: UInt8[Array | np.ndarray, "tests height width channels"]
+    test_labels: Int[Array | np.ndarray, " tests"]
 
 
 def max_value(setting: Setting) -> float:
@@ -132,7 +132,7 @@ class Sample(NamedTuple):
     labels: Int[Array, " N"]
 
 
-def draw(setting: Setting, key: Key[Array, ""], pool_labels: Int[Array, " pool"]) -> Sample:
+def draw(setting: Setting, key: Key[Array, ""], pool_labels: Any) -> Sample:
     """A seed's training subset, and its labels with noise: functions of the seed's key alone."""
     subset_key, label_key = derive(key, Stream.EXAMPLES), derive(key, Stream.CASES, _LABELS)
     positions = noise.permute(subset_key, jnp.arange(setting.num_train), setting.pool)
@@ -147,6 +147,6 @@ def draw(setting: Setting, key: Key[Array, ""], pool_labels: Int[Array, " pool"]
     return Sample(positions, labels)
 
 
-def noise_key(key: Key[Array, ""], name: int) -> Key[Array, ""]:
+def noise_key(key: Key[Array, ""], name: int | Int[Array, ""]) -> Key[Array, ""]:
     """The key that a contestant's noise is drawn from, by the number of its name."""
     return derive(key, Stream.CASES, _NOISE, name)

@@ -85,7 +85,7 @@ def add(
         "seconds": round(outcome.seconds, 3),
         "compile_seconds": round(outcome.compile_seconds, 3),
         "device": f"{device.platform}: {device.device_kind}",
-        "precision": f"float32, products at {jax.config.jax_default_matmul_precision or 'default'}"
+        "precision": f"float32, products at {_precision()}"
         + (" (TF32 where the card has it)" if device.platform == "gpu" else ""),
         "options": dataclasses.asdict(options),
         "versions": _versions(),
@@ -172,6 +172,10 @@ def _rounded(values: np.ndarray) -> list[list[float | None]]:
         [float(f"{value:.6g}") if math.isfinite(value) else None for value in row]
         for row in np.asarray(values, float).tolist()
     ]
+
+
+def _precision() -> str:
+    return getattr(jax.config, "jax_default_matmul_precision", None) or "default precision"
 
 
 def _versions() -> dict[str, str]:

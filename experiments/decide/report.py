@@ -127,11 +127,13 @@ def _row(
 
     def compared(reference: dict[int, records.Curve]) -> tuple[Values, Values]:
         seeds = sorted(of_seed.keys() & reference.keys())
-        return tuple(100 * ends(of, seeds, "test_accuracy") for of in (of_seed, reference))
+        values, others = (100 * ends(of, seeds, "test_accuracy") for of in (of_seed, reference))
+        return values, others
 
     own = sorted(of_seed)
     shared = sorted(of_seed.keys() & gd.keys() & sgd.keys())
     is_gd, is_sgd = of_seed is gd, of_seed is sgd
+    closed, base, goal = (ends(of, shared, "test_accuracy") for of in (of_seed, gd, sgd))
     return Row(
         label=name,
         in_family=in_family,
@@ -144,11 +146,7 @@ def _row(
         equivalent=math.nan
         if is_sgd
         else statistics.equivalence(*compared(sgd), 100 * setting.margin),
-        share=None
-        if is_gd or is_sgd
-        else statistics.share_of_gap(
-            *(ends(of, shared, "test_accuracy") for of in (of_seed, gd, sgd))
-        ),
+        share=None if is_gd or is_sgd else statistics.share_of_gap(closed, base, goal),
     )
 
 
@@ -176,6 +174,7 @@ def markdown(setting: Setting, table: list[Row], found: list[dict[str, Any]]) ->
         f"## {setting.name}",
         "",
         _described(setting),
+        setting.note,
         "",
         f"SGD - GD: {_shown(gap)} points of test accuracy ({gap.num_seeds} seeds, p = "
         f"{gap.p_value:.2g}). Margin of equivalence: {100 * setting.margin:.2f} points.",
@@ -225,12 +224,24 @@ def _notes(setting: Setting, table: list[Row], found: list[dict[str, Any]]) -> s
         f"Holm over the {2 * declared} declared differences and, apart from them, the {declared} "
         f"equivalences; {made} of {declared} contestants of the family were run.",
         "\\* outside the declared family: p of equivalence not adjusted.",
+        _tuning(setting, records.curves(found)),
         f"Isotropic and diagonal noise: variances of S/b, refreshed every {setting.refresh_every} "
         "steps.",
         "A share without bounds: the gap itself is not clearly different from 0.",
         f"Computed on {'; '.join(devices)} with {', '.join(versions)}, {seconds:,.0f} s in all.",
     ]
     return "\n".join(f"- {note}" for note in notes)
+
+
+def _tuning(setting: Setting, runs: dict[records.Run, records.Curve]) -> str:
+    factor = study.best_factor(setting, runs)
+    if factor is None:
+        return "GD's own learning rate was not chosen."
+    tried = ", ".join(f"{f * setting.learning_rate:g}" for f in setting.tuning_factors)
+    return (
+        f"GD's own learning rate is {factor * setting.learning_rate:g}, the best of {tried} in test "
+        f"accuracy on {setting.tuning_seeds[1]} other seeds (so it has seen the test images)."
+    )
 
 
 def _shown(difference: statistics.Difference | None) -> str:

@@ -80,12 +80,15 @@ class State(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Mean losses, and numbers of images classified correctly, [seeds] each."""
+    """Mean losses, and numbers of images classified correctly.
 
-    train_loss: Float[Array, " seeds"]
-    train_correct: Int[Array, " seeds"]
-    test_loss: Float[Array, " seeds"]
-    test_correct: Int[Array, " seeds"]
+    [seeds] each, on the device; [evaluations, seeds] in an `Outcome`, as NumPy arrays.
+    """
+
+    train_loss: Any
+    train_correct: Any
+    test_loss: Any
+    test_correct: Any
 
 
 class Ends(NamedTuple):
@@ -134,12 +137,12 @@ def make_ends(setting: Setting, options: Options) -> Ends:
         return State(
             params=params,
             variances=(),
-            examples=Example(images.pool_images[sample.positions], sample.labels),
+            examples=Example(jnp.asarray(images.pool_images)[sample.positions], sample.labels),
             noise_keys=datasets.noise_key(key, noise_name),
         )
 
     def evaluate(params: Any, examples: Example, images: datasets.Images) -> Score:
-        test = Example(images.test_images, images.test_labels)
+        test = Example(jnp.asarray(images.test_images), jnp.asarray(images.test_labels))
         mapped = functools.partial(_sums, net.logits)
         train_loss, train_correct = jax.vmap(mapped)(params, examples)
         test_loss, test_correct = jax.vmap(mapped, in_axes=(0, None))(params, test)

@@ -54,6 +54,7 @@ class Setting:
         family: the contestants that are compared with SGD and with GD: one family for Holm's
             method, two comparisons for each contestant.
         others: contestants that can be run as well, and stand outside the family.
+        note: what a page about it has to say of the images.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Setting:
     margin: float
     family: tuple[str, ...]
     others: tuple[str, ...] = ()
+    note: str = ""
 
     def __post_init__(self):
         if not 1 <= self.num_train <= self.pool:
@@ -121,7 +123,7 @@ class Setting:
         Which seeds are run, the margin and the family decide about the analysis only, and are left
         out.
         """
-        left_out = ("seeds", "tuning_seeds", "tuning_factors", "margin", "family", "others")
+        left_out = ("seeds", "tuning_seeds", "tuning_factors", "margin", "family", "others", "note")
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
         text = json.dumps({"draws": DRAWS, **values}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -248,6 +250,7 @@ DIGITS = Setting(
     seeds=(100, 100), tuning_seeds=(40, 25), tuning_factors=(1.0, 2.0, 4.0, 8.0),
     longer=4, supports=(10, 40), refresh_every=10,
     margin=0.0095, family=_ALL,
+    note="The digits of scikit-learn: a fixed pool of 800, tested on the other 997.",
 )  # fmt: skip
 """The setting of the pilot, which found a gap of 1.9 points on 20 seeds that did not choose it."""
 
@@ -261,6 +264,8 @@ SVHN = Setting(
         "sgd-other-key", "cov", "fisher", "bernoulli", "sparse-cov-1", "sparse-fisher-1",
         "sparse-cov-2", "sparse-fisher-2", "isotropic", "diagonal", "gd-best", "gd-longer",
     ),
+    note="A part of SVHN (Netzer et al. 2011): 1,952 and 4,434 images. As in the paper, the published "
+    "test images are trained on, and the training images are tested on.",
     others=("student-t", "svag", "estimated-cov", "estimated-fisher", "rademacher"),
 )  # fmt: skip
 """Panel 1(d) of the paper on a part of SVHN; the pilot's gap of 2.5 points is of one seed."""
@@ -269,6 +274,8 @@ CIFAR10 = dataclasses.replace(
     SVHN,
     name="cifar10", train_part="train", pool=7_000, num_test=3_000,
     family=("sgd-other-key", "cov", "fisher", "isotropic", "diagonal"), others=("gd-best",),
+    note="CIFAR-10 (Krizhevsky 2009): the first 7,000 training and 3,000 test images, from a copy in "
+    "which 98 of 60,000 images are re-encoded. No pilot was run; the margin is that of SVHN.",
 )  # fmt: skip
 """The same recipe on CIFAR-10: a try without a pilot, with SVHN's margin for want of another."""
 

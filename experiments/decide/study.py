@@ -138,10 +138,12 @@ class Study:
         size = len(chunk)
         filled = chunk + [chunk[-1]] * (self._at_once - size if self._fills_up else 0)
         seeds, factors = zip(*filled, strict=True)
-        outcome = self._runner.run(
-            name, seeds, factors=factors,
-            advanced=lambda steps: None if progress is None else progress.update(steps * size),
-        )  # fmt: skip
+
+        def advanced(steps: int) -> None:
+            if progress is not None:
+                progress.update(steps * size)
+
+        outcome = self._runner.run(name, seeds, factors=factors, advanced=advanced)
         kept = type(outcome.scores)(*(values[:, :size] for values in outcome.scores))
         records.add(
             self.path, self.setting, checksum=self._checksum, contestant=name,

@@ -277,6 +277,10 @@ def test_the_report_adjusts_over_the_declared_family():
             found[records.Run(name, 1.0, seed)] = records.Curve(np.asarray([12]), *[values] * 4)
     table = {row.label: row for row in report.rows(setting, found)}
     cov, isotropic = table["M-SGD-Cov"], table["GD + isotropic noise"]
+    assert cov.to_gd
+    assert cov.share
+    assert isotropic.to_sgd
+    assert isotropic.share
     # Five contestants were declared, so the smallest of ten p-values counts ten times.
     smallest = min(cov.to_gd.p_value, isotropic.to_sgd.p_value)
     assert min(cov.adjusted_to_gd, isotropic.adjusted_to_sgd) == pytest.approx(10 * smallest)
