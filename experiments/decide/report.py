@@ -239,8 +239,8 @@ def _tuning(setting: Setting, runs: dict[records.Run, records.Curve]) -> str:
         return "GD's own learning rate was not chosen."
     tried = ", ".join(f"{f * setting.learning_rate:g}" for f in setting.tuning_factors)
     return (
-        f"GD's own learning rate is {factor * setting.learning_rate:g}, the best of {tried} in test "
-        f"accuracy on {setting.tuning_seeds[1]} other seeds (so it has seen the test images)."
+        f"GD's own learning rate is {factor * setting.learning_rate:g}, the best of {tried} in "
+        f"test accuracy on {setting.tuning_seeds[1]} other seeds (so it has seen the test images)."
     )
 
 

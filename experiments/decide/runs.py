@@ -388,8 +388,8 @@ def calibrate(
 ) -> list[Timing]:
     """Times a few steps of each choice of options and seeds at once; returns the fastest first.
 
-    A choice that the device has no memory for is left out. After `budget_seconds` no further one is
-    tried.
+    A choice that the device has no memory for is left out. None is tried that would end after
+    `budget_seconds` if it took as long as the slowest one before, except the first.
 
     Args:
         setting: what is timed.
@@ -403,10 +403,12 @@ def calibrate(
     Raises:
         RuntimeError: if no choice works.
     """
-    began, timings, failures = time.perf_counter(), [], []
+    began, slowest = time.perf_counter(), 0.0
+    timings, failures = [], []
     for options, at_once in choices:
-        if timings and time.perf_counter() - began > budget_seconds:
-            told(f"calibrate: {budget_seconds:g} s are over, the other choices are not tried")
+        before = time.perf_counter()
+        if timings and before - began + slowest > budget_seconds:
+            told(f"calibrate: no other choice is tried, {budget_seconds:g} s are enough")
             break
         seeds = range(setting.tuning_seeds[0], setting.tuning_seeds[0] + at_once)
         try:
@@ -418,6 +420,7 @@ def calibrate(
             continue
         timing = Timing(runner, at_once, seconds / at_once, compiling)
         timings.append(timing)
+        slowest = max(slowest, time.perf_counter() - before)
         told(
             f"calibrate: {options.convolution}, groups {options.groups}, {at_once} seeds at once: "
             f"{1e3 * seconds:.2f} ms per step ({compiling:.1f} s to compile)"

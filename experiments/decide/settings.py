@@ -264,8 +264,8 @@ SVHN = Setting(
         "sgd-other-key", "cov", "fisher", "bernoulli", "sparse-cov-1", "sparse-fisher-1",
         "sparse-cov-2", "sparse-fisher-2", "isotropic", "diagonal", "gd-best", "gd-longer",
     ),
-    note="A part of SVHN (Netzer et al. 2011): 1,952 and 4,434 images. As in the paper, the published "
-    "test images are trained on, and the training images are tested on.",
+    note="A part of SVHN (Netzer et al. 2011): 1,952 and 4,434 images. As in the paper, the "
+    "published test images are trained on, and the training images are tested on.",
     others=("student-t", "svag", "estimated-cov", "estimated-fisher", "rademacher"),
 )  # fmt: skip
 """Panel 1(d) of the paper on a part of SVHN; the pilot's gap of 2.5 points is of one seed."""
@@ -274,8 +274,8 @@ CIFAR10 = dataclasses.replace(
     SVHN,
     name="cifar10", train_part="train", pool=7_000, num_test=3_000,
     family=("sgd-other-key", "cov", "fisher", "isotropic", "diagonal"), others=("gd-best",),
-    note="CIFAR-10 (Krizhevsky 2009): the first 7,000 training and 3,000 test images, from a copy in "
-    "which 98 of 60,000 images are re-encoded. No pilot was run; the margin is that of SVHN.",
+    note="CIFAR-10 (Krizhevsky 2009): the first 7,000 training and 3,000 test images, from a "
+    "copy in which 98 of 60,000 images are re-encoded. No pilot was run; the margin is that of SVHN.",
 )  # fmt: skip
 """The same recipe on CIFAR-10: a try without a pilot, with SVHN's margin for want of another."""
 

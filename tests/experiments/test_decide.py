@@ -172,6 +172,22 @@ def test_a_seed_does_not_depend_on_its_chunk(runner):
     assert not np.allclose(losses[0][-1, 0], losses[0][-1, 1], rtol=1e-3)
 
 
+def test_the_fastest_choice_comes_first_and_the_budget_ends_the_search(images):
+    choices, told = [(runs.Options(groups=groups), 2) for groups in (1, 2)], []
+    timings = runs.calibrate(
+        TINY, images, choices, name="sgd", steps=3, budget_seconds=0.0, told=told.append
+    )
+    assert [timing.runner.options for timing in timings] == [runs.Options(groups=1)]
+    assert len(told) == 2
+    timings = runs.calibrate(
+        TINY, images, [*choices, (runs.Options(microbatch_size=2), 2)], name="sgd", steps=3,
+        budget_seconds=1e6, told=told.append,
+    )  # fmt: skip
+    assert len(timings) == 3
+    speeds = [timing.seconds_per_seed_step for timing in timings]
+    assert speeds == sorted(speeds)
+
+
 def test_svag_makes_more_and_smaller_steps():
     svag = settings.CONTESTANTS["svag"]
     assert svag.steps(TINY) == 24
