@@ -275,7 +275,7 @@ CIFAR10 = dataclasses.replace(
     name="cifar10", train_part="train", pool=7_000, num_test=3_000,
     family=("sgd-other-key", "cov", "fisher", "isotropic", "diagonal"), others=("gd-best",),
     note="CIFAR-10 (Krizhevsky 2009): the first 7,000 training and 3,000 test images, from a "
-    "copy in which 98 of 60,000 images are re-encoded. No pilot was run; the margin is that of SVHN.",
+    "copy in which 98 of 60,000 images are re-encoded. No pilot was run: the margin is SVHN's.",
 )  # fmt: skip
 """The same recipe on CIFAR-10: a try without a pilot, with SVHN's margin for want of another."""
 

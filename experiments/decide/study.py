@@ -82,6 +82,7 @@ class Study:
         found = records.lines(self.path, self.setting)
         records.check_data(found, self.path, self._checksum)
         self._seconds: dict[Shape, float] = {}
+        self._longest_start = 0.0
         # A chunk that is not full would be compiled anew, which takes a graphics card longer.
         self._fills_up = jax.default_backend() != "cpu"
 
@@ -104,9 +105,14 @@ class Study:
         ]
 
     def expected_seconds(self, job: Job) -> float:
-        """How long one chunk will take, from those of its shape before; 0 where there was none."""
-        steps = CONTESTANTS[job.contestant].steps(self.setting)
-        return steps * self._seconds.get(shape_of(self.setting, job.contestant), 0.0)
+        """How long one chunk will take, from those before; 0 where there was none.
+
+        The first of its shape counts as the longest time before the first step so far.
+        """
+        seconds = self._seconds.get(shape_of(self.setting, job.contestant))
+        if seconds is None:
+            return self._longest_start
+        return CONTESTANTS[job.contestant].steps(self.setting) * seconds
 
     def run(
         self, job: Job, *, deadline: float | None = None, latest_end: float | None = None,
@@ -151,6 +157,7 @@ class Study:
             outcome=outcome._replace(scores=kept), options=self._runner.options,
         )  # fmt: skip
         self._seconds[shape_of(self.setting, name)] = outcome.seconds / outcome.steps[-1]
+        self._longest_start = max(self._longest_start, outcome.compile_seconds)
         self._told(
             f"{self.setting.name}, {name}: {size} runs, test accuracy "
             f"{100 * kept.test_correct[-1].mean() / self._num_test:.2f} %, training loss "
