@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from experiments.decide import datasets, nets, report, runs, settings, study
+from experiments.decide import calibration, datasets, nets, report, runs, settings, study
 from msgd_jax._validate import shown
 
 
@@ -97,7 +97,7 @@ def _run(config: DecideConfig, setting: settings.Setting) -> None:
             for at_once in (20, 10, 5)
             for options in (runs.Options(), runs.Options(groups=10), runs.Options("lax"))
         ]
-        best = runs.calibrate(setting, images, choices)[0]
+        best = calibration.calibrate(setting, images, choices)[0]
         runner, at_once = best.runner, best.seeds_at_once
     one = study.Study(runner, images, config.out, seeds_at_once=at_once, told=_told)
     first, count = config.seeds or setting.seeds
