@@ -19,11 +19,13 @@ from experiments import (
     terminal,
 )
 from experiments.config import DemoConfig, FigureConfig, ListConfig, ReportConfig, TrainConfig
+from experiments.decide import command as decide
 from experiments.theory_config import ComplexityConfig, SDEConfig
 from experiments.training import Evaluation
 
 Config = (
     ComplexityConfig
+    | decide.DecideConfig
     | DemoConfig
     | distributed.DistributedConfig
     | FigureConfig
@@ -38,6 +40,7 @@ CONFIGS: dict[str, Any] = {
     "distributed": distributed.DistributedConfig,
     "sde": SDEConfig,
     "complexity": ComplexityConfig,
+    "decide": decide.DecideConfig,
     "figure": FigureConfig,
     "list": ListConfig,
     "report": ReportConfig,
@@ -67,6 +70,8 @@ def run(config: Config) -> pathlib.Path | None:
             return complexity.run(config)
         case TrainConfig():
             return train(config)
+        case decide.DecideConfig():
+            return decide.run(config)
         case distributed.DistributedConfig():
             return distributed.run(config)
 

@@ -1,0 +1,321 @@
+"""Table and figure of a setting, from its records alone."""
+
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from experiments.decide import records, statistics, study
+from experiments.decide.settings import BASELINES, CONTESTANTS, Setting, label
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart.
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
+_GREEN = "#009E73"
+AT_EQUAL_LOSS = "GD at SGD's training loss"
+"""The row for GD stopped where its training loss is that of the same seed's SGD at the end."""
+
+Values = Float[np.ndarray, " seeds"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What the study says about one contestant; accuracies and differences are in points.
+
+    Attributes:
+        label: its name.
+        in_family: whether it belongs to the declared family.
+        accuracy: test accuracy at the endpoint, mean.
+        train_loss: the same of the training loss.
+        train_accuracy: on the labels that were given.
+        test_loss: mean.
+        to_sgd, to_gd: paired differences; None for the baseline itself.
+        adjusted_to_sgd, adjusted_to_gd: their p-values by Holm's method over the family; NaN
+            outside it.
+        equivalent: p-value of equivalence with SGD within the margin, by Holm's method over the
+            family; not adjusted outside it. NaN for SGD itself.
+        share: of the gap between GD and SGD that it closes; None for GD and SGD.
+    """
+
+    label: str
+    in_family: bool
+    accuracy: float
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    to_sgd: statistics.Difference | None
+    to_gd: statistics.Difference | None
+    adjusted_to_sgd: float = math.nan
+    adjusted_to_gd: float = math.nan
+    equivalent: float = math.nan
+    share: statistics.Share | None = None
+
+
+def rows(setting: Setting, runs: dict[records.Run, records.Curve]) -> list[Row]:
+    """The table of a setting, the baselines first.
+
+    Pairs are over the setting's main seeds that both runs have.
+
+    Raises:
+        ValueError: if GD or SGD has fewer than two of the main seeds.
+    """
+    found = {name: _of(setting, runs, name) for name in setting.contestants}
+    for name in BASELINES:
+        if len(found[name]) < 2:
+            raise ValueError(
+                f"records of {setting.name} must have at least two main seeds of {name}, got "
+                f"{len(found[name])}."
+            )
+    named = [
+        (label(name, setting), name in setting.family, of_seed)
+        for name, of_seed in found.items()
+        if len(of_seed) >= 2
+    ]
+    gd, sgd = found["gd"], found["sgd"]
+    stopped = _at_equal_loss(
+        found["gd-longer"] if len(found.get("gd-longer", {})) >= 2 else gd, sgd
+    )
+    named.append((AT_EQUAL_LOSS, False, stopped))
+    return _adjusted(setting, [_row(setting, *entry, gd, sgd) for entry in named])
+
+
+def _of(
+    setting: Setting, runs: dict[records.Run, records.Curve], name: str
+) -> dict[int, records.Curve]:
+    """The main runs of a contestant by seed."""
+    factor = study.best_factor(setting, runs) if CONTESTANTS[name].tuned else 1.0
+    if factor is None:
+        return {}
+    wanted = {seed: records.Run(name, factor, seed) for seed in study.main_seeds(setting)}
+    return {seed: runs[run] for seed, run in wanted.items() if run in runs}
+
+
+def _at_equal_loss(
+    gd: dict[int, records.Curve], sgd: dict[int, records.Curve]
+) -> dict[int, records.Curve]:
+    """GD between the two evaluations where its training loss first falls to that of SGD's end.
+
+    Interpolated in the logarithm of the loss; where it is never reached, the last evaluation.
+    """
+    stopped = {}
+    for seed in gd.keys() & sgd.keys():
+        curve, wanted = gd[seed], math.log(max(sgd[seed].train_loss[-1], 1e-12))
+        losses = np.log(np.maximum(curve.train_loss, 1e-12))
+        reached = np.flatnonzero(losses <= wanted)
+        after = int(reached[0]) if reached.size else len(losses) - 1
+        before = max(after - 1, 0)
+        drop = losses[before] - losses[after]
+        part = min((losses[before] - wanted) / drop, 1.0) if reached.size and drop > 0 else 1.0
+        stopped[seed] = records.Curve(
+            *(values[before : before + 1] * (1 - part) + values[after] * part for values in curve)
+        )
+    return stopped
+
+
+def _row(
+    setting: Setting,
+    name: str,
+    in_family: bool,
+    of_seed: dict[int, records.Curve],
+    gd: dict[int, records.Curve],
+    sgd: dict[int, records.Curve],
+) -> Row:
+    def ends(of: dict[int, records.Curve], seeds: list[int], what: str) -> Values:
+        return np.asarray([getattr(of[seed], what)[-1] for seed in seeds])
+
+    def compared(reference: dict[int, records.Curve]) -> tuple[Values, Values]:
+        seeds = sorted(of_seed.keys() & reference.keys())
+        values, others = (100 * ends(of, seeds, "test_accuracy") for of in (of_seed, reference))
+        return values, others
+
+    own = sorted(of_seed)
+    shared = sorted(of_seed.keys() & gd.keys() & sgd.keys())
+    is_gd, is_sgd = of_seed is gd, of_seed is sgd
+    closed, base, goal = (ends(of, shared, "test_accuracy") for of in (of_seed, gd, sgd))
+    return Row(
+        label=name,
+        in_family=in_family,
+        accuracy=100 * float(ends(of_seed, own, "test_accuracy").mean()),
+        train_loss=float(ends(of_seed, own, "train_loss").mean()),
+        train_accuracy=100 * float(ends(of_seed, own, "train_accuracy").mean()),
+        test_loss=float(ends(of_seed, own, "test_loss").mean()),
+        to_sgd=None if is_sgd else statistics.difference(*compared(sgd)),
+        to_gd=None if is_gd else statistics.difference(*compared(gd)),
+        equivalent=math.nan
+        if is_sgd
+        else statistics.equivalence(*compared(sgd), 100 * setting.margin),
+        share=None if is_gd or is_sgd else statistics.share_of_gap(closed, base, goal),
+    )
+
+
+def _adjusted(setting: Setting, table: list[Row]) -> list[Row]:
+    """Holm's method over the declared family: both comparisons together, equivalence apart."""
+    inside = [row for row in table if row.in_family]
+    both = [row.to_sgd.p_value for row in inside] + [row.to_gd.p_value for row in inside]  # pyright: ignore[reportOptionalMemberAccess]
+    differences = statistics.holm(both, 2 * len(setting.family))
+    equivalences = statistics.holm([row.equivalent for row in inside], len(setting.family))
+    adjusted = {
+        row.label: dataclasses.replace(
+            row, adjusted_to_sgd=differences[i], adjusted_to_gd=differences[len(inside) + i],
+            equivalent=equivalences[i],
+        )
+        for i, row in enumerate(inside)
+    }  # fmt: skip
+    return [adjusted.get(row.label, row) for row in table]
+
+
+def markdown(setting: Setting, table: list[Row], found: list[dict[str, Any]]) -> str:
+    """The table as Markdown, with what one has to know to read it."""
+    gap = next(row.to_gd for row in table if row.to_sgd is None)
+    assert gap is not None
+    lines = [
+        f"## {setting.name}",
+        "",
+        _described(setting),
+        setting.note,
+        "",
+        f"SGD - GD: {_shown(gap)} points of test accuracy ({gap.num_seeds} seeds, p = "
+        f"{gap.p_value:.2g}). Margin of equivalence: {100 * setting.margin:.2f} points.",
+        "",
+        "| algorithm | seeds | test accuracy | minus SGD | p (Holm) | minus GD | p (Holm) | share "
+        "of the gap closed | p of equivalence with SGD | training loss | training accuracy | test "
+        "loss |",
+        "|---" * 12 + "|",
+    ]
+    lines += [_line(row) for row in table]
+    lines += ["", _notes(setting, table, found), ""]
+    return "\n".join(lines)
+
+
+def _described(setting: Setting) -> str:
+    noise = (
+        f"{100 * setting.label_noise:g} % of the labels replaced, " if setting.label_noise else ""
+    )
+    width = f" of width {setting.width}" if setting.width else ""
+    return (
+        f"{setting.net}{width}, N = {setting.num_train:,} of {setting.pool:,} images per seed, "
+        f"{noise}b = {setting.batch_size}, learning rate {setting.learning_rate:g} x "
+        f"{setting.decay_factor:g} at {100 * setting.decay_at:g} % of {setting.steps:,} steps; one "
+        "evaluation after the last step decides. Subset, labels, initial weights and noise are "
+        "drawn anew per seed; intervals are 95 %, paired by seed."
+    )
+
+
+def _line(row: Row) -> str:
+    compared = row.to_sgd or row.to_gd
+    assert compared is not None
+    return (
+        f"| {row.label}{'' if row.in_family or row.to_sgd is None or row.to_gd is None else ' *'} "
+        f"| {compared.num_seeds} | {row.accuracy:.2f} | {_shown(row.to_sgd)} "
+        f"| {_p_value(row.adjusted_to_sgd)} | {_shown(row.to_gd)} | {_p_value(row.adjusted_to_gd)} "
+        f"| {_share(row.share)} | {_p_value(row.equivalent)} | {row.train_loss:.2g} "
+        f"| {row.train_accuracy:.1f} | {row.test_loss:.2f} |"
+    )
+
+
+def _notes(setting: Setting, table: list[Row], found: list[dict[str, Any]]) -> str:
+    made, declared = sum(row.in_family for row in table), len(setting.family)
+    devices = sorted({f"{line['device']}, {line['precision']}" for line in found})
+    versions = sorted({f"jax {line['versions'].get('jax', 'unknown')}" for line in found})
+    seconds = sum(line["seconds"] + line["compile_seconds"] for line in found)
+    notes = [
+        f"Holm over the {2 * declared} declared differences and, apart from them, the {declared} "
+        f"equivalences; {made} of {declared} contestants of the family were run.",
+        "\\* outside the declared family: p of equivalence not adjusted.",
+        _tuning(setting, records.curves(found)),
+        f"Isotropic and diagonal noise: variances of S/b, refreshed every {setting.refresh_every} "
+        "steps.",
+        "A share without bounds: the gap itself is not clearly different from 0.",
+        f"Computed on {'; '.join(devices)} with {', '.join(versions)}, {seconds:,.0f} s in all.",
+    ]
+    return "\n".join(f"- {note}" for note in notes)
+
+
+def _tuning(setting: Setting, runs: dict[records.Run, records.Curve]) -> str:
+    factor = study.best_factor(setting, runs)
+    if factor is None:
+        return "GD's own learning rate was not chosen."
+    tried = ", ".join(f"{f * setting.learning_rate:g}" for f in setting.tuning_factors)
+    return (
+        f"GD's own learning rate is {factor * setting.learning_rate:g}, the best of {tried} in "
+        f"test accuracy on {setting.tuning_seeds[1]} other seeds (so it has seen the test images)."
+    )
+
+
+def _shown(difference: statistics.Difference | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def _p_value(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
+def _share(share: statistics.Share | None) -> str:
+    if share is None:
+        return ""
+    if math.isinf(share.low):
+        return f"{100 * share.estimate:.0f} % [unbounded]"
+    return f"{100 * share.estimate:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+
+
+def draw(setting: Setting, table: list[Row], path: pathlib.Path) -> None:
+    """The differences with their intervals, a row per contestant; replaces an earlier figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 1.6 + 0.34 * len(table)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    floor = next(
+        (row.to_sgd for row in table if row.label == CONTESTANTS["sgd-other-key"].label), None
+    )
+    margin = 100 * setting.margin
+    axes[0].axvspan(-margin, margin, color=_GREY, alpha=0.18, lw=0, label="margin of equivalence")
+    if floor is not None:
+        axes[0].axvspan(
+            floor.low, floor.high, color=_GREEN, alpha=0.22, lw=0, label="SGD with another key"
+        )
+    for axis, reference in zip(axes, ("sgd", "gd"), strict=True):
+        for place, row in enumerate(table):
+            difference = row.to_sgd if reference == "sgd" else row.to_gd
+            if difference is None:
+                axis.plot(0, place, "|", color="black", markersize=12)
+                continue
+            colour = _BLUE if row.in_family or row.to_sgd is None or row.to_gd is None else _ORANGE
+            axis.plot([difference.low, difference.high], [place, place], color=colour, lw=1.8)
+            axis.plot(difference.mean, place, "o", color=colour, markersize=5)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set_xlabel(f"test accuracy minus {reference.upper()}'s, points")
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(table)), [row.label for row in table])
+    axes[0].invert_yaxis()
+    axes[0].plot([], [], color=_BLUE, lw=1.8, label="95 % interval, declared")
+    axes[0].plot([], [], color=_ORANGE, lw=1.8, label="95 % interval, not in the family")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def write(setting: Setting, folder: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """Writes ``SETTING.md`` and ``SETTING.png`` from the records in a folder.
+
+    Returns:
+        The page's path, and its text.
+
+    Raises:
+        ValueError: if the records are of something else, or too few.
+    """
+    path = records.path_of(folder, setting)
+    found = records.lines(path, setting)
+    table = rows(setting, records.curves(found))
+    page, picture = folder / f"{setting.name}.md", folder / f"{setting.name}.png"
+    draw(setting, table, picture)
+    text = markdown(setting, table, found)
+    page.write_text(f"{text}\n![Differences of test accuracy]({picture.name})\n")
+    return page, text

@@ -1,0 +1,153 @@
+"""The statistics of the study, from arrays with one number per seed.
+
+All comparisons are paired by seed: both runs have the same images, labels and initial weights.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+Values = Float[np.ndarray, " seeds"]
+
+
+class Difference(NamedTuple):
+    """A paired difference of means, with Student's t interval.
+
+    Attributes:
+        mean: of the differences.
+        low, high: ends of the confidence interval.
+        p_value: two-sided, of a difference of 0.
+        num_seeds: pairs.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    num_seeds: int
+
+
+class Share(NamedTuple):
+    """The share of the gap between GD and SGD that a contestant closes: 0 is GD, 1 is SGD.
+
+    Attributes:
+        estimate: ratio of the mean differences.
+        low, high: ends of Fieller's interval; infinite, both, where the gap itself is not clearly
+            different from 0, so that no bounded set of shares has the confidence asked for.
+    """
+
+    estimate: float
+    low: float
+    high: float
+
+
+def difference(values: Values, reference: Values, confidence: float = 0.95) -> Difference:
+    """The paired difference ``values - reference``.
+
+    Args:
+        values: one number per seed.
+        reference: the same of what is compared with, in the same order of seeds.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: if there are fewer than two pairs, or not as many of both.
+    """
+    differences = _pairs(values, reference)
+    if np.ptp(differences) == 0:  # where Student's t is 0/0: the same runs, for example
+        mean = float(differences[0])
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, differences.size)
+    test: Any = stats.ttest_1samp(differences, 0.0)
+    interval = test.confidence_interval(confidence)
+    return Difference(
+        float(differences.mean()), float(interval.low), float(interval.high), float(test.pvalue),
+        differences.size,
+    )  # fmt: skip
+
+
+def equivalence(values: Values, reference: Values, margin: float) -> float:
+    """The p-value of two one-sided t tests: small where ``|mean difference| < margin`` is shown.
+
+    Raises:
+        ValueError: if `margin` is not positive, or as `difference`.
+    """
+    if not margin > 0:
+        raise ValueError(f"margin must be positive, got {margin}.")
+    differences = _pairs(values, reference)
+    if np.ptp(differences) == 0:
+        return 0.0 if abs(differences[0]) < margin else 1.0
+    above: Any = stats.ttest_1samp(differences, -margin, alternative="greater")
+    below: Any = stats.ttest_1samp(differences, margin, alternative="less")
+    return float(max(above.pvalue, below.pvalue))
+
+
+def holm(p_values: Sequence[float], family_size: int | None = None) -> list[float]:
+    """P-values adjusted by Holm's method, in the order given.
+
+    Args:
+        p_values: of the comparisons that were made.
+        family_size: of the family that was declared, where more were declared than made: those that
+            are missing count as if their p-values were 1.
+
+    Raises:
+        ValueError: if the family is smaller than what was made, or a p-value is not in [0, 1].
+    """
+    size = len(p_values) if family_size is None else family_size
+    if size < len(p_values):
+        raise ValueError(
+            f"family_size must be at least the {len(p_values)} comparisons, got {size}."
+        )
+    values = np.asarray(p_values, float)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("p_values must be between 0 and 1.")
+    order = np.argsort(values, kind="stable")
+    # The smallest counts `size` times, the next one time less, and none less than one before it.
+    scaled = values[order] * (size - np.arange(values.size))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted.tolist()
+
+
+def share_of_gap(values: Values, gd: Values, sgd: Values, confidence: float = 0.95) -> Share:
+    """The share of the gap that is closed, ``mean(values - gd) / mean(sgd - gd)``.
+
+    Fieller's interval (Fieller 1954, Some Problems in Interval Estimation): the shares r for which
+    a paired t test does not reject that ``values - gd - r (sgd - gd)`` has mean 0.
+
+    Args:
+        values: one number per seed.
+        gd: the same of GD, in the same order of seeds.
+        sgd: the same of SGD.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: as `difference`.
+    """
+    closed, gap = _pairs(values, gd), _pairs(sgd, gd)
+    if closed.size != gap.size:
+        raise ValueError(f"values and sgd must have one number per seed, got {closed.size}, "
+                         f"{gap.size}.")  # fmt: skip
+    x, y = closed.mean(), gap.mean()
+    covariance = np.cov(closed, gap) / closed.size
+    square = stats.t.ppf((1 + confidence) / 2, closed.size - 1) ** 2
+    a = y**2 - square * covariance[1, 1]
+    b = x * y - square * covariance[0, 1]
+    c = x**2 - square * covariance[0, 0]
+    estimate = float(x / y) if y else math.nan
+    if a <= 0:
+        return Share(estimate, -math.inf, math.inf)
+    root = math.sqrt(max(b**2 - a * c, 0.0))
+    return Share(estimate, float((b - root) / a), float((b + root) / a))
+
+
+def _pairs(values: Values, reference: Values) -> Values:
+    values, reference = np.asarray(values, float), np.asarray(reference, float)
+    if values.shape != reference.shape or values.ndim != 1 or values.size < 2:
+        raise ValueError(
+            "values and reference must be vectors with a number per seed, for at least two seeds, "
+            f"got shapes {values.shape} and {reference.shape}."
+        )
+    return values - reference

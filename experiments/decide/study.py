@@ -1,0 +1,218 @@
+"""Runs a setting: which runs are missing, in chunks of seeds, each recorded when it is done."""
+
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments.decide import datasets, records
+from experiments.decide.runs import Runner, Shape, shape_of
+from experiments.decide.settings import CONTESTANTS, Setting
+
+
+class Job(NamedTuple):
+    """Runs of one contestant, which are made in chunks.
+
+    Attributes:
+        contestant: its name.
+        runs: seeds, and factors of the learning rate.
+    """
+
+    contestant: str
+    runs: tuple[tuple[int, float], ...]
+
+
+def tuning_job(setting: Setting) -> Job:
+    """GD at every learning rate that is tried, on the seeds that are for that alone."""
+    first, count = setting.tuning_seeds
+    runs = [(seed, f) for f in setting.tuning_factors for seed in range(first, first + count)]
+    return Job("gd", tuple(runs))
+
+
+def best_factor(setting: Setting, runs: dict[records.Run, records.Curve]) -> float | None:
+    """GD's own learning rate, over the setting's: the best mean test accuracy at the endpoint.
+
+    None while tuning runs are missing. Of equally good ones the smallest.
+    """
+    means = {}
+    for factor in setting.tuning_factors:
+        wanted = [records.Run("gd", f, seed) for seed, f in tuning_job(setting).runs if f == factor]
+        if not all(run in runs for run in wanted):
+            return None
+        means[factor] = np.mean([runs[run].test_accuracy[-1] for run in wanted])
+    return max(sorted(means), key=lambda factor: means[factor])
+
+
+class Study:
+    """One setting with its images, its records and what computes it.
+
+    Attributes:
+        setting: what is run.
+        path: the file of the records.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        images: datasets.Images,
+        folder: pathlib.Path,
+        *,
+        seeds_at_once: int,
+        told: Callable[[str], None] = print,
+    ):
+        """Reads the records that are there.
+
+        Args:
+            runner: trains.
+            images: what `runner` holds.
+            folder: of the records.
+            seeds_at_once: runs side by side.
+            told: is told what happens, in words.
+
+        Raises:
+            ValueError: if the folder has records of another setting or of other images.
+        """
+        self.setting, self.path = runner.setting, records.path_of(folder, runner.setting)
+        self._runner, self._at_once, self._told = runner, seeds_at_once, told
+        self._checksum, self._num_test = datasets.checksum(images), len(images.test_labels)
+        found = records.lines(self.path, self.setting)
+        records.check_data(found, self.path, self._checksum)
+        self._seconds: dict[Shape, float] = {}
+        self._longest_start = 0.0
+        # A chunk that is not full would be compiled anew, which takes a graphics card longer.
+        self._fills_up = jax.default_backend() != "cpu"
+
+    def runs(self) -> dict[records.Run, records.Curve]:
+        """All runs that are recorded."""
+        return records.curves(records.lines(self.path, self.setting))
+
+    def job(self, name: str, seeds: Sequence[int]) -> Job | None:
+        """The main runs of a contestant; None for GD's own rate while that is not chosen."""
+        factor = best_factor(self.setting, self.runs()) if CONTESTANTS[name].tuned else 1.0
+        return None if factor is None else Job(name, tuple((seed, factor) for seed in seeds))
+
+    def missing(self, job: Job) -> list[tuple[int, float]]:
+        """What of a job is not recorded yet."""
+        runs = self.runs()
+        return [
+            (seed, factor)
+            for seed, factor in job.runs
+            if records.Run(job.contestant, factor, seed) not in runs
+        ]
+
+    def expected_seconds(self, job: Job) -> float:
+        """How long one chunk will take, from those before; 0 where there was none.
+
+        The first of its shape counts as the longest time before the first step so far.
+        """
+        seconds = self._seconds.get(shape_of(self.setting, job.contestant))
+        if seconds is None:
+            return self._longest_start
+        return CONTESTANTS[job.contestant].steps(self.setting) * seconds
+
+    def run(
+        self, job: Job, *, deadline: float | None = None, latest_end: float | None = None,
+        progress: tqdm | None = None,
+    ) -> bool:  # fmt: skip
+        """Makes and records the missing runs of a job; returns whether all are there now.
+
+        Args:
+            job: what to run.
+            deadline: a time of `time.monotonic` after which no chunk is started.
+            latest_end: a time of `time.monotonic`; no chunk is started that is expected to end
+                later, as far as can be told from those before.
+            progress: is advanced by the steps of every run.
+        """
+        missing = self.missing(job)
+        for first in range(0, len(missing), self._at_once):
+            now = time.monotonic()
+            if deadline is not None and now > deadline:
+                self._told(f"{self._name(job)}: not started, the time is over")
+                return False
+            expected = self.expected_seconds(job)
+            if latest_end is not None and now + expected > latest_end:
+                self._told(f"{self._name(job)}: not started, it would take {expected:.0f} s")
+                return False
+            self._run_chunk(job.contestant, missing[first : first + self._at_once], progress)
+        return True
+
+    def _run_chunk(self, name: str, chunk: list[tuple[int, float]], progress: tqdm | None) -> None:
+        size = len(chunk)
+        filled = chunk + [chunk[-1]] * (self._at_once - size if self._fills_up else 0)
+        seeds, factors = zip(*filled, strict=True)
+
+        def advanced(steps: int) -> None:
+            if progress is not None:
+                progress.update(steps * size)
+
+        outcome = self._runner.run(name, seeds, factors=factors, advanced=advanced)
+        kept = type(outcome.scores)(*(values[:, :size] for values in outcome.scores))
+        records.add(
+            self.path, self.setting, checksum=self._checksum, contestant=name,
+            seeds=seeds[:size], factors=factors[:size], num_test=self._num_test,
+            outcome=outcome._replace(scores=kept), options=self._runner.options,
+        )  # fmt: skip
+        self._seconds[shape_of(self.setting, name)] = outcome.seconds / outcome.steps[-1]
+        self._longest_start = max(self._longest_start, outcome.compile_seconds)
+        self._told(
+            f"{self.setting.name}, {name}: {size} runs, test accuracy "
+            f"{100 * kept.test_correct[-1].mean() / self._num_test:.2f} %, training loss "
+            f"{kept.train_loss[-1].mean():.2g}; {outcome.seconds:.1f} s, and "
+            f"{outcome.compile_seconds:.1f} s before the first step"
+        )
+
+    def _name(self, job: Job) -> str:
+        return f"{self.setting.name}, {job.contestant}"
+
+
+def main_seeds(setting: Setting) -> range:
+    """The seeds of the main runs."""
+    return range(setting.seeds[0], sum(setting.seeds))
+
+
+def run_setting(
+    study: Study,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    deadline: float | None = None,
+    latest_end: float | None = None,
+    shows_progress: bool = True,
+) -> list[str]:
+    """Runs contestants in this order; GD's tuning runs come first where it is among them tuned.
+
+    Args:
+        study: the setting.
+        names: of the contestants.
+        seeds: of the main runs.
+        deadline: see `Study.run`.
+        latest_end: see `Study.run`.
+        shows_progress: whether there is a bar, with the time left.
+
+    Returns:
+        The names of those that are not complete.
+    """
+    setting, unfinished = study.setting, []
+    total = sum(CONTESTANTS[name].steps(setting) * len(seeds) for name in names)
+    with tqdm(
+        total=total, unit="step", unit_scale=True, disable=not shows_progress, dynamic_ncols=True
+    ) as progress:
+        for name in names:
+            progress.set_description(name)
+            if CONTESTANTS[name].tuned:
+                study.run(tuning_job(setting), deadline=deadline, latest_end=latest_end)
+            job = study.job(name, seeds)
+            # Those that are recorded count as done, so that the time left is that of the others.
+            if job is not None:
+                done = len(job.runs) - len(study.missing(job))
+                progress.update(done * CONTESTANTS[name].steps(setting))
+            complete = job is not None and study.run(
+                job, deadline=deadline, latest_end=latest_end, progress=progress
+            )
+            if not complete:
+                unfinished.append(name)
+    return unfinished
