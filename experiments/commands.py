@@ -7,25 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from experiments import (
-    comparison,
-    complexity,
-    distributed,
-    execution,
-    figures,
-    reporting,
+from experiments import figures, terminal
+from experiments.paper import DemoConfig, FigureConfig, ListConfig, ReportConfig, accuracies, report
+from experiments.theory import ComplexityConfig, SDEConfig, complexity, sde
+from experiments.training import (
+    DistributedConfig,
+    Evaluation,
+    TrainConfig,
+    loop,
     runs,
-    sde,
-    terminal,
+    train_distributed,
 )
-from experiments.config import DemoConfig, FigureConfig, ListConfig, ReportConfig, TrainConfig
-from experiments.theory_config import ComplexityConfig, SDEConfig
-from experiments.training import Evaluation
 
 Config = (
     ComplexityConfig
     | DemoConfig
-    | distributed.DistributedConfig
+    | DistributedConfig
     | FigureConfig
     | ListConfig
     | ReportConfig
@@ -35,7 +32,7 @@ Config = (
 CONFIGS: dict[str, Any] = {
     "demo": DemoConfig,
     "train": TrainConfig,
-    "distributed": distributed.DistributedConfig,
+    "distributed": DistributedConfig,
     "sde": SDEConfig,
     "complexity": ComplexityConfig,
     "figure": FigureConfig,
@@ -56,19 +53,19 @@ def run(config: Config) -> pathlib.Path | None:
         case DemoConfig():
             return demo(config)
         case FigureConfig():
-            return reporting.figure(config)
+            return report.figure(config)
         case ListConfig():
-            return reporting.list_runs(config)
+            return report.list_runs(config)
         case ReportConfig():
-            return reporting.report(config)
+            return report.report(config)
         case SDEConfig():
             return sde.run(config)
         case ComplexityConfig():
             return complexity.run(config)
         case TrainConfig():
             return train(config)
-        case distributed.DistributedConfig():
-            return distributed.run(config)
+        case DistributedConfig():
+            return train_distributed(config)
 
 
 def train(config: TrainConfig) -> pathlib.Path:
@@ -97,21 +94,21 @@ def demo(config: DemoConfig) -> pathlib.Path:
 def _train_all(plans: dict[TrainConfig, pathlib.Path], folder: pathlib.Path, named: bool) -> None:
     """Trains what has not finished, and shows all of it."""
     for plan in plans:
-        execution.check(plan)
+        loop.check(plan)
     runs.check_writable(folder)
     done = [runs.finished(path, plan.resolved()) for plan, path in plans.items()]
     # Once for all: they are of the same images.
-    dataset = None if all(done) else execution.load(next(iter(plans)))
+    dataset = None if all(done) else loop.load(next(iter(plans)))
     results = {}
     total = sum(plan.total_steps for plan in plans)
     with _stopped_in(folder, named), terminal.Progress(total) as progress:
         for (plan, path), has_finished in zip(plans.items(), done, strict=True):
             if has_finished or dataset is None:
-                results[plan] = comparison.of_finished(path)
+                results[plan] = accuracies.of_finished(path)
                 if dataset is not None:
                     progress.update(plan.total_steps)
             else:
-                results[plan] = execution.run(plan, dataset, path, progress)
+                results[plan] = loop.run(plan, dataset, path, progress)
     _report(results, folder)
     if dataset is None:
         print(f"{folder} has finished before: this is its result.")
@@ -122,17 +119,17 @@ def _stopped_in(folder: pathlib.Path, named: bool) -> Iterator[None]:
     """Adds the folder to how a stopped run goes on, where the command did not name it."""
     try:
         yield
-    except execution.Stopped as stopped:
+    except loop.Stopped as stopped:
         if named:
             raise
         more = f"{stopped.args[0]}, with --out {folder}"
-        raise execution.Stopped(more, stopped.number) from None
+        raise loop.Stopped(more, stopped.number) from None
 
 
 def _report(results: dict[TrainConfig, list[Evaluation]], folder: pathlib.Path) -> None:
     """Prints the table, and draws the picture if it is not there."""
     title = _title(next(iter(results)))
-    print(table({plan.label: execution.summary(run) for plan, run in results.items()}))
+    print(table({plan.label: loop.summary(run) for plan, run in results.items()}))
     curves = [
         figures.Curve(
             plan.label,
@@ -164,7 +161,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
 
 
 def _title(config: TrainConfig) -> str:
-    train_size, test_size = execution.sizes(config)
+    train_size, test_size = loop.sizes(config)
     plural = "seed" if config.seeds == 1 else "seeds"
     return (
         f"{config.dataset}: {train_size:,} training and {test_size:,} test images, "

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import runs
+from experiments.training import runs
 from msgd_jax import noise, train
 from tests import process_worker
 from tests.noises import ROWS

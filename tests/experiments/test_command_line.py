@@ -7,18 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import (
-    comparison,
-    config,
-    data,
-    execution,
-    fashion_mnist,
-    figures,
-    runs,
-    training,
-)
+from experiments import data, figures, paper, training
 from experiments.__main__ import main
-from experiments.algorithms import ALGORITHMS, NoiseSettings
+from experiments.data import fashion_mnist
+from experiments.paper import accuracies
+from experiments.training import config, loop, runs
+from experiments.training.algorithms import ALGORITHMS, NoiseSettings
 from msgd_jax import noise
 
 
@@ -37,8 +31,8 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
     demo = tmp_path / "out"
     main(["demo", "--steps", "30", "--seeds", "2", "--eval-every", "10", "--out", str(demo)])
     assert image.imread(demo / "curves.png").shape[0] > 300
-    assert {p.name for p in demo.iterdir() if p.is_dir()} == set(config.DemoConfig.algorithms)
-    for algorithm in config.DemoConfig.algorithms:
+    assert {p.name for p in demo.iterdir() if p.is_dir()} == set(paper.DemoConfig.algorithms)
+    for algorithm in paper.DemoConfig.algorithms:
         asked = read(demo / algorithm / "config.json")
         assert (asked["algorithm"], asked["steps"], asked["seeds"]) == (algorithm, 30, 2)
         drawn = read(demo / algorithm / "train_images.json")["train_indices"]
@@ -77,7 +71,7 @@ def test_a_stopped_demo_goes_on_with_what_is_missing(tmp_path, monkeypatch, caps
 
     def pretend(plan, dataset, path, progress):
         if plan.algorithm == stop_at:
-            raise execution.Stopped("stopped after 3 steps; the same command goes on", 15)
+            raise loop.Stopped("stopped after 3 steps; the same command goes on", 15)
         trained.append(plan.algorithm)
         folder = runs.RunFolder(path, plan.resolved())
         values = np.full(plan.seeds, 0.5)
@@ -85,9 +79,9 @@ def test_a_stopped_demo_goes_on_with_what_is_missing(tmp_path, monkeypatch, caps
         folder.finish({})
         folder.close()
         progress.update(plan.total_steps)
-        return comparison.of_folder(path)
+        return accuracies.of_folder(path)
 
-    monkeypatch.setattr(execution, "run", pretend)
+    monkeypatch.setattr(loop, "run", pretend)
     with pytest.raises(SystemExit) as stopped:
         main(["demo"])
     assert stopped.value.code == 143
@@ -96,7 +90,7 @@ def test_a_stopped_demo_goes_on_with_what_is_missing(tmp_path, monkeypatch, caps
     assert trained == ["gd", "sgd", "m-sgd-fisher"]
     stop_at = None
     main(["demo", "--out", f"runs/{folder.name}"])
-    assert trained == list(config.DemoConfig.algorithms)
+    assert trained == list(paper.DemoConfig.algorithms)
     assert (folder / "curves.png").exists()
 
 
@@ -251,6 +245,6 @@ def test_speed_leaves_out_the_stretch_that_compiles():
         return training.Evaluation(step, *[accuracy] * 4, seconds)
 
     run = [evaluation(0, 0.0), evaluation(10, 99.0), evaluation(20, 1.0), evaluation(25, 1.0)]
-    assert execution.summary(run)["seconds_per_1000_steps"] == 150.0  # of 100 and 200
-    assert execution.summary(run[:3])["seconds_per_1000_steps"] == 100.0
-    assert execution.summary(run[:2])["seconds_per_1000_steps"] is None
+    assert loop.summary(run)["seconds_per_1000_steps"] == 150.0  # of 100 and 200
+    assert loop.summary(run[:3])["seconds_per_1000_steps"] == 100.0
+    assert loop.summary(run[:2])["seconds_per_1000_steps"] is None

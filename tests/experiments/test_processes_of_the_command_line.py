@@ -17,10 +17,11 @@ import time
 
 import pytest
 
-from experiments import runs
+import experiments
+from experiments.training import runs
 
 PATIENCE = 120
-ROOT = pathlib.Path(runs.__file__).parents[1]
+ROOT = pathlib.Path(experiments.__file__).parents[1]
 COMMAND = [sys.executable, "-m", "experiments"]
 TRAIN = ["train", "--dataset", "digits", "--learning-rate", "0.1", "--eval-every", "200",
          "--microbatch-size", "None"]  # fmt: skip
