@@ -73,7 +73,8 @@ def train(config: TrainConfig) -> pathlib.Path:
 
     Finished before, it prints the table again.
     """
-    folder = config.out or runs.default_folder(f"{config.dataset}-{config.algorithm}")
+    config = config.resolved()
+    folder = config.out or runs.default_folder(f"{config.dataset_name}-{config.algorithm}")
     _train_all({config: folder}, folder, named=config.out is not None)
     return folder
 
@@ -164,7 +165,7 @@ def _title(config: TrainConfig) -> str:
     train_size, test_size = loop.sizes(config)
     plural = "seed" if config.seeds == 1 else "seeds"
     return (
-        f"{config.dataset}: {train_size:,} training and {test_size:,} test images, "
+        f"{config.dataset_name}: {train_size:,} training and {test_size:,} test images, "
         f"{config.model_name}, learning rate {config.learning_rate:g}, "
         f"b = {config.noise.batch_size}, {config.seeds} {plural} (band: one standard error)"
     )

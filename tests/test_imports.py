@@ -85,7 +85,7 @@ def test_what_is_shared_stands_on_nothing():
 
 
 # Of `experiments`: what every room may use, and what uses all of them.
-COMMON = {"figures", "terminal"}
+COMMON = {"_typing", "figures", "terminal"}
 COMMAND_LINE = {"__main__", "commands"}
 
 

@@ -1,140 +1,170 @@
-"""What a data set was published as: its files, their checksums, and how they are read.
+"""Data sets as values: what one is, before and after it is loaded.
 
-tensorflow-datasets (tfds) is the source of truth for names, addresses, sizes and checksums; the
-files themselves are parsed by the modules of the data sets, so that TensorFlow is not needed.
+An `Original` says what a data set is without loading it: its name, its sizes, the shape of its
+images, how an experiment splits it. Its `load` makes a `Dataset`: arrays in the computer's memory.
 """
 
+import abc
 import dataclasses
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-IMAGE_SHAPE = (32, 32, 3)  # of SVHN and of CIFAR-10
-NUM_CLASSES = 10  # of every data set here
+from experiments.data import _draws
 
 
 class DamagedDatasetError(ValueError):
-    """A data set is there, but its contents are not the published ones."""
+    """A data set is there, but its contents are not what they have to be."""
 
 
 class DatasetNotFoundError(FileNotFoundError):
     """A data set is in none of the places looked in and cannot be downloaded."""
 
 
-class NotHereError(Exception):
-    """One place does not hold the data set; the text names the place and says what is missing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PublishedFile:
-    """What one published file has to be.
-
-    Attributes:
-        name: file name.
-        url: where it is published.
-        size: length in bytes.
-        sha256: checksum in hexadecimal digits.
-    """
-
-    name: str
-    url: str
-    size: int
-    sha256: str
-
-
 class Split(NamedTuple):
     """One original split in its published order.
 
     Attributes:
-        images: uint8 array of shape [N, H, W, C], pixels from 0 to 255.
-        labels: uint8 array of shape [N], classes from 0 to 9.
+        images: uint8 array of shape [N, H, W, C].
+        labels: array of integers of shape [N], classes from 0.
     """
 
     images: np.ndarray
     labels: np.ndarray
 
 
-# Keyed by tfds's names of the splits, "train" and "test".
+# Keyed by the names of the splits, "train" and "test".
 Splits = Mapping[str, Split]
-# What a data set prepared with tfds gives: for every example its features by name.
-Rows = Sequence[Mapping[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Original:
-    """A data set as it was published, and how it is read.
+class Examples(NamedTuple):
+    """Examples as the training loop sees them: a pytree with a leading example axis.
 
     Attributes:
-        name: its name here, also that of the folder in `data_dir` in which its files may lie.
-        tfds_name: its name in tfds.
-        files: the published files, all of which are needed.
-        num_examples: the number of examples in each split, keyed by the splits' names.
-        read_files: reads and checks the published files, given their paths by published name.
-        read_rows: makes a split of all rows of a copy prepared with tfds, in published order; takes
-            the rows, the split's name and whether tfds shuffled them, and raises ValueError unless
-            they are what was published.
-        other_folders: where a package of the operating system puts the published files.
-        advice: ways to get it that no other data set has, each in words.
-        remark: one more sentence for who does not have it.
+        image: uint8 array of shape [N, H, W, C], pixels from 0 to the data set's `max_value`.
+        label: int32 array of shape [N], classes from 0 to the data set's `num_classes` - 1.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+
+    def take(self, indices: np.ndarray) -> "Examples":
+        """The examples with these numbers, in this order."""
+        return Examples(image=self.image[indices], label=self.label[indices])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set in memory, split for one experiment.
+
+    Attributes:
+        name: the name of its `Original`.
+        train: the examples to train on.
+        test: the examples to test on.
+        num_classes: number of different labels.
+        max_value: value of the brightest possible pixel; divide by it to scale pixels to [0, 1].
+        train_indices: int64 array of shape [N_train]; `train` example i is example
+            `train_indices[i]`, counted from 0, of the original split that it was drawn from.
+        source: where the bytes came from, in words.
+        sha256: of its `Original`.
     """
 
     name: str
-    tfds_name: str
-    files: Sequence[PublishedFile]
-    num_examples: Mapping[str, int]
-    read_files: Callable[[Mapping[str, Path]], Splits]
-    read_rows: Callable[[Rows, str, bool], Split]
-    other_folders: Sequence[Path] = ()
-    advice: Sequence[str] = ()
-    remark: str = ""
+    train: Examples
+    test: Examples
+    num_classes: int
+    max_value: int
+    train_indices: np.ndarray
+    source: str
+    sha256: str = ""
 
-    def builder(self, data_dir: Path | None) -> Any:
-        """Returns its tfds builder for a folder, or for tfds's default folder."""
-        import tensorflow_datasets as tfds
-
-        return tfds.builder(self.tfds_name, data_dir=data_dir)
-
-
-def registered_files(tfds_name: str) -> dict[str, PublishedFile]:
-    """Returns the files that tfds registers for one of its data sets, keyed by their names."""
-    import tensorflow_datasets as tfds
-
-    url_infos: Any = tfds.builder_cls(tfds_name).url_infos
-    files = {}
-    for url, info in url_infos.items():
-        name = url.rpartition("/")[2]
-        files[name] = PublishedFile(name, url, int(info.size), info.checksum)
-    return files
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width (pixels) and channels of every image."""
+        height, width, channels = self.train.image.shape[1:]
+        return height, width, channels
 
 
-def read_bytes(path: Path, published: PublishedFile) -> bytes:
-    """Reads a file whole, and hands it out only when it is the published one.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Original(abc.ABC):
+    """A data set as a value: what it is, and how an experiment splits it.
 
-    Args:
-        path: the file to read; its own name does not matter.
-        published: what it has to be.
-
-    Returns:
-        The file's contents, which have the published size and checksum.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        DamagedDatasetError: if it is another file, or cut short. The text names the file.
+    Attributes:
+        name: its name here.
+        image_shape: height, width (pixels) and channels of its images.
+        num_examples: the number of examples in the original splits "train" and "test".
+        net: the name of the net that is trained on it unless another is asked for; None for one
+            that fits the shape of its images.
+        trained_on: the original split that is trained on; the other one is tested on.
+        num_train: how many examples of that split are drawn for training; None for all of them, in
+            their order.
+        num_classes: number of different labels.
+        max_value: value of the brightest possible pixel.
+        sha256: of the data set's contents where these are not known by its name; "" otherwise.
     """
-    size = path.stat().st_size  # so that a file that is far too long is not even read
-    if size != published.size:
-        raise DamagedDatasetError(
-            f"{path} is damaged: it has {size:,} bytes, but {published.name} as published has "
-            f"{published.size:,}"
+
+    name: str
+    image_shape: tuple[int, int, int]
+    num_examples: Mapping[str, int]
+    net: str | None
+    trained_on: Literal["train", "test"] = "train"
+    num_train: int | None = None
+    num_classes: int = 10
+    max_value: int = 255
+    sha256: str = ""
+
+    @property
+    def tested_on(self) -> str:
+        """The original split that is tested on."""
+        return "test" if self.trained_on == "train" else "train"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many images it trains on, and tests on: known before it is loaded."""
+        train = self.num_examples[self.trained_on] if self.num_train is None else self.num_train
+        return train, self.num_examples[self.tested_on]
+
+    @abc.abstractmethod
+    def read(self, data_dir: Path | None, download: bool) -> tuple[Splits, str]:
+        """Returns the original splits, checked, and where they came from in words."""
+
+    def load(self, seed: int = 0, data_dir: Path | None = None, download: bool = True) -> Dataset:
+        """Reads the original splits and draws the training examples.
+
+        Args:
+            seed: decides which examples are drawn, where not all of them are trained on.
+            data_dir: folder to look in and to download into; None for the default places.
+            download: whether the network may be used.
+
+        Raises:
+            ValueError: if the seed or `num_train` is out of range.
+            DatasetNotFoundError: if no place holds the data set and it cannot be downloaded.
+            DamagedDatasetError: if the first place that holds it does not hold what it has to.
+        """
+        _draws.check_seed(seed)
+        available = self.num_examples[self.trained_on]
+        if self.num_train is not None and not 1 <= self.num_train <= available:
+            raise ValueError(f"num_train must be between 1 and {available}, got {self.num_train}.")
+        splits, source = self.read(data_dir, download)
+        if self.num_train is None:
+            drawn = np.arange(available, dtype=np.int64)
+        else:
+            drawn = _draws.permutation(available, seed, _draws.SPLIT)[: self.num_train]
+        train, test = (as_examples(splits[name]) for name in (self.trained_on, self.tested_on))
+        return Dataset(
+            name=self.name,
+            train=train if self.num_train is None else train.take(drawn),
+            test=test,
+            num_classes=self.num_classes,
+            max_value=self.max_value,
+            train_indices=drawn,
+            source=source,
+            sha256=self.sha256,
         )
-    content = path.read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
-    if sha256 != published.sha256:
-        raise DamagedDatasetError(
-            f"{path} is damaged: it has sha256 {sha256}, but {published.name} as published has "
-            f"sha256 {published.sha256}"
-        )
-    return content
+
+
+def as_examples(split: Split) -> Examples:
+    """A split with labels as the training loop wants them, int32."""
+    return Examples(image=split.images, label=split.labels.astype(np.int32))

@@ -3,21 +3,20 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.data import _tfds_copies
-from experiments.data._originals import (
-    DamagedDatasetError,
-    DatasetNotFoundError,
-    NotHereError,
-    Original,
-    Splits,
-)
+from experiments.data._originals import DamagedDatasetError, DatasetNotFoundError, Splits
+from experiments.data._tfds_copies import NotHereError
+
+if TYPE_CHECKING:
+    from experiments.data._published import Published
 
 _CONNECTION_TIMEOUT_SECONDS = 10.0
 
 
 def read(
-    original: Original, *, data_dir: Path | None = None, download: bool = True
+    original: "Published", *, data_dir: Path | None = None, download: bool = True
 ) -> tuple[Splits, str]:
     """Reads the original splits from the first place that holds them.
 
@@ -57,9 +56,9 @@ def read(
     raise DatasetNotFoundError(_not_found_text(original, reasons))
 
 
-def _not_found_text(original: Original, reasons: list[str]) -> str:
+def _not_found_text(original: "Published", reasons: list[str]) -> str:
     wanted = "\n".join(
-        f"  {file.name} ({file.size:,} bytes) from {file.url}" for file in original.files
+        f"  {file.name} ({file.size:,} bytes) from {file.url}" for file in original.files.values()
     )
     looked_in = "\n".join(f"  {reason}" for reason in reasons)
     ways = (
@@ -75,9 +74,9 @@ def _not_found_text(original: Original, reasons: list[str]) -> str:
     ).rstrip()
 
 
-def _from_folder(original: Original, folder: Path) -> tuple[Splits, str]:
+def _from_folder(original: "Published", folder: Path) -> tuple[Splits, str]:
     """Reads the original files from a folder that holds them under their published names."""
-    paths = {file.name: folder / file.name for file in original.files}
+    paths = {file.name: folder / file.name for file in original.files.values()}
     missing = [name for name, path in paths.items() if not path.is_file()]
     if not folder.is_dir():
         raise NotHereError(f"{folder}: no such folder")
@@ -88,7 +87,7 @@ def _from_folder(original: Original, folder: Path) -> tuple[Splits, str]:
     return original.read_files(paths), f"the original files in {folder}"
 
 
-def _from_earlier_download(original: Original, data_dir: Path | None) -> tuple[Splits, str]:
+def _from_earlier_download(original: "Published", data_dir: Path | None) -> tuple[Splits, str]:
     """Reads the original files where tfds's download manager left them; needs no network."""
     from tensorflow_datasets.core.download import resource
 
@@ -96,7 +95,7 @@ def _from_earlier_download(original: Original, data_dir: Path | None) -> tuple[S
     downloads = Path(builder.data_dir_root) / "downloads"
     paths = {}
     missing = []
-    for file in original.files:
+    for file in original.files.values():
         stored_name = resource.get_dl_fname(file.url, file.sha256)
         # Versions of tfds differ in whether downloads have a folder for each data set.
         for path in (downloads / builder.name / stored_name, downloads / stored_name):
@@ -111,7 +110,7 @@ def _from_earlier_download(original: Original, data_dir: Path | None) -> tuple[S
     return original.read_files(paths), f"downloaded before, to {downloads}"
 
 
-def _from_network(original: Original, data_dir: Path | None) -> tuple[Splits, str]:
+def _from_network(original: "Published", data_dir: Path | None) -> tuple[Splits, str]:
     """Downloads the original files with tfds's download manager, then reads and checks them."""
     import requests
     import tensorflow_datasets as tfds
@@ -120,21 +119,22 @@ def _from_network(original: Original, data_dir: Path | None) -> tuple[Splits, st
 
     builder = original.builder(data_dir)
     downloads = Path(builder.data_dir_root) / "downloads"
+    files = list(original.files.values())
     try:
         # Without a network the manager tries again for minutes, so one short question goes first.
-        requests.head(original.files[0].url, timeout=_CONNECTION_TIMEOUT_SECONDS).raise_for_status()
+        requests.head(files[0].url, timeout=_CONNECTION_TIMEOUT_SECONDS).raise_for_status()
         manager = tfds.download.DownloadManager(
             download_dir=downloads,
             dataset_name=builder.name,
             url_infos={
                 file.url: checksums.UrlInfo(units.Size(file.size), file.sha256, file.name)
-                for file in original.files
+                for file in files
             },
             force_checksums_validation=True,
         )
         # One file at a time: of several at once, those under way when one fails would go on, and
         # keep Python from ending. Not `download_and_extract`: unpacking needs TensorFlow.
-        paths = {file.name: Path(manager.download(file.url)) for file in original.files}
+        paths = {file.name: Path(manager.download(file.url)) for file in files}
     except download_manager.NonMatchingChecksumError as reason:
         raise DamagedDatasetError(str(reason)) from reason
     except (requests.RequestException, tfds.download.DownloadError) as reason:

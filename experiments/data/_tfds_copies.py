@@ -1,4 +1,4 @@
-"""Reads copies of data sets that were prepared with tensorflow-datasets (tfds), by whomever.
+"""Reads copies of data sets that were that tensorflow-datasets (tfds) has prepared.
 
 tfds stores the examples of a split in the order of a hash of their keys. Left in that order, the
 same seed would draw other images than it draws from the original files; so the published order is
@@ -6,25 +6,26 @@ restored, from the hash or from the numbers that the examples carry.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.data._originals import (
-    IMAGE_SHAPE,
-    NUM_CLASSES,
-    DamagedDatasetError,
-    NotHereError,
-    Original,
-    Rows,
-    Split,
-    Splits,
-)
+from experiments.data._originals import DamagedDatasetError, Split, Splits
+
+if TYPE_CHECKING:
+    from experiments.data._published import Published
+
+# What a prepared data set gives: for every example its features by name.
+Rows = Sequence[Mapping[str, Any]]
 
 
-def read(original: Original, data_dir: Path | None) -> tuple[Splits, str]:
+class NotHereError(Exception):
+    """One place does not hold the data set; the text names the place and says what is missing."""
+
+
+def read(original: "Published", data_dir: Path | None) -> tuple[Splits, str]:
     """Reads a prepared copy and checks it as far as is known what it has to be.
 
     Args:
@@ -59,7 +60,7 @@ def read(original: Original, data_dir: Path | None) -> tuple[Splits, str]:
     return splits, f"prepared with tensorflow-datasets in {folder}"
 
 
-def _data_sources(original: Original, builder: Any) -> dict[str, Any]:
+def _data_sources(original: "Published", builder: Any) -> dict[str, Any]:
     """The rows of every split that is wanted, by the splits' names; nothing is read yet."""
     folder = builder.data_path
     if not (folder.exists() and builder.is_prepared()):
@@ -95,17 +96,20 @@ def in_order_of_keys(rows: Rows, split_name: str, shuffled: bool) -> Split:
     return _arrange(rows, numbers)
 
 
-def in_order_of_ids(rows: Rows, split_name: str, shuffled: bool) -> Split:
+def in_order_of_ids(
+    rows: Rows, split_name: str, *, image_shape: tuple[int, int, int], num_classes: int
+) -> Split:
     """Puts rows with ids like "train_00042" back into the published order, and checks them.
 
-    Other than the original files, a prepared copy has no published checksum. Checked are the ids,
-    that every image has shape [32, 32, 3] and type uint8, and the range of the labels; not that
-    the pixels and labels are the published ones.
+    Unlike the original files, a prepared copy has no published checksum. Checked are the ids, the
+    shape of every image and its type, uint8, and the range of the labels; not that the pixels and
+    labels are the published ones.
 
     Args:
         rows: all rows of the split, with features "id", "image" and "label".
         split_name: name of the split, with which every id begins.
-        shuffled: not used, since the ids tell the order.
+        image_shape: height, width and channels that every image has to have.
+        num_classes: number of different labels.
 
     Returns:
         The split.
@@ -113,7 +117,6 @@ def in_order_of_ids(rows: Rows, split_name: str, shuffled: bool) -> Split:
     Raises:
         ValueError: if the ids do not number the rows, or if images or labels are out of shape.
     """
-    del shuffled
     numbers = [_number_of_id(row["id"], split_name) for row in rows]
     if sorted(numbers) != list(range(len(rows))):
         raise ValueError(
@@ -122,13 +125,13 @@ def in_order_of_ids(rows: Rows, split_name: str, shuffled: bool) -> Split:
         )
     for row, number in zip(rows, numbers, strict=True):
         image, label = np.asarray(row["image"]), row["label"]
-        if (image.shape, image.dtype) != (IMAGE_SHAPE, np.uint8):
+        if (image.shape, image.dtype) != (image_shape, np.uint8):
             raise ValueError(
                 f"image {number} has shape {image.shape} and type {image.dtype}, expected "
-                f"{IMAGE_SHAPE} and uint8"
+                f"{image_shape} and uint8"
             )
-        if label not in range(NUM_CLASSES):
-            raise ValueError(f"label {number} is {label}, expected 0 to {NUM_CLASSES - 1}")
+        if label not in range(num_classes):
+            raise ValueError(f"label {number} is {label}, expected 0 to {num_classes - 1}")
     return _arrange(rows, numbers)
 
 

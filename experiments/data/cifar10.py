@@ -1,4 +1,4 @@
-"""CIFAR-10: what was published, and how its archive of binary files is read and checked.
+"""CIFAR-10, and how its archive of binary files is read and checked.
 
 A binary file is a sequence of records: one byte for the label, then 3 * 32 * 32 bytes for the
 pixels, all red ones first, then the green and the blue ones, each in row-major order. The archive
@@ -7,7 +7,6 @@ Python, which consists of pickles, is not read at all.
 """
 
 import dataclasses
-import functools
 import io
 import math
 import tarfile
@@ -17,18 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.data import _places, _tfds_copies
-from experiments.data._originals import (
-    IMAGE_SHAPE,
-    NUM_CLASSES,
-    DamagedDatasetError,
-    Original,
-    PublishedFile,
-    Split,
-    Splits,
-    read_bytes,
-    registered_files,
-)
+from experiments.data._originals import DamagedDatasetError, Split, Splits
+from experiments.data._published import Published, read_bytes
 
 ARCHIVE_NAME = "cifar-10-binary.tar.gz"
 # The files of every split, in the published order.
@@ -36,70 +25,41 @@ MEMBERS: Mapping[str, tuple[str, ...]] = {
     "train": tuple(f"cifar-10-batches-bin/data_batch_{number}.bin" for number in range(1, 6)),
     "test": ("cifar-10-batches-bin/test_batch.bin",),
 }
-_HEIGHT, _WIDTH, _NUM_CHANNELS = IMAGE_SHAPE
-_RECORD_LENGTH = 1 + math.prod(IMAGE_SHAPE)
+_IMAGE_SHAPE = _HEIGHT, _WIDTH, _NUM_CHANNELS = 32, 32, 3
+_NUM_CLASSES = 10
+_RECORD_LENGTH = 1 + math.prod(_IMAGE_SHAPE)
 
 
-@dataclasses.dataclass(frozen=True)
-class Archive(PublishedFile):
-    """What the published archive has to be.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class BinaryArchive(Published):
+    """A data set in one archive of binary files, all of them as long as that of the split "test".
 
-    Attributes:
-        num_records: number of images in each of its six binary files.
+    Of a copy prepared with tfds less is checked: see `_tfds_copies.in_order_of_ids`.
     """
 
-    num_records: int
+    def read_files(self, paths: Mapping[str, Path]) -> Splits:
+        """Reads and checks the archive; `paths` is keyed by its published name."""
+        (name,) = self.file_names
+        content = read_bytes(paths[name], self.files[name])
+        try:
+            return parse(content, self.num_examples["test"])
+        except ValueError as reason:
+            raise DamagedDatasetError(f"{paths[name]} is damaged: {reason}") from reason
 
 
-def published_files() -> Archive:
-    """Returns what was published, with the address, size and checksum that tfds registers."""
-    registered = registered_files("cifar10")
-    return Archive(**dataclasses.asdict(registered[ARCHIVE_NAME]), num_records=10_000)
-
-
-def read(
-    published: Archive, *, data_dir: Path | None = None, download: bool = True
-) -> tuple[Splits, str]:
-    """Reads the original splits from the first of `sources.read`'s places that holds them.
-
-    Args:
-        published: what the archive has to be, usually `published_files()`.
-        data_dir: folder to look in and to download into; None means tfds's default folder.
-        download: whether the network may be used.
-
-    Returns:
-        The splits, whose images have shape [N, 32, 32, 3], and where they came from in words.
-        Of a copy prepared with tfds less is checked: see `prepared.in_order_of_ids`.
-
-    Raises:
-        DatasetNotFoundError: if no place holds them and they cannot be downloaded.
-        DamagedDatasetError: if the first place that holds them does not hold what was published.
-    """
-    original = Original(
-        name="cifar10",
-        tfds_name="cifar10",
-        files=[published],
-        num_examples={
-            name: len(members) * published.num_records for name, members in MEMBERS.items()
-        },
-        read_files=functools.partial(_read_files, published),
-        read_rows=_tfds_copies.in_order_of_ids,
-        remark=(
-            "The archive is needed as it is: no checksums are published of the .bin files in it, "
-            "so files already unpacked are not accepted."
-        ),
-    )
-    return _places.read(original, data_dir=data_dir, download=download)
-
-
-def _read_files(published: Archive, paths: Mapping[str, Path]) -> Splits:
-    """Reads and checks the archive; `paths` is keyed by its published name."""
-    path = paths[published.name]
-    content = read_bytes(path, published)
-    try:
-        return parse(content, published.num_records)
-    except ValueError as reason:
-        raise DamagedDatasetError(f"{path} is damaged: {reason}") from reason
+CIFAR10 = BinaryArchive(
+    name="cifar10",
+    tfds_name="cifar10",
+    image_shape=_IMAGE_SHAPE,
+    num_examples={"train": 50_000, "test": 10_000},
+    file_names=(ARCHIVE_NAME,),
+    net="resnet18",
+    remark=(
+        "The archive is needed as it is: no checksums are published of the .bin files in it, "
+        "so files already unpacked are not accepted."
+    ),
+)
+"""CIFAR-10 with its standard split (appendix B.3)."""
 
 
 def parse(content: bytes, num_records: int) -> Splits:
@@ -130,8 +90,8 @@ def _records(name: str, content: bytes) -> np.ndarray:
     """The records of a binary file, uint8 of shape [num_records, 3073]; `name` is for errors."""
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, _RECORD_LENGTH)
     largest = records[:, 0].max()
-    if largest >= NUM_CLASSES:
-        raise ValueError(f"{name} holds the label {largest}, expected 0 to {NUM_CLASSES - 1}")
+    if largest >= _NUM_CLASSES:
+        raise ValueError(f"{name} holds the label {largest}, expected 0 to {_NUM_CLASSES - 1}")
     return records
 
 

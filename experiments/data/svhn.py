@@ -1,7 +1,6 @@
-"""SVHN, the cropped digits: what was published, and how its MATLAB files are read and checked."""
+"""SVHN, the cropped digits, and how its MATLAB files are read and checked."""
 
 import dataclasses
-import functools
 import io
 import zlib
 from collections.abc import Mapping
@@ -9,91 +8,47 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.data import _places, _tfds_copies
-from experiments.data._originals import (
-    IMAGE_SHAPE,
-    DamagedDatasetError,
-    Original,
-    PublishedFile,
-    Split,
-    Splits,
-    read_bytes,
-    registered_files,
-)
+from experiments.data._originals import DamagedDatasetError, Split, Splits
+from experiments.data._published import Published, read_bytes
 
-NUM_TRAIN = 25_000  # images that are trained on: appendix B.2 of the paper
+_IMAGE_SHAPE = (32, 32, 3)
 _LABEL_OF_DIGIT_0 = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class MatFile(PublishedFile):
-    """What one published file has to be.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class MatFiles(Published):
+    """A data set with one MATLAB file for each of the splits "train" and "test", in this order.
 
-    Attributes:
-        num_examples: number of images, and of labels, that it holds.
+    Of a copy prepared with tfds less is checked: see `_tfds_copies.in_order_of_ids`.
     """
 
-    num_examples: int
+    def read_files(self, paths: Mapping[str, Path]) -> Splits:
+        """Reads and checks both original files; `paths` is keyed by their published names."""
+        splits = {}
+        for split_name, name in zip(("train", "test"), self.file_names, strict=True):
+            # Checked before it is parsed, since the parser is not made for files from anywhere.
+            content = read_bytes(paths[name], self.files[name])
+            try:
+                splits[split_name] = parse(content, self.num_examples[split_name])
+            except ValueError as reason:
+                raise DamagedDatasetError(f"{paths[name]} is damaged: {reason}") from reason
+        return splits
 
 
-# Keyed by tfds's names of the splits, "train" and "test".
-Published = Mapping[str, MatFile]
-
-
-def published_files() -> dict[str, MatFile]:
-    """Returns what was published, with the addresses, sizes and checksums that tfds registers.
-
-    The third file, extra_32x32.mat, is not used here and never fetched.
-    """
-    registered = registered_files("svhn_cropped")
-
-    def file(name: str, num_examples: int) -> MatFile:
-        return MatFile(**dataclasses.asdict(registered[name]), num_examples=num_examples)
-
-    return {"train": file("train_32x32.mat", 73_257), "test": file("test_32x32.mat", 26_032)}
-
-
-def read(
-    published: Published, *, data_dir: Path | None = None, download: bool = True
-) -> tuple[Splits, str]:
-    """Reads the original splits from the first of `sources.read`'s places that holds them.
-
-    Args:
-        published: what the splits have to be, usually `published_files()`.
-        data_dir: folder to look in and to download into; None means tfds's default folder.
-        download: whether the network may be used.
-
-    Returns:
-        The splits, whose images have shape [N, 32, 32, 3], and where they came from in words.
-        Of a copy prepared with tfds less is checked: see `prepared.in_order_of_ids`.
-
-    Raises:
-        DatasetNotFoundError: if no place holds them and they cannot be downloaded.
-        DamagedDatasetError: if the first place that holds them does not hold what was published.
-    """
-    original = Original(
-        name="svhn",
-        tfds_name="svhn_cropped",
-        files=list(published.values()),
-        num_examples={name: file.num_examples for name, file in published.items()},
-        read_files=functools.partial(_read_files, published),
-        read_rows=_tfds_copies.in_order_of_ids,
-    )
-    return _places.read(original, data_dir=data_dir, download=download)
-
-
-def _read_files(published: Published, paths: Mapping[str, Path]) -> Splits:
-    """Reads and checks both original files; `paths` is keyed by their published names."""
-    splits = {}
-    for split_name, file in published.items():
-        path = paths[file.name]
-        # Checked before it is parsed, since the parser is not made for files from anywhere.
-        content = read_bytes(path, file)
-        try:
-            splits[split_name] = parse(content, file.num_examples)
-        except ValueError as reason:
-            raise DamagedDatasetError(f"{path} is damaged: {reason}") from reason
-    return splits
+SVHN = MatFiles(
+    name="svhn",
+    tfds_name="svhn_cropped",
+    image_shape=_IMAGE_SHAPE,
+    num_examples={"train": 73_257, "test": 26_032},
+    # The third file, extra_32x32.mat, is not used here and never fetched.
+    file_names=("train_32x32.mat", "test_32x32.mat"),
+    # Appendix B.2 of the paper. (It says that it tests on 75,000, which is more than there are.)
+    trained_on="test",
+    num_train=25_000,
+    net="vgg11",
+)
+"""SVHN, split as in appendix B.2: 25,000 of the original test images are trained on, and all 73,257
+original training images, in their order, are tested on. Labels are digits."""
 
 
 def parse(content: bytes, num_examples: int) -> Split:
@@ -110,7 +65,7 @@ def parse(content: bytes, num_examples: int) -> Split:
         ValueError: if it is no such file, or holds something else.
     """
     variables = _variables(content)
-    expected_shapes = {"X": (*IMAGE_SHAPE, num_examples), "y": (num_examples, 1)}
+    expected_shapes = {"X": (*_IMAGE_SHAPE, num_examples), "y": (num_examples, 1)}
     for name, expected in expected_shapes.items():
         if name not in variables:
             raise ValueError(f"it holds no array {name!r}")

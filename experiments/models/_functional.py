@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
-Params = dict[str, Any]
-Stats = dict[str, Any]
+from experiments._typing import Images, Logits, Params, Statistics
 
 
 class Model(NamedTuple):
@@ -28,8 +27,8 @@ class Model(NamedTuple):
     """
 
     init: Callable[[Key[Array, ""]], Params]
-    init_stats: Callable[[], Stats]
-    apply: Callable[..., tuple[Float[Array, "batch num_classes"], Stats]]
+    init_stats: Callable[[], Statistics]
+    apply: Callable[..., tuple[Logits, Statistics]]
 
 
 def functional(module_class: Callable[..., nnx.Module], **kwargs: Any) -> Model:
@@ -65,19 +64,19 @@ def functional(module_class: Callable[..., nnx.Module], **kwargs: Any) -> Model:
         return nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
 
     @jax.jit  # which leaves out the parameters that are drawn along with them
-    def constants() -> Stats:
+    def constants() -> Statistics:
         return nnx.to_pure_dict(nnx.state(build(0), nnx.BatchStat))
 
-    def init_stats() -> Stats:
+    def init_stats() -> Statistics:
         return dict(constants()) if shapes[1] else {}
 
     def apply(
         params: Params,
-        stats: Stats,
-        images: Float[Array, "batch height width channels"],
+        stats: Statistics,
+        images: Images,
         *,
         training: bool = False,
-    ) -> tuple[Float[Array, "batch num_classes"], Stats]:
+    ) -> tuple[Logits, Statistics]:
         states = [
             _filled(name, template, wanted, values)
             for name, template, wanted, values in zip(

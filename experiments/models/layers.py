@@ -1,6 +1,9 @@
-"""The layers of the networks; between them images are CHWN, the layout of `conv`."""
+"""What nets are made of: their base, and layers.
 
-from typing import Any
+Between layers images are CHWN, the layout of `conv`.
+"""
+
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,9 @@ from experiments.models.conv import conv_max_pool, conv_same
 __all__ = [
     "Conv",
     "ConvMaxPool",
+    "Cost",
     "GhostBatchNorm",
+    "Net",
     "batch_last",
     "check_images",
     "flat",
@@ -22,6 +27,46 @@ __all__ = [
 ]
 
 Features = Float[Array, "channels height width batch"]
+
+
+class Cost(NamedTuple):
+    """Seconds on two cores, as measured at a width; at other widths they grow with its square.
+
+    Attributes:
+        width: of the net that was measured; None where nets have one width only.
+        step: of one image in one step of one seed.
+        evaluation: of one image of one seed.
+        compiling: of one run, before its first step and evaluation.
+    """
+
+    width: int | None
+    step: float
+    evaluation: float
+    compiling: float
+
+
+class Net(nnx.Module):
+    """What a net says of itself before it is made.
+
+    It is made by ``Class(rngs=nnx.Rngs(key), image_shape=..., num_classes=..., width=...)``, of
+    which only the keys are needed; `width` is for nets with a `full_width`.
+
+    Attributes:
+        image_shape: height and width (pixels) and channels of the images.
+        num_classes: number of logits.
+        smallest_side: the fewest pixels of height and width that it takes.
+        full_width: channels of its first layer as published; None for a net of one width only.
+        has_batch_norm: whether it normalises over ghost batches, so that there are no losses of
+            single examples.
+        cost: how long it takes.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int = 10
+    smallest_side: ClassVar[int] = 1
+    full_width: ClassVar[int | None] = None
+    has_batch_norm: ClassVar[bool] = False
+    cost: ClassVar[Cost]
 
 
 class ConvMaxPool(nnx.Module):

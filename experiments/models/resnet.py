@@ -1,13 +1,22 @@
 """ResNet-18 with ghost batch norm."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from experiments.models.layers import Conv, GhostBatchNorm, batch_last, check_images, linear
+from experiments._typing import Images, ImageShape, Logits
+from experiments.models.layers import (
+    Conv,
+    Cost,
+    GhostBatchNorm,
+    Net,
+    batch_last,
+    check_images,
+    linear,
+)
 
 
 class ResidualBlock(nnx.Module):
@@ -35,25 +44,26 @@ class ResidualBlock(nnx.Module):
         return nnx.relu(hidden + images)
 
 
-class ResNet18(nnx.Module):
+class ResNet18(Net):
     """ResNet-18 with ghost batch norm for 32x32 colour images (B.3), with 11,173,962 parameters.
 
     He et al. 2016, with the stem that is usual for images of this size: 3x3, stride 1, no pooling;
     four stages of two blocks with 64, 128, 256, 512 channels, the mean over pixels, one fully
     connected layer. Initialised as `Conv` says, the last layer as `LeNet`.
-
-    Attributes:
-        image_shape: height and width (pixels) and channels of the images.
-        num_classes: number of logits.
     """
 
-    image_shape: ClassVar[tuple[int, int, int]] = (32, 32, 3)
-    num_classes: ClassVar[int] = 10
+    image_shape = (32, 32, 3)
+    num_classes = 10
+    full_width = 64
+    has_batch_norm = True
+    cost = Cost(8, 5e-3, 2e-3, 150)
 
     def __init__(
         self,
         *,
         rngs: nnx.Rngs,
+        image_shape: ImageShape = (32, 32, 3),
+        num_classes: int = 10,
         width: int = 64,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -62,13 +72,16 @@ class ResNet18(nnx.Module):
 
         Args:
             rngs: the keys to draw the parameters with.
+            image_shape: height and width (pixels) and channels of the images.
+            num_classes: number of logits.
             width: channels of the first stage, the others in proportion.
             dtype: type to compute in, and of the logits; None for the type that images and
                 parameters promote to.
             param_dtype: type of the parameters.
         """
+        self.image_shape, self.num_classes = image_shape, num_classes
         kwargs = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.conv = Conv(3, width, 3, use_bias=False, **kwargs)
+        self.conv = Conv(image_shape[2], width, 3, use_bias=False, **kwargs)
         self.norm = GhostBatchNorm(width, dtype=dtype, param_dtype=param_dtype)
         self.block1 = ResidualBlock(width, width, stride=1, **kwargs)
         self.block2 = ResidualBlock(width, width, stride=1, **kwargs)
@@ -80,18 +93,16 @@ class ResNet18(nnx.Module):
         self.block8 = ResidualBlock(8 * width, 8 * width, stride=1, **kwargs)
         self.fc = linear(8 * width, self.num_classes, **kwargs)
 
-    def __call__(
-        self, images: Float[Array, "batch 32 32 3"], *, training: bool = False
-    ) -> Float[Array, "batch num_classes"]:
+    def __call__(self, images: Images, *, training: bool = False) -> Logits:
         """Returns the logits.
 
         Args:
-            images: floating-point array of shape [B, 32, 32, 3], pixels in [0, 1].
+            images: floating-point array of shape [B, H, W, C], pixels in [0, 1].
             training: whether batch norm takes the statistics of these images, one ghost batch, and
                 moves its running ones.
 
         Returns:
-            Array of shape [B, 10].
+            Array of shape [B, num_classes].
 
         Raises:
             ValueError: if the images have another shape or are not floating point.

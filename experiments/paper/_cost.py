@@ -1,44 +1,23 @@
 """How long training will take on two cores: said before it begins."""
 
-from typing import NamedTuple
-
+from experiments import models
 from experiments.training import loop
 from experiments.training.algorithms import ALGORITHMS
-from experiments.training.config import ModelName, TrainConfig
-
-
-class Cost(NamedTuple):
-    """Seconds on two cores, as measured at a width; of other widths by its square.
-
-    Attributes:
-        width: of the net; None where it has one only.
-        step: of one image in one step of one seed.
-        evaluation: of one image of one seed.
-        compiling: of one run, before its first step and evaluation.
-    """
-
-    width: int | None
-    step: float
-    evaluation: float
-    compiling: float
-
-
-COSTS: dict[ModelName, Cost] = {
-    "digits_net": Cost(None, 4e-6, 2e-6, 8),
-    "lenet": Cost(None, 35e-6, 15e-6, 12),
-    "vgg11": Cost(8, 0.6e-3, 0.5e-3, 35),
-    "resnet18": Cost(8, 5e-3, 2e-3, 150),
-}
-_FULL_WIDTH = 64
+from experiments.training.config import TrainConfig
 
 
 def seconds(plan: TrainConfig) -> float:
     """Of a run: compilation, steps and evaluations."""
-    cost = COSTS[plan.model_name]
+    net = models.MODELS[plan.model_name]
+    cost = net.cost
     train, test = loop.sizes(plan)
     per_step = ALGORITHMS[plan.algorithm].make(train, plan.noise).support_size
     evaluations = -(-plan.total_steps // plan.eval_every) + 1
-    wider = 1.0 if cost.width is None else ((plan.width or _FULL_WIDTH) / cost.width) ** 2
+    wider = (
+        1.0
+        if cost.width is None
+        else ((plan.width or net.full_width or cost.width) / cost.width) ** 2
+    )
     work = plan.total_steps * per_step * cost.step + evaluations * (train + test) * cost.evaluation
     return cost.compiling + plan.seeds * work * wider
 
@@ -46,7 +25,7 @@ def seconds(plan: TrainConfig) -> float:
 def sentence(plans: list[TrainConfig], out_of: int) -> str:
     """What will be run, and about how long it takes."""
     steps = sum(plan.total_steps for plan in plans)
-    wide = any(COSTS[p.model_name].width and p.width is None for p in plans)
+    wide = any(models.MODELS[p.model_name].cost.width and p.width is None for p in plans)
     return (
         f"{len(plans)} of {out_of} runs are to be made, {steps:,} steps in all: "
         f"about {duration(sum(map(seconds, plans)))} on two cores"

@@ -20,7 +20,9 @@ def run_folder(root: pathlib.Path, config: TrainConfig) -> pathlib.Path:
     digest = hashlib.sha256(settings.encode()).hexdigest()
     last = config.seed + config.seeds - 1
     seeds = f"seed{config.seed}" if config.seeds == 1 else f"seeds{config.seed}-{last}"
-    return root / f"{config.dataset}-{config.model_name}-{config.algorithm}-{seeds}-{digest[:8]}"
+    return (
+        root / f"{config.dataset_name}-{config.model_name}-{config.algorithm}-{seeds}-{digest[:8]}"
+    )
 
 
 def figure(config: FigureConfig) -> pathlib.Path:
@@ -115,7 +117,7 @@ def write_section(
     seeds = rows[0].seeds
     plural = "seed" if seeds == 1 else "seeds"
     subtitle = (
-        f"{plan.dataset}, {plan.model_name}, learning rate {plan.learning_rate:g}, "
+        f"{plan.dataset_name}, {plan.model_name}, learning rate {plan.learning_rate:g}, "
         f"b = {plan.noise.batch_size}, {seeds} {plural} (band: one standard error)"
     )
     figures.plot_curves(curves, folder / f"{name}.png", f"{title}\n{subtitle}")
@@ -168,7 +170,7 @@ def report(config: ReportConfig) -> pathlib.Path:
         read = [_read_runs(entries, config.runs, left_out) for entries in algorithms.values()]
         read.sort(key=lambda one: _ORDER.index(one.plan.algorithm))
         for part in _same_seeds(read):
-            title = f"{i}. {part[0].plan.dataset}, {part[0].plan.model_name}"
+            title = f"{i}. {part[0].plan.dataset_name}, {part[0].plan.model_name}"
             name = f"runs-{len(sections) + 1}"
             results = [one.result for one in part]
             sections.append(write_section(folder, name, title, part[0].plan, results))

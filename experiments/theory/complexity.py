@@ -313,9 +313,9 @@ def run(config: ComplexityConfig) -> pathlib.Path:
 def _check(config: ComplexityConfig) -> None:
     """Raises ValueError for batch sizes that the parts cannot have, before anything is loaded."""
     if "regularizer" in config.parts:
-        regularizers(config, data.SIZES["digits"][0])
+        regularizers(config, data.DATASETS["digits"].sizes[0])
     if "trace" in config.parts:
-        laws(config, data.SIZES["fashion_mnist"][0])
+        laws(config, data.DATASETS["fashion_mnist"].sizes[0])
         for algorithm in config.algorithms:
             loop.check(_traced(config, algorithm, "fashion_mnist"))
 

@@ -343,7 +343,9 @@ def run(config: SDEConfig) -> pathlib.Path:
         "paths": functools.partial(_paths_part, config),
     }
     if "network" in config.parts:
-        noise.fisher(data.SIZES["fashion_mnist"][0], config.batch_size)  # raises before loading
+        noise.fisher(
+            data.DATASETS["fashion_mnist"].sizes[0], config.batch_size
+        )  # raises before loading
         dataset: Any = None
         # Loaded first: it is known at once whether the images are there.
         if not runs.finished_parts("sde", config):

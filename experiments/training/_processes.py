@@ -139,7 +139,7 @@ def _train(plan: TrainConfig, dataset: data.Dataset, folder: runs.RunFolder | No
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     examples = sharding.shard_examples(dataset.train, rows)
-    functions = trainer.model_functions(plan.model_name, dataset.max_value, plan.width)
+    functions = trainer.functions_of(plan, dataset)
     stats = functions.init_stats()
     optimizer = _optimizers.make(plan)
     step = train.make_step(

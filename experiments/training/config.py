@@ -3,45 +3,32 @@
 import dataclasses
 import math
 import pathlib
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
+import tyro
+
+from experiments import data, models
+from experiments._typing import Record
 from experiments.data import MAX_SEED
 from experiments.training.algorithms import ALGORITHMS, NoiseSettings
 from msgd_jax._validate import shown
 
-AlgorithmName = Literal[
-    "gd",
-    "sgd",
-    "m-sgd-fisher",
-    "m-sgd-cov",
-    "m-sgd-bernoulli",
-    "gd-rademacher",
-    "m-sgd-estimated-fisher",
-    "m-sgd-estimated-cov",
-    "m-sgd-sparse-fisher",
-    "m-sgd-sparse-cov",
-    "sgd-b",
-    "langevin-diagonal-fisher",
-]
-DatasetName = Literal["digits", "fashion_mnist", "svhn", "cifar10"]
-ModelName = Literal["digits_net", "lenet", "vgg11", "resnet18"]
+if TYPE_CHECKING:  # the registries are what can be chosen from: a new entry is an option at once
+    AlgorithmName = str
+    ModelName = str
+else:
+    AlgorithmName = Literal[tuple(ALGORITHMS)]
+    ModelName = Literal[tuple(models.MODELS)]
 Scaling = Literal["none", "sqrt", "linear"]
-MODEL_OF: dict[DatasetName, ModelName] = {
-    "digits": "digits_net",
-    "fashion_mnist": "lenet",
-    "svhn": "vgg11",
-    "cifar10": "resnet18",
-}
-"""The net that fits the images: the paper's, where it has one for them."""
-_ALSO: dict[DatasetName, tuple[ModelName, ...]] = {"svhn": ("resnet18",), "cifar10": ("vgg11",)}
-
 
 _NAMES: dict[str, tuple[str | None, ...]] = {
-    "algorithm": get_args(AlgorithmName),
-    "dataset": get_args(DatasetName),
-    "model": (None, *get_args(ModelName)),
+    "algorithm": tuple(ALGORITHMS),
+    "model": (None, *models.MODELS),
     "learning_rate_scaling": get_args(Scaling),
 }
+# Of a field that came later: at its default it is left out of what tells runs apart, so that the
+# folders of earlier runs are still theirs.
+LATER = {"later": True}
 
 
 def check_seeds(name: str, first: int, count: int = 1) -> None:
@@ -63,7 +50,9 @@ class TrainConfig:
 
     Attributes:
         algorithm: which M-noise.
-        dataset: which images.
+        dataset: which images: the name of a data set, or a file of your own, FILE.npz, with the
+            arrays x_train, y_train, x_test and y_test. Its images may be of any size, grey or in
+            colour, with integers from 0 to 255; its labels are integers from 0.
         model: which net; None for the one that fits the images.
         width: channels of the net's first layer, the others in proportion; None for the net's own.
         steps: iterations.
@@ -91,10 +80,14 @@ class TrainConfig:
         data_dir: where data sets are looked for, and downloaded to.
         out: the folder of the run, new or of the same run, which then goes on; None for one named
             after the run.
+        dataset_sha256: what the file of `dataset` holds, found out when the run begins; None for a
+            data set with a name.
     """
 
     algorithm: AlgorithmName = "sgd"
-    dataset: DatasetName = "fashion_mnist"
+    dataset: Annotated[
+        str, tyro.conf.arg(metavar="{" + ",".join([*data.DATASETS, "FILE.npz"]) + "}")
+    ] = "fashion_mnist"
     model: ModelName | None = None
     width: int | None = None
     steps: int = 10_000
@@ -117,6 +110,9 @@ class TrainConfig:
     microbatch_size: int | None = 100
     data_dir: pathlib.Path | None = None
     out: pathlib.Path | None = None
+    dataset_sha256: Annotated[str | None, tyro.conf.Suppress] = dataclasses.field(
+        default=None, metadata=LATER
+    )
 
     def __post_init__(self):
         for name, allowed in _NAMES.items():
@@ -132,12 +128,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {value}.")
-        fitting = (MODEL_OF[self.dataset], *_ALSO.get(self.dataset, ()))
-        if self.model_name not in fitting:
-            raise ValueError(
-                f"model must be {' or '.join(fitting)} for the images of {self.dataset}, got "
-                f"{self.model!r}."
-            )
+        if not data.is_file(self.dataset):
+            self._check_model(data.find(self.dataset))
         check_seeds("seed", self.seed, self.seeds)
         check_seeds("data_seed", self.data_seed)
         for name in ("learning_rate", "weight_decay", "decay_factor"):
@@ -150,18 +142,27 @@ class TrainConfig:
             raise ValueError(
                 f"decay_at must be positive and ascending, got {shown(self.decay_at)}."
             )
-        if self.width is not None and self.model_name not in ("vgg11", "resnet18"):
-            raise ValueError(
-                f"width is for vgg11 and resnet18, got {self.width} with {self.model_name}."
-            )
         if self.algorithm != "sgd-b" and self.learning_rate_scaling != "none":
             raise ValueError(
                 "learning_rate_scaling is for sgd-b: every other algorithm has the noise of SGD "
                 f"with batch_size, got {self.learning_rate_scaling!r} with {self.algorithm!r}."
             )
 
+    def _check_model(self, original: data.Original) -> None:
+        """Raises ValueError unless the net takes the images, and has the width asked for."""
+        name = self.model or original.net
+        fitting = models.fitting(original.image_shape)
+        if name not in fitting:
+            raise ValueError(
+                f"model must be {' or '.join(fitting)} for the images of {original.name}, got "
+                f"{self.model!r}."
+            )
+        if self.width is not None and models.MODELS[name].full_width is None:
+            wide = [name for name in fitting if models.MODELS[name].full_width is not None]
+            raise ValueError(f"width is for {' and '.join(wide)}, got {self.width} with {name}.")
+
     @classmethod
-    def of_record(cls, record: dict[str, Any]) -> "TrainConfig":
+    def of_record(cls, record: Record) -> "TrainConfig":
         """The configuration that a run's config.json was written from."""
         known = {field.name for field in dataclasses.fields(cls)}
         values = {k: v for k, v in record.items() if k in known}
@@ -173,13 +174,36 @@ class TrainConfig:
         return cls(**values)
 
     @property
+    def dataset_name(self) -> str:
+        """The data set in titles and in the names of folders: that of a file has no folder."""
+        return pathlib.Path(self.dataset).stem if data.is_file(self.dataset) else self.dataset
+
+    @property
     def model_name(self) -> ModelName:
-        """The net asked for, or the one that fits the images."""
-        return self.model or MODEL_OF[self.dataset]
+        """The net asked for, or the one that fits the images; known of files once `resolved`."""
+        name = self.model or data.DATASETS[self.dataset].net
+        assert name is not None
+        return name
 
     def resolved(self) -> "TrainConfig":
-        """The same with the net named: equal runs are equal then, however they were asked for."""
-        return dataclasses.replace(self, model=self.model_name)
+        """The same with the net named, and the contents of a file: equal runs are equal then.
+
+        Raises:
+            ValueError: if the data set is a file, and this is not as it has to be, or no net that
+                was asked for takes its images.
+        """
+        if not data.is_file(self.dataset):
+            return dataclasses.replace(self, model=self.model_name)
+        if self.model and self.dataset_sha256:
+            return self
+        original = data.find(self.dataset)
+        named = dataclasses.replace(
+            self,
+            model=self.model or models.fitting(original.image_shape)[0],
+            dataset_sha256=original.sha256,
+        )
+        named._check_model(original)
+        return named
 
     @property
     def label(self) -> str:

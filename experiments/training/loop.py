@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import data, figures, terminal
+from experiments import data, figures, models, terminal
 from experiments.training import runs, trainer
 from experiments.training.algorithms import ALGORITHMS
 from experiments.training.config import TrainConfig
@@ -45,31 +45,37 @@ class Stopped(SystemExit):
 
 def sizes(config: TrainConfig) -> tuple[int, int]:
     """How many images a run trains on and tests on, without loading them."""
-    train, test = data.SIZES[config.dataset]
+    train, test = data.find(config.dataset).sizes
     return config.num_train or train, config.num_test or test
 
 
 def check(config: TrainConfig) -> None:
     """Raises ValueError for what is wrong with a configuration that loading would not help."""
-    for name, available in zip(("num_train", "num_test"), data.SIZES[config.dataset], strict=True):
+    available_of = data.find(config.dataset).sizes
+    for name, available in zip(("num_train", "num_test"), available_of, strict=True):
         count = getattr(config, name)
         if count is not None and count > available:
             raise ValueError(f"{name} must be between 1 and {available}, or None, got {count}.")
     algorithm = ALGORITHMS[config.algorithm]
     law = algorithm.make(sizes(config)[0], config.noise)
-    if config.model_name == "resnet18":
+    if models.MODELS[config.model_name].has_batch_norm:
         trainer.check_ghost_batches(law, config.microbatch_size)
         if algorithm.diagonal_langevin:
             raise ValueError(
-                "algorithm must not be the diagonal Langevin baseline with resnet18, got "
-                f"{config.algorithm!r}: it needs losses of single examples, which batch norm "
-                "does not have."
+                "algorithm must not be the diagonal Langevin baseline with "
+                f"{config.model_name}, got {config.algorithm!r}: it needs losses of single "
+                "examples, which batch norm does not have."
             )
 
 
 def load(config: TrainConfig) -> data.Dataset:
     """The images of a configuration."""
     dataset = data.load(config.dataset, seed=config.data_seed, data_dir=config.data_dir)
+    if config.dataset_sha256 not in (None, dataset.sha256):
+        raise ValueError(
+            f"dataset must hold what it held when the run began, got {config.dataset} with other "
+            "contents."
+        )
     return data.subset(dataset, config.num_train, config.num_test, seed=config.data_seed)
 
 

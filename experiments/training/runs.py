@@ -91,9 +91,22 @@ def as_line(record: dict[str, Any]) -> str:
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """What decides the results of a run, as JSON values."""
-    record = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
-    return json.loads(json.dumps(record, default=str))
+    """What decides the results of a run, as JSON values.
+
+    A data set that is a file counts by its contents, not by its path. Fields that came later (see
+    `config.LATER`) are left out at their defaults.
+    """
+    later = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
+    record = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in _FREE and (name not in later or value != later[name])
+    }
+    return _by_contents(json.loads(json.dumps(record, default=str)))
+
+
+def _by_contents(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"dataset": "a file"} if record.get("dataset_sha256") else record
 
 
 class RunFolder:
@@ -187,7 +200,8 @@ def finished(path: pathlib.Path, config: Any, command: str = "train") -> bool:
             "overwritten: choose another --out."
         )
     wanted = settings(config)
-    differing = [name for name, value in wanted.items() if record.get(name) != value]
+    held = _by_contents(record)
+    differing = [name for name, value in wanted.items() if held.get(name) != value]
     if differing:
         names = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
         raise FileExistsError(

@@ -3,19 +3,20 @@
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Key
 
 from experiments import data, models
+from experiments._typing import Batch, Data, ImageShape, Law, Params, Record, Statistics
 from experiments.training import _augmentation, _optimizers
 from experiments.training.algorithms import ALGORITHMS
 from experiments.training.config import TrainConfig
-from msgd_jax import loss, noise, train
+from msgd_jax import loss, train
 from msgd_jax._streams import Stream, derive
 
 # Large enough to keep the cores busy, small enough for the activations of several seeds to fit.
@@ -41,22 +42,20 @@ class Evaluation(NamedTuple):
     test_accuracy: np.ndarray
     seconds: float
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """As JSON values."""
         return {
             k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self._asdict().items()
         }
 
     @classmethod
-    def of_record(cls, record: dict[str, Any]) -> "Evaluation":
+    def of_record(cls, record: Record) -> "Evaluation":
         """What `record` was made from, in float64."""
-        values: dict[str, Any] = {
-            k: np.array(v) if isinstance(v, list) else v for k, v in record.items()
-        }
+        values: Record = {k: np.array(v) if isinstance(v, list) else v for k, v in record.items()}
         return cls(**values)
 
 
-Regularizer = Callable[[Any], optax.GradientTransformation]
+Regularizer = Callable[[Key[Array, ""]], optax.GradientTransformation]
 
 
 class Trainer(NamedTuple):
@@ -91,7 +90,7 @@ def make_trainer(
     Raises:
         ValueError: if noise or model does not allow the settings (a batch size above N, say).
     """
-    functions = model_functions(config.model_name, dataset.max_value, config.width)
+    functions = functions_of(config, dataset)
     algorithm = ALGORITHMS[config.algorithm]
     train_set, test_set = jax.device_put((dataset.train, dataset.test))
     law = algorithm.make(train_set.label.shape[0], config.noise)
@@ -100,7 +99,7 @@ def make_trainer(
     if has_stats:
         check_ghost_batches(law, config.microbatch_size)
 
-    def optimizer(key: Any) -> optax.GradientTransformation:
+    def optimizer(key: Key[Array, ""]) -> optax.GradientTransformation:
         before = []
         if regularizer is not None:
             before.append(regularizer(derive(key, Stream.REGULARIZER)))
@@ -127,20 +126,21 @@ def make_trainer(
         microbatch_size=config.microbatch_size, has_aux=has_stats,
     )  # fmt: skip
 
-    def step(state: train.TrainState, examples: Any) -> tuple[train.TrainState, train.StepMetrics]:
+    def step(state: train.TrainState, examples: Data) -> tuple[train.TrainState, train.StepMetrics]:
         if config.augment:
             examples = _augmentation.draw(state.key, state.step, examples)
         return plain_step(state, examples)
 
     def every_seed(
-        states: train.TrainState, examples: Any
+        states: train.TrainState, examples: Data
     ) -> tuple[train.TrainState, train.StepMetrics]:
         if algorithm.diagonal_langevin:
             # Under `vmap` both branches of a `cond` are computed: no variances would be kept.
             return jax.lax.map(lambda state: step(state, examples), states)
         return jax.vmap(step, in_axes=(0, None))(states, examples)
 
-    jax.eval_shape(lambda: every_seed(start(), train_set))  # so that errors come now
+    # Traced once without computing anything: what is wrong is an error here, not at the first step.
+    jax.eval_shape(lambda: every_seed(start(), train_set))
     loop = train.make_loop(every_seed, max_steps=config.eval_every)
 
     def evaluate(state: train.TrainState, step: int, seconds: float) -> Evaluation:
@@ -158,7 +158,7 @@ def make_trainer(
     return Trainer(start, lambda state, num_steps: loop(state, train_set, num_steps), evaluate)
 
 
-def check_ghost_batches(law: noise.MNoise, microbatch_size: int | None) -> None:
+def check_ghost_batches(law: Law, microbatch_size: int | None) -> None:
     """Raises ValueError unless the examples of a step make whole ghost batches."""
     support = law.support_size
     size = support if microbatch_size is None else microbatch_size
@@ -171,7 +171,7 @@ def check_ghost_batches(law: noise.MNoise, microbatch_size: int | None) -> None:
 
 def train_seeds(
     config: TrainConfig, dataset: data.Dataset, regularizer: Regularizer | None = None
-) -> Iterator[tuple[Any, Evaluation]]:
+) -> Iterator[tuple[Params, Evaluation]]:
     """Trains `config.seeds` runs side by side; yields an evaluation every `eval_every` steps.
 
     With it come the parameters, a leading axis for the seeds: they are gone when the next ones are
@@ -188,7 +188,7 @@ def train_seeds(
     """
     trainer = make_trainer(config, dataset, regularizer)
 
-    def evaluations() -> Iterator[tuple[Any, Evaluation]]:
+    def evaluations() -> Iterator[tuple[Params, Evaluation]]:
         state, done, seconds = trainer.start(), 0, 0.0
         while True:
             evaluation = trainer.evaluate(state, done, seconds)
@@ -223,7 +223,7 @@ class DivergedError(ValueError):
         )
 
 
-def check_finite(losses: Any, step: int, first_seed: int) -> None:
+def check_finite(losses: ArrayLike, step: int, first_seed: int) -> None:
     """Raises DivergedError at the first of these losses that is not finite.
 
     Args:
@@ -237,6 +237,19 @@ def check_finite(losses: Any, step: int, first_seed: int) -> None:
         raise DivergedError(step + row, (first_seed + np.flatnonzero(bad[row])).tolist())
 
 
+def functions_of(config: TrainConfig, dataset: data.Dataset) -> "ModelFunctions":
+    """The functions of the net of a configuration, for the images of a data set."""
+    net = models.MODELS[config.model_name]
+    shape, classes = dataset.image_shape, dataset.num_classes
+    return model_functions(
+        config.model_name,
+        dataset.max_value,
+        config.width,
+        None if shape == net.image_shape else shape,
+        None if classes == net.num_classes else classes,
+    )
+
+
 class ModelFunctions(NamedTuple):
     """What is the same for every algorithm.
 
@@ -247,20 +260,37 @@ class ModelFunctions(NamedTuple):
         init_stats: the net's initial running statistics, {} for none.
     """
 
-    init_params: Callable[[Any], Any]
+    init_params: Callable[[Key[Array, " seeds"]], Params]
     losses: loss.LossVectorFn
-    evaluate: Callable[[Any, Any, data.Examples], tuple[Array, Array]]
-    init_stats: Callable[[], Any]
+    evaluate: Callable[[Params, Statistics, data.Examples], tuple[Array, Array]]
+    init_stats: Callable[[], Statistics]
 
 
 @functools.cache  # so that several runs in one process compile these once
-def model_functions(model_name: str, max_value: int, width: int | None = None) -> ModelFunctions:
-    """The functions of a net that takes images with pixels from 0 to `max_value`."""
-    own = {} if width is None else {"width": width}
-    model = models.functional(models.MODELS[model_name], **own)
+def model_functions(
+    model_name: str,
+    max_value: int,
+    width: int | None = None,
+    image_shape: ImageShape | None = None,
+    num_classes: int | None = None,
+) -> ModelFunctions:
+    """The functions of a net that takes images with pixels from 0 to `max_value`.
+
+    Args:
+        model_name: one of `models.MODELS`.
+        max_value: value of the brightest possible pixel.
+        width: channels of the net's first layer; None for the net's own.
+        image_shape: height, width and channels of the images; None for the net's own.
+        num_classes: number of logits; None for the net's own.
+    """
+    net = models.MODELS[model_name]
+    asked = {"width": width, "image_shape": image_shape, "num_classes": num_classes}
+    model = models.functional(net, **{k: v for k, v in asked.items() if v is not None})
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
-    def losses_and_stats(params: Any, batch: Any, stats: Any) -> tuple[Float[Array, " batch"], Any]:
+    def losses_and_stats(
+        params: Params, batch: Batch, stats: Statistics
+    ) -> tuple[Float[Array, " batch"], Statistics]:
         augmented = isinstance(batch, _augmentation.Augmented)
         images = _augmentation.apply(batch) if augmented else batch.image
         logits, stats = model.apply(
@@ -268,11 +298,11 @@ def model_functions(model_name: str, max_value: int, width: int | None = None) -
         )
         return cross_entropy(logits, batch.label), stats
 
-    def losses(params: Any, batch: Any) -> Float[Array, " batch"]:
+    def losses(params: Params, batch: Batch) -> Float[Array, " batch"]:
         return losses_and_stats(params, batch, {})[0]
 
     def sums(
-        params: Any, stats: Any, examples: data.Examples, counts: Array
+        params: Params, stats: Statistics, examples: data.Examples, counts: Array
     ) -> tuple[Array, Array]:
         """Summed loss and correct answers of one batch; examples with count 0 do not count."""
         scores, _ = model.apply(params, stats, examples.image.astype(jnp.float32) / max_value)
@@ -280,7 +310,7 @@ def model_functions(model_name: str, max_value: int, width: int | None = None) -
         return counts @ cross_entropy(scores, examples.label), counts @ correct
 
     @jax.jit
-    def evaluate(params: Any, stats: Any, examples: data.Examples) -> tuple[Array, Array]:
+    def evaluate(params: Params, stats: Statistics, examples: data.Examples) -> tuple[Array, Array]:
         size = examples.label.shape[0]
         positions = jnp.arange(-(-size // EVALUATION_BATCH) * EVALUATION_BATCH)
         batches = positions.reshape(-1, EVALUATION_BATCH)

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import data, models, terminal, training
 from experiments.__main__ import main
-from experiments.data import cifar10, svhn
+from experiments.data import datasets
 from experiments.training import loop
 from experiments.training.algorithms import NoiseSettings
 from experiments.training.config import TrainConfig
@@ -30,11 +30,9 @@ PLAN = TrainConfig(
 def files(tmp_path, monkeypatch):
     """Both data sets in one folder, in their original formats."""
     folder = tmp_path / "files"
-    published, _ = write_tiny_svhn(folder)
-    monkeypatch.setattr(svhn, "published_files", lambda: published)
-    monkeypatch.setattr(svhn, "NUM_TRAIN", 10)
-    published_cifar, _ = write_tiny_cifar10(folder)
-    monkeypatch.setattr(cifar10, "published_files", lambda: published_cifar)
+    tiny = (write_tiny_svhn(folder, num_train=10)[0], write_tiny_cifar10(folder)[0])
+    named = {original.name: original for original in tiny}
+    monkeypatch.setattr(datasets, "DATASETS", {**datasets.DATASETS, **named})
     return folder
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from experiments import data
 from experiments.data import cifar10
 from experiments.data._originals import Split
+from experiments.data._published import PublishedFile
 from tests.experiments.data.source_files import NO_SERVER, published_as
 
 NUM_RECORDS = 3  # in each of the six binary files
@@ -56,7 +57,7 @@ class TinyCifar10:
     splits: dict[str, Split]
     members: dict[str, bytes]
     content: bytes
-    published: cifar10.Archive
+    published: PublishedFile
 
     def write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,8 +66,17 @@ class TinyCifar10:
 
     def load(self, folder: Path, **kwargs) -> data.Dataset:
         """Loads it with nothing but `folder` to look in and no network, unless told otherwise."""
-        kwargs = {"seed": 0, "download": False, "published": self.published, **kwargs}
-        return data.load_cifar10(data_dir=folder, **kwargs)
+        published = kwargs.pop("published", self.published)
+        return original(published).load(data_dir=folder, **{"download": False, **kwargs})
+
+
+def original(published: PublishedFile) -> data.Original:
+    """CIFAR-10, had its archive been this tiny one."""
+    return dataclasses.replace(
+        cifar10.CIFAR10,
+        num_examples={"train": 5 * NUM_RECORDS, "test": NUM_RECORDS},
+        registered={published.name: published},
+    )
 
 
 def make_tiny_cifar10(base_url: str = NO_SERVER, seed: int = 0) -> TinyCifar10:
@@ -85,12 +95,12 @@ def make_tiny_cifar10(base_url: str = NO_SERVER, seed: int = 0) -> TinyCifar10:
     members = {f"{FOLDER_IN_ARCHIVE}/{name}": files[name] for name in ORDER_IN_ARCHIVE}
     content = tar_archive(members.items())
     name = cifar10.ARCHIVE_NAME
-    archive = cifar10.Archive(name, base_url + name, 0, "", NUM_RECORDS)
+    archive = PublishedFile(name, base_url + name, 0, "")
     return TinyCifar10(splits, members, content, published_as(archive, content))
 
 
-def write_tiny_cifar10(folder: Path) -> tuple[cifar10.Archive, dict[str, Split]]:
-    """Writes the archive of a tiny CIFAR-10; returns what is published, and its arrays."""
+def write_tiny_cifar10(folder: Path) -> tuple[data.Original, dict[str, Split]]:
+    """Writes the archive of a tiny CIFAR-10; returns the data set, and its arrays."""
     tiny = make_tiny_cifar10()
     tiny.write(folder)
-    return tiny.published, tiny.splits
+    return original(tiny.published), tiny.splits

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments import data
-from experiments.data import _idx, fashion_mnist
+from experiments.data import fashion_mnist
 from experiments.data._originals import Split
+from experiments.data._published import PublishedFile
 from tests.experiments.data.source_files import NUM_TRAIN
 
 MODIFIED = 1504176606
@@ -49,14 +50,15 @@ class TinyFashion:
     """A FashionMNIST of 12 training and 20 test images: the arrays and the original files."""
 
     splits: dict[str, Split]
-    published: dict[str, fashion_mnist.PublishedSplit]
+    original: fashion_mnist.IdxFiles
 
     def contents(self) -> dict[str, bytes]:
         """The unpacked original files by their names."""
         contents = {}
-        for name, split in self.published.items():
-            contents[split.images.name] = idx_file(self.splits[name].images[..., 0])
-            contents[split.labels.name] = idx_file(self.splits[name].labels)
+        names = iter(self.original.file_names)
+        for split in self.splits.values():
+            contents[next(names)] = idx_file(split.images[..., 0])
+            contents[next(names)] = idx_file(split.labels)
         return contents
 
     def write(self, folder: Path, repacked: bool = False) -> Path:
@@ -68,28 +70,32 @@ class TinyFashion:
 
     def load(self, folder: Path, **kwargs) -> data.Dataset:
         """Loads it with nothing but `folder` to look in and no network, unless told otherwise."""
-        kwargs = {"seed": 0, "download": False, "debian_folder": folder / "absent", **kwargs}
-        return data.load_fashion_mnist(
-            data_dir=folder, num_train=NUM_TRAIN, **{"published": self.published, **kwargs}
-        )
+        debian = kwargs.pop("debian_folder", folder / "absent")
+        num_train = kwargs.pop("num_train", NUM_TRAIN)
+        tiny = dataclasses.replace(self.original, other_folders=(debian,), num_train=num_train)
+        return tiny.load(data_dir=folder, **{"download": False, **kwargs})
 
 
 def make_tiny_fashion(base_url: str, seed: int = 0) -> TinyFashion:
     random = np.random.default_rng(seed)
-    splits, published = {}, {}
+    splits, registered, digests = {}, {}, {}
 
-    def publish(name: str, array: np.ndarray) -> _idx.IdxFile:
+    def publish(name: str, array: np.ndarray) -> None:
         packed = published_gzip(name, idx_file(array))
         sha256 = hashlib.sha256(packed).hexdigest()
-        return _idx.IdxFile(name, base_url + name, len(packed), sha256, MODIFIED, array.shape)
+        registered[name] = PublishedFile(name, base_url + name, len(packed), sha256)
 
     for name, prefix, num_examples in (("train", "train", 12), ("test", "t10k", 20)):
         images = random.integers(0, 256, (num_examples, 28, 28), dtype=np.uint8)
         labels = random.integers(0, 10, num_examples, dtype=np.uint8)
         splits[name] = Split(images[..., np.newaxis], labels)
-        published[name] = fashion_mnist.PublishedSplit(
-            images=publish(f"{prefix}-images-idx3-ubyte.gz", images),
-            labels=publish(f"{prefix}-labels-idx1-ubyte.gz", labels),
-            sha256=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
-        )
-    return TinyFashion(splits, published)
+        publish(f"{prefix}-images-idx3-ubyte.gz", images)
+        publish(f"{prefix}-labels-idx1-ubyte.gz", labels)
+        digests[name] = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    tiny = dataclasses.replace(
+        fashion_mnist.FASHION_MNIST,
+        num_examples={"train": 12, "test": 20},
+        registered=registered,
+        contents_sha256=digests,
+    )
+    return TinyFashion(splits, tiny)

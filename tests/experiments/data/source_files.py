@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,16 +19,15 @@ from etils import epath
 from PIL import Image
 
 from experiments import data
-from experiments.data._originals import PublishedFile, Split
+from experiments.data._originals import Split
+from experiments.data._published import PublishedFile
 
 NUM_TRAIN = 5  # drawn from the 20 images of a tiny original test set
 # Port 9 of this machine: nothing listens there, so that asking it fails at once.
 NO_SERVER = "http://127.0.0.1:9/"
 
-File = TypeVar("File", bound=PublishedFile)
 
-
-def published_as(file: File, content: bytes) -> File:
+def published_as(file: PublishedFile, content: bytes) -> PublishedFile:
     """The same file, had it been published with these contents."""
     sha256 = hashlib.sha256(content).hexdigest()
     return dataclasses.replace(file, size=len(content), sha256=sha256)

@@ -11,6 +11,7 @@ import scipy.io
 from experiments import data
 from experiments.data import svhn
 from experiments.data._originals import Split
+from experiments.data._published import PublishedFile
 from tests.experiments.data.source_files import NO_SERVER, NUM_TRAIN, published_as
 
 # The first images that seed 0 draws of 26,032. Written down once; they may never change, or old
@@ -36,7 +37,7 @@ class TinySvhn:
     """An SVHN of 12 training and 20 test images: the arrays, what is published, and the files."""
 
     splits: dict[str, Split]
-    published: dict[str, svhn.MatFile]
+    published: dict[str, PublishedFile]
     contents: dict[str, bytes]
 
     def write(self, folder: Path) -> Path:
@@ -47,8 +48,20 @@ class TinySvhn:
 
     def load(self, folder: Path, **kwargs) -> data.Dataset:
         """Loads it with nothing but `folder` to look in and no network, unless told otherwise."""
-        kwargs = {"seed": 0, "download": False, "published": self.published, **kwargs}
-        return data.load_svhn(data_dir=folder, **{"num_train": NUM_TRAIN, **kwargs})
+        published = kwargs.pop("published", self.published)
+        num_train = kwargs.pop("num_train", NUM_TRAIN)
+        tiny = original(published, num_train)
+        return tiny.load(data_dir=folder, **{"download": False, **kwargs})
+
+
+def original(published: Mapping[str, PublishedFile], num_train: int = NUM_TRAIN) -> data.Original:
+    """SVHN, had its files been these tiny ones."""
+    return dataclasses.replace(
+        svhn.SVHN,
+        num_examples={"train": 12, "test": 20},
+        num_train=num_train,
+        registered={file.name: file for file in published.values()},
+    )
 
 
 def make_tiny_svhn(base_url: str = NO_SERVER, seed: int = 0) -> TinySvhn:
@@ -60,13 +73,15 @@ def make_tiny_svhn(base_url: str = NO_SERVER, seed: int = 0) -> TinySvhn:
         splits[name] = Split(images, labels)
         file_name = f"{name}_32x32.mat"
         contents[file_name] = mat_file(mat_variables(splits[name]))
-        file = svhn.MatFile(file_name, base_url + file_name, 0, "", num_examples)
+        file = PublishedFile(file_name, base_url + file_name, 0, "")
         published[name] = published_as(file, contents[file_name])
     return TinySvhn(splits, published, contents)
 
 
-def write_tiny_svhn(folder: Path) -> tuple[dict[str, svhn.MatFile], dict[str, Split]]:
-    """Writes the original files of a tiny SVHN; returns what is published, and its arrays."""
+def write_tiny_svhn(
+    folder: Path, num_train: int = NUM_TRAIN
+) -> tuple[data.Original, dict[str, Split]]:
+    """Writes the original files of a tiny SVHN; returns the data set, and its arrays."""
     tiny = make_tiny_svhn()
     tiny.write(folder)
-    return tiny.published, tiny.splits
+    return original(tiny.published, num_train), tiny.splits

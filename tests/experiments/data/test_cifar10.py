@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from experiments import data
-from experiments.data import cifar10
+from experiments.data import cifar10, datasets
 from experiments.data._originals import Split
+from experiments.data._published import PublishedFile
 from tests.experiments.data import source_files
 from tests.experiments.data.cifar_files import (
     NUM_RECORDS,
@@ -59,8 +60,8 @@ def test_archive_in_data_dir_is_read(tiny, tmp_path, subfolder):
 
 
 def test_load_by_name_finds_the_published_archive_whatever_the_seed(monkeypatch, tmp_path):
-    published, splits = write_tiny_cifar10(tmp_path / "files")
-    monkeypatch.setattr(cifar10, "published_files", lambda: published)
+    original, splits = write_tiny_cifar10(tmp_path / "files")
+    monkeypatch.setattr(datasets, "DATASETS", {"cifar10": original})
     first, other = (
         data.load("cifar10", seed=seed, data_dir=tmp_path / "files", download=False)
         for seed in (0, 1)
@@ -89,12 +90,12 @@ def test_every_byte_of_a_record_is_where_it_belongs(tiny):
 
 
 def test_published_archive_is_the_one_that_tfds_registers():
-    assert cifar10.published_files() == cifar10.Archive(
+    assert set(cifar10.CIFAR10.files) == {cifar10.ARCHIVE_NAME}
+    assert cifar10.CIFAR10.files[cifar10.ARCHIVE_NAME] == PublishedFile(
         name="cifar-10-binary.tar.gz",
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         size=170_052_171,
         sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-        num_records=10_000,
     )
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from experiments import data
-from experiments.data import svhn
+from experiments.data import datasets, svhn
 from experiments.data._originals import Split
+from experiments.data._published import PublishedFile
 from tests.experiments.data import source_files
 from tests.experiments.data.source_files import (
     DAMAGES,
@@ -50,11 +51,8 @@ def test_files_in_data_dir_are_read(tiny, tmp_path, subfolder):
 
 
 def test_load_by_name_finds_the_published_files(monkeypatch, tmp_path):
-    published, splits = write_tiny_svhn(tmp_path / "files")
-    monkeypatch.setattr(svhn, "published_files", lambda: published)
-    with pytest.raises(ValueError, match="num_train must be between 1 and 20, got 25000"):
-        data.load("svhn", data_dir=tmp_path / "files", download=False)
-    monkeypatch.setattr(svhn, "NUM_TRAIN", 20)
+    original, splits = write_tiny_svhn(tmp_path / "files", num_train=20)
+    monkeypatch.setattr(datasets, "DATASETS", {"svhn": original})
     dataset = data.load("svhn", data_dir=tmp_path / "files", download=False)
     np.testing.assert_array_equal(dataset.train.image, splits["test"].images[dataset.train_indices])
     assert sorted(dataset.train_indices) == list(range(20))
@@ -97,7 +95,7 @@ def test_papers_number_of_images_is_drawn_without_replacement(monkeypatch):
         return Split(np.broadcast_to(np.uint8(0), (num_examples, 1, 1, 1)), labels)
 
     splits = {"train": blank(73_257, seed=0), "test": blank(26_032, seed=1)}
-    monkeypatch.setattr(svhn, "read", lambda published, **kwargs: (splits, "nowhere"))
+    monkeypatch.setattr(svhn.MatFiles, "read", lambda *_: (splits, "nowhere"))
     dataset = data.load("svhn", seed=0)
     assert dataset.train_indices[:4].tolist() == PINNED_SVHN
     assert len(np.unique(dataset.train_indices)) == 25_000
@@ -114,20 +112,18 @@ def test_number_of_training_images_out_of_range_is_refused(tiny, tmp_path, num_t
 
 def test_published_files_are_those_that_tfds_registers():
     address = "http://ufldl.stanford.edu/housenumbers/"
-    assert svhn.published_files() == {
-        "train": svhn.MatFile(
+    assert svhn.SVHN.files == {
+        "train_32x32.mat": PublishedFile(
             name="train_32x32.mat",
             url=address + "train_32x32.mat",
             size=182_040_794,
             sha256="435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
-            num_examples=73_257,
         ),
-        "test": svhn.MatFile(
+        "test_32x32.mat": PublishedFile(
             name="test_32x32.mat",
             url=address + "test_32x32.mat",
             size=64_275_384,
             sha256="cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
-            num_examples=26_032,
         ),
     }
 

@@ -18,8 +18,12 @@ SIZES = {"vgg11": 9_225_610, "resnet18": 11_173_962}
 each_net = pytest.mark.parametrize("name", SIZES)
 
 
-class OneBlock(nnx.Module):
+class OneBlock(layers.Net):
     """The parts of ResNet-18 with the shortcut that projects, quick to compile."""
+
+    image_shape = (32, 32, 3)
+    full_width = 64
+    has_batch_norm = True
 
     def __init__(self, *, rngs, width):
         self.block = resnet.ResidualBlock(3, width, stride=2, rngs=rngs)

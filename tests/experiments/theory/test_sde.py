@@ -7,9 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import training
+from experiments import data, training
 from experiments.__main__ import main
-from experiments.data import load_digits
 from experiments.theory import _sde_tables, sde_problems, weak_order
 from experiments.theory import sde as sde_experiment
 from experiments.theory.config import SDEConfig
@@ -101,7 +100,7 @@ def test_network(tmp_path, monkeypatch, capsys):
     """A linear classifier in place of the LeNet: M-SGD-Fisher with the SDE's key is closest."""
     from experiments.theory import _sde_figures
 
-    digits = load_digits(0)
+    digits = data.load("digits")
 
     def losses(params, batch):
         logits = batch.image.reshape(-1, 64).astype(jnp.float32) / digits.max_value @ params

@@ -11,7 +11,7 @@ import pytest
 
 import experiments
 from experiments import data, training
-from experiments.data import datasets
+from experiments.data import _draws
 from experiments.training import _augmentation, _optimizers
 from experiments.training.config import TrainConfig
 from msgd_jax._streams import Stream, derive
@@ -154,7 +154,7 @@ def test_draws_are_the_same_with_64_bit_types(kind):
 
 def test_a_subset_is_not_the_order_that_the_split_was_drawn_in():
     """An order is used once: images drawn of drawn images are not those that come first."""
-    assert (datasets._permutation(1_000, 0, 0) != datasets._permutation(1_000, 0, 1)).mean() > 0.9
+    assert (_draws.permutation(1_000, 0, 0) != _draws.permutation(1_000, 0, 1)).mean() > 0.9
     whole = data.load("digits", seed=4)
     train = data.subset(whole, 300, 300, seed=4)
     other_test = data.subset(whole, 300, 300, seed=5)
