@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import figures, terminal
@@ -14,9 +15,10 @@ from experiments.training import (
     DistributedConfig,
     Evaluation,
     TrainConfig,
+    check_distributed,
     loop,
+    over_all_devices,
     runs,
-    train_distributed,
 )
 
 Config = (
@@ -65,7 +67,7 @@ def run(config: Config) -> pathlib.Path | None:
         case TrainConfig():
             return train(config)
         case DistributedConfig():
-            return train_distributed(config)
+            return distributed(config)
 
 
 def train(config: TrainConfig) -> pathlib.Path:
@@ -89,6 +91,33 @@ def demo(config: DemoConfig) -> pathlib.Path:
     if folder.is_dir() and any(folder.iterdir()) and not any(p.exists() for p in plans.values()):
         runs.create(folder)  # which says that there is something else
     _train_all(plans, folder, named=config.out is not None)
+    return folder
+
+
+def distributed(config: DistributedConfig) -> pathlib.Path:
+    """Trains as `train` does, over the devices of all processes, each of which calls this.
+
+    Raises:
+        ValueError: if the plan is not one for several devices.
+        FileExistsError: if the folder is of another run.
+        training.DivergedError: at the first loss that is not finite.
+    """
+    plan = config.plan.resolved()
+    folder = check_distributed(plan)
+    loop.check(plan)
+    # Every process looks, before any of them waits for the others.
+    if runs.finished(folder, plan, "distributed"):
+        _report({plan: accuracies.of_finished(folder)}, folder)
+        print(f"{folder} has finished before: this is its result.")
+        return folder
+    runs.check_writable(folder)
+    config.processes.start()
+    dataset = loop.load(plan)
+    writes = jax.process_index() == 0
+    with terminal.Progress(plan.total_steps) if writes else terminal.Silent() as progress:
+        evaluations = loop.run(plan, dataset, folder, progress, over=over_all_devices())
+    if writes:
+        _report({plan: evaluations}, folder)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import statistics
 from typing import Any
 
 from experiments.paper import accuracies
@@ -60,7 +59,7 @@ def _whole(path: pathlib.Path) -> Entry:
         if not files:
             return Entry(path, "", "empty" if state == "stopped" else state, "nothing written yet")
         return Entry(path, "", "damaged", "config.json is missing")
-    command = _command(path, asked)
+    command = _command(asked)
     if command is None:
         return Entry(path, "", "foreign", "config.json is not of a run of this package")
     draws = asked.get("draws", 1)
@@ -72,18 +71,15 @@ def _whole(path: pathlib.Path) -> Entry:
     plan = _plan(path, asked)
     ended = runs.read_object(path / "summary.json") if state == "finished" else None
     entry = Entry(path, command, state, plan=plan, label=plan.algorithm, draws=draws)
-    read_metrics = _trained if command == "train" else _distributed
-    return dataclasses.replace(entry, **read_metrics(path, ended))
+    return dataclasses.replace(entry, **_trained(path, ended))
 
 
-def _command(path: pathlib.Path, asked: Any) -> str | None:
+def _command(asked: Any) -> str | None:
     """Whose configuration this is; None for nobody's here."""
     if not isinstance(asked, dict):
         return None
     if "algorithm" in asked and "noise" in asked:
-        # Records from before commands were written down: `distributed` logs its losses.
-        lines = [] if "command" in asked else runs.read_lines(path / "metrics.jsonl")
-        command = asked.get("command", "distributed" if lines and "losses" in lines[0] else "train")
+        command = asked.get("command", "train")  # as in records from before it was written down
         return command if command in ("train", "distributed") else None
     known = {"strong_paths": "sde", "regularizer_steps": "complexity"}
     command = next((command for name, command in known.items() if name in asked), None)
@@ -107,22 +103,6 @@ def _trained(path: pathlib.Path, ended: dict[str, Any] | None) -> dict[str, Any]
         "step": evaluations[-1].step,
         "accuracy": float(evaluations[-1].test_accuracy.mean()),
         "seconds": _number(path, ended, "seconds_per_1000_steps"),
-    }
-
-
-def _distributed(path: pathlib.Path, ended: dict[str, Any] | None) -> dict[str, Any]:
-    records = runs.read_lines(path / "metrics.jsonl")
-    rates, before = [], 0
-    for record in records:
-        if not isinstance(record.get("seconds"), (int, float)):
-            raise runs.DamagedRecordError(f"{path / 'metrics.jsonl'} has no seconds")
-        rates.append(1000 * record["seconds"] / max(record["step"] - before, 1))
-        before = record["step"]
-    return {
-        "step": before,
-        "accuracy": _number(path, ended, "test_accuracy"),
-        # The first stretch compiles.
-        "seconds": statistics.median(rates[1:]) if rates[1:] else None,
     }
 
 

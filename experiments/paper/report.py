@@ -200,7 +200,7 @@ def _why_left_out(entry: listing.Entry) -> str:
         return f"{entry.state}: {entry.problem}"
     if entry.state != "finished":
         return entry.state
-    return "" if entry.command == "train" else f"a run of `{entry.command}`, without curves"
+    return "" if entry.plan is not None else f"a run of `{entry.command}`, without curves"
 
 
 def _problem(entry: listing.Entry) -> str:

@@ -7,7 +7,7 @@ loop          a run to its end, in its folder, through interruptions
 runs          the folder of a run: records that are never lost
 """
 
-from experiments.training._processes import DistributedConfig, train_distributed
+from experiments.training._processes import DistributedConfig, check_distributed, over_all_devices
 from experiments.training.algorithms import ALGORITHMS, NoiseSettings
 from experiments.training.config import AlgorithmName, TrainConfig
 from experiments.training.trainer import (
@@ -28,10 +28,11 @@ __all__ = [
     "Evaluation",
     "NoiseSettings",
     "TrainConfig",
+    "check_distributed",
     "check_finite",
     "check_ghost_batches",
     "make_trainer",
     "model_functions",
-    "train_distributed",
+    "over_all_devices",
     "train_seeds",
 ]

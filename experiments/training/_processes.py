@@ -1,27 +1,21 @@
-"""Trains over the devices of several processes: ``python -m experiments distributed --help``.
+"""Which processes train together: ``python -m experiments distributed --help``.
 
-Every process runs the same command with its own ``--process-id``. If one of them dies, jax stops
-the others with an error once its heartbeat is missed; started again, with any number of processes
-and devices, the run goes on from the last checkpoint with the same weight vectors.
+The run itself is that of `loop`, with a sharding. Every process runs the same command with its own
+``--process-id``. If one of them dies, jax stops the others with an error once its heartbeat is
+missed; started again, with any number of processes and devices, the run goes on from the last
+checkpoint with the same weight vectors.
 """
 
-import contextlib
 import dataclasses
 import pathlib
-import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
-import numpy as np
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import data, terminal
-from experiments.training import _optimizers, loop, runs, trainer
 from experiments.training.algorithms import ALGORITHMS
 from experiments.training.config import TrainConfig
-from msgd_jax import sharding, train
-from msgd_jax._streams import Stream, derive
 from msgd_jax._validate import shown
 
 
@@ -83,8 +77,7 @@ class DistributedConfig:
     """Trains one algorithm over the devices of all processes.
 
     Attributes:
-        plan: as for `train`, one seed; `checkpoint_every` steps are a checkpoint, and `out` has to
-            be a folder that all processes see.
+        plan: as for `train`, with one seed; `out` has to be a folder that all processes see.
         processes: which processes train together.
     """
 
@@ -96,107 +89,14 @@ class DistributedConfig:
     )
 
 
-def train_distributed(config: DistributedConfig) -> pathlib.Path:
-    """Trains to the end, from the last checkpoint if there is one; returns the run's folder.
-
-    Raises:
-        ValueError: if the plan is not one for several devices.
-        FileExistsError: if the folder is of another run, or that has finished.
-        trainer.DivergedError: at the first loss that is not finite.
-    """
-    plan = config.plan.resolved()
-    _check(plan)
-    loop.check(plan)
-    assert plan.out is not None
-    # Every process looks, before any of them waits for the others.
-    if runs.finished(plan.out, plan, "distributed"):
-        print(_result(plan, runs.read_object(plan.out / "summary.json")))
-        print(f"{plan.out} has finished before: this is its result.")
-        return plan.out
-    runs.check_writable(plan.out)
-    config.processes.start()
-    dataset = loop.load(plan)
-    with contextlib.ExitStack() as stack:
-        folder = None
-        if jax.process_index() == 0:
-            folder = runs.RunFolder(plan.out, plan, "distributed", data_source=dataset.source)
-            stack.callback(folder.close)
-        _train(plan, dataset, folder)
-    return plan.out
-
-
-def _result(plan: TrainConfig, summary: dict[str, Any]) -> str:
-    train, test = (summary.get(f"{images}_accuracy") for images in ("train", "test"))
-    if not (isinstance(train, float) and isinstance(test, float)):
-        raise runs.DamagedRecordError(f"{plan.out}/summary.json has no accuracies")
-    return (
-        f"{plan.label} after {plan.total_steps:,} steps: {100 * train:.2f} % of the training "
-        f"images, {100 * test:.2f} % of the test images."
-    )
-
-
-def _train(plan: TrainConfig, dataset: data.Dataset, folder: runs.RunFolder | None) -> None:
+def over_all_devices() -> NamedSharding:
+    """The sharding of the examples over the devices of all processes."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    examples = sharding.shard_examples(dataset.train, rows)
-    functions = trainer.functions_of(plan, dataset)
-    stats = functions.init_stats()
-    optimizer = _optimizers.make(plan)
-    step = train.make_step(
-        functions.losses,
-        optimizer,
-        ALGORITHMS[plan.algorithm].make(len(dataset.train.label), plan.noise),
-        microbatch_size=plan.microbatch_size,
-        has_aux=bool(jax.tree.leaves(stats)),
-        sharding=rows,
-    )
-    advance = train.make_loop(step, max_steps=plan.checkpoint_every)
-    key = jax.random.key(plan.seed)
-    params_key = derive(key, Stream.PARAMETERS)
-    params = jax.tree.map(lambda leaf: leaf[0], functions.init_params(params_key[None]))
-    state = train.init(params, optimizer, key, aux=stats)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    state = jax.jit(lambda state: state, out_shardings=everywhere)(state)
-
-    assert plan.out is not None
-    with contextlib.closing(loop.Checkpoints(plan.out / "checkpoints")) as checkpoints:
-        latest = checkpoints.latest() or 0
-        if latest:
-            state = checkpoints.restore(latest, state)
-        if folder is not None:
-            folder.cut_metrics(latest)
-        shown = terminal.Silent() if folder is None else terminal.Progress(plan.total_steps)
-        with shown as progress:
-            if latest:
-                progress.update(latest)
-            progress.compiling(plan.label)
-            for done in range(latest, plan.total_steps, plan.checkpoint_every):
-                num_steps = min(plan.checkpoint_every, plan.total_steps - done)
-                before = time.perf_counter()
-                state, metrics = advance(state, examples, num_steps)
-                losses = np.asarray(metrics.loss)
-                trainer.check_finite(losses[:, None], done, plan.seed)
-                seconds = time.perf_counter() - before
-                if folder is not None:
-                    record = {"step": done + num_steps, "seconds": seconds}
-                    record |= {"devices": jax.device_count(), "losses": losses.tolist()}
-                    folder.log(record)
-                checkpoints.save(done + num_steps, state)
-                progress.update(num_steps)
-    if folder is not None:
-        summary = _summary(functions, jax.device_get((state.params, state.aux)), dataset)
-        folder.finish(summary)
-        print(_result(plan, summary))
+    return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def _summary(functions: Any, params_and_stats: Any, dataset: data.Dataset) -> dict[str, float]:
-    params, stats = jax.tree.map(lambda leaf: leaf[None], params_and_stats)
-    _, train_accuracy = functions.evaluate(params, stats, dataset.train)
-    _, test_accuracy = functions.evaluate(params, stats, dataset.test)
-    return {"train_accuracy": float(train_accuracy[0]), "test_accuracy": float(test_accuracy[0])}
-
-
-def _check(plan: TrainConfig) -> None:
+def check_distributed(plan: TrainConfig) -> pathlib.Path:
+    """Returns the folder of the run; ValueError unless the plan is one for several devices."""
     if plan.out is None:
         raise ValueError("out must be given: a folder that all processes see.")
     if plan.seeds != 1:
@@ -206,3 +106,4 @@ def _check(plan: TrainConfig) -> None:
             "augment and the diagonal Langevin baseline work on the examples of one device: use "
             f"`train`, got augment = {plan.augment}, algorithm = {plan.algorithm}."
         )
+    return plan.out

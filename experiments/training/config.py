@@ -158,7 +158,7 @@ class TrainConfig:
                 f"{self.model!r}."
             )
         if self.width is not None and models.MODELS[name].full_width is None:
-            wide = [name for name in fitting if models.MODELS[name].full_width is not None]
+            wide = [name for name, net in models.MODELS.items() if net.full_width is not None]
             raise ValueError(f"width is for {' and '.join(wide)}, got {self.width} with {name}.")
 
     @classmethod

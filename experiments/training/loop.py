@@ -20,6 +20,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from experiments import data, figures, models, terminal
 from experiments.training import runs, trainer
@@ -80,7 +82,12 @@ def load(config: TrainConfig) -> data.Dataset:
 
 
 def run(
-    config: TrainConfig, dataset: data.Dataset, path: pathlib.Path, progress: terminal.Silent
+    config: TrainConfig,
+    dataset: data.Dataset,
+    path: pathlib.Path,
+    progress: terminal.Silent,
+    *,
+    over: NamedSharding | None = None,
 ) -> list[Evaluation]:
     """Trains from the beginning, or from the last checkpoint of the folder.
 
@@ -89,9 +96,12 @@ def run(
         dataset: the images.
         path: the run's folder; see `runs.RunFolder`.
         progress: told of every step; steps made earlier count as well.
+        over: the sharding of the training images over the devices of all processes, each of which
+            calls this with the same arguments; None for one device. The folder is written by
+            process 0, checkpoints by all of them.
 
     Returns:
-        All evaluations of the run.
+        All evaluations of the run; in processes other than 0, none.
 
     Raises:
         trainer.DivergedError: at the first loss that is not finite. The checkpoints written
@@ -99,13 +109,16 @@ def run(
         Stopped: on SIGTERM or SIGINT, after a checkpoint.
     """
     config = config.resolved()
-    made = trainer.make_trainer(config, dataset)
-    folder = runs.RunFolder(path, config, data_source=dataset.source)
+    made = trainer.make_trainer(config, dataset, over=over)
+    if jax.process_index() != 0:
+        return _Run(config, made, path, None, progress).to_the_end()
+    command = "train" if over is None else "distributed"
+    folder = runs.RunFolder(path, config, command, data_source=dataset.source)
     runs.replace_text(
         path / "train_images.json", runs.as_line({"train_indices": dataset.train_indices.tolist()})
     )
     try:
-        return _Run(config, made, folder, progress).to_the_end()
+        return _Run(config, made, path, folder, progress).to_the_end()
     except trainer.DivergedError as error:
         folder.fail({"step": error.step, "seeds": error.seeds})
         raise
@@ -119,7 +132,8 @@ class _Run:
 
     config: TrainConfig
     trainer: trainer.Trainer
-    folder: runs.RunFolder
+    path: pathlib.Path
+    folder: runs.RunFolder | None  # None in processes that do not write it
     progress: terminal.Silent
     step: int = 0
     logged: int = -1  # the step of the last evaluation
@@ -130,12 +144,12 @@ class _Run:
 
     def to_the_end(self) -> list[Evaluation]:
         with (
-            contextlib.closing(Checkpoints(self.folder.path / "checkpoints")) as checkpoints,
+            contextlib.closing(Checkpoints(self.path / "checkpoints")) as checkpoints,
             _signals() as stop,
         ):
             self.progress.compiling(self.config.label)
             state = self._begin(checkpoints)
-            with contextlib.closing(_Scalars(self.folder, self.step, self.config)) as scalars:
+            with self._scalars() as scalars:
                 if self.step:
                     self.progress.update(self.step)
                 self.progress.compiling(self.config.label)
@@ -144,13 +158,16 @@ class _Run:
                         self._evaluate(state, scalars, checkpoints)
                     if self.step == self.config.total_steps:
                         break
-                    if stop.number:
+                    num_steps, stopped_by = _agreed(self._num_steps(), stop.number)
+                    if stopped_by:
                         self._save(checkpoints, state)
                         raise Stopped(
                             f"stopped after {self.step} steps; the same command goes on from there",
-                            stop.number,
+                            stopped_by,
                         )
-                    state = self._advance(state)
+                    state = self._advance(state, num_steps)
+        if self.folder is None:
+            return []
         evaluations = [Evaluation.of_record(record) for record in self.folder.metrics()]
         self.folder.finish(summary(evaluations))
         return evaluations
@@ -159,44 +176,52 @@ class _Run:
         """The last checkpoint's state, or the initial one; cuts the metrics to it."""
         state = self.trainer.start()
         latest = checkpoints.latest()
+        kept = (
+            [] if self.folder is None else self.folder.cut_metrics(-1 if latest is None else latest)
+        )
         if latest is None:
-            self.folder.cut_metrics(-1)
             return state
-        kept = self.folder.cut_metrics(latest)
-        if not kept:
+        if self.folder is not None and not kept:
             raise runs.DamagedRecordError(
-                f"{self.folder.path}/metrics.jsonl has no evaluation up to step {latest}, of which "
+                f"{self.path}/metrics.jsonl has no evaluation up to step {latest}, of which "
                 "there is a checkpoint: choose another --out"
             )
         restored = checkpoints.restore(latest, {"state": state, "seconds": np.float64(0)})
         self.step, self.saved, self.seconds = latest, latest, float(restored["seconds"])
-        self.logged = kept[-1]["step"]
+        self.logged, _ = _agreed(kept[-1]["step"] if kept else 0, 0)
         return restored["state"]
 
     def _evaluation_is_due(self) -> bool:
         at_end = self.step == self.config.total_steps
         return self.logged < self.step and (self.step % self.config.eval_every == 0 or at_end)
 
-    def _evaluate(self, state: Any, scalars: "_Scalars", checkpoints: "Checkpoints") -> None:
+    def _scalars(self) -> contextlib.AbstractContextManager["_Scalars | None"]:
+        if self.folder is None:
+            return contextlib.nullcontext()
+        return contextlib.closing(_Scalars(self.path, self.step, self.config))
+
+    def _evaluate(self, state: Any, scalars: "_Scalars | None", checkpoints: "Checkpoints") -> None:
         evaluation = self.trainer.evaluate(state, self.step, self.seconds)
         trainer.check_finite(evaluation.train_loss[None], self.step, self.config.seed)
         self.seconds, self.logged = 0.0, self.step
-        self.folder.log(evaluation.record())
-        scalars.write(evaluation)
+        if self.folder is not None and scalars is not None:
+            self.folder.log(evaluation.record())
+            scalars.write(evaluation)
         at_end = self.step == self.config.total_steps
         if at_end or self.step - self.saved >= self.config.checkpoint_every:
             self._save(checkpoints, state)
 
-    def _advance(self, state: Any) -> Any:
+    def _num_steps(self) -> int:
         """As many steps as fit into `_PATIENCE`, at most to the next evaluation."""
-        config = self.config
-        to_evaluation = config.eval_every - self.step % config.eval_every
-        most = min(to_evaluation, config.total_steps - self.step)
-        num_steps = max(1, min(most, int(_PATIENCE * self.rate)))
+        to_evaluation = self.config.eval_every - self.step % self.config.eval_every
+        most = min(to_evaluation, self.config.total_steps - self.step)
+        return max(1, min(most, int(_PATIENCE * self.rate)))
+
+    def _advance(self, state: Any, num_steps: int) -> Any:
         before = time.perf_counter()
         state, metrics = jax.block_until_ready(self.trainer.advance(state, num_steps))
         took = time.perf_counter() - before
-        trainer.check_finite(metrics.loss, self.step, config.seed)
+        trainer.check_finite(metrics.loss, self.step, self.config.seed)
         if self.compiled:
             self.rate = num_steps / took
         self.compiled = True
@@ -262,7 +287,7 @@ class Checkpoints:
 class _Scalars:
     """The metrics for TensorBoard, a curve for each seed."""
 
-    def __init__(self, folder: runs.RunFolder, step: int, config: TrainConfig):
+    def __init__(self, path: pathlib.Path, step: int, config: TrainConfig):
         import tensorboardX
 
         self._seeds = range(config.seed, config.seed + config.seeds)
@@ -270,7 +295,7 @@ class _Scalars:
         # the file has the second only: without the suffix, a run that goes on within the second
         # would write over what is there.
         self._writer = tensorboardX.SummaryWriter(
-            str(folder.path / "tensorboard"),
+            str(path / "tensorboard"),
             purge_step=step + 1 if step else None,
             filename_suffix=f".from{step:010d}",
         )
@@ -282,6 +307,14 @@ class _Scalars:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _agreed(number: int, stopped_by: int) -> tuple[int, int]:
+    """Process 0's number, and a signal that any process has had: the same in all of them."""
+    if jax.process_count() == 1:
+        return number, stopped_by
+    said = multihost_utils.process_allgather(np.array([number, stopped_by], np.int32))
+    return int(said[0, 0]), int(said[:, 1].max())
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from experiments import data, models
@@ -18,6 +19,7 @@ from experiments.training.algorithms import ALGORITHMS
 from experiments.training.config import TrainConfig
 from msgd_jax import loss, train
 from msgd_jax._streams import Stream, derive
+from msgd_jax.sharding import shard_examples
 
 # Large enough to keep the cores busy, small enough for the activations of several seeds to fit.
 EVALUATION_BATCH = 500
@@ -74,7 +76,10 @@ class Trainer(NamedTuple):
 
 
 def make_trainer(
-    config: TrainConfig, dataset: data.Dataset, regularizer: Regularizer | None = None
+    config: TrainConfig,
+    dataset: data.Dataset,
+    regularizer: Regularizer | None = None,
+    over: NamedSharding | None = None,
 ) -> Trainer:
     """Makes what `config.seeds` runs side by side need.
 
@@ -86,14 +91,18 @@ def make_trainer(
         dataset: the images, as uint8.
         regularizer: from a PRNG key of its own, one for each seed, to what the noisy gradient goes
             through before the optimizer; None for nothing.
+        over: the sharding of the training images over several devices, for one seed; None for one
+            device. What is drawn is the same; sums over examples differ in the last bits.
 
     Raises:
         ValueError: if noise or model does not allow the settings (a batch size above N, say).
     """
     functions = functions_of(config, dataset)
     algorithm = ALGORITHMS[config.algorithm]
-    train_set, test_set = jax.device_put((dataset.train, dataset.test))
-    law = algorithm.make(train_set.label.shape[0], config.noise)
+    whole_train_set, test_set = jax.device_put((dataset.train, dataset.test))
+    train_set = whole_train_set if over is None else shard_examples(dataset.train, over)
+    # Of the images there are: spread over devices, they are filled up to equal shares.
+    law = algorithm.make(len(dataset.train.label), config.noise)
     stats = functions.init_stats()
     has_stats = bool(jax.tree.leaves(stats))
     if has_stats:
@@ -118,12 +127,16 @@ def make_trainer(
         seeds = jnp.arange(config.seed, config.seed + config.seeds)
         keys = jax.vmap(jax.random.key)(seeds)
         params = functions.init_params(jax.vmap(lambda k: derive(k, Stream.PARAMETERS))(keys))
-        return jax.vmap(lambda p, key: train.init(p, optimizer(key), key, aux=stats))(params, keys)
+        state = jax.vmap(lambda p, key: train.init(p, optimizer(key), key, aux=stats))(params, keys)
+        if over is None:
+            return state
+        everywhere = NamedSharding(over.mesh, PartitionSpec())
+        return jax.jit(lambda state: state, out_shardings=everywhere)(state)
 
     # A transformation keeps its key in the state: here any will do.
     plain_step = train.make_step(
         functions.losses, optimizer(jax.random.key(0)), law,
-        microbatch_size=config.microbatch_size, has_aux=has_stats,
+        microbatch_size=config.microbatch_size, has_aux=has_stats, sharding=over,
     )  # fmt: skip
 
     def step(state: train.TrainState, examples: Data) -> tuple[train.TrainState, train.StepMetrics]:
@@ -134,6 +147,10 @@ def make_trainer(
     def every_seed(
         states: train.TrainState, examples: Data
     ) -> tuple[train.TrainState, train.StepMetrics]:
+        if over is not None:
+            # One seed: a program over devices is not mapped over seeds.
+            state, metrics = step(jax.tree.map(lambda leaf: leaf[0], states), examples)
+            return jax.tree.map(lambda leaf: leaf[None], (state, metrics))
         if algorithm.diagonal_langevin:
             # Under `vmap` both branches of a `cond` are computed: no variances would be kept.
             return jax.lax.map(lambda state: step(state, examples), states)
@@ -144,8 +161,11 @@ def make_trainer(
     loop = train.make_loop(every_seed, max_steps=config.eval_every)
 
     def evaluate(state: train.TrainState, step: int, seconds: float) -> Evaluation:
-        train_loss, train_accuracy = functions.evaluate(state.params, state.aux, train_set)
-        test_loss, test_accuracy = functions.evaluate(state.params, state.aux, test_set)
+        params, aux = state.params, state.aux
+        if over is not None:  # the same everywhere: every process evaluates on a device of its own
+            params, aux = jax.device_get((params, aux))
+        train_loss, train_accuracy = functions.evaluate(params, aux, whole_train_set)
+        test_loss, test_accuracy = functions.evaluate(params, aux, test_set)
         return Evaluation(
             step=step,
             train_loss=np.asarray(train_loss),

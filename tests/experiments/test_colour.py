@@ -68,7 +68,7 @@ def test_cifar10_with_batch_norm_goes_on_as_if_it_had_not_been_stopped(
 ):
     dataset = data.load("cifar10", data_dir=files)
     trainer = training.make_trainer(PLAN, dataset)  # once for all, to compile once
-    monkeypatch.setattr("experiments.training.trainer.make_trainer", lambda *_: trainer)
+    monkeypatch.setattr("experiments.training.trainer.make_trainer", lambda *_, **__: trainer)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     evaluations = loop.run(PLAN, dataset, straight, Progress())
     assert [e.step for e in evaluations] == [0, 2, 4, 6]

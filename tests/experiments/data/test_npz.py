@@ -141,6 +141,6 @@ def test_a_net_that_does_not_take_the_images_is_refused(tmp_path):
     path = write(tmp_path / "mine.npz", **arrays())
     with pytest.raises(ValueError, match="model must be lenet or digits_net or resnet18"):
         TrainConfig(dataset=str(path), model="vgg11").resolved()
-    with pytest.raises(ValueError, match="width is for resnet18, got 3 with lenet"):
+    with pytest.raises(ValueError, match="width is for vgg11 and resnet18, got 3 with lenet"):
         TrainConfig(dataset=str(path), width=3).resolved()
     assert TrainConfig(dataset=str(path), model="resnet18", width=3).resolved().width == 3

@@ -10,13 +10,14 @@ import pytest
 from experiments.__main__ import main
 from experiments.paper import listing
 from experiments.theory.config import ComplexityConfig, SDEConfig
-from experiments.training import _processes, runs
+from experiments.training import runs
 from experiments.training.config import TrainConfig
 
 PLAN = TrainConfig(algorithm="gd", dataset="digits", steps=2, seeds=2, eval_every=1)
 EVALUATION = {"step": 2, "seconds": 1.0} | {
     f"{images}_{what}": [0.5, 0.75] for images in ("train", "test") for what in ("loss", "accuracy")
 }
+ALONE = EVALUATION | {name: [0.8] for name in EVALUATION if name not in ("step", "seconds")}
 LOSSES = {"step": 2, "seconds": 4.0, "devices": 8, "losses": [2.3, 2.2]}
 
 
@@ -114,32 +115,25 @@ def test_every_kind_of_damage_is_listed_and_left_out_of_the_report(tmp_path, cap
 
 
 def test_runs_of_every_command_are_listed_and_those_with_curves_reported(tmp_path, capsys):
-    """Also of `distributed` as it was recorded before the command was written down."""
+    """`distributed` has the folder of `train`, so it is reported with it."""
     alone = dataclasses.replace(PLAN, seeds=1, out=tmp_path / "many")
-    ended = {"train_accuracy": 0.9, "test_accuracy": 0.8}
-    records = [LOSSES | {"step": 1}, LOSSES]
-    write(tmp_path / "many", alone, records, "distributed", ended)
-    write(tmp_path / "older", alone, records, "distributed", ended)
-    older = json.loads((tmp_path / "older" / "config.json").read_text())
-    del older["command"], older["draws"]
-    (tmp_path / "older" / "config.json").write_text(json.dumps(older))
+    ended = {"seconds_per_1000_steps": 4000.0}
+    write(tmp_path / "many", alone, [ALONE | {"step": 1}, ALONE], "distributed", ended)
     write(tmp_path / "sde", SDEConfig(parts=("weak",)), (), "sde", {"weak": []})
     write(tmp_path / "complexity", ComplexityConfig(), (), "complexity")
     main(["list", "--runs", str(tmp_path)])
     listed = lines_of(capsys.readouterr().out)
-    for name in ("many", "older"):
-        assert listed[name].split()[1:] == ["gd", "(distributed)", "finished", "2/2", "80.00",
-                                            "4000.0"]  # fmt: skip
+    assert " ".join(listed["many"].split()[1:]) == "gd (distributed) finished 2/2 80.00 4000.0"
     assert listed["sde"].split()[1:] == ["sde:", "weak", "finished"]
     assert listed["complexity"].split()[1:] == [
         "complexity:", "theorem1", "regularizer", "trace", "stopped"
     ]  # fmt: skip
-    with pytest.raises(SystemExit, match=r"found none below .*; 4 other folders"):
-        main(["report", "--runs", str(tmp_path)])
-    write(tmp_path / "one", ended={})
+    with pytest.raises(SystemExit, match=r"found none below .*; 1 other folders"):
+        main(["report", "--runs", str(tmp_path / "sde")])
     main(["report", "--runs", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "* many: a run of `distributed`, without curves" in printed
+    assert "| GD | 0.8000 | 80.00 |" in (tmp_path / "report" / "report.md").read_text()
+    assert "* sde: a run of `sde`, without curves" in printed
     assert "* complexity: stopped" in printed
 
 
@@ -147,7 +141,7 @@ def test_a_real_distributed_run_is_listed(tmp_path, capsys):
     """Ten steps on the digits over the tests' eight devices; then what it did is shown again."""
     out = tmp_path / "runs" / "many"
     command = ["distributed", "--dataset", "digits", "--algorithm", "m-sgd-cov", "--steps", "10",
-               "--checkpoint-every", "5", "--microbatch-size", "None", "--out",
+               "--eval-every", "5", "--checkpoint-every", "5", "--microbatch-size", "None", "--out",
                str(out)]  # fmt: skip
     main(command)
     shown = capsys.readouterr().out
@@ -163,7 +157,6 @@ def test_a_real_distributed_run_is_listed(tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit, match="a run of `distributed`, not of `train`"):
         main(["train", *command[1:]])
-    assert isinstance(_processes.DistributedConfig().plan, TrainConfig)
 
 
 def test_a_run_below_a_folder_named_checkpoints_is_found(tmp_path):

@@ -32,7 +32,7 @@ def small_panel(monkeypatch):
     monkeypatch.setattr(report, "PANELS", {**panels.PANELS, "1a": PANEL})
 
 
-def never(*_):
+def never(*_, **__):
     raise AssertionError("nothing should be trained")
 
 

@@ -71,7 +71,7 @@ def compiled_once(digits):
     """Every run here computes the same: one compilation does for all."""
     trainer, make = training.make_trainer(PLAN, digits), training.make_trainer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("experiments.training.trainer.make_trainer", lambda *_: trainer)
+        patch.setattr("experiments.training.trainer.make_trainer", lambda *_, **__: trainer)
         yield
     assert training.make_trainer is make
 
@@ -183,7 +183,7 @@ def test_divergence_names_step_and_seeds_and_keeps_the_last_good_checkpoint(
 ):
     make = training.make_trainer
 
-    def poisoned(*args):
+    def poisoned(*args, **_):
         trainer = make(*args)
 
         def advance(state, num_steps):
