@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import figures, terminal
+from experiments import figures, tables, terminal
 from experiments.paper import DemoConfig, FigureConfig, ListConfig, ReportConfig, accuracies, report
 from experiments.theory import ComplexityConfig, SDEConfig, complexity, sde
 from experiments.training import (
@@ -175,19 +175,16 @@ def _report(results: dict[TrainConfig, list[Evaluation]], folder: pathlib.Path) 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
     """The summaries as a table, one line an algorithm; accuracies in percent."""
-    header = (
-        f"{'algorithm':<26}{'train accuracy %':>18}{'test accuracy %':>18}{'s / 1000 steps':>16}"
-    )
-    lines = [header, "-" * len(header)]
+    header = ["algorithm", "train accuracy %", "test accuracy %", "s / 1000 steps"]
+    lines = []
     for label, numbers in summaries.items():
-        cells = [f"{label:<26}"]
+        cells = [label]
         for name in ("train_accuracy", "test_accuracy"):
             mean, error = numbers[name], numbers[f"{name}_standard_error"]
-            cells.append(f"{100 * mean:.2f} ± {100 * error:.2f}".rjust(18))
+            cells.append(f"{100 * mean:.2f} ± {100 * error:.2f}")
         seconds = numbers["seconds_per_1000_steps"]
-        cells.append(("-" if seconds is None else f"{seconds:.2f}").rjust(16))
-        lines.append("".join(cells))
-    return "\n".join(lines)
+        lines.append([*cells, "-" if seconds is None else f"{seconds:.2f}"])
+    return tables.text_table(header, lines)
 
 
 def _title(config: TrainConfig) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from experiments import tables
 from experiments.paper import accuracies
 from experiments.training import runs
 from experiments.training.config import TrainConfig
@@ -115,24 +116,16 @@ def _number(path: pathlib.Path, ended: dict[str, Any] | None, name: str) -> floa
 
 def table(entries: list[Entry], root: pathlib.Path) -> str:
     """One line for each folder; what is wrong stands where there are no numbers."""
-    names = [str(entry.path.relative_to(root)) for entry in entries]
-    labels = [
-        entry.label + (" (distributed)" if entry.command == "distributed" else "")
-        for entry in entries
-    ]
-    first, second = (2 + max(map(len, column)) for column in (["run", *names], ["what", *labels]))
-    header = (
-        f"{'run':<{first}}{'what':<{second}}{'state':<18}{'step':>16}{'test %':>9}{'s/1000':>9}"
-    )
-    lines = [header, "-" * len(header)]
-    for name, label, entry in zip(names, labels, entries, strict=True):
-        start = f"{name:<{first}}{label:<{second}}{entry.state:<18}"
+    lines = []
+    for entry in entries:
+        label = entry.label + (" (distributed)" if entry.command == "distributed" else "")
+        start = [str(entry.path.relative_to(root)), label, entry.state]
         if entry.plan is None:
-            lines.append((start + entry.problem).rstrip())
+            lines.append([*start, entry.problem])
             continue
         accuracy = "" if entry.accuracy is None else f"{100 * entry.accuracy:.2f}"
         seconds = "" if entry.seconds is None else f"{entry.seconds:.1f}"
-        lines.append(
-            f"{start}{entry.step:>7,}/{entry.plan.total_steps:<8,}{accuracy:>9}{seconds:>9}".rstrip()
-        )
-    return "\n".join(lines)
+        step = f"{entry.step:,}/{entry.plan.total_steps:,}"
+        lines.append([*start, step, accuracy, seconds])
+    header = ["run", "what", "state", "step", "test %", "s/1000"]
+    return tables.text_table(header, lines, left=3)

@@ -93,15 +93,12 @@ def as_line(record: dict[str, Any]) -> str:
 def settings(config: Any) -> dict[str, Any]:
     """What decides the results of a run, as JSON values.
 
-    A data set that is a file counts by its contents, not by its path. Fields that came later (see
-    `config.LATER`) are left out at their defaults.
+    A file counts by its contents, not by its path. Fields of `config.LATER` are left out at their
+    defaults.
     """
     later = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
-    record = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in _FREE and (name not in later or value != later[name])
-    }
+    record = dataclasses.asdict(config).items()
+    record = {k: v for k, v in record if k not in _FREE and not (k in later and v == later[k])}
     return _by_contents(json.loads(json.dumps(record, default=str)))
 
 
