@@ -140,7 +140,7 @@ def test_what_users_get_wrong_is_one_line_before_anything_is_loaded(folder):
         ([*TRAIN, "--num-train", "20"], "batch_size must be between 1 and 20, got 50"),
         ([*TRAIN, "--num-train", "1001"], "num_train must be between 1 and 1000, or None"),
         ([*TRAIN, "--algorithm", "sgd-b", "--noise.support-size", "0"], "got 0"),
-        ([*TRAIN, "--model", "lenet"], "model must be digits_net for the images of digits"),
+        ([*TRAIN, "--model", "lenet"], "model must be digits_net or resnet18 for the images"),
         (["train", "--dataset", "cifar10", "--microbatch-size", "3", "--model", "resnet18"],
          "microbatch_size must divide the 50 examples"),
         (["demo", size, "0"], "batch_size must be between 1 and 1000, got 0"),
