@@ -9,7 +9,7 @@ import time
 import tyro
 
 from benchmarks import machine, report
-from experiments import runs
+from experiments.training import runs
 
 NAMES = (
     "against_torch",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import machine
-from experiments import runs
+from experiments.training import runs
 
 
 class Headline(NamedTuple):

@@ -9,9 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from docs import pictures
-from experiments.comparison import of_evaluations, of_folder
-from experiments.panels import PANELS
-from experiments.reporting import run_folder
+from experiments.paper.accuracies import of_evaluations, of_folder
+from experiments.paper.panels import PANELS
+from experiments.paper.report import run_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"

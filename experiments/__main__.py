@@ -28,7 +28,8 @@ def _run(arguments: list[str] | None) -> None:
 
     import tyro
 
-    from experiments import commands, execution, terminal
+    from experiments import commands, terminal
+    from experiments.training import loop
 
     arguments = sys.argv[1:] if arguments is None else arguments
     terminal.write_anything(sys.stdout, sys.stderr)
@@ -48,7 +49,7 @@ def _run(arguments: list[str] | None) -> None:
             )
         commands.run(config)
         sys.stdout.flush()  # in here, where a reader who has gone is no traceback
-    except execution.Stopped as stopped:
+    except loop.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.code)
     except BrokenPipeError:

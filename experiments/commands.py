@@ -5,29 +5,29 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
-from experiments import (
-    comparison,
-    complexity,
-    distributed,
-    execution,
-    figures,
-    reporting,
-    runs,
-    sde,
-    terminal,
-)
-from experiments.config import DemoConfig, FigureConfig, ListConfig, ReportConfig, TrainConfig
+from experiments import figures, tables, terminal
+from experiments.decide import DecideConfig
 from experiments.decide import command as decide
-from experiments.theory_config import ComplexityConfig, SDEConfig
-from experiments.training import Evaluation
+from experiments.paper import DemoConfig, FigureConfig, ListConfig, ReportConfig, accuracies, report
+from experiments.theory import ComplexityConfig, SDEConfig, complexity, sde
+from experiments.training import (
+    DistributedConfig,
+    Evaluation,
+    TrainConfig,
+    check_distributed,
+    loop,
+    over_all_devices,
+    runs,
+)
 
 Config = (
     ComplexityConfig
-    | decide.DecideConfig
+    | DecideConfig
     | DemoConfig
-    | distributed.DistributedConfig
+    | DistributedConfig
     | FigureConfig
     | ListConfig
     | ReportConfig
@@ -37,10 +37,10 @@ Config = (
 CONFIGS: dict[str, Any] = {
     "demo": DemoConfig,
     "train": TrainConfig,
-    "distributed": distributed.DistributedConfig,
+    "distributed": DistributedConfig,
     "sde": SDEConfig,
     "complexity": ComplexityConfig,
-    "decide": decide.DecideConfig,
+    "decide": DecideConfig,
     "figure": FigureConfig,
     "list": ListConfig,
     "report": ReportConfig,
@@ -59,21 +59,21 @@ def run(config: Config) -> pathlib.Path | None:
         case DemoConfig():
             return demo(config)
         case FigureConfig():
-            return reporting.figure(config)
+            return report.figure(config)
         case ListConfig():
-            return reporting.list_runs(config)
+            return report.list_runs(config)
         case ReportConfig():
-            return reporting.report(config)
+            return report.report(config)
         case SDEConfig():
             return sde.run(config)
         case ComplexityConfig():
             return complexity.run(config)
         case TrainConfig():
             return train(config)
-        case decide.DecideConfig():
+        case DecideConfig():
             return decide.run(config)
-        case distributed.DistributedConfig():
-            return distributed.run(config)
+        case DistributedConfig():
+            return distributed(config)
 
 
 def train(config: TrainConfig) -> pathlib.Path:
@@ -81,7 +81,8 @@ def train(config: TrainConfig) -> pathlib.Path:
 
     Finished before, it prints the table again.
     """
-    folder = config.out or runs.default_folder(f"{config.dataset}-{config.algorithm}")
+    config = config.resolved()
+    folder = config.out or runs.default_folder(f"{config.dataset_name}-{config.algorithm}")
     _train_all({config: folder}, folder, named=config.out is not None)
     return folder
 
@@ -99,24 +100,51 @@ def demo(config: DemoConfig) -> pathlib.Path:
     return folder
 
 
+def distributed(config: DistributedConfig) -> pathlib.Path:
+    """Trains as `train` does, over the devices of all processes, each of which calls this.
+
+    Raises:
+        ValueError: if the plan is not one for several devices.
+        FileExistsError: if the folder is of another run.
+        training.DivergedError: at the first loss that is not finite.
+    """
+    plan = config.plan.resolved()
+    folder = check_distributed(plan)
+    loop.check(plan)
+    # Every process looks, before any of them waits for the others.
+    if runs.finished(folder, plan, "distributed"):
+        _report({plan: accuracies.of_finished(folder)}, folder)
+        print(f"{folder} has finished before: this is its result.")
+        return folder
+    runs.check_writable(folder)
+    config.processes.start()
+    dataset = loop.load(plan)
+    writes = jax.process_index() == 0
+    with terminal.Progress(plan.total_steps) if writes else terminal.Silent() as progress:
+        evaluations = loop.run(plan, dataset, folder, progress, over=over_all_devices())
+    if writes:
+        _report({plan: evaluations}, folder)
+    return folder
+
+
 def _train_all(plans: dict[TrainConfig, pathlib.Path], folder: pathlib.Path, named: bool) -> None:
     """Trains what has not finished, and shows all of it."""
     for plan in plans:
-        execution.check(plan)
+        loop.check(plan)
     runs.check_writable(folder)
     done = [runs.finished(path, plan.resolved()) for plan, path in plans.items()]
     # Once for all: they are of the same images.
-    dataset = None if all(done) else execution.load(next(iter(plans)))
+    dataset = None if all(done) else loop.load(next(iter(plans)))
     results = {}
     total = sum(plan.total_steps for plan in plans)
     with _stopped_in(folder, named), terminal.Progress(total) as progress:
         for (plan, path), has_finished in zip(plans.items(), done, strict=True):
             if has_finished or dataset is None:
-                results[plan] = comparison.of_finished(path)
+                results[plan] = accuracies.of_finished(path)
                 if dataset is not None:
                     progress.update(plan.total_steps)
             else:
-                results[plan] = execution.run(plan, dataset, path, progress)
+                results[plan] = loop.run(plan, dataset, path, progress)
     _report(results, folder)
     if dataset is None:
         print(f"{folder} has finished before: this is its result.")
@@ -127,17 +155,17 @@ def _stopped_in(folder: pathlib.Path, named: bool) -> Iterator[None]:
     """Adds the folder to how a stopped run goes on, where the command did not name it."""
     try:
         yield
-    except execution.Stopped as stopped:
+    except loop.Stopped as stopped:
         if named:
             raise
         more = f"{stopped.args[0]}, with --out {folder}"
-        raise execution.Stopped(more, stopped.number) from None
+        raise loop.Stopped(more, stopped.number) from None
 
 
 def _report(results: dict[TrainConfig, list[Evaluation]], folder: pathlib.Path) -> None:
     """Prints the table, and draws the picture if it is not there."""
     title = _title(next(iter(results)))
-    print(table({plan.label: execution.summary(run) for plan, run in results.items()}))
+    print(table({plan.label: loop.summary(run) for plan, run in results.items()}))
     curves = [
         figures.Curve(
             plan.label,
@@ -153,26 +181,23 @@ def _report(results: dict[TrainConfig, list[Evaluation]], folder: pathlib.Path) 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
     """The summaries as a table, one line an algorithm; accuracies in percent."""
-    header = (
-        f"{'algorithm':<26}{'train accuracy %':>18}{'test accuracy %':>18}{'s / 1000 steps':>16}"
-    )
-    lines = [header, "-" * len(header)]
+    header = ["algorithm", "train accuracy %", "test accuracy %", "s / 1000 steps"]
+    lines = []
     for label, numbers in summaries.items():
-        cells = [f"{label:<26}"]
+        cells = [label]
         for name in ("train_accuracy", "test_accuracy"):
             mean, error = numbers[name], numbers[f"{name}_standard_error"]
-            cells.append(f"{100 * mean:.2f} ± {100 * error:.2f}".rjust(18))
+            cells.append(f"{100 * mean:.2f} ± {100 * error:.2f}")
         seconds = numbers["seconds_per_1000_steps"]
-        cells.append(("-" if seconds is None else f"{seconds:.2f}").rjust(16))
-        lines.append("".join(cells))
-    return "\n".join(lines)
+        lines.append([*cells, "-" if seconds is None else f"{seconds:.2f}"])
+    return tables.text_table(header, lines)
 
 
 def _title(config: TrainConfig) -> str:
-    train_size, test_size = execution.sizes(config)
+    train_size, test_size = loop.sizes(config)
     plural = "seed" if config.seeds == 1 else "seeds"
     return (
-        f"{config.dataset}: {train_size:,} training and {test_size:,} test images, "
+        f"{config.dataset_name}: {train_size:,} training and {test_size:,} test images, "
         f"{config.model_name}, learning rate {config.learning_rate:g}, "
         f"b = {config.noise.batch_size}, {config.seeds} {plural} (band: one standard error)"
     )

@@ -61,4 +61,6 @@ def standard_error(values: np.ndarray) -> np.ndarray:
     seeds = values.shape[-1]
     if seeds == 1:
         return np.zeros(values.shape[:-1])
-    return values.std(-1, ddof=1) / np.sqrt(seeds)
+    from scipy import stats
+
+    return np.asarray(stats.sem(values, axis=-1))

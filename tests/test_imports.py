@@ -1,6 +1,7 @@
 """What importing the library pulls in, and what it exports."""
 
 import ast
+import importlib
 import inspect
 import pathlib
 import re
@@ -37,8 +38,8 @@ def allowed_imports() -> dict[str, set[str]]:
     return {name: set(re.findall(r"`(\w+)`", cell)) for name, cell in rows}
 
 
-def ours(path: pathlib.Path) -> set[tuple[str, ...]]:
-    """What a file imports of ours, wherever in it: ("noise", "_types"), ("experiments",), ..."""
+def imported(path: pathlib.Path) -> set[tuple[str, ...]]:
+    """What a file imports, wherever in it: ("msgd_jax", "noise", "cov"), ("jax",), ..."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -46,6 +47,12 @@ def ours(path: pathlib.Path) -> set[tuple[str, ...]]:
             found |= {(*(node.module or "").split("."), alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {tuple(alias.name.split(".")) for alias in node.names}
+    return found
+
+
+def ours(path: pathlib.Path) -> set[tuple[str, ...]]:
+    """What a file imports of ours: ("noise", "_types"), ("experiments",), ..."""
+    found = imported(path)
     library = {name[1:] for name in found if name[0] == "msgd_jax"}
     return library | {name[:1] for name in found if name[0] in ("experiments", "benchmarks")}
 
@@ -77,9 +84,80 @@ def test_what_is_shared_stands_on_nothing():
             assert {name[0] for name in ours(path)} <= SHARED, path.name
 
 
-def test_the_experiments_know_nothing_of_the_benchmarks():
-    for path in (ROOT / "experiments").glob("*.py"):
+# Of `experiments`: what every room may use, and what uses all of them.
+COMMON = {"_typing", "figures", "tables", "terminal"}
+COMMAND_LINE = {"__main__", "commands"}
+
+
+def rooms() -> dict[str, set[str]]:
+    """The table in CONTRIBUTING.md: which rooms of the experiments each of them may use."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    found = re.findall(r"^\| `experiments/([a-z_]+)/` \|.*\| the library(.*) \|$", text, re.M)
+    return {name: set(re.findall(r"`(\w+)`", cell)) for name, cell in found}
+
+
+def in_experiments(path: pathlib.Path) -> set[tuple[str, ...]]:
+    """What a file imports of the experiments: ("training", "runs"), ("figures", "save"), ..."""
+    return {name[1:] for name in imported(path) if name[0] == "experiments"}
+
+
+def test_the_table_of_the_house_has_every_room_and_file_of_the_experiments():
+    folder = ROOT / "experiments"
+    assert set(rooms()) == {path.parent.name for path in folder.glob("*/__init__.py")}
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert files == COMMON | COMMAND_LINE
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_arrows_between_rooms_point_where_the_table_says(room):
+    assert ast.get_docstring(ast.parse((ROOT / "experiments" / room / "__init__.py").read_text()))
+    for path in (ROOT / "experiments" / room).rglob("*.py"):
         assert ("benchmarks",) not in ours(path), path.name
+        for first, *rest in in_experiments(path):
+            assert first in rooms()[room] | {room} | COMMON, f"{path.name} imports {first}"
+            private = [name for name in rest if name.startswith("_")]
+            assert first == room or not private, f"{path.name} imports {private} of {first}"
+
+
+def test_what_the_rooms_share_stands_on_none_of_them():
+    for name in COMMON:
+        used = {first for first, *_ in in_experiments(ROOT / "experiments" / f"{name}.py")}
+        assert used <= COMMON, name
+    for name in COMMAND_LINE:
+        path = ROOT / "experiments" / f"{name}.py"
+        assert ("benchmarks",) not in ours(path)
+        assert not [part for _, *rest in in_experiments(path) for part in rest if part[0] == "_"]
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_a_room_has_at_most_five_files_for_others(room):
+    """Those without an underscore, and those alone are imported from outside, tests aside."""
+    files = [path.stem for path in (ROOT / "experiments" / room).glob("*.py")]
+    assert len([name for name in files if not name.startswith("_")]) <= 5
+    outside = [
+        path
+        for folder in ("experiments", "benchmarks", "docs")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.parent != ROOT / "experiments" / room and "_build" not in path.parts
+    ]
+    for path in outside:
+        for first, *rest in in_experiments(path):
+            assert first != room or not rest or not rest[0].startswith("_"), path.name
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_what_a_face_hands_out_is_there_and_documented(room):
+    face = importlib.import_module(f"experiments.{room}")
+    assert len(set(face.__all__)) == len(face.__all__)
+    for public in face.__all__:
+        value = getattr(face, public)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__doc__, public
+
+
+def test_the_tests_of_the_experiments_mirror_their_rooms():
+    folder = ROOT / "tests" / "experiments"
+    assert {path.parent.name for path in folder.glob("*/__init__.py")} == set(rooms())
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -10,7 +10,7 @@ import optax
 import pytest
 import scipy.linalg
 
-from experiments.sde_problems import logistic
+from experiments.theory.sde_problems import logistic
 from msgd_jax import covariance, loss, noise, sde, train
 from tests.noises import ROWS
 from tests.problems import loss_vector_fn, regression

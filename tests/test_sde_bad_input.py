@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.sde_problems import logistic
+from experiments.theory.sde_problems import logistic
 from msgd_jax import noise, sde
 
 N, B = 20, 4

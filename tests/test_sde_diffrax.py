@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.sde_problems import logistic
+from experiments.theory.sde_problems import logistic
 from msgd_jax import covariance, noise, sde
 from tests.problems import loss_vector_fn, regression
 

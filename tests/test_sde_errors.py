@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.sde_problems import at_minimum, logistic
+from experiments.theory.sde_problems import at_minimum, logistic
 from msgd_jax import loss, noise, sde
 from tests.problems import loss_vector_fn, regression
 

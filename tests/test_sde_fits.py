@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.sde_problems import logistic
+from experiments.theory.sde_problems import logistic
 from msgd_jax import noise, sde
 
 RATES = (0.1, 0.05, 0.025, 0.0125)

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from experiments.decide import calibration, datasets, nets, report, runs, settings, study
+from experiments.decide import _calibration, _datasets, _nets, _runs, report, settings, study
 from msgd_jax._validate import shown
 
 
@@ -37,7 +37,7 @@ class DecideConfig:
     dataset: pathlib.Path | None = None
     seeds: tuple[int, int] | None = None
     contestants: tuple[str, ...] = ()
-    convolution: nets.Convolution = "product"
+    convolution: _nets.Convolution = "product"
     groups: int = 1
     seeds_at_once: int = 10
     microbatch_size: int | None = None
@@ -88,16 +88,16 @@ def run(config: DecideConfig) -> pathlib.Path:
 
 
 def _run(config: DecideConfig, setting: settings.Setting) -> None:
-    images = datasets.load(setting, config.dataset)
-    options = runs.Options(config.convolution, config.groups, config.microbatch_size)
-    runner, at_once = runs.Runner(setting, images, options), config.seeds_at_once
+    images = _datasets.load(setting, config.dataset)
+    options = _runs.Options(config.convolution, config.groups, config.microbatch_size)
+    runner, at_once = _runs.Runner(setting, images, options), config.seeds_at_once
     if config.calibrate:
         choices = [
             (options, at_once)
             for at_once in (20, 10, 5)
-            for options in (runs.Options(), runs.Options(groups=10), runs.Options("lax"))
+            for options in (_runs.Options(), _runs.Options(groups=10), _runs.Options("lax"))
         ]
-        best = calibration.calibrate(setting, images, choices)[0]
+        best = _calibration.calibrate(setting, images, choices)[0]
         runner, at_once = best.runner, best.seeds_at_once
     one = study.Study(runner, images, config.out, seeds_at_once=at_once, told=_told)
     first, count = config.seeds or setting.seeds

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.decide import records, statistics, study
+from experiments.decide import _records, statistics, study
 from experiments.decide.settings import BASELINES, CONTESTANTS, Setting, label
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
@@ -53,7 +53,7 @@ class Row:
     share: statistics.Share | None = None
 
 
-def rows(setting: Setting, runs: dict[records.Run, records.Curve]) -> list[Row]:
+def rows(setting: Setting, runs: dict[_records.Run, _records.Curve]) -> list[Row]:
     """The table of a setting, the baselines first.
 
     Pairs are over the setting's main seeds that both runs have.
@@ -82,19 +82,19 @@ def rows(setting: Setting, runs: dict[records.Run, records.Curve]) -> list[Row]:
 
 
 def _of(
-    setting: Setting, runs: dict[records.Run, records.Curve], name: str
-) -> dict[int, records.Curve]:
+    setting: Setting, runs: dict[_records.Run, _records.Curve], name: str
+) -> dict[int, _records.Curve]:
     """The main runs of a contestant by seed."""
     factor = study.best_factor(setting, runs) if CONTESTANTS[name].tuned else 1.0
     if factor is None:
         return {}
-    wanted = {seed: records.Run(name, factor, seed) for seed in study.main_seeds(setting)}
+    wanted = {seed: _records.Run(name, factor, seed) for seed in study.main_seeds(setting)}
     return {seed: runs[run] for seed, run in wanted.items() if run in runs}
 
 
 def _at_equal_loss(
-    gd: dict[int, records.Curve], sgd: dict[int, records.Curve]
-) -> dict[int, records.Curve]:
+    gd: dict[int, _records.Curve], sgd: dict[int, _records.Curve]
+) -> dict[int, _records.Curve]:
     """GD between the two evaluations where its training loss first falls to that of SGD's end.
 
     Interpolated in the logarithm of the loss; where it is never reached, the last evaluation.
@@ -108,7 +108,7 @@ def _at_equal_loss(
         before = max(after - 1, 0)
         drop = losses[before] - losses[after]
         part = min((losses[before] - wanted) / drop, 1.0) if reached.size and drop > 0 else 1.0
-        stopped[seed] = records.Curve(
+        stopped[seed] = _records.Curve(
             *(values[before : before + 1] * (1 - part) + values[after] * part for values in curve)
         )
     return stopped
@@ -118,14 +118,14 @@ def _row(
     setting: Setting,
     name: str,
     in_family: bool,
-    of_seed: dict[int, records.Curve],
-    gd: dict[int, records.Curve],
-    sgd: dict[int, records.Curve],
+    of_seed: dict[int, _records.Curve],
+    gd: dict[int, _records.Curve],
+    sgd: dict[int, _records.Curve],
 ) -> Row:
-    def ends(of: dict[int, records.Curve], seeds: list[int], what: str) -> Values:
+    def ends(of: dict[int, _records.Curve], seeds: list[int], what: str) -> Values:
         return np.asarray([getattr(of[seed], what)[-1] for seed in seeds])
 
-    def compared(reference: dict[int, records.Curve]) -> tuple[Values, Values]:
+    def compared(reference: dict[int, _records.Curve]) -> tuple[Values, Values]:
         seeds = sorted(of_seed.keys() & reference.keys())
         values, others = (100 * ends(of, seeds, "test_accuracy") for of in (of_seed, reference))
         return values, others
@@ -224,7 +224,7 @@ def _notes(setting: Setting, table: list[Row], found: list[dict[str, Any]]) -> s
         f"Holm over the {2 * declared} declared differences and, apart from them, the {declared} "
         f"equivalences; {made} of {declared} contestants of the family were run.",
         "\\* outside the declared family: p of equivalence not adjusted.",
-        _tuning(setting, records.curves(found)),
+        _tuning(setting, _records.curves(found)),
         f"Isotropic and diagonal noise: variances of S/b, refreshed every {setting.refresh_every} "
         "steps.",
         "A share without bounds: the gap itself is not clearly different from 0.",
@@ -233,7 +233,7 @@ def _notes(setting: Setting, table: list[Row], found: list[dict[str, Any]]) -> s
     return "\n".join(f"- {note}" for note in notes)
 
 
-def _tuning(setting: Setting, runs: dict[records.Run, records.Curve]) -> str:
+def _tuning(setting: Setting, runs: dict[_records.Run, _records.Curve]) -> str:
     factor = study.best_factor(setting, runs)
     if factor is None:
         return "GD's own learning rate was not chosen."
@@ -311,9 +311,9 @@ def write(setting: Setting, folder: pathlib.Path) -> tuple[pathlib.Path, str]:
     Raises:
         ValueError: if the records are of something else, or too few.
     """
-    path = records.path_of(folder, setting)
-    found = records.lines(path, setting)
-    table = rows(setting, records.curves(found))
+    path = _records.path_of(folder, setting)
+    found = _records.lines(path, setting)
+    table = rows(setting, _records.curves(found))
     page, picture = folder / f"{setting.name}.md", folder / f"{setting.name}.png"
     draw(setting, table, picture)
     text = markdown(setting, table, found)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.decide import datasets, records
-from experiments.decide.runs import Runner, Shape, shape_of
+from experiments.decide import _datasets, _records
+from experiments.decide._runs import Runner, Shape, shape_of
 from experiments.decide.settings import CONTESTANTS, Setting
 
 
@@ -33,14 +33,16 @@ def tuning_job(setting: Setting) -> Job:
     return Job("gd", tuple(runs))
 
 
-def best_factor(setting: Setting, runs: dict[records.Run, records.Curve]) -> float | None:
+def best_factor(setting: Setting, runs: dict[_records.Run, _records.Curve]) -> float | None:
     """GD's own learning rate, over the setting's: the best mean test accuracy at the endpoint.
 
     None while tuning runs are missing. Of equally good ones the smallest.
     """
     means = {}
     for factor in setting.tuning_factors:
-        wanted = [records.Run("gd", f, seed) for seed, f in tuning_job(setting).runs if f == factor]
+        wanted = [
+            _records.Run("gd", f, seed) for seed, f in tuning_job(setting).runs if f == factor
+        ]
         if not all(run in runs for run in wanted):
             return None
         means[factor] = np.mean([runs[run].test_accuracy[-1] for run in wanted])
@@ -58,7 +60,7 @@ class Study:
     def __init__(
         self,
         runner: Runner,
-        images: datasets.Images,
+        images: _datasets.Images,
         folder: pathlib.Path,
         *,
         seeds_at_once: int,
@@ -76,19 +78,19 @@ class Study:
         Raises:
             ValueError: if the folder has records of another setting or of other images.
         """
-        self.setting, self.path = runner.setting, records.path_of(folder, runner.setting)
+        self.setting, self.path = runner.setting, _records.path_of(folder, runner.setting)
         self._runner, self._at_once, self._told = runner, seeds_at_once, told
-        self._checksum, self._num_test = datasets.checksum(images), len(images.test_labels)
-        found = records.lines(self.path, self.setting)
-        records.check_data(found, self.path, self._checksum)
+        self._checksum, self._num_test = _datasets.checksum(images), len(images.test_labels)
+        found = _records.lines(self.path, self.setting)
+        _records.check_data(found, self.path, self._checksum)
         self._seconds: dict[Shape, float] = {}
         self._longest_start = 0.0
         # A chunk that is not full would be compiled anew, which takes a graphics card longer.
         self._fills_up = jax.default_backend() != "cpu"
 
-    def runs(self) -> dict[records.Run, records.Curve]:
+    def runs(self) -> dict[_records.Run, _records.Curve]:
         """All runs that are recorded."""
-        return records.curves(records.lines(self.path, self.setting))
+        return _records.curves(_records.lines(self.path, self.setting))
 
     def job(self, name: str, seeds: Sequence[int]) -> Job | None:
         """The main runs of a contestant; None for GD's own rate while that is not chosen."""
@@ -101,7 +103,7 @@ class Study:
         return [
             (seed, factor)
             for seed, factor in job.runs
-            if records.Run(job.contestant, factor, seed) not in runs
+            if _records.Run(job.contestant, factor, seed) not in runs
         ]
 
     def expected_seconds(self, job: Job) -> float:
@@ -151,7 +153,7 @@ class Study:
 
         outcome = self._runner.run(name, seeds, factors=factors, advanced=advanced)
         kept = type(outcome.scores)(*(values[:, :size] for values in outcome.scores))
-        records.add(
+        _records.add(
             self.path, self.setting, checksum=self._checksum, contestant=name,
             seeds=seeds[:size], factors=factors[:size], num_test=self._num_test,
             outcome=outcome._replace(scores=kept), options=self._runner.options,

@@ -31,8 +31,8 @@ def scaled(law: MNoise, scale: Scale) -> MNoise:
     Args:
         law: the law W' comes from.
         scale: c, a finite number of at least 0, or an array of shape (), which may be traced: built
-            inside a function, the law can be swept over by `jax.vmap` and compiles once. Or a
-            schedule, a function from the step (an int32 array of shape ()) to such a number, like
+            inside a function, the law can be swept over by `jax.vmap` and compiles once, but
+            states no `covariance`. Or a schedule, a function from the step (an int32 array of shape ()) to such a number, like
             those of optax: then the law states no `covariance`, since that changes from step to
             step; `covariance_between` states it.
 
@@ -70,12 +70,13 @@ def scaled(law: MNoise, scale: Scale) -> MNoise:
     if not isinstance(factor, Tracer) and factor == 1:
         return dataclasses.replace(law, name=f"scaled({law.name}, 1)")
     shown = "traced" if isinstance(scale, Tracer) else f"{factor:g}"
-    squared = factor * factor
-    moments = None if law.moments is None else squared * law.moments
+    unstated = law.moments is None or isinstance(factor, Tracer)
+    moments = None if unstated else factor**2 * law.moments
     draw_at = between = None
     if law.draw_at is not None:
         draw_at = bound(_scaled_draw_at, law, factor)
-        between = None if law.between is None else bound(_scaled_between, law, squared)
+        if law.between is not None and not isinstance(factor, Tracer):
+            between = bound(_scaled_between, law, factor**2)
     return MNoise(
         f"scaled({law.name}, {shown})",
         law.num_examples,
@@ -337,7 +338,7 @@ def _combined(laws: Sequence[MNoise], factors: Sequence[float]) -> Exchangeable 
     return total
 
 
-def _scaled_between(law: MNoise, squared: Any, step: int, other: int) -> Exchangeable:
+def _scaled_between(law: MNoise, squared: float, step: int, other: int) -> Exchangeable:
     return squared * law.covariance_between(step, other)
 
 

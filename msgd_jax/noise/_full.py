@@ -209,4 +209,4 @@ def matching_scale(target: MNoise) -> float:
     Raises:
         ValueError: if `target` states no `covariance`.
     """
-    return target.num_examples * math.sqrt(float(target.covariance.diagonal))
+    return target.num_examples * math.sqrt(target.covariance.diagonal)

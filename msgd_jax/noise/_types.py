@@ -86,23 +86,21 @@ class Weights:
 class Exchangeable:
     """The covariance of an exchangeable weight vector: one number on the diagonal, one off it.
 
-    Arrays, which may be traced, where the scale of the noise is one (`scaled`).
-
     Attributes:
         diagonal: Var(W_i).
         off_diagonal: Cov(W_i, W_j) for i != j; 0 where there is one example only.
     """
 
-    diagonal: float | Float[Array, ""]
-    off_diagonal: float | Float[Array, ""]
+    diagonal: float
+    off_diagonal: float
 
     @property
-    def alpha(self) -> Any:
+    def alpha(self) -> float:
         """The coefficient of I in Cov(W) = alpha I + beta 1 1^T."""
         return self.diagonal - self.off_diagonal
 
     @property
-    def beta(self) -> Any:
+    def beta(self) -> float:
         """The coefficient of 1 1^T in Cov(W) = alpha I + beta 1 1^T."""
         return self.off_diagonal
 
@@ -110,7 +108,7 @@ class Exchangeable:
         """The covariance of a sum of uncorrelated vectors."""
         return Exchangeable(self.diagonal + other.diagonal, self.off_diagonal + other.off_diagonal)
 
-    def __rmul__(self, factor: Any) -> "Exchangeable":
+    def __rmul__(self, factor: float) -> "Exchangeable":
         """The covariance of a vector that is multiplied by the root of a number."""
         return Exchangeable(factor * self.diagonal, factor * self.off_diagonal)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.experiments.fashion_files import TinyFashion, make_tiny_fashion
-from tests.experiments.source_files import NO_SERVER
+from tests.experiments.data.fashion_files import TinyFashion, make_tiny_fashion
+from tests.experiments.data.source_files import NO_SERVER
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import cifar10, data, execution, models, svhn, terminal, training
+from experiments import data, models, terminal, training
 from experiments.__main__ import main
-from experiments.algorithms import NoiseSettings
-from experiments.config import TrainConfig
-from tests.experiments.cifar_files import write_tiny_cifar10
-from tests.experiments.svhn_files import write_tiny_svhn
-from tests.experiments.test_deep_models import OneBlock
+from experiments.data import datasets
+from experiments.training import loop
+from experiments.training.algorithms import NoiseSettings
+from experiments.training.config import TrainConfig
+from tests.experiments.data.cifar_files import write_tiny_cifar10
+from tests.experiments.data.svhn_files import write_tiny_svhn
+from tests.experiments.models.test_deep_models import OneBlock
 
 PLAN = TrainConfig(
     algorithm="m-sgd-sparse-cov", dataset="cifar10", width=4, steps=6, learning_rate=0.05,
@@ -28,11 +30,9 @@ PLAN = TrainConfig(
 def files(tmp_path, monkeypatch):
     """Both data sets in one folder, in their original formats."""
     folder = tmp_path / "files"
-    published, _ = write_tiny_svhn(folder)
-    monkeypatch.setattr(svhn, "published_files", lambda: published)
-    monkeypatch.setattr(svhn, "NUM_TRAIN", 10)
-    published_cifar, _ = write_tiny_cifar10(folder)
-    monkeypatch.setattr(cifar10, "published_files", lambda: published_cifar)
+    tiny = (write_tiny_svhn(folder, num_train=10)[0], write_tiny_cifar10(folder)[0])
+    named = {original.name: original for original in tiny}
+    monkeypatch.setattr(datasets, "DATASETS", {**datasets.DATASETS, **named})
     return folder
 
 
@@ -68,13 +68,13 @@ def test_cifar10_with_batch_norm_goes_on_as_if_it_had_not_been_stopped(
 ):
     dataset = data.load("cifar10", data_dir=files)
     trainer = training.make_trainer(PLAN, dataset)  # once for all, to compile once
-    monkeypatch.setattr(training, "make_trainer", lambda *_: trainer)
+    monkeypatch.setattr("experiments.training.trainer.make_trainer", lambda *_, **__: trainer)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    evaluations = execution.run(PLAN, dataset, straight, Progress())
+    evaluations = loop.run(PLAN, dataset, straight, Progress())
     assert [e.step for e in evaluations] == [0, 2, 4, 6]
     with pytest.raises(KeyboardInterrupt):
-        execution.run(PLAN, dataset, resumed, Progress(3))
-    execution.run(PLAN, dataset, resumed, Progress())
+        loop.run(PLAN, dataset, resumed, Progress(3))
+    loop.run(PLAN, dataset, resumed, Progress())
     ends = [final_state(path) for path in (straight, resumed)]
     jax.tree.map(np.testing.assert_array_equal, *ends)
     # Ten ghost batches' statistics have moved the running ones, differently for each seed.
@@ -124,7 +124,7 @@ def test_the_papers_nets_from_the_command_line(dataset, model, files, tmp_path):
 def test_what_batch_norm_and_few_images_do_not_allow(changes, message, files, one_block):
     plan = dataclasses.replace(PLAN, data_dir=files, **changes)
     with pytest.raises(ValueError, match=message):
-        training.make_trainer(plan, execution.load(plan))
+        training.make_trainer(plan, loop.load(plan))
 
 
 def test_width_is_for_nets_that_have_one():

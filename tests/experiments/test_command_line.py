@@ -1,5 +1,6 @@
 """The command line end to end, on real images: runs, their folders, and what users get wrong."""
 
+import dataclasses
 import json
 import typing
 
@@ -7,18 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import (
-    comparison,
-    config,
-    data,
-    execution,
-    fashion_mnist,
-    figures,
-    runs,
-    training,
-)
+from experiments import data, figures, paper, training
 from experiments.__main__ import main
-from experiments.algorithms import ALGORITHMS, NoiseSettings
+from experiments.data import fashion_mnist
+from experiments.paper import accuracies
+from experiments.training import config, loop, runs
+from experiments.training.algorithms import ALGORITHMS, NoiseSettings
 from msgd_jax import noise
 
 
@@ -37,8 +32,8 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
     demo = tmp_path / "out"
     main(["demo", "--steps", "30", "--seeds", "2", "--eval-every", "10", "--out", str(demo)])
     assert image.imread(demo / "curves.png").shape[0] > 300
-    assert {p.name for p in demo.iterdir() if p.is_dir()} == set(config.DemoConfig.algorithms)
-    for algorithm in config.DemoConfig.algorithms:
+    assert {p.name for p in demo.iterdir() if p.is_dir()} == set(paper.DemoConfig.algorithms)
+    for algorithm in paper.DemoConfig.algorithms:
         asked = read(demo / algorithm / "config.json")
         assert (asked["algorithm"], asked["steps"], asked["seeds"]) == (algorithm, 30, 2)
         drawn = read(demo / algorithm / "train_images.json")["train_indices"]
@@ -77,7 +72,7 @@ def test_a_stopped_demo_goes_on_with_what_is_missing(tmp_path, monkeypatch, caps
 
     def pretend(plan, dataset, path, progress):
         if plan.algorithm == stop_at:
-            raise execution.Stopped("stopped after 3 steps; the same command goes on", 15)
+            raise loop.Stopped("stopped after 3 steps; the same command goes on", 15)
         trained.append(plan.algorithm)
         folder = runs.RunFolder(path, plan.resolved())
         values = np.full(plan.seeds, 0.5)
@@ -85,9 +80,9 @@ def test_a_stopped_demo_goes_on_with_what_is_missing(tmp_path, monkeypatch, caps
         folder.finish({})
         folder.close()
         progress.update(plan.total_steps)
-        return comparison.of_folder(path)
+        return accuracies.of_folder(path)
 
-    monkeypatch.setattr(execution, "run", pretend)
+    monkeypatch.setattr(loop, "run", pretend)
     with pytest.raises(SystemExit) as stopped:
         main(["demo"])
     assert stopped.value.code == 143
@@ -96,7 +91,7 @@ def test_a_stopped_demo_goes_on_with_what_is_missing(tmp_path, monkeypatch, caps
     assert trained == ["gd", "sgd", "m-sgd-fisher"]
     stop_at = None
     main(["demo", "--out", f"runs/{folder.name}"])
-    assert trained == list(config.DemoConfig.algorithms)
+    assert trained == list(paper.DemoConfig.algorithms)
     assert (folder / "curves.png").exists()
 
 
@@ -159,7 +154,6 @@ def test_fashion_mnist_with_the_papers_setting(tmp_path):
 
 def test_names_on_the_command_line_are_those_of_the_registry():
     assert typing.get_args(config.AlgorithmName) == tuple(ALGORITHMS)
-    assert typing.get_args(config.DatasetName) == tuple(data.DATASETS)
 
 
 def test_every_algorithm_makes_its_noise():
@@ -207,7 +201,7 @@ def test_unknown_names_list_the_choices(option, value, choice, capsys):
         (["--noise.batch-size", "1001"], "batch_size must be between 1 and 1000, got 1001"),
         (["--learning-rate", "nan"], "learning_rate must be finite and at least 0, got nan"),
         (["--learning-rate", "1e38"], r"not finite after 1 steps \(seed 0\)"),
-        (["--model", "lenet"], "model must be digits_net for the images of digits"),
+        (["--model", "lenet"], "model must be digits_net or resnet18 for the images of digits"),
     ],
 )
 def test_bad_numbers_are_named(arguments, message, tmp_path, capsys):
@@ -224,9 +218,10 @@ def test_bad_numbers_are_named(arguments, message, tmp_path, capsys):
 
 def test_a_dataset_that_is_not_there_says_how_to_get_it(tmp_path, monkeypatch):
     def without_debian(**kwargs):
-        return data.load_fashion_mnist(
-            kwargs["seed"], tmp_path, False, debian_folder=tmp_path / "nowhere"
+        nowhere = dataclasses.replace(
+            fashion_mnist.FASHION_MNIST, other_folders=(tmp_path / "nowhere",)
         )
+        return nowhere.load(kwargs["seed"], tmp_path, False)
 
     monkeypatch.setattr(data, "load", lambda name, **kwargs: without_debian(**kwargs))
     with pytest.raises(SystemExit, match=fashion_mnist.DEBIAN_PACKAGE) as stopped:
@@ -251,6 +246,6 @@ def test_speed_leaves_out_the_stretch_that_compiles():
         return training.Evaluation(step, *[accuracy] * 4, seconds)
 
     run = [evaluation(0, 0.0), evaluation(10, 99.0), evaluation(20, 1.0), evaluation(25, 1.0)]
-    assert execution.summary(run)["seconds_per_1000_steps"] == 150.0  # of 100 and 200
-    assert execution.summary(run[:3])["seconds_per_1000_steps"] == 100.0
-    assert execution.summary(run[:2])["seconds_per_1000_steps"] is None
+    assert loop.summary(run)["seconds_per_1000_steps"] == 150.0  # of 100 and 200
+    assert loop.summary(run[:3])["seconds_per_1000_steps"] == 100.0
+    assert loop.summary(run[:2])["seconds_per_1000_steps"] is None

@@ -17,10 +17,11 @@ import time
 
 import pytest
 
-from experiments import runs
+import experiments
+from experiments.training import runs
 
 PATIENCE = 120
-ROOT = pathlib.Path(runs.__file__).parents[1]
+ROOT = pathlib.Path(experiments.__file__).parents[1]
 COMMAND = [sys.executable, "-m", "experiments"]
 TRAIN = ["train", "--dataset", "digits", "--learning-rate", "0.1", "--eval-every", "200",
          "--microbatch-size", "None"]  # fmt: skip
@@ -139,7 +140,7 @@ def test_what_users_get_wrong_is_one_line_before_anything_is_loaded(folder):
         ([*TRAIN, "--num-train", "20"], "batch_size must be between 1 and 20, got 50"),
         ([*TRAIN, "--num-train", "1001"], "num_train must be between 1 and 1000, or None"),
         ([*TRAIN, "--algorithm", "sgd-b", "--noise.support-size", "0"], "got 0"),
-        ([*TRAIN, "--model", "lenet"], "model must be digits_net for the images of digits"),
+        ([*TRAIN, "--model", "lenet"], "model must be digits_net or resnet18 for the images"),
         (["train", "--dataset", "cifar10", "--microbatch-size", "3", "--model", "resnet18"],
          "microbatch_size must divide the 50 examples"),
         (["demo", size, "0"], "batch_size must be between 1 and 1000, got 0"),

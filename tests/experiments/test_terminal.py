@@ -10,9 +10,10 @@ import termios
 
 import pytest
 
-from experiments import expected, panels, terminal
-from experiments.algorithms import NoiseSettings
-from experiments.config import TrainConfig
+from experiments import terminal
+from experiments.paper import _cost, panels
+from experiments.training.algorithms import NoiseSettings
+from experiments.training.config import TrainConfig
 
 
 @pytest.fixture
@@ -112,17 +113,17 @@ def test_expected_seconds_are_those_that_were_recorded(algorithm, recorded):
     settings = NoiseSettings(support_size=500)
     plan = TrainConfig(algorithm=algorithm, noise=settings, seeds=5, steps=1_000, eval_every=1_000)
     longer = dataclasses.replace(plan, steps=2_000, eval_every=2_000)
-    assert 1 / 1.5 < (expected.seconds(longer) - expected.seconds(plan)) / recorded < 1.5
+    assert 1 / 1.5 < (_cost.seconds(longer) - _cost.seconds(plan)) / recorded < 1.5
 
 
 @pytest.mark.parametrize("name", panels.PANELS)
 @pytest.mark.parametrize("small", [False, True])
 def test_every_panel_has_an_expected_time(name, small):
     plans = list(panels.PANELS[name].at_scale(small))
-    sentence = expected.sentence(plans, len(plans))
+    sentence = _cost.sentence(plans, len(plans))
     assert f"{len(plans)} of {len(plans)} runs" in sentence
     assert "on two cores" in sentence
-    hours = sum(map(expected.seconds, plans)) / 3600
+    hours = sum(map(_cost.seconds, plans)) / 3600
     assert hours < 12 if small else hours > 0.1
     assert ("for a GPU" in sentence) == (not small and plans[0].model != "lenet")
 
@@ -133,4 +134,4 @@ def test_every_panel_has_an_expected_time(name, small):
      (7_199, "120 minutes"), (7_200, "2 hours"), (86_400 * 30, "30 days"), (1e9, "32 years")],
 )  # fmt: skip
 def test_durations(seconds, words):
-    assert expected.duration(seconds) == words
+    assert _cost.duration(seconds) == words

@@ -1,0 +1,110 @@
+"""The data sets by name, and how one of them is loaded."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from experiments.data import _draws, npz
+from experiments.data._digits import DIGITS
+from experiments.data._originals import Dataset, Examples, Original
+from experiments.data.cifar10 import CIFAR10
+from experiments.data.fashion_mnist import FASHION_MNIST
+from experiments.data.svhn import SVHN
+
+DATASETS: Mapping[str, Original] = {
+    original.name: original for original in (DIGITS, FASHION_MNIST, SVHN, CIFAR10)
+}
+"""The data sets by name. A data set of the user's own has no name: it is a file."""
+
+
+def is_file(name: str) -> bool:
+    """Whether a data set is asked for by its file, and not by its name."""
+    return name.endswith(npz.SUFFIX)
+
+
+def find(name: str) -> Original:
+    """The data set of this name, or in this file, which is read.
+
+    Args:
+        name: one of `DATASETS`, or a file whose name ends in ".npz"; see `npz`.
+
+    Raises:
+        ValueError: if it is neither, or if the file is not as it has to be.
+    """
+    if is_file(name):
+        return npz.open_npz(name)
+    if name not in DATASETS:
+        raise ValueError(
+            f"dataset must be one of {', '.join(sorted(DATASETS))}, or a file whose name ends in "
+            f"{npz.SUFFIX}, got {name!r}."
+        )
+    return DATASETS[name]
+
+
+def load(
+    name: str,
+    *,
+    seed: int = 0,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = True,
+) -> Dataset:
+    """Loads a data set and draws its training examples.
+
+    Args:
+        name: as in `find`.
+        seed: decides which examples are trained on; from 0 to `MAX_SEED`. The same seed draws the
+            same examples on every machine, from every source and with every version of NumPy.
+        data_dir: folder to look in first and to download into; None means the default folder of
+            tensorflow-datasets (the environment variable TFDS_DATA_DIR, or ~/tensorflow_datasets).
+        download: whether the network may be used when the data set is not on this machine.
+
+    Returns:
+        The data set, in the computer's memory.
+
+    Raises:
+        ValueError: if the name is unknown, the seed out of range, or `data_dir` no folder.
+        DatasetNotFoundError: if the data set is nowhere to be had.
+        DamagedDatasetError: if it was found, but its contents are not the published ones.
+    """
+    original = find(name)
+    _draws.check_seed(seed)
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"data_dir must be a folder, got {str(folder)[-200:]}, which is no folder."
+        )
+    return original.load(seed, folder, download)
+
+
+def subset(dataset: Dataset, num_train: int | None, num_test: int | None, *, seed: int) -> Dataset:
+    """Draws some of the images of a data set.
+
+    Args:
+        dataset: a data set.
+        num_train: how many of the training images; None for all.
+        num_test: how many of the test images, the same for every seed; None for all.
+        seed: decides which training images.
+
+    Raises:
+        ValueError: if there are not as many.
+    """
+
+    def drawn(name: str, examples: Examples, count: int | None, seed: int, draw: int) -> np.ndarray:
+        available = len(examples.label)
+        if count is None:
+            return np.arange(available)
+        if not 1 <= count <= available:
+            raise ValueError(f"{name} must be between 1 and {available}, or None, got {count}.")
+        return _draws.permutation(available, seed, draw)[:count]
+
+    train = drawn("num_train", dataset.train, num_train, seed, _draws.SUBSET)
+    test = drawn("num_test", dataset.test, num_test, 0, _draws.TEST_SUBSET)
+    return dataclasses.replace(
+        dataset,
+        train=dataset.train.take(train),
+        test=dataset.test.take(test),
+        train_indices=dataset.train_indices[train],
+    )

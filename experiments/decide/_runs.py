@@ -1,0 +1,360 @@
+"""Trains the contestants of a setting: all seeds of a chunk side by side, in one compiled loop.
+
+Contestants whose laws have the same support share one program, which draws from the law that it is
+told: compiling is what takes longest on a graphics card. Everything that is drawn is a function of
+the seed's key, so a seed's result depends on neither its chunk nor the program, rounding apart.
+"""
+
+import dataclasses
+import functools
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from experiments.decide import _datasets, _nets
+from experiments.decide.settings import CONTESTANTS, Setting
+from msgd_jax import covariance, loss
+from msgd_jax._streams import Stream, derive
+
+# Large enough to keep the device busy, small enough for the activations of all seeds to fit.
+EVALUATION_BATCH = 500
+# Examples whose gradients are in memory together, per seed.
+GRADIENT_ROWS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a setting is computed; rounding apart, no result depends on it.
+
+    Attributes:
+        convolution: see `nets.make`.
+        groups: see `nets.make`.
+        microbatch_size: examples of a seed in one pass; None for all of a step.
+    """
+
+    convolution: _nets.Convolution = "product"
+    groups: int = 1
+    microbatch_size: int | None = None
+
+
+class Shape(NamedTuple):
+    """What contestants have to share to share a program.
+
+    Attributes:
+        support: examples that a step computes; None for all N of them, in order.
+        perturbed: whether Gaussian noise is added to the gradient.
+    """
+
+    support: int | None
+    perturbed: bool
+
+
+class Example(NamedTuple):
+    """Images and the labels that a seed is given, a leading axis for the examples."""
+
+    image: UInt8[Array, "N height width channels"]
+    label: Int[Array, " N"]
+
+
+class State(NamedTuple):
+    """Of a chunk of seeds; every array has a leading axis for them.
+
+    Attributes:
+        params: of the net.
+        variances: of the Gaussian noise per parameter, like `params`; () without such noise.
+        examples: what each seed trains on.
+        noise_keys: of the contestant.
+    """
+
+    params: Any
+    variances: Any
+    examples: Example
+    noise_keys: Key[Array, " seeds"]
+
+
+class Score(NamedTuple):
+    """Mean losses, and numbers of images classified correctly.
+
+    [seeds] each, on the device; [evaluations, seeds] in an `Outcome`, as NumPy arrays.
+    """
+
+    train_loss: Any
+    train_correct: Any
+    test_loss: Any
+    test_correct: Any
+
+
+class Ends(NamedTuple):
+    """Compiled functions that all contestants of a setting share.
+
+    Attributes:
+        start: ``start(images, seeds, noise_name) -> State``, the variances left out.
+        evaluate: ``evaluate(params, examples, images) -> Score``.
+    """
+
+    start: Callable[..., State]
+    evaluate: Callable[..., Score]
+
+
+class Program(NamedTuple):
+    """The compiled training loop of the contestants of one shape.
+
+    Attributes:
+        names: the contestants; `which` of `advance` counts them.
+        advance: ``advance(state, which, begin, end, learning_rates, decay_step) -> State`` makes
+            the steps from `begin` to `end` - 1, each seed at its own learning rate; the state given
+            is gone.
+    """
+
+    names: tuple[str, ...]
+    advance: Callable[..., State]
+
+
+def shape_of(setting: Setting, name: str) -> Shape:
+    """The shape of a contestant's program."""
+    contestant = CONTESTANTS[name]
+    law = contestant.law(setting)
+    indices = jax.eval_shape(lambda: law.draw(jax.random.key(0)).indices)
+    support = None if indices is None else law.support_size
+    return Shape(support, contestant.perturbation != "none")
+
+
+def make_ends(setting: Setting, options: Options) -> Ends:
+    """Makes what the contestants of a setting share: how a run starts, how it is evaluated."""
+    net = _nets.make(setting, options.convolution)
+
+    def start_one(images: _datasets.Images, seed: Array, noise_name: Array) -> State:
+        key = jax.random.key(seed)
+        sample = _datasets.draw(setting, key, images.pool_labels)
+        params = net.init(derive(key, Stream.PARAMETERS))
+        return State(
+            params=params,
+            variances=(),
+            examples=Example(jnp.asarray(images.pool_images)[sample.positions], sample.labels),
+            noise_keys=_datasets.noise_key(key, noise_name),
+        )
+
+    def evaluate(params: Any, examples: Example, images: _datasets.Images) -> Score:
+        test = Example(jnp.asarray(images.test_images), jnp.asarray(images.test_labels))
+        mapped = functools.partial(_sums, net.logits)
+        train_loss, train_correct = jax.vmap(mapped)(params, examples)
+        test_loss, test_correct = jax.vmap(mapped, in_axes=(0, None))(params, test)
+        return Score(train_loss, train_correct, test_loss, test_correct)
+
+    return Ends(jax.jit(jax.vmap(start_one, in_axes=(None, 0, None))), jax.jit(evaluate))
+
+
+def make_program(setting: Setting, shape: Shape, options: Options) -> Program:
+    """Makes the program of all contestants of a shape.
+
+    Raises:
+        ValueError: if options or setting are not as described.
+    """
+    names = tuple(name for name in setting.contestants if shape_of(setting, name) == shape)
+    net = _nets.make(setting, options.convolution, options.groups)
+
+    def losses(params: Any, batch: Example) -> Float[Array, " batch"]:
+        logits = net.logits(params, batch.image)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label)
+
+    value_and_grad = loss.weighted_value_and_grad(losses, microbatch_size=options.microbatch_size)
+    draws = [CONTESTANTS[name].law(setting).sample for name in names]
+    isotropic = jnp.asarray([CONTESTANTS[name].perturbation == "isotropic" for name in names])
+
+    def variances(params: Any, examples: Example, isotropic: Array) -> Any:
+        diagonal = covariance_diagonal(losses, params, examples)
+        scaled = jax.tree.map(lambda x: x / setting.batch_size, diagonal)
+        mean = optax.tree.sum(scaled) / sum(x.size for x in jax.tree.leaves(scaled))
+        return jax.tree.map(lambda x: jnp.where(isotropic, mean, x), scaled)
+
+    def step_one(state: State, which: Array, step: Array, rate: Array) -> Any:
+        key = state.noise_keys
+        weights = jax.lax.switch(which, draws, key, step) if len(draws) > 1 else draws[0](key, step)
+        _, grads = value_and_grad(state.params, state.examples, weights)
+        if shape.perturbed:
+            grads = jax.tree.map(jnp.add, grads, _gaussian(key, step, state.variances))
+        return jax.tree.map(lambda p, g: p - rate * g, state.params, grads)
+
+    def advance(
+        state: State, which: Array, begin: Array, end: Array, rates: Array, decay_step: Array
+    ) -> State:
+        def one_step(step: Array, state: State) -> State:
+            if shape.perturbed:
+                # Outside `vmap`, under which both branches would be computed at every step.
+                fresh = jax.lax.cond(
+                    step % setting.refresh_every == 0,
+                    lambda: jax.vmap(variances, in_axes=(0, 0, None))(
+                        state.params, state.examples, isotropic[which]
+                    ),
+                    lambda: state.variances,
+                )
+                state = state._replace(variances=fresh)
+            now = jnp.where(step < decay_step, rates, rates * setting.decay_factor)
+            params = jax.vmap(step_one, in_axes=(0, None, None, 0))(state, which, step, now)
+            return state._replace(params=params)
+
+        return jax.lax.fori_loop(begin, end, one_step, state)
+
+    return Program(names, jax.jit(advance, donate_argnums=0))
+
+
+def covariance_diagonal(losses: loss.LossVectorFn, params: Any, examples: Example) -> Any:
+    """The diagonal of S, the covariance of the gradients of single examples; like `params`."""
+    n = examples.label.shape[0]
+    rows = max(size for size in range(1, min(GRADIENT_ROWS, n) + 1) if n % size == 0)
+
+    def one_run(sums: Any, run: Example) -> tuple[Any, None]:
+        gradients = covariance.gradient_matrix(losses, params, run)
+        first, second = sums
+        first = jax.tree.map(lambda total, g: total + g.sum(0), first, gradients)
+        second = jax.tree.map(lambda total, g: total + jnp.square(g).sum(0), second, gradients)
+        return (first, second), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    runs = jax.tree.map(lambda x: x.reshape(n // rows, rows, *x.shape[1:]), examples)
+    (first, second), _ = jax.lax.scan(one_run, (zeros, zeros), runs)
+    return jax.tree.map(lambda g, h: jnp.maximum(h / n - (g / n) ** 2, 0.0), first, second)
+
+
+def _gaussian(key: Key[Array, ""], step: Array, variances: Any) -> Any:
+    """Independent normals with these variances, from a stream of their own."""
+    leaves, structure = jax.tree.flatten(variances)
+    keys = [derive(key, Stream.LANGEVIN, step, i) for i in range(len(leaves))]
+    normals = [
+        jnp.sqrt(leaf) * jax.random.normal(own, leaf.shape, leaf.dtype)
+        for own, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, normals)
+
+
+def _sums(logits_of: Callable[..., Array], params: Any, examples: Example) -> tuple[Array, Array]:
+    """Mean loss and number of correct answers, a batch at a time."""
+    size = examples.label.shape[0]
+    batch_size = min(EVALUATION_BATCH, size)
+    positions = jnp.arange(-(-size // batch_size) * batch_size).reshape(-1, batch_size)
+
+    def one_batch(positions: Array) -> tuple[Array, Array]:
+        # The last batch is filled up with the last example, which does not count.
+        batch = jax.tree.map(lambda x: x.take(positions, axis=0, mode="clip"), examples)
+        counts = positions < size
+        logits = logits_of(params, batch.image)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.label)
+        correct = (logits.argmax(-1) == batch.label) & counts
+        return jnp.where(counts, losses, 0.0).sum(), correct.sum()
+
+    losses, correct = jax.lax.map(one_batch, positions)
+    return losses.sum() / size, correct.sum()
+
+
+def noise_number(name: str) -> int:
+    """The number of a noise key's name, the same on every machine."""
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+class Outcome(NamedTuple):
+    """What a contestant reached with the seeds of one chunk.
+
+    Attributes:
+        steps: after which it was evaluated, [evaluations].
+        scores: arrays [evaluations, seeds].
+        seconds: wall time of steps and evaluations, without compiling.
+        compile_seconds: before the first step: compiling, and drawing the initial weights.
+    """
+
+    steps: list[int]
+    scores: Score
+    seconds: float
+    compile_seconds: float
+
+
+class Runner:
+    """Runs chunks of one setting; it holds the images on the device, and the programs.
+
+    Attributes:
+        setting: what is run.
+        options: how it is computed.
+    """
+
+    def __init__(self, setting: Setting, images: _datasets.Images, options: Options):
+        """Puts the images on the device."""
+        self.setting, self.options = setting, options
+        self._images = jax.device_put(images)
+        self._ends = make_ends(setting, options)
+        self._programs: dict[Shape, Program] = {}
+
+    def _program(self, name: str) -> Program:
+        shape = shape_of(self.setting, name)
+        if shape not in self._programs:
+            self._programs[shape] = make_program(self.setting, shape, self.options)
+        return self._programs[shape]
+
+    def run(
+        self,
+        name: str,
+        seeds: Sequence[int],
+        *,
+        factors: Sequence[float] | None = None,
+        advanced: Callable[[int], None] = lambda steps: None,
+    ) -> Outcome:
+        """Trains a contestant with these seeds, side by side.
+
+        Args:
+            name: of the contestant.
+            seeds: of which everything is drawn: subset, labels, initial weights, noise.
+            factors: of the setting's learning rate, one per seed; None for 1.
+            advanced: is told how many steps have been made since it was last told.
+        """
+        contestant = CONTESTANTS[name]
+        steps, before = contestant.evaluation_steps(self.setting), time.perf_counter()
+        state, advance = self._started(name, seeds, factors)
+        jax.block_until_ready(self._evaluate(state))
+        began = time.perf_counter()
+        scores, done = [], 0
+        for step in steps:
+            state = advance(state, done, step)
+            scores.append(jax.device_get(self._evaluate(state)))
+            advanced(step - done)
+            done = step
+        seconds = time.perf_counter() - began
+        stacked = Score(*(np.stack(values) for values in zip(*scores, strict=True)))
+        return Outcome(steps, stacked, seconds, began - before)
+
+    def time_steps(self, name: str, seeds: Sequence[int], steps: int) -> tuple[float, float]:
+        """Seconds per step of a contestant after compiling, and the seconds that compiling took."""
+        before = time.perf_counter()
+        state, advance = self._started(name, seeds, None)
+        state = jax.block_until_ready(advance(state, 0, 1))
+        began = time.perf_counter()
+        jax.block_until_ready(advance(state, 1, 1 + steps))
+        return (time.perf_counter() - began) / steps, began - before
+
+    def _evaluate(self, state: State) -> Score:
+        return self._ends.evaluate(state.params, state.examples, self._images)
+
+    def _started(
+        self, name: str, seeds: Sequence[int], factors: Sequence[float] | None
+    ) -> tuple[State, Callable[[State, int, int], State]]:
+        """The state before the first step, and what advances it, compiled."""
+        contestant, program = CONTESTANTS[name], self._program(name)
+        number = np.uint32(noise_number(contestant.key))
+        state = self._ends.start(self._images, np.asarray(seeds, np.int32), number)
+        if contestant.perturbation != "none":
+            state = state._replace(variances=jax.tree.map(jnp.zeros_like, state.params))
+        which = np.int32(program.names.index(name))
+        factors = [1.0] * len(seeds) if factors is None else factors
+        rates = [contestant.learning_rate(self.setting, factor) for factor in factors]
+        rates = np.asarray(rates, np.float32)
+        decay_step = np.int32(round(self.setting.decay_at * contestant.steps(self.setting)))
+
+        def advance(state: State, begin: int, end: int) -> State:
+            return program.advance(state, which, np.int32(begin), np.int32(end), rates, decay_step)
+
+        # No steps at all: this only compiles.
+        return jax.block_until_ready(advance(state, 0, 0)), advance

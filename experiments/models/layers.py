@@ -1,0 +1,281 @@
+"""What nets are made of: their base, and layers.
+
+Between layers images are CHWN, the layout of `conv`.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from experiments.models.conv import conv_max_pool, conv_same
+
+__all__ = [
+    "Conv",
+    "ConvMaxPool",
+    "Cost",
+    "GhostBatchNorm",
+    "Net",
+    "batch_last",
+    "check_images",
+    "flat",
+    "linear",
+    "uniform",
+]
+
+Features = Float[Array, "channels height width batch"]
+
+
+class Cost(NamedTuple):
+    """Seconds on two cores, as measured at a width; at other widths they grow with its square.
+
+    Attributes:
+        width: of the net that was measured; None where nets have one width only.
+        step: of one image in one step of one seed.
+        evaluation: of one image of one seed.
+        compiling: of one run, before its first step and evaluation.
+    """
+
+    width: int | None
+    step: float
+    evaluation: float
+    compiling: float
+
+
+class Net(nnx.Module):
+    """What a net says of itself before it is made.
+
+    It is made by ``Class(rngs=nnx.Rngs(key), image_shape=..., num_classes=..., width=...)``, of
+    which only the keys are needed; `width` is for nets with a `full_width`.
+
+    Attributes:
+        image_shape: height and width (pixels) and channels of the images.
+        num_classes: number of logits.
+        smallest_side: the fewest pixels of height and width that it takes.
+        full_width: channels of its first layer as published; None for a net of one width only.
+        has_batch_norm: whether it normalises over ghost batches, so that there are no losses of
+            single examples.
+        cost: how long it takes.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int = 10
+    smallest_side: ClassVar[int] = 1
+    full_width: ClassVar[int | None] = None
+    has_batch_norm: ClassVar[bool] = False
+    cost: ClassVar[Cost]
+
+
+class ConvMaxPool(nnx.Module):
+    """A convolution with bias, then 2x2 max-pooling.
+
+    Stride 1, no padding, square kernel; initialised as `uniform` says.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        """Draws kernel [kernel_size, kernel_size, in_channels, out_channels] and bias.
+
+        Args:
+            in_channels: channels of the images.
+            out_channels: channels of the output.
+            kernel_size: height and width of the kernel, pixels.
+            rngs: the keys to draw the parameters with.
+            dtype: type to compute in; None for the type that images and parameters promote to.
+            param_dtype: type of the parameters.
+        """
+        initializer = uniform(in_channels * kernel_size**2)
+        kernel_shape = (kernel_size, kernel_size, in_channels, out_channels)
+        self.kernel = nnx.Param(initializer(rngs.params(), kernel_shape, param_dtype))
+        self.bias = nnx.Param(initializer(rngs.params(), (out_channels,), param_dtype))
+        self.dtype = dtype
+
+    def __call__(
+        self, images: Float[Array, "in_channels height width batch"]
+    ) -> Float[Array, "out_channels out_height out_width batch"]:
+        """Returns the pooled feature maps, [O, (H - k + 1) // 2, (W - k + 1) // 2, B]."""
+        kernel, bias = self.kernel[...], self.bias[...]
+        dtype = jnp.result_type(images, kernel, bias) if self.dtype is None else self.dtype
+        # All values of a window get the same bias, so it can be added after the maximum.
+        pooled = conv_max_pool(images.astype(dtype), kernel.astype(dtype))
+        return pooled + bias.astype(dtype).reshape(-1, 1, 1, 1)
+
+
+class Conv(nnx.Module):
+    """A convolution that keeps the size of its images, divided by the stride.
+
+    Square kernel of odd size, zero-padded by half of it; initialised normal with variance
+    2 / fan-in (He et al. 2015, for the ReLU that follows), the bias 0.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        """Draws kernel [kernel_size, kernel_size, in_channels, out_channels], and makes the bias.
+
+        Args:
+            in_channels: channels of the images.
+            out_channels: channels of the output.
+            kernel_size: height and width of the kernel, pixels, odd.
+            stride: distance between the centres of neighbouring outputs, pixels.
+            use_bias: whether there is one; before batch norm it would have no effect.
+            rngs: the keys to draw the parameters with.
+            dtype: type to compute in; None for the type that images and parameters promote to.
+            param_dtype: type of the parameters.
+        """
+        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        initializer = nnx.initializers.he_normal()
+        self.kernel = nnx.Param(initializer(rngs.params(), shape, param_dtype))
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros((out_channels,), param_dtype))
+        self.use_bias, self.stride, self.dtype = use_bias, stride, dtype
+
+    def __call__(self, images: Features) -> Features:
+        """Returns the feature maps, [O, ceil(H / stride), ceil(W / stride), B]."""
+        kernel = self.kernel[...]
+        dtype = jnp.result_type(images, kernel) if self.dtype is None else self.dtype
+        features = conv_same(images.astype(dtype), kernel.astype(dtype), stride=self.stride)
+        return features + _per_channel(self.bias[...].astype(dtype)) if self.use_bias else features
+
+
+class GhostBatchNorm(nnx.Module):
+    """Batch norm over the images it is given, which are one ghost batch (Hoffer et al. 2017).
+
+    The running statistics move a tenth of the way with every ghost batch, in order, the variance
+    with Bessel's correction: PyTorch's convention, which the paper used. Statistics are computed in
+    float32 or wider, the variance around the mean, so that nothing cancels.
+    """
+
+    momentum = 0.1
+    epsilon = 1e-5
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        """Makes scale 1, bias 0, and running mean 0 and variance 1, [channels] each.
+
+        Args:
+            channels: of the images.
+            dtype: type of the output; None for the type that images and parameters promote to.
+            param_dtype: type of the parameters.
+        """
+        self.scale = nnx.Param(jnp.ones((channels,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((channels,), param_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros((channels,), jnp.float32))
+        self.variance = nnx.BatchStat(jnp.ones((channels,), jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, images: Features, *, training: bool) -> Features:
+        """Normalises every channel.
+
+        Args:
+            images: array of shape [C, H, W, B].
+            training: whether with the statistics of these images, moving the running ones, or with
+                the running ones.
+
+        Returns:
+            Array of shape [C, H, W, B].
+
+        Raises:
+            ValueError: in training, if there is one value a channel: it has no variance.
+        """
+        scale, bias = self.scale[...], self.bias[...]
+        dtype = jnp.result_type(images, scale, bias) if self.dtype is None else self.dtype
+        # One long axis a channel: sums over it are twice as fast on CPU as sums over three.
+        values = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+        values = values.reshape(images.shape[0], -1)
+        if training:
+            mean, variance = self._statistics(values)
+        else:
+            mean, variance = self.mean[...], self.variance[...]
+        factor = scale * jax.lax.rsqrt(variance + self.epsilon)
+        normal = (values - mean[:, None]) * factor[:, None] + bias[:, None]
+        return normal.reshape(images.shape).astype(dtype)
+
+    def _statistics(
+        self, values: Float[Array, "channels values"]
+    ) -> tuple[Float[Array, " channels"], Float[Array, " channels"]]:
+        count = values.shape[1]
+        if count == 1:
+            raise ValueError(
+                "a ghost batch must have more than one value a channel, got one image of one "
+                "pixel: choose a larger microbatch_size."
+            )
+        mean = values.mean(1)
+        variance = jnp.square(values - mean[:, None]).mean(1)
+        unbiased = variance * (count / (count - 1))
+        for running, now in ((self.mean, mean), (self.variance, unbiased)):
+            moved = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(now)
+            running[...] = moved.astype(jnp.float32)
+        return mean, variance
+
+
+def _per_channel(values: Float[Array, " channels"]) -> Float[Array, "channels 1 1 1"]:
+    return values[:, None, None, None]
+
+
+def batch_last(
+    images: Float[Array, "batch height width channels"],
+) -> Float[Array, "channels height width batch"]:
+    """The layout that `conv` works in."""
+    return images.transpose(3, 1, 2, 0)
+
+
+def flat(
+    features: Float[Array, "channels height width batch"],
+) -> Float[Array, "batch height*width*channels"]:
+    """One row for each image: its pixels in row-major order, the channels of a pixel together."""
+    return features.transpose(1, 2, 0, 3).reshape(-1, features.shape[3]).T
+
+
+def linear(in_features: int, out_features: int, **kwargs: Any) -> nnx.Linear:
+    """A fully connected layer, initialised as `uniform` says."""
+    initializer = uniform(in_features)
+    return nnx.Linear(
+        in_features, out_features, kernel_init=initializer, bias_init=initializer, **kwargs
+    )
+
+
+def uniform(fan_in: int) -> nnx.Initializer:
+    """Draws uniformly from [-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = fan_in**-0.5
+
+    def initializer(key: Any, shape: Any, dtype: Any = jnp.float32, _: Any = None) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return initializer
+
+
+def check_images(images: Array, image_shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless the images are floating point and of this shape."""
+    if images.ndim != 4 or images.shape[1:] != image_shape:
+        allowed = ", ".join(map(str, image_shape))
+        raise ValueError(f"images must have shape [B, {allowed}], got shape {images.shape}.")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images must be floating point, scaled to [0, 1], got type {images.dtype}."
+        )

@@ -1,0 +1,47 @@
+"""How long training will take on two cores: said before it begins."""
+
+from experiments import models
+from experiments.training import loop
+from experiments.training.algorithms import ALGORITHMS
+from experiments.training.config import TrainConfig
+
+
+def seconds(plan: TrainConfig) -> float:
+    """Of a run: compilation, steps and evaluations."""
+    net = models.MODELS[plan.model_name]
+    cost = net.cost
+    train, test = loop.sizes(plan)
+    per_step = ALGORITHMS[plan.algorithm].make(train, plan.noise).support_size
+    evaluations = -(-plan.total_steps // plan.eval_every) + 1
+    wider = (
+        1.0
+        if cost.width is None
+        else ((plan.width or net.full_width or cost.width) / cost.width) ** 2
+    )
+    work = plan.total_steps * per_step * cost.step + evaluations * (train + test) * cost.evaluation
+    return cost.compiling + plan.seeds * work * wider
+
+
+def sentence(plans: list[TrainConfig], out_of: int) -> str:
+    """What will be run, and about how long it takes."""
+    steps = sum(plan.total_steps for plan in plans)
+    wide = any(models.MODELS[p.model_name].cost.width and p.width is None for p in plans)
+    return (
+        f"{len(plans)} of {out_of} runs are to be made, {steps:,} steps in all: "
+        f"about {duration(sum(map(seconds, plans)))} on two cores"
+        f"{', reckoned from a narrower net: these are for a GPU' if wide else ''}."
+    )
+
+
+def duration(seconds: float) -> str:
+    """In the unit that fits, from seconds to years."""
+    for size, unit in (
+        (31_536_000, "year"),
+        (86_400, "day"),
+        (3_600, "hour"),
+        (60, "minute"),
+        (1, "second"),
+    ):
+        if seconds >= 2 * size or size == 1:
+            return f"{max(round(seconds / size), 1):,} {unit}s"
+    raise AssertionError

@@ -1,0 +1,237 @@
+"""Final accuracies of several algorithms, compared: intervals, differences, tests of equivalence.
+
+Seeds are paired: seed s begins at the same initial weights under every algorithm.
+"""
+
+import csv
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from experiments.training import Evaluation, runs
+
+MARGIN = 0.01
+AVERAGED = 5  # evaluations at the end
+CONFIDENCE = 0.95
+
+
+class Result(NamedTuple):
+    """What the runs of one algorithm came to.
+
+    Attributes:
+        label: the algorithm's name, with its numbers.
+        steps: of the evaluations, [E].
+        train_loss: mean loss over the training images, [E, seeds].
+        train_accuracy: fraction, [E, seeds].
+        test_accuracy: fraction, [E, seeds].
+        seconds: of training, all seeds together.
+    """
+
+    label: str
+    steps: np.ndarray
+    train_loss: np.ndarray
+    train_accuracy: np.ndarray
+    test_accuracy: np.ndarray
+    seconds: float
+
+
+def of_evaluations(label: str, parts: list[list[Evaluation]]) -> Result:
+    """Puts the seeds of several runs of one configuration side by side."""
+
+    def stacked(name: str) -> np.ndarray:
+        return np.concatenate(
+            [np.stack([getattr(evaluation, name) for evaluation in part]) for part in parts], axis=1
+        )
+
+    return Result(
+        label,
+        np.array([evaluation.step for evaluation in parts[0]]),
+        stacked("train_loss"),
+        stacked("train_accuracy"),
+        stacked("test_accuracy"),
+        sum(evaluation.seconds for part in parts for evaluation in part),
+    )
+
+
+def of_folder(path: pathlib.Path) -> list[Evaluation]:
+    """The evaluations that a run of `train` has logged; raises runs.DamagedRecordError."""
+    file = path / "metrics.jsonl"
+    evaluations = []
+    for record in runs.read_lines(file):
+        try:
+            evaluation = Evaluation.of_record(record)
+            values = [v for v in evaluation if isinstance(v, np.ndarray)]
+            sound = len(values) == 4 and {v.shape for v in values} == {(len(values[0]),)}
+            if not sound or values[0].size == 0 or any(v.dtype.kind not in "fi" for v in values):
+                raise TypeError("its numbers are not one for each seed")
+            float(evaluation.seconds)
+        except (TypeError, ValueError) as error:
+            raise runs.DamagedRecordError(
+                f"{file} has no evaluation at step {record['step']}: {str(error)[:120]}"
+            ) from None
+        evaluations.append(evaluation)
+    return evaluations
+
+
+def of_finished(path: pathlib.Path) -> list[Evaluation]:
+    """The same, of a run that has finished: at least one."""
+    evaluations = of_folder(path)
+    if not evaluations:
+        raise runs.DamagedRecordError(f"{path / 'metrics.jsonl'} has no evaluation")
+    return evaluations
+
+
+class Row(NamedTuple):
+    """One algorithm against the reference; accuracies and differences are fractions.
+
+    Attributes:
+        label: the algorithm.
+        seeds: how many.
+        steps: iterations.
+        train_loss: mean over seeds at the end, or over the last evaluations.
+        train_accuracy: the same.
+        test_accuracy: the same.
+        half_width: of the 95 % interval of `test_accuracy` (Student's t); NaN for one seed.
+        difference: mean of `test_accuracy` minus the reference's, seed by seed; NaN for itself.
+        difference_half_width: of the 95 % interval of `difference`.
+        equivalence_p: of the two one-sided tests; below 0.05, they are equivalent within `MARGIN`.
+    """
+
+    label: str
+    seeds: int
+    steps: int
+    train_loss: float
+    train_accuracy: float
+    test_accuracy: float
+    half_width: float
+    difference: float
+    difference_half_width: float
+    equivalence_p: float
+
+    @property
+    def verdict(self) -> str:
+        """In words, at the 5 % level."""
+        if np.isnan(self.difference):
+            return "the reference"
+        apart = abs(self.difference) > self.difference_half_width
+        if self.equivalence_p < 1 - CONFIDENCE:
+            return "equivalent, though different" if apart else "equivalent"
+        return "different" if apart else "undecided"
+
+
+def compare(results: list[Result], reference: str, last: int = 1) -> list[Row]:
+    """Compares the last evaluations with those of one of the algorithms.
+
+    Args:
+        results: one for each algorithm, with the same seeds.
+        reference: the label of the one to compare with.
+        last: how many evaluations at the end are averaged, for each seed.
+
+    Raises:
+        ValueError: if no result has that label, the numbers of seeds differ, or there are fewer
+            evaluations than `last`.
+    """
+    for result in results:
+        if not 1 <= last <= len(result.steps):
+            raise ValueError(
+                f"last must be between 1 and the {len(result.steps)} evaluations of "
+                f"{result.label}, got {last}."
+            )
+    by_label = {result.label: result for result in results}
+    if reference not in by_label:
+        raise ValueError(f"reference must be one of {', '.join(by_label)}, got {reference!r}.")
+    against = by_label[reference].test_accuracy[-last:].mean(axis=0)
+    rows = []
+    for result in results:
+        final = result.test_accuracy[-last:].mean(axis=0)
+        if final.shape != against.shape:
+            raise ValueError(
+                f"{result.label} has {final.size} seeds and {reference} has {against.size}: "
+                "they are compared seed by seed."
+            )
+        itself = result.label == reference
+        differences = np.full(2, np.nan) if itself else final - against
+        rows.append(
+            Row(
+                label=result.label,
+                seeds=final.size,
+                steps=int(result.steps[-1]),
+                train_loss=float(result.train_loss[-last:].mean()),
+                train_accuracy=float(result.train_accuracy[-last:].mean()),
+                test_accuracy=float(final.mean()),
+                half_width=half_width(final),
+                difference=float(differences.mean()),
+                difference_half_width=np.nan if itself else half_width(differences),
+                equivalence_p=equivalence(differences, MARGIN),
+            )
+        )
+    return rows
+
+
+def half_width(values: np.ndarray) -> float:
+    """Of the 95 % interval of the mean of normal values, by Student's t; NaN for a single one."""
+    if values.size < 2:
+        return float("nan")
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1)
+    return float(quantile * values.std(ddof=1) / np.sqrt(values.size))
+
+
+def equivalence(differences: np.ndarray, margin: float) -> float:
+    """The p-value of two one-sided t-tests (Schuirmann 1987) that the mean is within ±margin.
+
+    Args:
+        differences: paired differences, normal by assumption.
+        margin: above 0.
+
+    Returns:
+        The larger of the two p-values: small where the mean is shown to be within the margin. NaN
+        for a single difference.
+    """
+    if differences.size < 2 or np.isnan(differences).any():
+        return float("nan")
+    above = stats.ttest_1samp(differences, -margin, alternative="greater")
+    below = stats.ttest_1samp(differences, margin, alternative="less")
+    # A named tuple with more names than SciPy's annotations say.
+    return float(max(np.asarray(above)[1], np.asarray(below)[1]))
+
+
+def write_csv(rows: list[Row], path: pathlib.Path) -> None:
+    """One line an algorithm, all numbers as they are."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*Row._fields, "verdict"])
+        for row in rows:
+            writer.writerow([*row, row.verdict])
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """The rows as a table, accuracies in percent."""
+    lines = [
+        f"| algorithm | train loss | test accuracy % | minus {reference_of(rows)} | p (equivalent "
+        f"within {100 * MARGIN:g} %) | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        accuracy = _with_interval(row.test_accuracy, row.half_width)
+        if np.isnan(row.difference):
+            difference, p = "", ""
+        else:
+            difference = _with_interval(row.difference, row.difference_half_width, sign="+")
+            p = "" if np.isnan(row.equivalence_p) else f"{row.equivalence_p:.2g}"
+        verdict = row.verdict if row.seeds > 1 else ""
+        lines.append(
+            f"| {row.label} | {row.train_loss:.4f} | {accuracy} | {difference} | {p} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def reference_of(rows: list[Row]) -> str:
+    """The label of the row that the others are compared with."""
+    return next(row.label for row in rows if np.isnan(row.difference))
+
+
+def _with_interval(value: float, width: float, sign: str = "") -> str:
+    text = f"{100 * value:{sign}.2f}"
+    return text if np.isnan(width) else f"{text} ± {100 * width:.2f}"

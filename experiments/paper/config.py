@@ -1,0 +1,122 @@
+"""What figures, lists and reports are made of, as dataclasses that are also the command line."""
+
+import dataclasses
+import pathlib
+from typing import Annotated, Literal
+
+import tyro
+
+from experiments.training import AlgorithmName, NoiseSettings, TrainConfig
+
+PanelName = Literal[
+    "1a", "1b", "1c", "1d", "1e", "1f", "2a", "2b", "3a", "3b",
+    "1a-converged", "1b-converged", "large-batch",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """Trains a small convolutional net on real digits with six algorithms, several seeds each.
+
+    Prints a table, and writes curves.png: test accuracy against iteration.
+
+    Attributes:
+        steps: iterations of each algorithm.
+        seeds: runs side by side for each algorithm.
+        learning_rate: eta, the same for all.
+        noise: the numbers the noises are built from.
+        eval_every: steps between two evaluations.
+        out: the folder of the results, which must be new; None for runs/demo-DATE-TIME.
+    """
+
+    steps: int = 1_000
+    seeds: int = 5
+    learning_rate: float = 0.1
+    noise: NoiseSettings = dataclasses.field(default_factory=NoiseSettings)
+    eval_every: int = 50
+    out: pathlib.Path | None = None
+
+    algorithms = (
+        "gd",
+        "sgd",
+        "m-sgd-fisher",
+        "m-sgd-cov",
+        "m-sgd-bernoulli",
+        "m-sgd-sparse-fisher",
+    )
+
+    def runs(self) -> dict[AlgorithmName, TrainConfig]:
+        """One training run for each algorithm."""
+        return {
+            algorithm: TrainConfig(
+                algorithm=algorithm,
+                dataset="digits",
+                steps=self.steps,
+                seeds=self.seeds,
+                learning_rate=self.learning_rate,
+                noise=self.noise,
+                eval_every=self.eval_every,
+                microbatch_size=None,
+            )
+            for algorithm in self.algorithms
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureConfig:
+    """Draws a panel of the paper's figures: runs what is missing, reuses what is there.
+
+    Every run has a folder of its own under `runs`, named after what it computes, and goes on where
+    it was stopped. Writes a picture, a table as CSV, and a page, into `out`.
+
+    Attributes:
+        panel: which; those with a word in their name are ours.
+        scale: "paper" for the panel in full; "small" for fewer images, channels, steps and seeds,
+            which runs on two cores.
+        seeds: runs of each algorithm; None for the panel's own number.
+        seeds_at_once: how many of them side by side in one process, as memory allows.
+        runs: the folder of the runs.
+        data_dir: where data sets are looked for, and downloaded to.
+        out: the folder of the figure, whose earlier version is replaced; None for
+            runs/figure-PANEL.
+    """
+
+    panel: Annotated[PanelName, tyro.conf.Positional]
+    scale: Literal["paper", "small"] = "paper"
+    seeds: int | None = None
+    seeds_at_once: int = 5
+    runs: pathlib.Path = pathlib.Path("runs")
+    data_dir: pathlib.Path | None = None
+    out: pathlib.Path | None = None
+
+    def __post_init__(self):
+        if self.seeds is not None and self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, or None, got {self.seeds}.")
+        if self.seeds_at_once < 1:
+            raise ValueError(f"seeds_at_once must be at least 1, got {self.seeds_at_once}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ListConfig:
+    """Lists the runs below a folder: their state, how far they are, and their accuracies.
+
+    Attributes:
+        runs: the folder.
+    """
+
+    runs: pathlib.Path = pathlib.Path("runs")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Draws the finished runs below a folder on one page, in Markdown and in HTML.
+
+    Runs that differ in nothing but algorithm and noise stand together.
+
+    Attributes:
+        runs: the folder.
+        out: the folder of the page, whose earlier version is replaced; None for report in `runs`.
+    """
+
+    runs: pathlib.Path = pathlib.Path("runs")
+    out: pathlib.Path | None = None

@@ -1,0 +1,189 @@
+"""The panels of the paper's Figures 1, 2 and 3, and three of ours: every number in one place.
+
+Numbers from the paper have their section beside them. Where it is silent the choice is ours, and
+said to be: among `assumptions`, which the figures' pages print.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.training.algorithms import NoiseSettings
+from experiments.training.config import AlgorithmName, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """What is drawn together.
+
+    Attributes:
+        title: of the figure.
+        runs: the training runs, in the order of the legend; the first with algorithm "sgd" is what
+            the others are compared with.
+        small: what `--scale small` changes in each of them.
+        assumptions: what is our choice, since the paper does not say.
+    """
+
+    title: str
+    runs: tuple[TrainConfig, ...]
+    small: Mapping[str, Any]
+    assumptions: tuple[str, ...]
+
+    def at_scale(self, small: bool) -> tuple[TrainConfig, ...]:
+        """The runs in full, or reduced to what two cores can do."""
+        return tuple(_reduced(run, self.small) for run in self.runs) if small else self.runs
+
+
+def _reduced(run: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """Fewer steps, images and channels; decays at the same fractions of the way."""
+    steps = changes.get("steps", run.steps)
+    decay_at = tuple(round(at * steps / run.steps) for at in run.decay_at)
+    settings = dataclasses.replace(run.noise, **_sizes(run.noise, changes))
+    kept = {k: v for k, v in changes.items() if k not in _SIZES}
+    return dataclasses.replace(run, decay_at=decay_at, noise=settings, **kept)
+
+
+_SIZES = ("batch_size", "estimate_size", "support_size")
+
+
+def _sizes(settings: NoiseSettings, changes: Mapping[str, Any]) -> dict[str, int]:
+    return {k: min(getattr(settings, k), changes[k]) for k in _SIZES if k in changes}
+
+
+def _each(base: TrainConfig, *algorithms: AlgorithmName, **changes: Any) -> tuple[TrainConfig, ...]:
+    return tuple(dataclasses.replace(base, algorithm=name, **changes) for name in algorithms)
+
+
+def _regularisation(base: TrainConfig) -> tuple[TrainConfig, ...]:
+    """The algorithms of panels (a) and (d), and the baseline that the field compares with."""
+    return _each(
+        base, "gd", "sgd", "m-sgd-fisher", "m-sgd-cov", "m-sgd-bernoulli", "gd-rademacher",
+        "langevin-diagonal-fisher",
+    )  # fmt: skip
+
+
+def _estimation(base: TrainConfig) -> tuple[TrainConfig, ...]:
+    """The algorithms of panels (b) and (e)."""
+    return _each(
+        base, "sgd", "m-sgd-fisher", "m-sgd-cov", "m-sgd-estimated-fisher", "m-sgd-estimated-cov"
+    )
+
+
+def _large_batch(base: TrainConfig, *sizes: int) -> tuple[TrainConfig, ...]:
+    """SGD with b and with larger batches, and sparse noises of b in the larger batches."""
+    runs = list(_each(base, "sgd"))
+    for size in sizes:
+        noise = dataclasses.replace(base.noise, support_size=size)
+        runs += _each(base, "sgd-b", noise=noise)
+        runs += _each(base, "sgd-b", noise=noise, learning_rate_scaling="sqrt")
+        runs += _each(base, "m-sgd-sparse-fisher", "m-sgd-sparse-cov", noise=noise)
+    return tuple(runs)
+
+
+_LENET = TrainConfig(
+    dataset="fashion_mnist",  # B.1: 1,000 original test images to train, 60,000 to test
+    model="lenet",  # B.1
+    learning_rate=0.01,  # B.1
+    noise=NoiseSettings(batch_size=50),  # B.1
+    steps=10_000,  # ours
+    seeds=5,  # ours
+)
+_LENET_CONVERGED = dataclasses.replace(  # ours
+    _LENET, learning_rate=0.1, steps=3_000, eval_every=150
+)
+_LENET_SMALL = {"learning_rate": 0.1, "steps": 600, "eval_every": 60, "num_test": 5_000, "seeds": 3}
+
+_SVHN = TrainConfig(
+    dataset="svhn",  # B.2: 25,000 original test images to train, 73,257 to test
+    model="vgg11",  # B.2, without batch norm
+    learning_rate=0.05,  # B.2
+    noise=NoiseSettings(batch_size=100, estimate_size=100),  # B.2
+    steps=20_000,  # ours
+    eval_every=500,
+    seeds=3,  # ours
+)
+_CIFAR_VGG = TrainConfig(
+    dataset="cifar10",  # B.3: standard
+    model="vgg11",  # B.3, without batch norm
+    learning_rate=0.01,  # B.3
+    momentum=0.9,  # B.3
+    decay_at=(40_000, 60_000),  # B.3
+    decay_factor=0.1,  # B.3
+    noise=NoiseSettings(batch_size=100, estimate_size=100),  # B.3
+    steps=80_000,  # ours
+    eval_every=1_000,
+    seeds=3,  # ours
+)
+_CIFAR_RESNET = dataclasses.replace(
+    _CIFAR_VGG,
+    model="resnet18",  # B.3, with ghost batch norm
+    learning_rate=0.1,  # B.3
+)
+_CIFAR_RESNET_BEST = dataclasses.replace(
+    _CIFAR_RESNET,
+    augment=True,  # B.3
+    weight_decay=5e-4,  # B.3
+)
+_COLOUR_SMALL = {
+    "num_train": 500, "num_test": 1_000, "width": 8, "steps": 200, "eval_every": 50, "seeds": 2,
+    "batch_size": 50, "estimate_size": 50, "support_size": 250, "microbatch_size": 50,
+    "checkpoint_every": 50,
+}  # fmt: skip
+
+_ALL = (
+    "number of iterations and of seeds",
+    "the scale of GD-Rademacher: the variances of M-SGD-Fisher (tuned in the paper, to what is not "
+    "said)",
+    "[Fisher-b] and [Cov-b] estimate from as many examples as the b of SGD",
+)
+_INITIAL_LENET = "initial weights: PyTorch 1.0's default, uniform on ±1/sqrt(fan-in)"
+_INITIAL_VGG = "initial weights: normal with variance 2/fan-in (He et al. 2015), biases 0"
+_GHOST = "ghost batches of 100; running statistics with momentum 0.1"
+_LARGE = (
+    "which of the paper's 2,000 and 5,000 the large batch is",
+    "the learning rate of SGD-b: as for b, and scaled with the root of the batch size (Hoffer et "
+    "al. 2017); regime adaptation keeps the number of iterations",
+)
+_AUGMENTED = "augmentation: zero-padding by 4, random crops, horizontal flips"
+_CONVERGED = (
+    "learning rate 0.1 instead of 0.01, with which the training loss is still 0.1, and falling, "
+    "after 10,000 iterations"
+)
+
+PANELS: Mapping[str, Panel] = {
+    "1a": Panel("FashionMNIST, LeNet: which noises regularise as SGD's", _regularisation(_LENET),
+                _LENET_SMALL, (*_ALL, _INITIAL_LENET)),
+    "1b": Panel("FashionMNIST, LeNet: covariances estimated from b examples", _estimation(_LENET),
+                _LENET_SMALL, (*_ALL, _INITIAL_LENET)),
+    "1c": Panel("CIFAR-10, ResNet-18, augmentation and weight decay: large batches",
+                _large_batch(_CIFAR_RESNET_BEST, 5_000), _COLOUR_SMALL,
+                (*_ALL, *_LARGE, _GHOST, _AUGMENTED)),
+    "1d": Panel("SVHN, VGG-11: which noises regularise as SGD's", _regularisation(_SVHN),
+                _COLOUR_SMALL, (*_ALL, _INITIAL_VGG)),
+    "1e": Panel("SVHN, VGG-11: covariances estimated from b examples", _estimation(_SVHN),
+                _COLOUR_SMALL, (*_ALL, _INITIAL_VGG)),
+    "1f": Panel("SVHN, VGG-11: large batches", _large_batch(_SVHN, 2_000), _COLOUR_SMALL,
+                (*_ALL, *_LARGE, _INITIAL_VGG)),
+    "2a": Panel("CIFAR-10, VGG-11: which noises regularise as SGD's", _regularisation(_CIFAR_VGG),
+                _COLOUR_SMALL, (*_ALL, _INITIAL_VGG)),
+    "2b": Panel("CIFAR-10, VGG-11: large batches", _large_batch(_CIFAR_VGG, 2_000), _COLOUR_SMALL,
+                (*_ALL, *_LARGE, _INITIAL_VGG)),
+    "3a": Panel("CIFAR-10, ResNet-18: which noises regularise as SGD's",
+                tuple(run for run in _regularisation(_CIFAR_RESNET)
+                      if run.algorithm != "langevin-diagonal-fisher"),
+                _COLOUR_SMALL, (*_ALL, _GHOST, "no diagonal Langevin: batch norm has no losses of "
+                                "single examples")),
+    "3b": Panel("CIFAR-10, ResNet-18: large batches", _large_batch(_CIFAR_RESNET, 2_000),
+                _COLOUR_SMALL, (*_ALL, *_LARGE, _GHOST)),
+    "1a-converged": Panel("FashionMNIST, LeNet, to convergence: which noises regularise as SGD's",
+                          _regularisation(_LENET_CONVERGED), _LENET_SMALL,
+                          (*_ALL, _INITIAL_LENET, _CONVERGED)),
+    "1b-converged": Panel("FashionMNIST, LeNet, to convergence: covariances estimated from b",
+                          _estimation(_LENET_CONVERGED), _LENET_SMALL,
+                          (*_ALL, _INITIAL_LENET, _CONVERGED)),
+    "large-batch": Panel("FashionMNIST, LeNet, to convergence: large batches",
+                         (*_large_batch(_LENET_CONVERGED, 500),
+                          *_each(_LENET_CONVERGED, "gd", "m-sgd-fisher", "m-sgd-cov")),
+                         _LENET_SMALL, (*_ALL, _INITIAL_LENET, _CONVERGED, "the panel itself")),
+}  # fmt: skip
+"""The panels by name."""

@@ -1,0 +1,280 @@
+"""Figures of the paper's panels, the list of runs, and the report of many runs on one page."""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from experiments import figures, terminal
+from experiments.paper import _cost, accuracies, listing
+from experiments.paper.config import FigureConfig, ListConfig, ReportConfig
+from experiments.paper.panels import PANELS
+from experiments.training import TrainConfig, loop, runs
+
+
+def run_folder(root: pathlib.Path, config: TrainConfig) -> pathlib.Path:
+    """Where the run of a configuration lives: named after what it computes, whatever draws it."""
+    settings = json.dumps(runs.settings(config.resolved()), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()
+    last = config.seed + config.seeds - 1
+    seeds = f"seed{config.seed}" if config.seeds == 1 else f"seeds{config.seed}-{last}"
+    return (
+        root / f"{config.dataset_name}-{config.model_name}-{config.algorithm}-{seeds}-{digest[:8]}"
+    )
+
+
+def figure(config: FigureConfig) -> pathlib.Path:
+    """Runs what a panel misses and draws it; returns the folder with picture, table and page."""
+    panel = PANELS[config.panel]
+    plans = [
+        dataclasses.replace(plan, data_dir=config.data_dir, seeds=config.seeds or plan.seeds)
+        for plan in panel.at_scale(config.scale == "small")
+    ]
+    small = " (small scale)" if config.scale == "small" else ""
+    title = f"Figure {config.panel}{small}. {panel.title}"
+    suffix = "-small" if small else ""
+    folder = config.out or config.runs / f"figure-{config.panel}{suffix}"
+    runs.check_writable(config.runs, "runs")
+    runs.check_writable(folder)
+    results = _results(plans, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = write_section(folder, f"figure-{config.panel}", title, plans[0], results)
+    assumptions = "\n".join(f"* {line}" for line in panel.assumptions)
+    text += f"\nOur choices, where the paper is silent:\n\n{assumptions}\n"
+    runs.replace_text(folder / "README.md", text)
+    print(text)
+    return folder
+
+
+def _results(plans: list[TrainConfig], config: FigureConfig) -> list[accuracies.Result]:
+    """Runs the plans, the seeds in groups; what has finished is only read."""
+    groups = [list(_groups(plan, config.seeds_at_once)) for plan in plans]
+    paths = {part: run_folder(config.runs, part) for parts in groups for part in parts}
+    # By the name alone, which has the settings in it: earlier records may say less than later ones.
+    missing = [
+        part
+        for part, path in paths.items()
+        if not (path.exists() and runs.state(path) == "finished")
+    ]
+    _check_same_draws(config.runs, [path for part, path in paths.items() if part not in missing],
+                      bool(missing))  # fmt: skip
+    for plan in plans:
+        loop.check(plan)
+    if missing:
+        print(_cost.sentence(missing, len(paths)), flush=True)
+    dataset = loop.load(missing[0]) if missing else None  # the same for the whole panel
+    results = []
+    with terminal.Progress(sum(part.total_steps for part in missing)) as progress:
+        for plan, parts in zip(plans, groups, strict=True):
+            evaluations = [
+                loop.run(part, dataset, paths[part], progress)
+                if dataset is not None and part in missing
+                else accuracies.of_finished(paths[part])
+                for part in parts
+            ]
+            results.append(accuracies.of_evaluations(plan.label, evaluations))
+    return results
+
+
+def _check_same_draws(root: pathlib.Path, finished: list[pathlib.Path], some_missing: bool) -> None:
+    """Seed s begins at the same weights under every algorithm: only where it draws the same."""
+    old = [path for path in finished if runs.draws(path) != runs.DRAWS]
+    if old and (some_missing or len(old) < len(finished)):
+        raise ValueError(
+            f"runs must hold runs that can be compared seed by seed, got {runs.brief(root)} with "
+            f"{len(old)} runs of this figure from when a seed drew something else: choose another "
+            "--runs."
+        )
+
+
+def _groups(plan: TrainConfig, at_once: int) -> Any:
+    for first in range(0, plan.seeds, at_once):
+        seeds = min(at_once, plan.seeds - first)
+        yield dataclasses.replace(plan, seed=plan.seed + first, seeds=seeds)
+
+
+def write_section(
+    folder: pathlib.Path, name: str, title: str, plan: TrainConfig,
+    results: list[accuracies.Result],
+) -> str:  # fmt: skip
+    """Writes NAME.png, NAME.csv, of long runs NAME-averaged.csv; returns their page in Markdown."""
+    labels = [result.label for result in results]
+    reference = next((label for label in labels if label.startswith("SGD")), labels[0])
+    rows = accuracies.compare(results, reference)
+    accuracies.write_csv(rows, folder / f"{name}.csv")
+    averaged = ""
+    if min(len(result.steps) for result in results) > 2 * accuracies.AVERAGED:
+        means = accuracies.compare(results, reference, accuracies.AVERAGED)
+        accuracies.write_csv(means, folder / f"{name}-averaged.csv")
+        averaged = (
+            f"The mean over the last {accuracies.AVERAGED} evaluations of each seed: at a constant "
+            "learning rate a single one may fall on a spike of the loss.\n\n"
+            f"{accuracies.markdown_table(means)}\n\n"
+        )
+    curves = [figures.Curve(r.label, r.steps, r.test_accuracy) for r in results]
+    seeds = rows[0].seeds
+    plural = "seed" if seeds == 1 else "seeds"
+    subtitle = (
+        f"{plan.dataset_name}, {plan.model_name}, learning rate {plan.learning_rate:g}, "
+        f"b = {plan.noise.batch_size}, {seeds} {plural} (band: one standard error)"
+    )
+    figures.plot_curves(curves, folder / f"{name}.png", f"{title}\n{subtitle}")
+    return (
+        f"## {title}\n\n{subtitle[0].upper()}{subtitle[1:]}; {rows[0].steps:,} iterations.\n\n"
+        f"![{title}]({name}.png)\n\nThe last evaluation:\n\n{accuracies.markdown_table(rows)}\n\n"
+        f"{averaged}"
+        "±: 95 % intervals over seeds (Student's t); differences are paired, seed by seed.\n"
+    )
+
+
+def list_runs(config: ListConfig) -> None:
+    """Prints one line for each folder with a run, or the remains of one, below the folder."""
+    fresh = config.runs == ListConfig().runs and not config.runs.exists()
+    if not fresh:
+        _check_folder(config.runs)
+    entries = [] if fresh else listing.read(config.runs)
+    if entries:
+        print(listing.table(entries, config.runs))
+    else:
+        print(f"There are no runs in {runs.brief(config.runs)} yet. {_HOW_TO_MAKE_ONE}")
+
+
+def report(config: ReportConfig) -> pathlib.Path:
+    """Draws all finished runs below a folder on one page; returns the folder with the page."""
+    if config.runs.exists() or config.runs != ReportConfig().runs:
+        _check_folder(config.runs)
+    groups: dict[str, dict[str, list[listing.Entry]]] = {}
+    left_out = []
+    for entry in listing.read(config.runs):
+        why = _why_left_out(entry)
+        if why:
+            left_out.append(f"* {entry.path.relative_to(config.runs)}: {why}")
+            continue
+        assert entry.plan is not None
+        settings = runs.settings(entry.plan)
+        algorithm = json.dumps([settings[name] for name in _OWN])
+        groups.setdefault(_problem(entry), {}).setdefault(algorithm, []).append(entry)
+    if not groups:
+        found = f"; {len(left_out)} other folders (see `list`)" if left_out else ""
+        raise ValueError(
+            "runs must hold finished runs of `train`, `demo` or `figure`, found none below "
+            f"{runs.brief(config.runs)}{found}. {_HOW_TO_MAKE_ONE}"
+        )
+    folder = config.out or config.runs / "report"
+    runs.check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for i, (_, algorithms) in enumerate(sorted(groups.items()), start=1):
+        read = [_read_runs(entries, config.runs, left_out) for entries in algorithms.values()]
+        read.sort(key=lambda one: _ORDER.index(one.plan.algorithm))
+        for part in _same_seeds(read):
+            title = f"{i}. {part[0].plan.dataset_name}, {part[0].plan.model_name}"
+            name = f"runs-{len(sections) + 1}"
+            results = [one.result for one in part]
+            sections.append(write_section(folder, name, title, part[0].plan, results))
+    text = "# Runs\n\n" + "\n".join(sections)
+    if left_out:
+        text += "\n## Left out\n\n" + "\n".join(left_out) + "\n"
+    runs.replace_text(folder / "report.md", text)
+    runs.replace_text(folder / "report.html", _as_html(text, folder))
+    print(f"{folder / 'report.md'} and report.html: {len(sections)} sections.")
+    if left_out:
+        print("\nLeft out:\n" + "\n".join(left_out))
+    return folder
+
+
+_HOW_TO_MAKE_ONE = "One is made by: python -m experiments demo"
+_OWN = ("algorithm", "noise", "learning_rate_scaling", "regime_adaptation")
+_ORDER = (
+    "gd", "sgd", "sgd-b", "m-sgd-fisher", "m-sgd-cov", "m-sgd-bernoulli", "gd-rademacher",
+    "m-sgd-estimated-fisher", "m-sgd-estimated-cov", "m-sgd-sparse-fisher", "m-sgd-sparse-cov",
+    "langevin-diagonal-fisher",
+)  # fmt: skip
+
+
+def _why_left_out(entry: listing.Entry) -> str:
+    """Why a report does not draw it; "" if it does."""
+    if entry.problem:
+        return f"{entry.state}: {entry.problem}"
+    if entry.state != "finished":
+        return entry.state
+    return "" if entry.plan is not None else f"a run of `{entry.command}`, without curves"
+
+
+def _problem(entry: listing.Entry) -> str:
+    """What runs that are drawn together have in common, as text that sorts."""
+    assert entry.plan is not None
+    own = (*_OWN, "seeds", "seed", "eval_every", "microbatch_size")
+    settings = runs.settings(entry.plan.resolved())
+    common = {name: value for name, value in settings.items() if name not in own}
+    common["draws"] = entry.draws
+    return json.dumps({"b": settings["noise"]["batch_size"], **common}, sort_keys=True)
+
+
+class _Read(NamedTuple):
+    """The runs of one algorithm, their seeds side by side."""
+
+    plan: TrainConfig
+    seeds: tuple[int, ...]
+    result: accuracies.Result
+
+
+def _read_runs(entries: list[listing.Entry], root: pathlib.Path, left_out: list[str]) -> _Read:
+    """The runs of one algorithm by seed.
+
+    Left out is what repeats a seed, or was evaluated at other steps.
+    """
+    plans = [entry.plan for entry in entries if entry.plan is not None]
+    order = sorted(range(len(plans)), key=lambda i: (plans[i].seed, str(entries[i].path)))
+    seeds: tuple[int, ...] = ()
+    parts = []
+    for i in order:
+        own = tuple(range(plans[i].seed, plans[i].seed + plans[i].seeds))
+        part = accuracies.of_folder(entries[i].path)
+        if set(own) & set(seeds):
+            why = "seeds that another run has as well"
+        elif parts and [e.step for e in part] != [e.step for e in parts[0]]:
+            why = "evaluated at other steps"
+        else:
+            seeds += own
+            parts.append(part)
+            continue
+        left_out.append(f"* {entries[i].path.relative_to(root)}: {why}")
+    plan = plans[order[0]]
+    return _Read(plan, seeds, accuracies.of_evaluations(plan.label, parts))
+
+
+def _same_seeds(read: list[_Read]) -> list[list[_Read]]:
+    """What can be compared seed by seed."""
+    parts: dict[tuple[int, ...], list[_Read]] = {}
+    for one in read:
+        parts.setdefault(one.seeds, []).append(one)
+    return list(parts.values())
+
+
+def _as_html(text: str, folder: pathlib.Path) -> str:
+    """A page that needs no other file: the pictures are in it."""
+    import markdown_it
+
+    body = markdown_it.MarkdownIt().enable("table").render(text)
+    for picture in folder.glob("*.png"):
+        data = base64.b64encode(picture.read_bytes()).decode()
+        body = body.replace(f'src="{picture.name}"', f'src="data:image/png;base64,{data}"')
+    style = (
+        "body{font-family:sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}"
+        "img{max-width:100%}table{border-collapse:collapse}"
+        "td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left}"
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Runs</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{style}</style></head>\n'
+        f"<body>\n{body}</body></html>\n"
+    )
+
+
+def _check_folder(path: pathlib.Path) -> None:
+    if not path.is_dir():
+        what = "which is no folder" if path.exists() else "which does not exist"
+        raise ValueError(f"runs must be a folder, got {runs.brief(path)}, {what}.")

@@ -1,0 +1,34 @@
+"""Tables of plain text, for a terminal."""
+
+from collections.abc import Sequence
+
+
+def text_table(
+    header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int = 1, gap: int = 2
+) -> str:
+    """The cells in columns that are as wide as their widest cell.
+
+    Args:
+        header: the names of the columns.
+        lines: the cells of each line; a short line stands as it is, its last cell over the columns
+            that it lacks.
+        left: how many columns are aligned at their left; the others are at their right.
+        gap: spaces between two columns.
+    """
+    whole = [line for line in (header, *lines) if len(line) == len(header)]
+    widths = [max(len(line[i]) for line in whole) for i in range(len(header))]
+    for line in lines:  # of a short line, the last cell may be as long as it likes
+        for i, cell in enumerate(line[:-1]):
+            widths[i] = max(widths[i], len(cell))
+
+    def placed(line: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=False))
+        ]
+        if len(line) < len(header):
+            cells[-1] = line[-1]
+        return (" " * gap).join(cells).rstrip()
+
+    first = placed(header)
+    return "\n".join([first, "-" * len(first), *map(placed, lines)])

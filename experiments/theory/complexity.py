@@ -1,0 +1,393 @@
+"""Local complexities: Theorem 1 measured, the regulariser in training, a trace along training.
+
+Every part returns plain numbers; `complexity_figures` draws them, `run` writes both to a folder.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import data, figures, terminal, training
+from experiments.theory import _complexity_figures
+from experiments.theory.config import ComplexityConfig
+from experiments.training import loop, runs
+from experiments.training.algorithms import NoiseSettings
+from experiments.training.config import AlgorithmName, TrainConfig
+from msgd_jax import complexity, noise
+from msgd_jax._streams import Stream, derive
+
+# How Theorem 1's columns are called; the ratios of `theorem1_rows` in their order.
+COLUMNS = {
+    "gaussian_lower": "cR(A)/R(G)",
+    "gaussian_upper": "R(G)/CR(A)",
+    "without": "(11) without",
+    "with": "(11) with",
+    "with, corrected": "with, right",
+}
+
+
+class Setting(NamedTuple):
+    """One line of the table of Theorem 1.
+
+    Attributes:
+        label: the class of losses.
+        problem: loss vector function, parameters, data or a function that draws them.
+        num_examples: N.
+        batch_size: b.
+        radius: of the ball.
+        num_draws: of each complexity; None for all of them (then the Gaussian one is left out).
+        options: of `complexity.local_complexity`.
+    """
+
+    label: str
+    problem: tuple[Any, Any, Any]
+    num_examples: int
+    batch_size: int
+    radius: float
+    num_draws: int | None
+    options: dict[str, Any]
+
+
+def settings(config: ComplexityConfig) -> list[Setting]:
+    """Affine losses, one loss alone, losses that can be raised one by one, and a net."""
+    exact = {"num_starts": 1, "num_steps": 1}
+    many, n = config.draws, 32
+    spike = (lambda p, batch: batch + 0 * p, jnp.zeros(()), jnp.zeros(8).at[0].set(1.0))
+    # sup |sum v_i theta_i^2| over the unit ball is max |v_i|: the class {e_1, ..., e_N}.
+    separate = (lambda p, batch: jnp.square(batch @ p), jnp.zeros(n), jnp.eye(n))
+    net = _digits_problems(config)
+    options = {"num_starts": 1, "num_steps": 20, "ascents_per_pass": 1}
+    few = max(many // 300, 2)
+    return [
+        Setting("affine", _affine(0.0), n, 8, 1.0, many, exact),
+        Setting("affine, small ball", _affine(0.0), n, 8, 0.1, many, exact),
+        Setting("affine, b = N/2", _affine(0.0), n, 16, 1.0, many, exact),
+        Setting("affine, mean loss 2", _affine(2.0), n, 8, 1.0, many, exact),
+        Setting("one loss, b = 2", spike, 8, 2, 1.0, None, exact),
+        Setting("one loss, b = 4", spike, 8, 4, 1.0, None, exact),
+        Setting("separate losses", separate, n, 8, 1.0, max(many // 10, 2), {"num_starts": 8}),
+        Setting("net at the start", net[0], 64, 16, 0.2, few, options),
+        Setting("net, trained", net[1], 64, 16, 0.2, few, options),
+    ]
+
+
+def _affine(mean: float) -> tuple[Any, Any, Any]:
+    """N = 32 random affine losses of 5 parameters, new ones for each draw."""
+
+    def sample(key: Any) -> dict[str, Any]:
+        loss_key, slope_key = (derive(key, Stream.CASES, i) for i in range(2))
+        return {
+            "loss": mean + jax.random.normal(loss_key, (32,), jnp.float32),
+            "slope": jax.random.normal(slope_key, (32, 5), jnp.float32),
+        }
+
+    return lambda p, batch: batch["loss"] + batch["slope"] @ p, jnp.zeros(5), sample
+
+
+def _digits_problems(config: ComplexityConfig) -> list[tuple[Any, Any, Any]]:
+    """The small net on 64 digits, at its initial weights and after 300 steps of GD on 1,000."""
+    digits = data.load("digits")
+    losses = training.model_functions("digits_net", digits.max_value).losses
+    few = jax.tree.map(lambda x: jnp.asarray(x[:64]), digits.train)
+    plan = TrainConfig(
+        algorithm="gd", dataset="digits", steps=300, learning_rate=config.learning_rate,
+        eval_every=300, seed=config.seed, microbatch_size=None,
+    )  # fmt: skip
+    weights = [jax.tree.map(lambda leaf: jnp.copy(leaf[0]), params)
+               for params, _ in training.train_seeds(plan, digits)]  # fmt: skip
+    return [(losses, params, few) for params in weights]
+
+
+def theorem1_rows(config: ComplexityConfig) -> Iterator[dict[str, Any]]:
+    """The ratio of the two sides of each inequality, for every class of losses."""
+    for case in terminal.each(settings(config), "Theorem 1", "class"):
+        common = {
+            "radius": case.radius, "num_draws": case.num_draws,
+            "key": jax.random.key(config.seed), **case.options,
+        }  # fmt: skip
+        found: dict[str, complexity.Inequality] = {}
+        if case.num_draws is not None:
+            lower, upper = complexity.gaussian_inequalities(*case.problem, **common)
+            found |= {"gaussian_lower": lower, "gaussian_upper": upper}
+        bound = functools.partial(
+            complexity.sgd_inequality, *case.problem, batch_size=case.batch_size, **common
+        )
+        found["without"] = bound(bound="paper")
+        found["with"] = bound(replace=True, bound="paper")
+        found["with, corrected"] = bound(replace=True)
+        yield {
+            "label": case.label,
+            "num_examples": case.num_examples,
+            "batch_size": case.batch_size,
+            "radius": case.radius,
+            "num_draws": case.num_draws,
+            "inequalities": {name: _record(inequality) for name, inequality in found.items()},
+        }
+
+
+def _record(inequality: complexity.Inequality) -> dict[str, Any]:
+    sides = inequality.left, inequality.right
+    return {
+        "name": inequality.name,
+        "ratio": inequality.ratio._asdict(),
+        "violated": inequality.violated,
+        "factor": inequality.factor,
+        "left": sides[0].estimate._asdict(),
+        "right": sides[1].estimate._asdict(),
+        "largest_gap": float(max(side.gap.max() for side in sides)),
+    }
+
+
+def regularizers(config: ComplexityConfig, n: int) -> dict[str, tuple[AlgorithmName, Any]]:
+    """By label: the algorithm, and what is added to its gradient: None or the full regulariser.
+
+    N is `n`; b and the scale are those of `config`.
+    """
+    b = config.batch_size
+    scale = config.regularizer_scale
+    if scale is None:
+        scale = noise.matching_scale(noise.fisher(n, b))
+
+    def full(law: complexity.Multipliers, scale: float) -> Callable[[Any], Any]:
+        return lambda key: complexity.add_local_complexity(
+            law, key, radius=config.regularizer_radius, scale=scale
+        )
+
+    return {
+        "GD": ("gd", None),
+        "SGD": ("sgd", None),
+        "GD-Rademacher, no sup, no abs": ("gd-rademacher", None),
+        "GD, full, same scale": ("gd", full(complexity.rademacher(n), scale)),
+        "GD, full, a tenth of it": ("gd", full(complexity.rademacher(n), scale / 10)),
+        "SGD, full on b examples, scale 0.1": ("sgd", full(complexity.rademacher(n, b), 0.1)),
+    }
+
+
+def regularizer(config: ComplexityConfig) -> Iterator[dict[str, Any]]:
+    """Training on the digits with and without the regulariser: accuracies and time."""
+    digits = data.load("digits")
+    cases = regularizers(config, len(digits.train.label))
+    steps = config.regularizer_steps
+    with terminal.Progress(len(cases) * steps) as progress:
+        for label, (algorithm, extra) in cases.items():
+            progress.compiling(label)
+            plan = TrainConfig(
+                algorithm=algorithm, dataset="digits", steps=steps,
+                learning_rate=config.learning_rate,
+                noise=NoiseSettings(batch_size=config.batch_size), seeds=config.seeds,
+                seed=config.seed, eval_every=max(steps // 4, 1), microbatch_size=None,
+            )  # fmt: skip
+            last = None
+            for _, evaluation in training.train_seeds(plan, digits, extra):
+                if last:
+                    progress.update(evaluation.step - last.step)
+                last = evaluation
+            assert last is not None
+            yield {"label": label, **_means(last), "seconds": last.seconds}
+
+
+def _means(evaluation: training.Evaluation) -> dict[str, Any]:
+    values = {
+        name: getattr(evaluation, name)
+        for name in ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    }
+    values["loss_gap"] = values["test_loss"] - values["train_loss"]
+    values["accuracy_gap"] = values["train_accuracy"] - values["test_accuracy"]
+    return {
+        name: {"value": float(x.mean()), "standard_error": float(figures.standard_error(x))}
+        for name, x in values.items()
+    }
+
+
+def laws(config: ComplexityConfig, num_examples: int) -> dict[str, complexity.Multipliers]:
+    """The multipliers whose complexities are traced."""
+    return {
+        "Rademacher": complexity.rademacher(num_examples),
+        "Gaussian": complexity.gaussian(num_examples),
+        "SGD": complexity.sgd(num_examples, config.batch_size),
+    }
+
+
+def trace(config: ComplexityConfig, dataset: data.Dataset) -> Iterator[dict[str, Any]]:
+    """The complexities along training, one record for each algorithm and measurement.
+
+    Equal keys everywhere: the multipliers are the same for all algorithms, seeds and times, so that
+    differences are not theirs.
+    """
+    model = "digits_net" if dataset.name == "digits" else "lenet"
+    losses = training.model_functions(model, dataset.max_value).losses
+    train_set = jax.device_put(dataset.train)
+    multipliers = {
+        name: _measurement(config, losses, law)
+        for name, law in laws(config, len(dataset.train.label)).items()
+    }
+    times = -(-config.steps // config.every) + 1
+    total = len(config.algorithms) * times * config.seeds * len(multipliers)
+    with terminal.Progress(total, "measurement") as progress:
+        for algorithm in config.algorithms:
+            plan = _traced(config, algorithm, dataset.name)
+            progress.compiling(plan.label)
+            for params, evaluation in training.train_seeds(plan, dataset):
+                measured = {name: [] for name in multipliers}
+                for i in range(config.seeds):
+                    own = jax.tree.map(lambda leaf, i=i: leaf[i], params)
+                    for name, measure in multipliers.items():
+                        measured[name].append(_as_numbers(measure(own, train_set)))
+                        progress.update()
+                yield {
+                    "algorithm": plan.label,
+                    **evaluation.record(),
+                    "complexities": {
+                        name: _transposed(values) for name, values in measured.items()
+                    },
+                }
+
+
+def _traced(config: ComplexityConfig, algorithm: AlgorithmName, dataset: Any) -> TrainConfig:
+    return TrainConfig(
+        algorithm=algorithm, dataset=dataset, steps=config.steps,
+        learning_rate=config.learning_rate, eval_every=config.every,
+        noise=NoiseSettings(batch_size=config.batch_size), seeds=config.seeds,
+        seed=config.seed, microbatch_size=config.microbatch_size,
+    )  # fmt: skip
+
+
+def _measurement(
+    config: ComplexityConfig, losses: Any, law: complexity.Multipliers
+) -> Callable[[Any, Any], dict[str, Any]]:
+    """A function of parameters and examples, compiled once for the whole trace."""
+
+    @jax.jit
+    def measure(params: Any, examples: Any) -> dict[str, Any]:
+        found = complexity.local_complexity(
+            losses, params, examples, law, radius=config.radius, key=jax.random.key(config.seed),
+            num_draws=config.trace_draws, num_starts=1, num_steps=config.ascent_steps,
+            microbatch_size=config.microbatch_size, ascents_per_pass=1,
+        )  # fmt: skip
+        return {
+            "mean": found.mean,
+            "standard_error": found.standard_error,
+            "at_centre": found.at_centre.mean(),
+            "first_order": found.first_order.mean(),
+            "largest_gap": found.gap.max(),
+        }
+
+    return measure
+
+
+def _as_numbers(measured: dict[str, Any]) -> dict[str, float]:
+    numbers = {name: float(value) for name, value in measured.items()}
+    if not np.isfinite(numbers["mean"]):  # under jit `local_complexity` cannot say so itself
+        raise ValueError(
+            "The losses or gradients are not finite in the ball: choose a smaller --radius, or a "
+            "--learning-rate at which training does not diverge."
+        )
+    return numbers
+
+
+def _transposed(values: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [value[name] for value in values] for name in values[0]}
+
+
+def run(config: ComplexityConfig) -> pathlib.Path:
+    """The parts asked for; each prints its table and writes its picture when it is done."""
+    _check(config)
+    dataset: Any = None
+    # Loaded first: it is known at once whether the images are there.
+    if "trace" in config.parts and not runs.finished_parts("complexity", config):
+        dataset = data.load("fashion_mnist", data_dir=config.data_dir)
+    steps: dict[str, Callable[[pathlib.Path], Any]] = {
+        "theorem1": functools.partial(_theorem1_part, config),
+        "regularizer": lambda _: list(regularizer(config)),
+        "trace": functools.partial(_trace_part, config, dataset),
+    }
+    tables = {"theorem1": theorem1_table, "regularizer": regularizer_table, "trace": trace_table}
+    return runs.run_parts("complexity", config, steps, tables)
+
+
+def _check(config: ComplexityConfig) -> None:
+    """Raises ValueError for batch sizes that the parts cannot have, before anything is loaded."""
+    if "regularizer" in config.parts:
+        regularizers(config, data.DATASETS["digits"].sizes[0])
+    if "trace" in config.parts:
+        laws(config, data.DATASETS["fashion_mnist"].sizes[0])
+        for algorithm in config.algorithms:
+            loop.check(_traced(config, algorithm, "fashion_mnist"))
+
+
+def _theorem1_part(config: ComplexityConfig, folder: pathlib.Path) -> Any:
+    rows = list(theorem1_rows(config))
+    _complexity_figures.plot_theorem1(rows, COLUMNS, folder / "theorem1.png")
+    return rows
+
+
+def _trace_part(config: ComplexityConfig, dataset: data.Dataset, folder: pathlib.Path) -> Any:
+    records = []
+    with open(folder / "trace.jsonl", "w", encoding="utf-8") as file:
+        for record in trace(config, dataset):
+            records.append(record)
+            file.write(runs.as_line(record))
+            file.flush()
+    _complexity_figures.plot_trace(records, config, folder / "trace.png")
+    return records
+
+
+def theorem1_table(rows: list[dict[str, Any]]) -> str:
+    """One line a class: the ratios of both sides, 1 or less where the inequality holds."""
+    header = f"{'left side / right side':<22}{'N':>4}{'b':>4}" + "".join(
+        f"{name:>18}" for name in COLUMNS.values()
+    )
+    lines = [header, "-" * len(header)]
+    for row in rows:
+        cells = []
+        for name in COLUMNS:
+            found = row["inequalities"].get(name)
+            ratio = complexity.Estimate(**found["ratio"]) if found else None
+            shown = "-" if ratio is None else f"{ratio.value:.4f} ± {ratio.standard_error:.4f}"
+            cells.append(f"{shown + ('!' if found and found['violated'] else ''):>18}")
+        lines.append(
+            f"{row['label']:<22}{row['num_examples']:>4}{row['batch_size']:>4}" + "".join(cells)
+        )
+    lines.append("!: above 1 by more than its 95 % confidence interval: the inequality is false.")
+    return "\n".join(lines)
+
+
+def regularizer_table(rows: list[dict[str, Any]]) -> str:
+    """One line a way to train: accuracies in percent, and time relative to the first."""
+    header = f"{'digits':<36}{'train loss':>18}{'test loss':>18}{'test accuracy %':>18}{'time':>8}"
+    lines = [header, "-" * len(header)]
+    for row in rows:
+        cells = [
+            f"{row[name]['value']:.3g} ± {row[name]['standard_error']:.1g}".rjust(18)
+            for name in ("train_loss", "test_loss")
+        ]
+        accuracy = {k: 100 * v for k, v in row["test_accuracy"].items()}
+        cells.append(f"{accuracy['value']:.2f} ± {accuracy['standard_error']:.2f}".rjust(18))
+        cells.append(f"{row['seconds'] / rows[0]['seconds']:.2f}".rjust(8))
+        lines.append(f"{row['label']:<36}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def trace_table(records: list[dict[str, Any]]) -> str:
+    """One line a measurement: means over seeds with their standard errors."""
+    names = list(records[0]["complexities"])
+    header = f"{'algorithm':<12}{'step':>6}{'train loss':>17}{'loss gap':>17}" + "".join(
+        f"{'R ' + name:>19}" for name in names
+    )
+    lines = [header, "-" * len(header)]
+    for record in records:
+        gap = np.array(record["test_loss"]) - np.array(record["train_loss"])
+        cells = [_cell(record["train_loss"], 17), _cell(gap, 17)]
+        cells += [_cell(record["complexities"][name]["mean"], 19) for name in names]
+        lines.append(f"{record['algorithm']:<12}{record['step']:>6}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def _cell(values: Any, width: int) -> str:
+    values = np.asarray(values)
+    return f"{values.mean():.4g} ± {figures.standard_error(values):.1g}".rjust(width)

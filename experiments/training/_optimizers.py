@@ -1,0 +1,140 @@
+"""What turns noisy gradients into steps: optax chains and schedules made from a configuration."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, Key
+
+from experiments.training.config import TrainConfig
+from msgd_jax import covariance
+from msgd_jax._streams import Stream, derive
+
+
+def scaled_learning_rate(config: TrainConfig) -> float:
+    """The initial learning rate, scaled with the batch size where that is asked for."""
+    power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[config.learning_rate_scaling]
+    return config.learning_rate * config.batch_ratio**power
+
+
+def schedule(config: TrainConfig) -> optax.Schedule:
+    """The learning rate at each iteration: constant between the decays."""
+    decays = {config.in_regime(at): config.decay_factor for at in config.decay_at}
+    return optax.piecewise_constant_schedule(scaled_learning_rate(config), decays)
+
+
+def make(
+    config: TrainConfig, *before: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Gradient descent with the momentum, weight decay and schedule of a configuration.
+
+    Weight decay is added to the noisy gradient, so that it goes through the momentum (as in
+    PyTorch, which the paper used) but not through the noise.
+
+    Args:
+        config: what to train.
+        *before: what the noisy gradient goes through first.
+    """
+    rate = schedule(config) if config.decay_at else scaled_learning_rate(config)
+    decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
+    return optax.chain(*before, *decay, optax.sgd(rate, momentum=config.momentum or None))
+
+
+class DiagonalLangevinState(NamedTuple):
+    """State of `diagonal_langevin`.
+
+    Attributes:
+        step: updates made.
+        key: the PRNG key, the same at every step.
+        variances: diagonal of the empirical Fisher matrix when it was last computed; like params.
+    """
+
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+    variances: Any
+
+
+def diagonal_langevin(
+    key: Key[Array, ""],
+    *,
+    batch_size: int,
+    refresh_every: int = 10,
+    microbatch_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds Gaussian noise with covariance ``diag(F) / b``, the diagonal refreshed now and then.
+
+    The baseline of the field (Zhu et al. 2019, "GLD diag"): a noise without correlations between
+    parameters, since the whole covariance matrix is out of reach for it. ``update`` needs
+    ``loss_vector_fn`` and ``data``, which `msgd_jax.train.make_step` passes on.
+
+    Args:
+        key: a typed PRNG key, that of the run.
+        batch_size: b, of the SGD whose scale the noise has.
+        refresh_every: steps for which the diagonal is kept.
+        microbatch_size: examples whose gradients are in memory together; None for all.
+    """
+
+    def init(params: Any) -> DiagonalLangevinState:
+        zeros = optax.tree.zeros_like(params)
+        # Copied: a training loop donates the key of the state, and may not donate a buffer twice.
+        own = jnp.copy(jax.random.clone(key))
+        return DiagonalLangevinState(jnp.zeros((), jnp.int32), own, zeros)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, loss_vector_fn: Any = None,
+        data: Any = None, **_: Any,
+    ) -> tuple[Any, DiagonalLangevinState]:  # fmt: skip
+        if loss_vector_fn is None:
+            raise ValueError(
+                "diagonal_langevin needs loss_vector_fn: losses of single examples, which a net "
+                "with batch norm does not have."
+            )
+
+        def refreshed() -> Any:
+            return fisher_diagonal(loss_vector_fn, params, data, microbatch_size)
+
+        due = state.step % refresh_every == 0
+        variances = jax.lax.cond(due, refreshed, lambda: state.variances)
+        leaves, structure = jax.tree.flatten(variances)
+
+        def noise(i: int, leaf: Array) -> Array:
+            own = derive(state.key, Stream.LANGEVIN, state.step, i)
+            return jnp.sqrt(leaf / batch_size) * jax.random.normal(own, leaf.shape, leaf.dtype)
+
+        noises = [noise(i, leaf) for i, leaf in enumerate(leaves)]
+        noisy = jax.tree.map(jnp.add, updates, jax.tree.unflatten(structure, noises))
+        return noisy, DiagonalLangevinState(state.step + 1, state.key, variances)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def fisher_diagonal(
+    loss_vector_fn: Any, params: Any, data: Any, microbatch_size: int | None = None
+) -> Any:
+    """The diagonal of ``F``: the mean over examples of each parameter's squared gradient.
+
+    Args:
+        loss_vector_fn: losses of single examples, ``(params, batch) -> [B]``.
+        params: a pytree of arrays.
+        data: a pytree of arrays [N, ...].
+        microbatch_size: examples whose gradients are in memory together; None for all.
+
+    Returns:
+        A pytree like `params`.
+    """
+    n = jax.tree.leaves(data)[0].shape[0]
+    size = n if microbatch_size is None else min(microbatch_size, n)
+
+    def sums(examples: Any, counts: Any) -> Any:
+        rows = covariance.gradient_matrix(loss_vector_fn, params, examples)
+        return jax.tree.map(lambda g: jnp.tensordot(counts.astype(g.dtype), g**2, 1), rows)
+
+    def one_run(total: Any, positions: Any) -> tuple[Any, None]:
+        # The last run is filled up with the last example, which does not count.
+        examples = jax.tree.map(lambda x: x.take(positions, axis=0, mode="clip"), data)
+        return jax.tree.map(jnp.add, total, sums(examples, positions < n)), None
+
+    runs = jnp.arange(-(-n // size) * size).reshape(-1, size)
+    total, _ = jax.lax.scan(one_run, optax.tree.zeros_like(params), runs)
+    return jax.tree.map(lambda x: x / n, total)

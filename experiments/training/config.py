@@ -1,0 +1,229 @@
+"""What one run is made of, as a dataclass that is also the command line."""
+
+import dataclasses
+import math
+import pathlib
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+import tyro
+
+from experiments import data, models
+from experiments._typing import Record
+from experiments.data import MAX_SEED
+from experiments.training.algorithms import ALGORITHMS, NoiseSettings
+from msgd_jax._validate import shown
+
+if TYPE_CHECKING:  # the registries are what can be chosen from: a new entry is an option at once
+    AlgorithmName = str
+    ModelName = str
+else:
+    AlgorithmName = Literal[tuple(ALGORITHMS)]
+    ModelName = Literal[tuple(models.MODELS)]
+Scaling = Literal["none", "sqrt", "linear"]
+
+_NAMES: dict[str, tuple[str | None, ...]] = {
+    "algorithm": tuple(ALGORITHMS),
+    "model": (None, *models.MODELS),
+    "learning_rate_scaling": get_args(Scaling),
+}
+# Of a field that came later: at its default it is left out of what tells runs apart, so that the
+# folders of earlier runs are still theirs.
+LATER = {"later": True}
+
+
+def check_seeds(name: str, first: int, count: int = 1) -> None:
+    """Raises ValueError unless the seeds from `first` on are all different for jax."""
+    last = MAX_SEED - count + 1
+    if not 0 <= first <= last:
+        upper = "2^31 - 1" if count == 1 else f"2^31 - {count}, for {count} seeds"
+        raise ValueError(f"{name} must be between 0 and {upper}, got {first}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Trains with one algorithm.
+
+    The defaults are the paper's appendix B.1: FashionMNIST, 1,000 images drawn from the original
+    test set to train on, the 60,000 original training images to test on, the LeNet-like net,
+    learning rate 0.01, batch size 50. Where the paper is silent, the choice is ours: the number of
+    steps, and PyTorch's default initialisation.
+
+    Attributes:
+        algorithm: which M-noise.
+        dataset: which images: the name of a data set, or a file of your own, FILE.npz, with the
+            arrays x_train, y_train, x_test and y_test. Its images may be of any size, grey or in
+            colour, with integers from 0 to 255; its labels are integers from 0.
+        model: which net; None for the one that fits the images.
+        width: channels of the net's first layer, the others in proportion; None for the net's own.
+        steps: iterations.
+        learning_rate: eta, before decay and scaling.
+        momentum: 0 for none.
+        weight_decay: factor of the parameters that is added to the noisy gradient.
+        decay_at: iterations at which the learning rate is multiplied by `decay_factor`.
+        decay_factor: see `decay_at`.
+        learning_rate_scaling: how the learning rate of SGD-b grows with its batch size M over b: as
+            its root (Hoffer et al. 2017), linearly, or not at all.
+        regime_adaptation: whether SGD-b makes as many iterations as SGD with b (Hoffer et al.), or,
+            if not, as many epochs: `steps` and `decay_at` are then divided by M/b.
+        augment: whether images are cropped at random, zero-padded by 4 pixels, and flipped.
+        noise: the numbers the noise is built from.
+        seeds: how many runs side by side, each with its own initial weights and noise.
+        seed: of the first run; the others count up from it.
+        data_seed: which images are drawn for training.
+        num_train: how many of the training images are used; None for all.
+        num_test: how many of the test images are used; None for all.
+        eval_every: steps between two evaluations on all training and test images.
+        checkpoint_every: steps after which the next evaluation writes a checkpoint; the last one
+            does in any case.
+        microbatch_size: examples in one pass, and in one ghost batch of a net with batch norm; None
+            for all at once.
+        data_dir: where data sets are looked for, and downloaded to.
+        out: the folder of the run, new or of the same run, which then goes on; None for one named
+            after the run.
+        dataset_sha256: what the file of `dataset` holds, found out when the run begins; None for a
+            data set with a name.
+    """
+
+    algorithm: AlgorithmName = "sgd"
+    dataset: Annotated[
+        str, tyro.conf.arg(metavar="{" + ",".join([*data.DATASETS, "FILE.npz"]) + "}")
+    ] = "fashion_mnist"
+    model: ModelName | None = None
+    width: int | None = None
+    steps: int = 10_000
+    learning_rate: float = 0.01
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    decay_at: tuple[int, ...] = ()
+    decay_factor: float = 0.1
+    learning_rate_scaling: Scaling = "none"
+    regime_adaptation: bool = True
+    augment: bool = False
+    noise: NoiseSettings = dataclasses.field(default_factory=NoiseSettings)
+    seeds: int = 1
+    seed: int = 0
+    data_seed: int = 0
+    num_train: int | None = None
+    num_test: int | None = None
+    eval_every: int = 250
+    checkpoint_every: int = 1_000
+    microbatch_size: int | None = 100
+    data_dir: pathlib.Path | None = None
+    out: pathlib.Path | None = None
+    dataset_sha256: Annotated[str | None, tyro.conf.Suppress] = dataclasses.field(
+        default=None, metadata=LATER
+    )
+
+    def __post_init__(self):
+        for name, allowed in _NAMES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(filter(None, allowed))}, got "
+                    f"{shown(getattr(self, name))}."
+                )
+        for name in ("steps", "seeds", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("width", "num_train", "num_test", "microbatch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None, got {value}.")
+        if not data.is_file(self.dataset):
+            self._check_model(data.find(self.dataset))
+        check_seeds("seed", self.seed, self.seeds)
+        check_seeds("data_seed", self.data_seed)
+        for name in ("learning_rate", "weight_decay", "decay_factor"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and at least 0, got {value}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}.")
+        if list(self.decay_at) != sorted(set(self.decay_at)) or min(self.decay_at, default=1) < 1:
+            raise ValueError(
+                f"decay_at must be positive and ascending, got {shown(self.decay_at)}."
+            )
+        if self.algorithm != "sgd-b" and self.learning_rate_scaling != "none":
+            raise ValueError(
+                "learning_rate_scaling is for sgd-b: every other algorithm has the noise of SGD "
+                f"with batch_size, got {self.learning_rate_scaling!r} with {self.algorithm!r}."
+            )
+
+    def _check_model(self, original: data.Original) -> None:
+        """Raises ValueError unless the net takes the images, and has the width asked for."""
+        name = self.model or original.net
+        fitting = models.fitting(original.image_shape)
+        if name not in fitting:
+            raise ValueError(
+                f"model must be {' or '.join(fitting)} for the images of {original.name}, got "
+                f"{self.model!r}."
+            )
+        if self.width is not None and models.MODELS[name].full_width is None:
+            wide = [name for name, net in models.MODELS.items() if net.full_width is not None]
+            raise ValueError(f"width is for {' and '.join(wide)}, got {self.width} with {name}.")
+
+    @classmethod
+    def of_record(cls, record: Record) -> "TrainConfig":
+        """The configuration that a run's config.json was written from."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {k: v for k, v in record.items() if k in known}
+        values |= {
+            "noise": NoiseSettings(**record["noise"]),
+            "decay_at": tuple(record["decay_at"]),
+            **{k: record[k] and pathlib.Path(record[k]) for k in ("data_dir", "out")},
+        }
+        return cls(**values)
+
+    @property
+    def dataset_name(self) -> str:
+        """The data set in titles and in the names of folders: that of a file has no folder."""
+        return pathlib.Path(self.dataset).stem if data.is_file(self.dataset) else self.dataset
+
+    @property
+    def model_name(self) -> ModelName:
+        """The net asked for, or the one that fits the images; known of files once `resolved`."""
+        name = self.model or data.DATASETS[self.dataset].net
+        assert name is not None
+        return name
+
+    def resolved(self) -> "TrainConfig":
+        """The same with the net named, and the contents of a file: equal runs are equal then.
+
+        Raises:
+            ValueError: if the data set is a file, and this is not as it has to be, or no net that
+                was asked for takes its images.
+        """
+        if not data.is_file(self.dataset):
+            return dataclasses.replace(self, model=self.model_name)
+        if self.model and self.dataset_sha256:
+            return self
+        original = data.find(self.dataset)
+        named = dataclasses.replace(
+            self,
+            model=self.model or models.fitting(original.image_shape)[0],
+            dataset_sha256=original.sha256,
+        )
+        named._check_model(original)
+        return named
+
+    @property
+    def label(self) -> str:
+        """The algorithm's name in figures, with its numbers."""
+        name = ALGORITHMS[self.algorithm].name(self.noise)
+        scaled = {"none": "", "sqrt": ", rate x root", "linear": ", rate x batch"}
+        return name + scaled[self.learning_rate_scaling]
+
+    @property
+    def batch_ratio(self) -> float:
+        """M/b: how much larger the batch of SGD-b is than the b of its settings; 1 for others."""
+        if self.algorithm != "sgd-b":
+            return 1.0
+        return self.noise.support_size / self.noise.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """The iterations made: `steps`, or fewer without regime adaptation."""
+        return self.in_regime(self.steps)
+
+    def in_regime(self, iteration: int) -> int:
+        """The iteration of this run at which SGD with b has seen as much as asked for."""
+        return iteration if self.regime_adaptation else max(round(iteration / self.batch_ratio), 1)

@@ -1,0 +1,400 @@
+"""The folder of a run: what was asked for, what happened, how it ended. Nothing in it is lost.
+
+    config.json        what was asked for, with versions and the source of the images
+    train_images.json  which images of their original split were drawn for training
+    metrics.jsonl      one line an evaluation
+    checkpoints/       the last states, by orbax
+    tensorboard/       the metrics as scalars
+    summary.json       how it ended; or failure.json, where it diverged
+
+A folder belongs to one configuration. Unfinished, it goes on from its last checkpoint; finished, it
+is never written to again. Records are read by whoever finds them, so every reader here checks what
+it reads: a file that is cut short, or not ours, is a `DamagedRecordError` that names it.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import filelock
+import jax
+
+import msgd_jax
+
+DRAWS = 2
+"""Raised when the same key and step come to draw something else, streams or data sets. Runs of
+different draws do not go on in each other's folders, nor are they compared seed by seed."""
+
+# Not part of what a run computes, so free to change when it goes on.
+_FREE = ("out", "data_dir", "checkpoint_every")
+_FILES = {"config.json", "metrics.jsonl", "summary.json", "failure.json", ".lock"}
+_NOT_RUNS = {"checkpoints", "tensorboard"}
+
+
+class DamagedRecordError(ValueError):
+    """A file of a run is not what this package writes; the text names it and says what is wrong."""
+
+
+def default_folder(name: str) -> pathlib.Path:
+    """runs/NAME-DATE-TIME."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return pathlib.Path("runs") / f"{name}-{now}"
+
+
+def create(path: pathlib.Path) -> None:
+    """Makes a new folder; raises FileExistsError, naming it, if there is one."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise _exists(path) from None
+
+
+def check_writable(path: pathlib.Path | None, name: str = "out") -> None:
+    """Raises ValueError unless a folder is there, or can be made, and files can be made in it.
+
+    Nothing is left there by asking. It is asked before anything is loaded or trained.
+    """
+    if path is None:
+        return
+    above = path
+    try:
+        while not above.exists() and not above.is_symlink() and above != above.parent:
+            above = above.parent
+        if not above.is_dir():
+            what = "no folder" if above == path else f"below {brief(above)}, which is no folder"
+            raise ValueError(f"{name} must be a folder, got {brief(path)}, {what}.")
+        with tempfile.TemporaryDirectory(dir=above, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} must be a folder that can be written to, got {brief(path)}: {error.strerror}."
+        ) from None
+
+
+def brief(path: pathlib.Path | str) -> str:
+    """A path in a message, its middle left out where it is long."""
+    text = str(path)
+    return text if len(text) <= 120 else f"{text[:40]} ... {text[-75:]}"
+
+
+def as_line(record: dict[str, Any]) -> str:
+    """One line of JSON."""
+    return json.dumps(record) + "\n"
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """What decides the results of a run, as JSON values.
+
+    A file counts by its contents, not by its path. Fields of `config.LATER` are left out at their
+    defaults.
+    """
+    later = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
+    record = dataclasses.asdict(config).items()
+    record = {k: v for k, v in record if k not in _FREE and not (k in later and v == later[k])}
+    return _by_contents(json.loads(json.dumps(record, default=str)))
+
+
+def _by_contents(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"dataset": "a file"} if record.get("dataset_sha256") else record
+
+
+class RunFolder:
+    """The folder of one run, new or going on, locked while this process has it open.
+
+    Attributes:
+        path: the folder.
+        is_new: whether it was made now.
+    """
+
+    def __init__(self, path: pathlib.Path, config: Any, command: str = "train", **details: Any):
+        """Makes the folder and writes config.json, or opens that of the same unfinished run.
+
+        Args:
+            path: the folder; parents are made.
+            config: a dataclass.
+            command: whose run it is; those of another do not go on.
+            **details: what else belongs to the record, as JSON values.
+
+        Raises:
+            FileExistsError: if the folder exists and is not of the same run, or that has finished,
+                or another process is at it.
+            DamagedRecordError: if what the folder holds cannot be read.
+            ValueError: if it cannot be made or written to.
+        """
+        self.path = path
+        self.is_new = not path.exists()
+        if not self.is_new and finished(path, config, command):
+            raise _exists(path)
+        check_writable(path)
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise FileExistsError(f"{brief(path)} is being written by another process.") from None
+        if self.is_new or not (path / "config.json").exists():
+            replace_text(path / "config.json", _pretty(_asked(config, command) | details))
+        elif read_object(path / "config.json").get("versions") != versions():
+            warnings.warn(
+                f"{path} was begun with other versions: what follows may differ in the last bits.",
+                stacklevel=2,
+            )
+
+    def close(self) -> None:
+        """Lets other processes open the folder."""
+        self._lock.release()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends one line to metrics.jsonl, on the disk when this returns."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(as_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def cut_metrics(self, last_step: int) -> list[dict[str, Any]]:
+        """Drops the lines after a step, half-written ones too; returns the others."""
+        kept = [record for record in self.metrics() if record["step"] <= last_step]
+        replace_text(self.path / "metrics.jsonl", "".join(map(as_line, kept)))
+        return kept
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json."""
+        replace_text(self.path / "summary.json", _pretty(summary))
+
+    def fail(self, failure: dict[str, Any]) -> None:
+        """Writes failure.json."""
+        replace_text(self.path / "failure.json", _pretty(failure))
+
+
+def finished(path: pathlib.Path, config: Any, command: str = "train") -> bool:
+    """Whether the folder holds this very run, finished; False if it can be run there.
+
+    Raises:
+        FileExistsError: if the folder holds something else, or a run that diverged.
+        DamagedRecordError: if what it holds cannot be read.
+    """
+    if not path.is_dir() or not any(file.name != ".lock" for file in path.iterdir()):
+        return False  # new, or killed before anything was written
+    if not (path / "config.json").exists():
+        raise _exists(path)
+    record = read_object(path / "config.json")
+    found = record.get("command", command)
+    if found != command:
+        raise FileExistsError(
+            f"{brief(path)} holds a run of `{found}`, not of `{command}`, and results are never "
+            "overwritten: choose another --out."
+        )
+    wanted = settings(config)
+    held = _by_contents(record)
+    differing = [name for name, value in wanted.items() if held.get(name) != value]
+    if differing:
+        names = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+        raise FileExistsError(
+            f"{brief(path)} holds a run that differs in {names}, and results are never "
+            "overwritten: choose another --out."
+        )
+    if (path / "failure.json").exists():
+        step = read_object(path / "failure.json").get("step")
+        raise FileExistsError(
+            f"{brief(path)} holds a run that diverged after {step} steps, and would again: choose "
+            "a smaller learning_rate and another --out."
+        )
+    if (path / "summary.json").exists():
+        return True
+    if draws(path) != DRAWS:
+        raise FileExistsError(
+            f"{brief(path)} holds a run that was begun when a seed drew something else, so it "
+            "cannot go on: choose another --out."
+        )
+    return False
+
+
+def run_parts(
+    name: str,
+    config: Any,
+    steps: Mapping[str, Callable[[pathlib.Path], Any]],
+    tables: Mapping[str, Callable[[Any], str]],
+) -> pathlib.Path:
+    """Runs ``config.parts`` in order, each printed when it is done; what was run is not run again.
+
+    Args:
+        name: of the experiment, for the folder if the configuration names none.
+        config: a configuration with `parts` and `out`.
+        steps: for each part, what runs it: given the folder, it returns the results, as JSON.
+        tables: for the parts that have one, the results as text.
+    """
+    path = config.out or default_folder(name)
+    results = {}
+
+    def show(part: str) -> None:
+        if part in tables:
+            print(f"\n{tables[part](results[part])}", flush=True)
+
+    if finished_parts(name, config):
+        results = read_object(path / "summary.json")
+        missing = [part for part in config.parts if part not in results]
+        if missing:
+            raise DamagedRecordError(f"{path}/summary.json has no results of {', '.join(missing)}")
+        for part in config.parts:
+            show(part)
+        print(f"\n{path} has finished before: this is its result.")
+        return path
+    folder = RunFolder(path, config, name)
+    partial = path / "parts.json"
+    try:
+        results = read_object(partial) if partial.exists() else {}
+        for part in config.parts:
+            if part not in results:
+                results[part] = steps[part](path)
+                replace_text(partial, _pretty(results))
+            show(part)
+        folder.finish(results)
+        partial.unlink()
+    finally:
+        folder.close()
+    print(f"\nThe pictures and summary.json are in {path}.")
+    return path
+
+
+def draws(path: pathlib.Path) -> int:
+    """Of the run in a folder, what `DRAWS` was."""
+    return read_object(path / "config.json").get("draws", 1)
+
+
+def finished_parts(name: str, config: Any) -> bool:
+    """Whether `run_parts` will only show what is there. Raises if it can do neither."""
+    check_writable(config.out)
+    return config.out is not None and finished(config.out, config, name)
+
+
+def find(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The folders below a folder that hold a run or the remains of one, in alphabetical order."""
+    found = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_RUNS]
+        # A record may also be a folder by mistake: it is found, and called damaged.
+        if _FILES & {*files, *below}:
+            found.append(pathlib.Path(folder))
+    return iter(sorted(found))
+
+
+def state(path: pathlib.Path) -> str:
+    """How a run stands: finished, diverged, running, or stopped. Nothing is written."""
+    if (path / "summary.json").exists():
+        return "finished"
+    if (path / "failure.json").exists():
+        step = read_object(path / "failure.json").get("step")
+        if not isinstance(step, int):
+            raise DamagedRecordError(f"{path / 'failure.json'} has no step")
+        return f"diverged at {step:,}"
+    if not (path / ".lock").exists():
+        return "stopped"
+    try:
+        with filelock.FileLock(path / ".lock").acquire(timeout=0):
+            return "stopped"
+    except filelock.Timeout:
+        return "running"
+    except OSError:  # not ours to lock
+        return "unfinished"
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The contents of a JSON file; None if there is none. Raises DamagedRecordError."""
+    text = _read_text(path)
+    if text is None:
+        return None
+    if not text.strip():
+        raise DamagedRecordError(f"{path} is empty")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedRecordError(f"{path} is not JSON: {error}") from None
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a file with one JSON object a line; a last line cut short does not count.
+
+    Raises:
+        DamagedRecordError: naming file and line, if one of them is not an object with a step.
+    """
+    text = _read_text(path)
+    records = []
+    for number, line in enumerate((text or "").split("\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DamagedRecordError(f"{path} is not JSON in line {number}") from None
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise DamagedRecordError(f"{path} has no step in line {number}")
+        records.append(record)
+    return records
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file, which must be there. Raises DamagedRecordError."""
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise DamagedRecordError(f"{path} must be a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _read_text(path: pathlib.Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeError:
+        raise DamagedRecordError(f"{path} is not text") from None
+    except OSError as error:
+        raise DamagedRecordError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that at any moment it is the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's last bits depend on."""
+    return {
+        "msgd_jax": msgd_jax.__version__,
+        **{name: importlib.metadata.version(name) for name in ("jax", "optax", "flax")},
+        "python": platform.python_version(),
+    }
+
+
+def _asked(config: Any, command: str) -> dict[str, Any]:
+    return {
+        "command": command,
+        "draws": DRAWS,
+        **json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "versions": versions(),
+        "device": str(jax.devices()[0].device_kind),
+    }
+
+
+def _pretty(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=2, default=str) + "\n"
+
+
+def _exists(path: pathlib.Path) -> FileExistsError:
+    return FileExistsError(
+        f"{brief(path)} exists already, and results are never overwritten: choose another --out."
+    )

@@ -1,0 +1,352 @@
+"""Trains one algorithm, several seeds at once, on images that stay on the device."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, ArrayLike, Float, Key
+
+from experiments import data, models
+from experiments._typing import Batch, Data, ImageShape, Law, Params, Record, Statistics
+from experiments.training import _augmentation, _optimizers
+from experiments.training.algorithms import ALGORITHMS
+from experiments.training.config import TrainConfig
+from msgd_jax import loss, train
+from msgd_jax._streams import Stream, derive
+from msgd_jax.sharding import shard_examples
+
+# Large enough to keep the cores busy, small enough for the activations of several seeds to fit.
+EVALUATION_BATCH = 500
+
+
+class Evaluation(NamedTuple):
+    """How the runs stand after `step` iterations; arrays have one entry for each seed.
+
+    Attributes:
+        step: iterations made.
+        train_loss: mean loss over all training images.
+        train_accuracy: fraction of the training images classified correctly.
+        test_loss: mean loss over all test images.
+        test_accuracy: the same of the test images.
+        seconds: wall time of the training steps since the last evaluation, compilation included.
+    """
+
+    step: int
+    train_loss: np.ndarray
+    train_accuracy: np.ndarray
+    test_loss: np.ndarray
+    test_accuracy: np.ndarray
+    seconds: float
+
+    def record(self) -> Record:
+        """As JSON values."""
+        return {
+            k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self._asdict().items()
+        }
+
+    @classmethod
+    def of_record(cls, record: Record) -> "Evaluation":
+        """What `record` was made from, in float64."""
+        values: Record = {k: np.array(v) if isinstance(v, list) else v for k, v in record.items()}
+        return cls(**values)
+
+
+Regularizer = Callable[[Key[Array, ""]], optax.GradientTransformation]
+
+
+class Trainer(NamedTuple):
+    """One configuration as functions; a state has a leading axis for the seeds.
+
+    Attributes:
+        start: makes the state before the first step.
+        advance: ``advance(state, num_steps) -> (state, metrics)``, up to `eval_every` steps in one
+            compiled loop, with losses [num_steps, seeds]; the state given is gone.
+        evaluate: ``evaluate(state, step, seconds) -> Evaluation``.
+    """
+
+    start: Callable[[], train.TrainState]
+    advance: Callable[[train.TrainState, int], tuple[train.TrainState, train.StepMetrics]]
+    evaluate: Callable[[train.TrainState, int, float], Evaluation]
+
+
+def make_trainer(
+    config: TrainConfig,
+    dataset: data.Dataset,
+    regularizer: Regularizer | None = None,
+    over: NamedSharding | None = None,
+) -> Trainer:
+    """Makes what `config.seeds` runs side by side need.
+
+    Seed s has the key ``jax.random.key(s)``, with a stream of its own for everything that is drawn:
+    what a seed does depends on neither the other seeds nor how often it is stopped or evaluated.
+
+    Args:
+        config: what to train.
+        dataset: the images, as uint8.
+        regularizer: from a PRNG key of its own, one for each seed, to what the noisy gradient goes
+            through before the optimizer; None for nothing.
+        over: the sharding of the training images over several devices, for one seed; None for one
+            device. What is drawn is the same; sums over examples differ in the last bits.
+
+    Raises:
+        ValueError: if noise or model does not allow the settings (a batch size above N, say).
+    """
+    functions = functions_of(config, dataset)
+    algorithm = ALGORITHMS[config.algorithm]
+    whole_train_set, test_set = jax.device_put((dataset.train, dataset.test))
+    train_set = whole_train_set if over is None else shard_examples(dataset.train, over)
+    # Of the images there are: spread over devices, they are filled up to equal shares.
+    law = algorithm.make(len(dataset.train.label), config.noise)
+    stats = functions.init_stats()
+    has_stats = bool(jax.tree.leaves(stats))
+    if has_stats:
+        check_ghost_batches(law, config.microbatch_size)
+
+    def optimizer(key: Key[Array, ""]) -> optax.GradientTransformation:
+        before = []
+        if regularizer is not None:
+            before.append(regularizer(derive(key, Stream.REGULARIZER)))
+        if algorithm.diagonal_langevin:
+            before.append(
+                _optimizers.diagonal_langevin(
+                    key,
+                    batch_size=config.noise.batch_size,
+                    refresh_every=config.noise.refresh_every,
+                    microbatch_size=config.microbatch_size,
+                )
+            )
+        return _optimizers.make(config, *before)
+
+    def start() -> train.TrainState:
+        seeds = jnp.arange(config.seed, config.seed + config.seeds)
+        keys = jax.vmap(jax.random.key)(seeds)
+        params = functions.init_params(jax.vmap(lambda k: derive(k, Stream.PARAMETERS))(keys))
+        state = jax.vmap(lambda p, key: train.init(p, optimizer(key), key, aux=stats))(params, keys)
+        if over is None:
+            return state
+        everywhere = NamedSharding(over.mesh, PartitionSpec())
+        return jax.jit(lambda state: state, out_shardings=everywhere)(state)
+
+    # A transformation keeps its key in the state: here any will do.
+    plain_step = train.make_step(
+        functions.losses, optimizer(jax.random.key(0)), law,
+        microbatch_size=config.microbatch_size, has_aux=has_stats, sharding=over,
+    )  # fmt: skip
+
+    def step(state: train.TrainState, examples: Data) -> tuple[train.TrainState, train.StepMetrics]:
+        if config.augment:
+            examples = _augmentation.draw(state.key, state.step, examples)
+        return plain_step(state, examples)
+
+    def every_seed(
+        states: train.TrainState, examples: Data
+    ) -> tuple[train.TrainState, train.StepMetrics]:
+        if over is not None:
+            # One seed: a program over devices is not mapped over seeds.
+            state, metrics = step(jax.tree.map(lambda leaf: leaf[0], states), examples)
+            return jax.tree.map(lambda leaf: leaf[None], (state, metrics))
+        if algorithm.diagonal_langevin:
+            # Under `vmap` both branches of a `cond` are computed: no variances would be kept.
+            return jax.lax.map(lambda state: step(state, examples), states)
+        return jax.vmap(step, in_axes=(0, None))(states, examples)
+
+    # Traced once without computing anything: what is wrong is an error here, not at the first step.
+    jax.eval_shape(lambda: every_seed(start(), train_set))
+    loop = train.make_loop(every_seed, max_steps=config.eval_every)
+
+    def evaluate(state: train.TrainState, step: int, seconds: float) -> Evaluation:
+        params, aux = state.params, state.aux
+        if over is not None:  # the same everywhere: every process evaluates on a device of its own
+            params, aux = jax.device_get((params, aux))
+        train_loss, train_accuracy = functions.evaluate(params, aux, whole_train_set)
+        test_loss, test_accuracy = functions.evaluate(params, aux, test_set)
+        return Evaluation(
+            step=step,
+            train_loss=np.asarray(train_loss),
+            train_accuracy=np.asarray(train_accuracy),
+            test_loss=np.asarray(test_loss),
+            test_accuracy=np.asarray(test_accuracy),
+            seconds=seconds,
+        )
+
+    return Trainer(start, lambda state, num_steps: loop(state, train_set, num_steps), evaluate)
+
+
+def check_ghost_batches(law: Law, microbatch_size: int | None) -> None:
+    """Raises ValueError unless the examples of a step make whole ghost batches."""
+    support = law.support_size
+    size = support if microbatch_size is None else microbatch_size
+    if support % size and size < support:
+        raise ValueError(
+            f"microbatch_size must divide the {support} examples of a step, since it is the ghost "
+            f"batch whose statistics batch norm takes, got {size}."
+        )
+
+
+def train_seeds(
+    config: TrainConfig, dataset: data.Dataset, regularizer: Regularizer | None = None
+) -> Iterator[tuple[Params, Evaluation]]:
+    """Trains `config.seeds` runs side by side; yields an evaluation every `eval_every` steps.
+
+    With it come the parameters, a leading axis for the seeds: they are gone when the next ones are
+    asked for. The first evaluation, at step 0, is of the initial parameters.
+
+    Args:
+        config: what to train.
+        dataset: the images, as uint8.
+        regularizer: as in `make_trainer`.
+
+    Raises:
+        ValueError: at once, as `make_trainer`; later, if a loss leaves the finite numbers, naming
+            step and seeds.
+    """
+    trainer = make_trainer(config, dataset, regularizer)
+
+    def evaluations() -> Iterator[tuple[Params, Evaluation]]:
+        state, done, seconds = trainer.start(), 0, 0.0
+        while True:
+            evaluation = trainer.evaluate(state, done, seconds)
+            check_finite(evaluation.train_loss[None], done, config.seed)
+            yield state.params, evaluation
+            if done == config.total_steps:
+                return
+            num_steps = min(config.eval_every, config.total_steps - done)
+            before = time.perf_counter()
+            state, metrics = jax.block_until_ready(trainer.advance(state, num_steps))
+            seconds = time.perf_counter() - before
+            check_finite(metrics.loss, done, config.seed)
+            done += num_steps
+
+    return evaluations()
+
+
+class DivergedError(ValueError):
+    """A loss is not finite.
+
+    Attributes:
+        step: the iterations after which it was not.
+        seeds: whose loss.
+    """
+
+    def __init__(self, step: int, seeds: list[int]):
+        self.step, self.seeds = step, seeds
+        which = ", ".join(map(str, seeds[:10])) + (", ..." if len(seeds) > 10 else "")
+        super().__init__(
+            f"The training loss is not finite after {step} steps (seed {which}): choose a smaller "
+            "learning_rate."
+        )
+
+
+def check_finite(losses: ArrayLike, step: int, first_seed: int) -> None:
+    """Raises DivergedError at the first of these losses that is not finite.
+
+    Args:
+        losses: [steps, seeds], the loss before each step.
+        step: iterations made before the first of them.
+        first_seed: the seed of the first column.
+    """
+    bad = ~np.isfinite(np.asarray(losses))
+    if bad.any():
+        row = int(bad.any(1).argmax())
+        raise DivergedError(step + row, (first_seed + np.flatnonzero(bad[row])).tolist())
+
+
+def functions_of(config: TrainConfig, dataset: data.Dataset) -> "ModelFunctions":
+    """The functions of the net of a configuration, for the images of a data set."""
+    net = models.MODELS[config.model_name]
+    shape, classes = dataset.image_shape, dataset.num_classes
+    return model_functions(
+        config.model_name,
+        dataset.max_value,
+        config.width,
+        None if shape == net.image_shape else shape,
+        None if classes == net.num_classes else classes,
+    )
+
+
+class ModelFunctions(NamedTuple):
+    """What is the same for every algorithm.
+
+    Attributes:
+        init_params: initial parameters of a vector of keys.
+        losses: the loss vector function, with the net's statistics as third argument if it has any.
+        evaluate: mean loss and accuracy of every seed, from parameters, statistics and examples.
+        init_stats: the net's initial running statistics, {} for none.
+    """
+
+    init_params: Callable[[Key[Array, " seeds"]], Params]
+    losses: loss.LossVectorFn
+    evaluate: Callable[[Params, Statistics, data.Examples], tuple[Array, Array]]
+    init_stats: Callable[[], Statistics]
+
+
+@functools.cache  # so that several runs in one process compile these once
+def model_functions(
+    model_name: str,
+    max_value: int,
+    width: int | None = None,
+    image_shape: ImageShape | None = None,
+    num_classes: int | None = None,
+) -> ModelFunctions:
+    """The functions of a net that takes images with pixels from 0 to `max_value`.
+
+    Args:
+        model_name: one of `models.MODELS`.
+        max_value: value of the brightest possible pixel.
+        width: channels of the net's first layer; None for the net's own.
+        image_shape: height, width and channels of the images; None for the net's own.
+        num_classes: number of logits; None for the net's own.
+    """
+    net = models.MODELS[model_name]
+    asked = {"width": width, "image_shape": image_shape, "num_classes": num_classes}
+    model = models.functional(net, **{k: v for k, v in asked.items() if v is not None})
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+
+    def losses_and_stats(
+        params: Params, batch: Batch, stats: Statistics
+    ) -> tuple[Float[Array, " batch"], Statistics]:
+        augmented = isinstance(batch, _augmentation.Augmented)
+        images = _augmentation.apply(batch) if augmented else batch.image
+        logits, stats = model.apply(
+            params, stats, images.astype(jnp.float32) / max_value, training=True
+        )
+        return cross_entropy(logits, batch.label), stats
+
+    def losses(params: Params, batch: Batch) -> Float[Array, " batch"]:
+        return losses_and_stats(params, batch, {})[0]
+
+    def sums(
+        params: Params, stats: Statistics, examples: data.Examples, counts: Array
+    ) -> tuple[Array, Array]:
+        """Summed loss and correct answers of one batch; examples with count 0 do not count."""
+        scores, _ = model.apply(params, stats, examples.image.astype(jnp.float32) / max_value)
+        correct = scores.argmax(-1) == examples.label
+        return counts @ cross_entropy(scores, examples.label), counts @ correct
+
+    @jax.jit
+    def evaluate(params: Params, stats: Statistics, examples: data.Examples) -> tuple[Array, Array]:
+        size = examples.label.shape[0]
+        positions = jnp.arange(-(-size // EVALUATION_BATCH) * EVALUATION_BATCH)
+        batches = positions.reshape(-1, EVALUATION_BATCH)
+
+        def one_batch(positions: Array) -> tuple[Array, Array]:
+            # The last batch is filled up with the last example, which does not count.
+            batch = jax.tree.map(lambda x: x.take(positions, axis=0, mode="clip"), examples)
+            counts = (positions < size).astype(jnp.float32)
+            return jax.vmap(sums, in_axes=(0, 0, None, None))(params, stats, batch, counts)
+
+        return jax.tree.map(lambda x: x.sum(0) / size, jax.lax.map(one_batch, batches))
+
+    has_stats = bool(jax.tree.leaves(model.init_stats()))
+    return ModelFunctions(
+        jax.jit(jax.vmap(model.init)),
+        losses_and_stats if has_stats else losses,
+        evaluate,
+        model.init_stats,
+    )

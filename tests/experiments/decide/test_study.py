@@ -1,0 +1,302 @@
+"""The study on tiny settings: what is drawn, what is computed, what is recorded."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import models
+from experiments.decide import (
+    _calibration,
+    _datasets,
+    _nets,
+    _records,
+    _runs,
+    report,
+    settings,
+    study,
+)
+from msgd_jax import covariance, loss
+
+TINY = dataclasses.replace(
+    settings.DIGITS,
+    steps=12, evaluations=3, num_train=20, pool=60, num_test=50, batch_size=4, supports=(8, 10),
+    seeds=(100, 4), tuning_seeds=(40, 2), tuning_factors=(1.0, 2.0), longer=2, refresh_every=5,
+    family=("sgd-other-key", "cov", "isotropic", "diagonal", "gd-best"), others=(),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images() -> _datasets.Images:
+    return _datasets.load(TINY)
+
+
+@pytest.fixture(scope="module")
+def runner(images) -> _runs.Runner:
+    return _runs.Runner(TINY, images, _runs.Options())
+
+
+def quiet(runner, images, folder: pathlib.Path, seeds_at_once: int = 2) -> study.Study:
+    return study.Study(runner, images, folder, seeds_at_once=seeds_at_once, told=lambda text: None)
+
+
+# What is drawn.
+
+
+def test_the_stated_share_of_labels_is_of_another_class(images):
+    for share, flipped in ((0.0, 0), (0.2, 4), (1.0, 20)):
+        noisy = dataclasses.replace(TINY, label_noise=share)
+        sample = _datasets.draw(noisy, jax.random.key(1), jnp.asarray(images.pool_labels))
+        true = images.pool_labels[sample.positions]
+        assert int((sample.labels != true).sum()) == flipped
+        assert ((sample.labels >= 0) & (sample.labels < 10)).all()
+
+
+def test_every_other_class_is_as_likely():
+    # 9 counts with mean 1,000: chi-square with 8 degrees of freedom, above 37.3 with p = 1e-5.
+    many = dataclasses.replace(TINY, num_train=9_000, pool=9_000, label_noise=1.0)
+    sample = _datasets.draw(many, jax.random.key(2), jnp.zeros(9_000, jnp.int32))
+    counts = np.bincount(sample.labels, minlength=10)
+    assert counts[0] == 0
+    assert ((counts[1:] - 1_000) ** 2 / 1_000).sum() < 37.3
+
+
+def test_every_seed_draws_its_own_subset_labels_and_weights(runner):
+    state, _ = runner._started("gd", [100, 101], None)
+    kernel, keys = state.params["conv1"]["kernel"], jax.random.key_data(state.noise_keys)
+    for values in map(np.asarray, (*state.examples, kernel, keys)):
+        assert not (values[0] == values[1]).all()
+
+
+def test_contestants_share_data_and_weights_but_no_noise_key(runner):
+    one, other = (runner._started(name, [100, 101], None)[0] for name in ("sgd", "sgd-other-key"))
+    for a, b in ((one.examples, other.examples), (one.params, other.params)):
+        assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+    assert (jax.random.key_data(one.noise_keys) != jax.random.key_data(other.noise_keys)).any()
+    numbers = {_runs.noise_number(c.key) for c in settings.CONTESTANTS.values()}
+    assert len(numbers) == len(settings.CONTESTANTS) - 2  # GD draws nothing, in three variants
+
+
+# What is computed.
+
+
+@pytest.mark.parametrize(
+    ("net", "convolution", "groups"),
+    [
+        ("digits_net", "product", 1),
+        ("digits_net", "lax", 1),
+        ("vgg11", "product", 3),
+        pytest.param("vgg11", "product", 1, marks=pytest.mark.slow),
+        pytest.param("vgg11", "lax", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_the_nets_are_those_of_the_models(net, convolution, groups):
+    setting = dataclasses.replace(TINY, net=net, width=2)
+    kwargs = {"width": 2} if net == "vgg11" else {}
+    model = models.functional(models.MODELS[net], **kwargs)
+    made, rng = _nets.make(setting, convolution, groups), np.random.default_rng(0)
+    shapes = jax.eval_shape(made.init, jax.random.key(0))
+    assert shapes == jax.eval_shape(model.init, jax.random.key(0))
+    # Of a size that eight layers neither forget nor blow up.
+    params = jax.tree.map(
+        lambda x: (rng.normal(size=x.shape) * (2 / max(x.size // x.shape[-1], 1)) ** 0.5).astype(
+            np.float32
+        ),
+        shapes,
+    )
+    pixels = rng.integers(0, 17, (6, 32, 32, 3) if net == "vgg11" else (6, 8, 8, 1), np.uint8)
+    scaled = (pixels / _datasets.max_value(setting)).astype(np.float32)
+
+    def both(logits_of, params):
+        logits, pull_back = jax.vjp(logits_of, params)
+        return logits, pull_back(jnp.cos(logits))
+
+    ours = jax.jit(lambda p: both(lambda q: made.logits(q, jnp.asarray(pixels)), p))(params)
+    theirs = jax.jit(lambda p: both(lambda q: model.apply(q, {}, scaled)[0], p))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, theirs)
+    assert float(jnp.abs(ours[0]).max()) > 0.1
+
+
+def test_the_diagonal_of_s_is_that_of_the_dense_matrix():
+    losses = loss.per_example(lambda theta, example: (theta @ example.image) ** 2 + example.label)
+    theta = jnp.asarray([1.0, -2.0])
+    x = jax.random.normal(jax.random.key(0), (250, 2))
+    examples = _runs.Example(x, jnp.zeros(250))
+    gradients = covariance.gradient_matrix(losses, theta, examples)
+    got = _runs.covariance_diagonal(losses, theta, examples)
+    np.testing.assert_allclose(got, np.var(np.asarray(gradients, np.float64), axis=0), rtol=1e-5)
+
+
+def test_isotropic_noise_has_the_trace_of_the_diagonal_one(runner):
+    traces = []
+    for name in ("isotropic", "diagonal"):
+        state, advance = runner._started(name, [100, 101], None)
+        variances = [np.asarray(x[0]) for x in jax.tree.leaves(advance(state, 0, 1).variances)]
+        traces.append(sum(x.sum() for x in variances))
+        spread = np.ptp(np.concatenate([x.ravel() for x in variances]))
+        assert (spread == 0) == (name == "isotropic")
+    assert traces[0] > 0
+    assert traces[0] == pytest.approx(traces[1], rel=1e-4)
+
+
+def test_gd_is_gradient_descent_with_the_decay(runner):
+    state, advance = runner._started("gd", [100, 101], [2.0, 1.0])
+    params, examples = (
+        jax.tree.map(lambda x: x[0], part) for part in (state.params, state.examples)
+    )
+    net = _nets.make(TINY)
+
+    def mean_loss(params):
+        log_p = jax.nn.log_softmax(net.logits(params, examples.image))
+        return -jnp.take_along_axis(log_p, examples.label[:, None], 1).mean()
+
+    descend = jax.jit(lambda p, rate: jax.tree.map(
+        lambda x, g: x - rate * g, p, jax.grad(mean_loss)(p)
+    ))  # fmt: skip
+    for step in range(12):
+        params = descend(params, 0.2 if step < 8 else 0.02)  # 70 % of 12 steps are 8
+    final = advance(state, 0, 12).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, atol=2e-5), final, params)
+
+
+def test_a_seed_does_not_depend_on_its_chunk(runner):
+    losses = [runner.run("cov", seeds).scores.train_loss for seeds in ([100, 101], [101, 102])]
+    np.testing.assert_allclose(losses[0][:, 1], losses[1][:, 0], rtol=1e-4)
+    assert not np.allclose(losses[0][-1, 0], losses[0][-1, 1], rtol=1e-3)
+
+
+def test_the_fastest_choice_comes_first_and_the_budget_ends_the_search(images):
+    choices, told = [(_runs.Options(groups=groups), 2) for groups in (1, 2)], []
+    timings = _calibration.calibrate(
+        TINY, images, choices, name="sgd", steps=3, budget_seconds=0.0, told=told.append
+    )
+    assert [timing.runner.options for timing in timings] == [_runs.Options(groups=1)]
+    assert len(told) == 2
+    timings = _calibration.calibrate(
+        TINY, images, [*choices, (_runs.Options(microbatch_size=2), 2)], name="sgd", steps=3,
+        budget_seconds=1e6, told=told.append,
+    )  # fmt: skip
+    assert len(timings) == 3
+    speeds = [timing.seconds_per_seed_step for timing in timings]
+    assert speeds == sorted(speeds)
+
+
+def test_svag_makes_more_and_smaller_steps():
+    svag = settings.CONTESTANTS["svag"]
+    assert svag.steps(TINY) == 24
+    assert svag.learning_rate(TINY) == TINY.learning_rate / 2
+    assert settings.CONTESTANTS["gd-longer"].evaluation_steps(TINY) == [8, 16, 24]
+
+
+# What is recorded.
+
+
+def test_a_study_end_to_end_is_recorded_resumed_and_reported(runner, images, tmp_path, monkeypatch):
+    one = quiet(runner, images, tmp_path)
+    seeds = study.main_seeds(TINY)
+    assert study.run_setting(one, TINY.contestants, seeds, shows_progress=False) == []
+    before = one.path.read_text()
+    # 7 contestants with 4 seeds, and 2 learning rates on 2 seeds; 2 runs at once.
+    assert len(one.runs()) == 7 * 4 + 4
+    assert len(before.splitlines()) == 7 * 2 + 2
+    assert str(tmp_path) not in before
+
+    monkeypatch.setattr(_runs.Runner, "run", None)  # nothing is run again
+    again = quiet(runner, images, tmp_path)
+    assert study.run_setting(again, TINY.contestants, seeds, shows_progress=False) == []
+    assert one.path.read_text() == before
+
+    page, text = report.write(TINY, tmp_path)
+    assert page.read_text().startswith("## digits")
+    for name in TINY.contestants:
+        assert f"| {settings.label(name, TINY)} " in text
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+def test_a_line_that_was_cut_short_is_run_again(runner, images, tmp_path):
+    one = quiet(runner, images, tmp_path)
+    job = one.job("sgd", [100, 101, 102, 103])
+    assert one.run(job)
+    first, second = one.path.read_text().splitlines()
+    one.path.write_text(first + "\n" + second[:100])
+    assert one.missing(job) == [(102, 1.0), (103, 1.0)]
+    assert one.run(job)
+    assert one.missing(job) == []
+    assert one.path.read_text().splitlines()[0] == first
+
+
+def test_nothing_is_started_after_the_deadline(runner, images, tmp_path):
+    one = quiet(runner, images, tmp_path)
+    assert study.run_setting(one, ["gd"], [100], deadline=0.0, shows_progress=False) == ["gd"]
+    assert not one.path.exists()
+    assert one.run(one.job("gd", [100, 101]))  # from which it knows how long one takes
+    assert not one.run(one.job("gd", [102, 103]), latest_end=0.0)
+
+
+def test_records_of_another_setting_are_refused(runner, images, tmp_path):
+    one = quiet(runner, images, tmp_path)
+    one.run(one.job("gd", [100, 101]))
+    other = dataclasses.replace(TINY, learning_rate=0.2)
+    with pytest.raises(ValueError, match="records of another setting"):
+        quiet(_runs.Runner(other, images, _runs.Options()), images, tmp_path)
+    # Seeds, margin and family are about the analysis alone.
+    same = dataclasses.replace(TINY, seeds=(0, 7), margin=0.5, family=("cov",))
+    assert same.fingerprint == TINY.fingerprint
+    moved = images._replace(test_labels=np.roll(images.test_labels, 1))
+    with pytest.raises(ValueError, match="records of other images"):
+        quiet(runner, moved, tmp_path)
+
+
+def test_gds_own_rate_is_the_best_on_the_tuning_seeds_alone():
+    def curve(accuracy):
+        return _records.Curve(np.asarray([12]), *(np.asarray([accuracy]) for _ in range(4)))
+
+    found = {
+        _records.Run("gd", factor, seed): curve(accuracy)
+        for factor, seed, accuracy in (
+            (1.0, 40, 0.5), (1.0, 41, 0.7), (2.0, 40, 0.9), (2.0, 41, 0.4),
+            (1.0, 100, 0.0), (2.0, 100, 1.0),
+        )
+    }  # fmt: skip
+    assert study.best_factor(TINY, found) == 2.0
+    found[_records.Run("gd", 2.0, 41)] = curve(0.2)
+    assert study.best_factor(TINY, found) == 1.0
+    del found[_records.Run("gd", 2.0, 41)]
+    assert study.best_factor(TINY, found) is None
+
+
+def test_gd_is_stopped_where_its_loss_is_sgds():
+    steps = np.asarray([1, 2, 3])
+    accuracy = np.asarray([0.1, 0.2, 0.4])
+    gd = _records.Curve(steps, np.exp([0.0, -1.0, -3.0]), accuracy, accuracy, accuracy)
+    for wanted, expected in ((-1.5, 0.25), (-3.0, 0.4), (-9.0, 0.4), (1.0, 0.1)):
+        sgd = gd._replace(train_loss=np.exp([0.0, 0.0, wanted]))
+        stopped = report._at_equal_loss({7: gd}, {7: sgd})[7]
+        assert stopped.test_accuracy[-1] == pytest.approx(expected)
+
+
+def test_the_report_adjusts_over_the_declared_family():
+    rng = np.random.default_rng(0)
+    seeds = range(100, 120)
+    setting = dataclasses.replace(TINY, seeds=(100, 20))
+    found = {}
+    for name, mean in (("gd", 0.5), ("sgd", 0.6), ("cov", 0.6), ("isotropic", 0.5)):
+        for seed in seeds:
+            values = np.asarray([mean + 0.01 * rng.normal()])
+            found[_records.Run(name, 1.0, seed)] = _records.Curve(np.asarray([12]), *[values] * 4)
+    table = {row.label: row for row in report.rows(setting, found)}
+    cov, isotropic = table["M-SGD-Cov"], table["GD + isotropic noise"]
+    assert cov.to_gd
+    assert cov.share
+    assert isotropic.to_sgd
+    assert isotropic.share
+    # Five contestants were declared, so the smallest of ten p-values counts ten times.
+    smallest = min(cov.to_gd.p_value, isotropic.to_sgd.p_value)
+    assert min(cov.adjusted_to_gd, isotropic.adjusted_to_sgd) == pytest.approx(10 * smallest)
+    assert cov.share.low < 1 < cov.share.high
+    assert isotropic.share.low < 0 < isotropic.share.high
+    assert cov.adjusted_to_sgd > 0.05
+    assert np.isnan(table[report.AT_EQUAL_LOSS].adjusted_to_gd)

@@ -1,0 +1,376 @@
+"""VGG-11, ResNet-18 and ghost batch norm, against float64 numpy and XLA's own convolutions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from experiments import models
+from experiments.models import conv, layers, resnet
+from msgd_jax import loss
+from msgd_jax.noise import Weights
+
+SIZES = {"vgg11": 9_225_610, "resnet18": 11_173_962}
+each_net = pytest.mark.parametrize("name", SIZES)
+
+
+class OneBlock(layers.Net):
+    """The parts of ResNet-18 with the shortcut that projects, quick to compile."""
+
+    image_shape = (32, 32, 3)
+    full_width = 64
+    has_batch_norm = True
+
+    def __init__(self, *, rngs, width):
+        self.block = resnet.ResidualBlock(3, width, stride=2, rngs=rngs)
+        self.fc = layers.linear(width, 10, rngs=rngs)
+
+    def __call__(self, images, *, training=False):
+        features = self.block(layers.batch_last(images), training=training)
+        return self.fc(features.mean((1, 2)).T)
+
+
+each_normalised = pytest.mark.parametrize(
+    "name", ["one_block", pytest.param("resnet18", marks=pytest.mark.slow)]
+)
+
+
+@functools.cache
+def narrow(name: str):
+    return models.functional({**models.MODELS, "one_block": OneBlock}[name], width=2)
+
+
+def params_of(model, seed: int = 0):
+    """Parameters of the right shapes and sizes from numpy: JAX's own take long to compile."""
+    random = np.random.default_rng(seed)
+
+    def draw(leaf):
+        fan_in = max(np.prod(leaf.shape[:-1]), 1)
+        return jnp.asarray(random.normal(size=leaf.shape) * np.sqrt(2 / fan_in), jnp.float32)
+
+    return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def some_images(count: int = 6, seed: int = 3):
+    return jnp.asarray(np.random.default_rng(seed).uniform(size=(count, 32, 32, 3)), jnp.float32)
+
+
+@each_net
+def test_parameters_of_the_nets_in_full(name):
+    model = models.functional(models.MODELS[name])
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    assert models.num_parameters(params) == SIZES[name]
+
+
+def test_resnet_has_statistics_and_vgg_has_none():
+    stats = narrow("resnet18").init_stats()
+    means = [x for path, x in jax.tree.leaves_with_path(stats) if "mean" in str(path[-1])]
+    assert len(means) == 20  # one after each convolution, shortcuts included
+    assert all((leaf == 0).all() for leaf in means)
+    assert narrow("vgg11").init_stats() == {}
+
+
+# Convolutions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 2), (3, 1), (3, 2)])
+def test_conv_same_and_its_gradients_equal_xlas(size, stride):
+    random = np.random.default_rng(0)
+    images = jnp.asarray(random.normal(size=(2, 7, 6, 3)), jnp.float32)
+    kernel = jnp.asarray(random.normal(size=(size, size, 2, 4)), jnp.float32)
+    padding = [(size // 2, size // 2)] * 2
+
+    def ours(images, kernel):
+        return conv.conv_same(images, kernel, stride=stride)
+
+    def xlas(images, kernel):
+        return jax.lax.conv_general_dilated(
+            images, kernel, (stride, stride), padding, dimension_numbers=("CHWN", "HWIO", "CHWN"),
+            precision="highest",
+        )  # fmt: skip
+
+    found, pull = jax.vjp(ours, images, kernel)
+    expected, pull_expected = jax.vjp(xlas, images, kernel)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    cotangent = jnp.asarray(random.normal(size=found.shape), jnp.float32)
+    for a, b in zip(pull(cotangent), pull_expected(cotangent), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_max_pool_drops_an_odd_edge():
+    images = np.random.default_rng(1).normal(size=(2, 5, 4, 3)).astype(np.float32)
+    expected = images[:, :4].reshape(2, 2, 2, 2, 2, 3).max((2, 4))
+    np.testing.assert_array_equal(conv.max_pool(jnp.asarray(images)), expected)
+
+
+def test_wrong_convolutions_are_refused():
+    images = jnp.zeros((2, 6, 6, 1))
+    with pytest.raises(ValueError, match=r"odd height and width, got shape \(2, 3, 2, 4\)"):
+        conv.conv_same(images, jnp.zeros((2, 3, 2, 4)))
+    with pytest.raises(ValueError, match="stride must be at least 1, got 0"):
+        conv.conv_same(images, jnp.zeros((3, 3, 2, 4)), stride=0)
+    with pytest.raises(ValueError, match="with C = 2"):
+        conv.conv_same(images, jnp.zeros((3, 3, 1, 4)))
+
+
+# Ghost batch norm ---------------------------------------------------------------------------------
+
+
+class Normalised(nnx.Module):
+    """Batch norm alone, as a net."""
+
+    def __init__(self, *, rngs, **kwargs):
+        del rngs
+        self.norm = layers.GhostBatchNorm(4, **kwargs)
+
+    def __call__(self, images, *, training=False):
+        return self.norm(images, training=training)
+
+
+NORM = models.functional(Normalised)
+
+
+def features(seed: int = 0, mean: float = 30.0):
+    """Channels far from zero, where E[x^2] - E[x]^2 would cancel in float32."""
+    values = np.random.default_rng(seed).normal(mean, 0.5, size=(4, 3, 2, 5))
+    return jnp.asarray(values, jnp.float32)
+
+
+def norm_params():
+    return {"norm": {"scale": jnp.array([1.0, 2.0, -1.0, 0.5]), "bias": jnp.arange(4.0)}}
+
+
+def reference_norm(images, params):
+    values = np.asarray(images, np.float64)
+    mean, variance = values.mean((1, 2, 3)), values.var((1, 2, 3))
+    scale, bias = (np.asarray(params["norm"][k], np.float64) for k in ("scale", "bias"))
+    shape = (4, 1, 1, 1)
+    normal = (values - mean.reshape(shape)) / np.sqrt(variance.reshape(shape) + 1e-5)
+    return normal * scale.reshape(shape) + bias.reshape(shape), mean, values.var((1, 2, 3), ddof=1)
+
+
+def test_batch_norm_in_training_is_the_reference():
+    images, params = features(), norm_params()
+    found, _ = NORM.apply(params, NORM.init_stats(), images, training=True)
+    expected, _, _ = reference_norm(images, params)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_gradient_of_batch_norm_is_the_references():
+    """Against central differences in float64 along random directions."""
+    random = np.random.default_rng(5)
+    images, params = features(mean=1.0), norm_params()
+    cotangent = random.normal(size=images.shape)
+
+    def value(images):
+        found, _ = NORM.apply(params, NORM.init_stats(), images, training=True)
+        return jnp.sum(found * jnp.asarray(cotangent, jnp.float32))
+
+    gradient = np.asarray(jax.grad(value)(images), np.float64)
+    for _ in range(5):
+        direction = random.normal(size=images.shape)
+        ends = [
+            (reference_norm(np.asarray(images, np.float64) + h * direction, params)[0] * cotangent)
+            for h in (1e-4, -1e-4)
+        ]
+        slope = (ends[0].sum() - ends[1].sum()) / 2e-4
+        np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-3)
+
+
+def test_running_statistics_follow_pytorchs_recursion():
+    stats, params = NORM.init_stats(), norm_params()
+    mean, variance = np.zeros(4), np.ones(4)
+    for seed in range(3):
+        images = features(seed)
+        _, stats = NORM.apply(params, stats, images, training=True)
+        _, batch_mean, unbiased = reference_norm(images, params)
+        mean = 0.9 * mean + 0.1 * batch_mean
+        variance = 0.9 * variance + 0.1 * unbiased
+    np.testing.assert_allclose(stats["norm"]["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(stats["norm"]["variance"], variance, rtol=1e-4)
+    images = features(9)
+    found, unchanged = NORM.apply(params, stats, images)
+    jax.tree.map(np.testing.assert_array_equal, unchanged, stats)
+    shape = (4, 1, 1, 1)
+    normal = (np.asarray(images) - mean.reshape(shape)) / np.sqrt(variance.reshape(shape) + 1e-5)
+    scale, bias = (np.asarray(params["norm"][k]).reshape(shape) for k in ("scale", "bias"))
+    np.testing.assert_allclose(found, normal * scale + bias, rtol=1e-3, atol=1e-3)
+
+
+def test_one_value_a_channel_has_no_variance():
+    with pytest.raises(ValueError, match="choose a larger microbatch_size"):
+        NORM.apply(norm_params(), NORM.init_stats(), features()[:, :1, :1, :1], training=True)
+
+
+def test_statistics_are_float32_when_the_net_is_narrower():
+    narrow_norm = models.functional(Normalised, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), norm_params())
+    images = features().astype(jnp.bfloat16)
+    found, stats = narrow_norm.apply(params, narrow_norm.init_stats(), images, training=True)
+    assert found.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {jnp.dtype("float32")}
+    exact = np.asarray(images, np.float64)
+    np.testing.assert_allclose(stats["norm"]["mean"], 0.1 * exact.mean((1, 2, 3)), rtol=1e-5)
+
+
+# The nets -----------------------------------------------------------------------------------------
+
+
+@each_normalised
+def test_a_step_over_ghost_batches_is_one_over_each(name):
+    """Micro-batches of the library are ghost batches: gradients add up, statistics in order."""
+    model = narrow(name)
+    params = params_of(model)
+
+    def losses_and_stats(params, batch, stats):
+        logits, stats = model.apply(params, stats, batch["x"], training=True)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"]), stats
+
+    stats = model.init_stats()
+    data = {"x": some_images(6), "y": jnp.arange(6)}
+    weights = Weights(jnp.array([0.1, 0.3, -0.2, 0.5, 0.2, 0.1]), None, 6)
+    step = loss.weighted_value_and_grad(losses_and_stats, microbatch_size=3, has_aux=True)
+    (value, new_stats), gradient = jax.jit(step)(params, data, weights, stats)
+
+    @jax.jit
+    def one(params, stats, batch, weights):
+        def weighted(params):
+            losses, new = losses_and_stats(params, batch, stats)
+            return losses @ weights, new
+
+        return jax.value_and_grad(weighted, has_aux=True)(params)
+
+    total, sums, running = 0.0, jax.tree.map(jnp.zeros_like, params), stats
+    for part in (slice(0, 3), slice(3, 6)):
+        batch = jax.tree.map(lambda x: x[part], data)  # noqa: B023
+        (some, running), grads = one(params, running, batch, weights.values[part])
+        total, sums = total + some, jax.tree.map(jnp.add, sums, grads)
+    np.testing.assert_allclose(value, total, rtol=1e-5)
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    jax.tree.map(compare, gradient, sums)
+    jax.tree.map(compare, new_stats, running)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@each_normalised
+def test_evaluation_does_not_depend_on_the_company_and_training_does(name):
+    model = narrow(name)
+    params = params_of(model)
+    images, stats = some_images(4), model.init_stats()
+    apply = jax.jit(model.apply, static_argnames="training")
+    (alone, _), (together, _) = apply(params, stats, images[:2]), apply(params, stats, images)
+    np.testing.assert_allclose(alone, together[:2], rtol=1e-4, atol=1e-5)
+    alone, together = (apply(params, stats, x, training=True)[0][:2] for x in (images[:2], images))
+    assert abs(np.asarray(alone - together)).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "name", ["one_block", *(pytest.param(name, marks=pytest.mark.slow) for name in SIZES)]
+)
+def test_seeds_side_by_side(name):
+    model = narrow(name)
+    params = jax.tree.map(lambda *x: jnp.stack(x), *(params_of(model, seed) for seed in (1, 2)))
+    stats = jax.tree.map(lambda x: jnp.stack([x, x]), model.init_stats())
+    images = some_images(3)
+    apply = functools.partial(model.apply, training=True)
+    logits, _ = jax.jit(jax.vmap(apply, (0, 0, None)))(params, stats, images)
+    for seed in range(2):
+        own = jax.tree.map(lambda x: x[seed], params)  # noqa: B023
+        expected, _ = jax.jit(apply)(own, model.init_stats(), images)
+        np.testing.assert_allclose(logits[seed], expected, rtol=1e-3, atol=1e-4)
+    assert (logits[0] != logits[1]).any()
+
+
+def test_resnet_is_the_reference_in_evaluation():
+    """Written out with XLA's convolutions, in NHWC; initial statistics subtract nothing."""
+    model = narrow("resnet18")
+    params = params_of(model)
+    images = some_images(2)
+
+    def convolve(x, layer, norm, stride=1):
+        pad = layer["kernel"].shape[0] // 2
+        x = jax.lax.conv_general_dilated(
+            x, layer["kernel"], (stride, stride), [(pad, pad)] * 2, precision="highest",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        scale, bias = (norm[name][None, None, None] for name in ("scale", "bias"))
+        return x / np.sqrt(1 + 1e-5) * scale + bias
+
+    @jax.jit
+    def reference(params, images):
+        x = jax.nn.relu(convolve(images, params["conv"], params["norm"]))
+        for number in range(1, 9):
+            block = params[f"block{number}"]
+            stride = 2 if number in (3, 5, 7) else 1
+            y = jax.nn.relu(convolve(x, block["conv1"], block["norm1"], stride))
+            y = convolve(y, block["conv2"], block["norm2"])
+            if stride == 2:
+                x = convolve(x, block["shortcut"], block["shortcut_norm"], stride)
+            x = jax.nn.relu(x + y)
+        return x.mean((1, 2)) @ params["fc"]["kernel"] + params["fc"]["bias"][None]
+
+    logits, _ = jax.jit(model.apply)(params, model.init_stats(), images)
+    np.testing.assert_allclose(logits, reference(params, images), rtol=1e-4, atol=1e-3)
+
+
+def test_vgg_is_the_reference():
+    model = narrow("vgg11")
+    params = params_of(model)
+    images = some_images(2)
+
+    @jax.jit
+    def reference(params, images):
+        x = images
+        for number in range(1, 9):
+            layer = params[f"conv{number}"]
+            x = jax.lax.conv_general_dilated(
+                x, layer["kernel"], (1, 1), "SAME", precision="highest",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )  # fmt: skip
+            x = jax.nn.relu(x + layer["bias"][None, None, None])
+            if number in (1, 2, 4, 6, 8):
+                n, h, w, c = x.shape
+                x = x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+        return x.reshape(len(x), -1) @ params["fc"]["kernel"] + params["fc"]["bias"][None]
+
+    logits, _ = jax.jit(model.apply)(params, {}, images)
+    np.testing.assert_allclose(logits, reference(params, images), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow  # drawing eight kernels takes long to compile
+def test_images_are_not_forgotten_on_the_way_through_vgg():
+    """Logits of the initial net vary between images as much as its last layer allows."""
+    model = models.functional(models.VGG11, width=16)
+    params = jax.jit(model.init)(jax.random.key(3))
+    logits, _ = jax.jit(model.apply)(params, {}, some_images(20))
+    spread = np.asarray(logits).std(0).mean()
+    assert 0.01 < spread < 10
+
+
+def test_kernels_are_drawn_with_variance_two_over_fan_in():
+    """4,608 draws: the mean square within z < 4.5, truncated normals' kurtosis 2.7 at most 3."""
+    layer = layers.Conv(32, 16, 3, rngs=nnx.Rngs(4))
+    kernel = np.asarray(layer.kernel[...], np.float64)
+    fan_in = 9 * 32
+    assert (kernel**2).mean() * fan_in / 2 == pytest.approx(1, abs=4.5 * np.sqrt(2 / kernel.size))
+    assert abs(kernel.mean()) < 4.5 * np.sqrt(2 / fan_in / kernel.size)
+    assert (layer.bias[...] == 0).all()
+
+
+@each_net
+def test_wrong_images_and_params_are_refused(name):
+    model = narrow(name)
+    params = params_of(model)
+    stats = model.init_stats()
+    with pytest.raises(ValueError, match=r"images must have shape \[B, 32, 32, 3\], got"):
+        model.apply(params, stats, some_images()[:, :28])
+    with pytest.raises(ValueError, match="got type uint8"):
+        model.apply(params, stats, some_images().astype(jnp.uint8))
+    with pytest.raises(ValueError, match="params must have the names and shapes"):
+        model.apply({"fc": params["fc"]}, stats, some_images())
+    with pytest.raises(ValueError, match="stats must have the names and shapes"):
+        model.apply(params, {"norm": {}}, some_images())

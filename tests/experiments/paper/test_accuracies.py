@@ -1,0 +1,141 @@
+"""Intervals and tests of equivalence, against Student's t integrated by quadrature."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from experiments.paper import accuracies
+from experiments.paper.accuracies import Result
+
+
+def t_above(statistic: float, freedom: int) -> float:
+    """P(T > statistic) of Student's t, by integrating its density in float64."""
+    from math import gamma, pi, sqrt
+
+    scale = gamma((freedom + 1) / 2) / (sqrt(freedom * pi) * gamma(freedom / 2))
+    angles = np.linspace(np.arctan(statistic / sqrt(freedom)), pi / 2, 200_001)
+    # With t = sqrt(n) tan(a), the density becomes a power of the cosine.
+    return float(np.trapezoid(scale * sqrt(freedom) * np.cos(angles) ** (freedom - 1), angles))
+
+
+def result(label: str, final: list[float]) -> Result:
+    accuracy = np.stack([np.full(len(final), 0.1), np.array(final)])
+    return Result(label, np.array([0, 10]), 1 - accuracy, accuracy, accuracy, 1.0)
+
+
+REFERENCE = result("SGD-50", [0.780, 0.790, 0.785, 0.795, 0.788])
+CLOSE = result("close", [0.781, 0.789, 0.787, 0.794, 0.790])
+WORSE = result("worse", [0.751, 0.759, 0.757, 0.764, 0.760])
+SPREAD = result("spread", [0.760, 0.815, 0.770, 0.820, 0.780])
+
+
+def test_two_one_sided_tests():
+    differences = CLOSE.test_accuracy[-1] - REFERENCE.test_accuracy[-1]
+    error = differences.std(ddof=1) / np.sqrt(5)
+    above = t_above((differences.mean() + 0.01) / error, 4)
+    below = t_above((0.01 - differences.mean()) / error, 4)
+    found = accuracies.equivalence(differences, 0.01)
+    assert found == pytest.approx(max(above, below), rel=1e-5)
+    # At the edge of the margin nothing is shown either way.
+    assert accuracies.equivalence(differences - differences.mean() + 0.01, 0.01) == pytest.approx(
+        0.5
+    )
+    assert np.isnan(accuracies.equivalence(np.array([0.001]), 0.01))
+
+
+def test_intervals_cover_95_percent_of_students_t():
+    width = accuracies.half_width(REFERENCE.test_accuracy[-1])
+    error = REFERENCE.test_accuracy[-1].std(ddof=1) / np.sqrt(5)
+    assert t_above(width / error, 4) == pytest.approx(0.025, rel=1e-5)
+    assert np.isnan(accuracies.half_width(np.array([0.5])))
+
+
+def test_verdicts():
+    rows = accuracies.compare([CLOSE, REFERENCE, WORSE, SPREAD], "SGD-50")
+    verdicts = {row.label: row.verdict for row in rows}
+    assert verdicts == {
+        "close": "equivalent", "SGD-50": "the reference", "worse": "different",
+        "spread": "undecided",
+    }  # fmt: skip
+    steps = np.array([0.002, 0.003, 0.002, 0.003, 0.002])
+    slightly = result("slightly", (REFERENCE.test_accuracy[-1] + steps).tolist())
+    assert accuracies.compare([REFERENCE, slightly], "SGD-50")[1].verdict == (
+        "equivalent, though different"
+    )
+
+
+def test_tables(tmp_path):
+    rows = accuracies.compare([REFERENCE, WORSE], "SGD-50")
+    table = accuracies.markdown_table(rows).splitlines()
+    assert table[0].startswith("| algorithm | train loss | test accuracy % | minus SGD-50 |")
+    assert "| 78.76 ± " in table[2]
+    assert "the reference" in table[2]
+    assert "| -2.94 ± " in table[3]
+    accuracies.write_csv(rows, tmp_path / "table.csv")
+    with open(tmp_path / "table.csv", newline="") as file:
+        reference, worse = csv.DictReader(file)
+    assert float(worse["difference"]) == rows[1].difference
+    assert float(reference["test_accuracy"]) == pytest.approx(0.7876)
+    assert worse["verdict"] == "different"
+
+
+def test_seeds_of_several_runs_stand_side_by_side():
+    from experiments.training import Evaluation
+
+    def evaluation(step, *values):
+        return Evaluation(step, *[np.array(values)] * 4, 2.0)
+
+    parts = [
+        [evaluation(0, 0.1, 0.2), evaluation(5, 0.3, 0.4)],
+        [evaluation(0, 0.5), evaluation(5, 0.6)],
+    ]
+    joined = accuracies.of_evaluations("SGD", parts)
+    np.testing.assert_array_equal(joined.test_accuracy, [[0.1, 0.2, 0.5], [0.3, 0.4, 0.6]])
+    assert joined.seconds == 8.0
+    np.testing.assert_array_equal(joined.steps, [0, 5])
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"reference must be one of SGD-50, got 'GD'"):
+        accuracies.compare([REFERENCE], "GD")
+    with pytest.raises(ValueError, match="few has 2 seeds and SGD-50 has 5"):
+        accuracies.compare([REFERENCE, result("few", [0.7, 0.8])], "SGD-50")
+    with pytest.raises(ValueError, match="last must be between 1 and the 2 evaluations of SGD-50"):
+        accuracies.compare([REFERENCE], "SGD-50", last=3)
+
+
+def test_averages_over_the_last_evaluations():
+    """A spike at the very end, of one seed, hides what the average shows."""
+    rng = np.random.default_rng(0)
+    steady = 0.785 + 0.001 * rng.normal(size=(12, 5))
+    spiked = steady + 0.001 * rng.normal(size=(12, 5))
+    spiked[-1, 2] -= 0.07
+    steps = np.arange(12)
+    results = [
+        Result(label, steps, 1 - accuracy, accuracy, accuracy, 1.0)
+        for label, accuracy in (("SGD", steady), ("noise", spiked))
+    ]
+    last, averaged = (accuracies.compare(results, "SGD", k)[1] for k in (1, 5))
+    assert averaged.test_accuracy == pytest.approx(spiked[7:].mean())
+    assert averaged.difference == pytest.approx((spiked[7:] - steady[7:]).mean())
+    assert averaged.train_loss == pytest.approx(1 - spiked[7:].mean())
+    assert averaged.difference_half_width < 0.3 * last.difference_half_width
+
+
+def test_long_runs_have_both_tables(tmp_path):
+    from experiments.paper import report
+    from experiments.training.config import TrainConfig
+
+    for evaluations, expected in ((12, True), (10, False)):
+        accuracy = np.linspace(0.1, 0.8, evaluations)[:, None] + np.zeros(3)
+        found = [
+            Result(label, np.arange(evaluations), 1 - accuracy, accuracy, accuracy, 1.0)
+            for label in ("SGD-50", "GD")
+        ]
+        folder = tmp_path / str(evaluations)
+        folder.mkdir()
+        text = report.write_section(folder, "x", "Title", TrainConfig(), found)
+        assert (folder / "x-averaged.csv").exists() == expected
+        assert text.count("| SGD-50 | ") == 1 + expected
+        assert f"| SGD-50 | {0.2 + 0.7 * 2 / 11:.4f} |" in text or not expected

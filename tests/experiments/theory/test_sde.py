@@ -1,0 +1,158 @@
+"""``python -m experiments sde``: tables, pictures and numbers, on small settings."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import data, training
+from experiments.__main__ import main
+from experiments.theory import _sde_tables, sde_problems, weak_order
+from experiments.theory import sde as sde_experiment
+from experiments.theory.config import SDEConfig
+from experiments.training import runs
+from msgd_jax import sde
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_orders_and_pictures(tmp_path, capsys, monkeypatch):
+    """Some of the cases, few paths: the orders are there, in table, record and picture."""
+    from matplotlib import image
+
+    cases = sde_experiment.strong_cases(32)
+    monkeypatch.setattr(sde_experiment, "strong_cases", lambda n: [cases[0]])
+    exact = weak_order.table()[:6]
+    monkeypatch.setattr(sde_experiment, "weak", lambda config: iter(exact[:1]))
+    monkeypatch.setattr(weak_order, "table", lambda: exact)
+    out = tmp_path / "out"
+    main(["sde", "--parts", "strong", "weak", "--strong-paths", "32", "--out", str(out)])
+    results, printed = read(out / "summary.json"), capsys.readouterr().out
+    assert set(results) == {"strong", "weak"}
+    (coupled,) = results["strong"]
+    assert abs(coupled["order"]["value"] - 1) < 0.05
+    assert coupled["deterministic"]["value"] == pytest.approx(
+        coupled["errors"][-1] / coupled["learning_rates"][-1], rel=0.05
+    )
+    for row in [*results["strong"], *exact]:
+        assert row["label"] in printed
+    assert len(results["weak"]) == 7
+    for name in ("strong_order.png", "weak_order.png"):
+        assert image.imread(out / name).shape[0] > 300
+    with pytest.raises(SystemExit, match="differs in parts, strong_paths, and results are never"):
+        main(["sde", "--parts", "weak", "--out", str(out)])
+    # The same command again: its tables again.
+    monkeypatch.setattr(sde_experiment, "strong", None)
+    main(["sde", "--parts", "strong", "weak", "--strong-paths", "32", "--out", str(out)])
+    tables = printed[: printed.index("The pictures")]
+    assert capsys.readouterr().out.startswith(tables)
+
+
+def test_parts_that_are_done_are_not_done_again(tmp_path, monkeypatch, capsys):
+    """Stopped in its second part, the same command goes on with that."""
+    exact = weak_order.table()[:2]
+    monkeypatch.setattr(weak_order, "table", lambda: exact)
+    monkeypatch.setattr(sde_experiment, "weak", lambda config: iter(exact[:1]))
+    command = ["sde", "--parts", "weak", "paths", "--out", str(tmp_path / "out")]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sde_experiment, "paths", stopped)
+    with pytest.raises(SystemExit) as interrupted:
+        main(command)
+    assert interrupted.value.code == 130
+    assert runs.state(tmp_path / "out") == "stopped"
+    monkeypatch.setattr(sde_experiment, "weak", None)
+    monkeypatch.setattr(
+        sde_experiment, "paths",
+        lambda *_: sde_experiment.Paths(np.zeros(1), {}, {}, 0.2),
+    )  # fmt: skip
+    monkeypatch.setattr(sde_experiment._sde_figures, "plot_paths", lambda *_: None)
+    capsys.readouterr()
+    main(command)
+    assert exact[0]["label"] in capsys.readouterr().out
+    results = read(tmp_path / "out" / "summary.json")
+    assert (len(results["weak"]), len(results["paths"])) == (3, 2)
+    assert not (tmp_path / "out" / "parts.json").exists()
+
+
+@pytest.mark.slow
+def test_paths_on_the_plane(tmp_path, monkeypatch):
+    from experiments.theory import _sde_figures
+
+    monkeypatch.setattr(sde_experiment, "DRAWN", 2)
+    part = sde_experiment.paths(SDEConfig(), learning_rate=0.2, horizon=1.0, many=8)
+    assert part.times == pytest.approx(0.2 * np.arange(6))
+    for points in part.points.values():
+        assert points.shape == (2, 6, 2)
+        np.testing.assert_array_equal(points[:, 0], np.broadcast_to(points[0, 0], (2, 2)))
+    assert (part.distances["M-SGD-Gaussian"][1:] < part.distances["SGD"][1:]).all()
+    _sde_figures.plot_paths(sde_problems.two_wells(), [part, part], tmp_path / "paths.png")
+    assert (tmp_path / "paths.png").stat().st_size > 10_000
+
+
+def test_network(tmp_path, monkeypatch, capsys):
+    """A linear classifier in place of the LeNet: M-SGD-Fisher with the SDE's key is closest."""
+    from experiments.theory import _sde_figures
+
+    digits = data.load("digits")
+
+    def losses(params, batch):
+        logits = batch.image.reshape(-1, 64).astype(jnp.float32) / digits.max_value @ params
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.label)
+
+    functions = training.model_functions("lenet", 1)._replace(
+        init_params=lambda keys: jnp.zeros((1, 64, 10)), losses=losses
+    )
+    monkeypatch.setattr(training, "model_functions", lambda *_: functions)
+    config = SDEConfig(
+        network_paths=2, iterations=4, points=2, halvings=1, substeps=2, microbatch_size=None
+    )
+    coarse, fine = sde_experiment.network(config, digits)
+    assert coarse.times == pytest.approx([0, 0.2, 0.4])
+    assert fine.times == pytest.approx([0, 0.2, 0.4])
+    shared = coarse.distances["M-SGD-Fisher"]
+    assert shared[0] == 0
+    for other in ("M-SGD-Fisher, own draws", "GD"):
+        assert (coarse.distances[other][1:] > 3 * shared[1:]).all()
+    # Order 1 to 3/2 on average over paths, of which this is one.
+    assert 1.5 < shared[-1] / fine.distances["M-SGD-Fisher"][-1] < 6
+    assert (coarse.displacement[1:] > shared[1:]).all()
+    _sde_figures.plot_network([coarse, fine], config, tmp_path / "network.png")
+    assert (tmp_path / "network.png").stat().st_size > 10_000
+    assert "M-SGD-Fisher, own draws" in _sde_tables.network_table(
+        [sde_experiment._as_json(part) for part in (coarse, fine)]
+    )
+
+
+def test_at_minimum():
+    problem = sde_problems.at_minimum(sde_problems.logistic())
+    assert np.abs(sde.drift(*problem)).max() < 1e-4
+    assert np.abs(sde.drift(*sde_problems.logistic())).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"parts": ()}, "parts must name one or more"),
+        ({"parts": ("weak", "weak")}, "each once"),
+        ({"weak_paths": 3}, "weak_paths must be at least 4, got 3"),
+        ({"strong_paths": 31}, "strong_paths must be at least 32, got 31"),
+        ({"iterations": 0}, "iterations must be at least 1, got 0"),
+        ({"halvings": -1}, "halvings must be at least 0, got -1"),
+        ({"learning_rate": 0.0}, "learning_rate must be finite and above 0, got 0.0"),
+        ({"seed": 2**32}, "seed must be between 0 and 2"),
+        (
+            {"parts": ("weak",), "learning_rate": 0.5},
+            "learning_rate is read by the part network only, got 0.5 with parts = weak",
+        ),
+    ],
+)
+def test_bad_settings(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        SDEConfig(**wrong)

@@ -1,0 +1,114 @@
+"""Schedules, weight decay, and the diagonal Langevin baseline against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.training import _optimizers
+from experiments.training.algorithms import NoiseSettings
+from experiments.training.config import TrainConfig
+from tests import problems
+
+PROBLEM = problems.regression()
+
+
+def gradients():
+    return PROBLEM.gradient_matrix()
+
+
+def test_decays_multiply_the_rate_at_their_iterations():
+    plan = TrainConfig(learning_rate=0.2, decay_at=(3, 5), decay_factor=0.1)
+    rates = [float(_optimizers.schedule(plan)(step)) for step in range(7)]
+    np.testing.assert_allclose(rates, [0.2, 0.2, 0.2, 0.02, 0.02, 0.002, 0.002], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("sqrt", 2), ("linear", 4)])
+def test_the_rate_of_a_large_batch(scaling, factor):
+    settings = NoiseSettings(batch_size=25, support_size=100)
+    plan = TrainConfig(algorithm="sgd-b", learning_rate=0.1, noise=settings,
+                       learning_rate_scaling=scaling)  # fmt: skip
+    assert _optimizers.scaled_learning_rate(plan) == pytest.approx(0.1 * factor)
+    assert plan.total_steps == plan.steps
+
+
+def test_without_regime_adaptation_epochs_are_kept():
+    settings = NoiseSettings(batch_size=25, support_size=100)
+    plan = TrainConfig(algorithm="sgd-b", steps=1000, decay_at=(400,), noise=settings,
+                       learning_rate=1.0, regime_adaptation=False)  # fmt: skip
+    assert plan.total_steps == 250
+    rates = [float(_optimizers.schedule(plan)(step)) for step in (99, 100)]
+    np.testing.assert_allclose(rates, [1, 0.1], rtol=1e-6)
+
+
+def test_momentum_and_weight_decay_follow_pytorchs_recursion():
+    plan = TrainConfig(learning_rate=0.1, momentum=0.9, weight_decay=0.01)
+    optimizer = _optimizers.make(plan)
+    params, expected, velocity = jnp.array([1.0, -2.0]), np.array([1.0, -2.0]), np.zeros(2)
+    state = optimizer.init(params)
+    for gradient in (np.array([0.5, 0.1]), np.array([-1.0, 2.0]), np.array([0.3, 0.0])):
+        updates, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+        velocity = 0.9 * velocity + gradient + 0.01 * expected
+        expected = expected - 0.1 * velocity
+        np.testing.assert_allclose(params, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [None, 1, 33, 100, 1000])
+def test_fisher_diagonal_is_the_mean_of_squares(size):
+    found = _optimizers.fisher_diagonal(
+        problems.loss_vector_fn, PROBLEM.params, PROBLEM.data, microbatch_size=size
+    )
+    for name, rows in gradients().items():
+        np.testing.assert_allclose(found[name], (rows**2).mean(0), rtol=1e-4)
+
+
+def langevin(refresh_every=3):
+    return _optimizers.diagonal_langevin(
+        jax.random.key(8), batch_size=10, refresh_every=refresh_every, microbatch_size=40
+    )
+
+
+def update(transform, state, params):
+    zeros = optax.tree.zeros_like(params)
+    return transform.update(
+        zeros, state, params, loss_vector_fn=problems.loss_vector_fn, data=PROBLEM.data
+    )
+
+
+def test_langevin_noise_has_the_diagonal_as_variance():
+    """2,000 draws: variances within z < 4.5 of diag(F)/b, correlations within 4.5/sqrt(n)."""
+    transform = langevin(refresh_every=10_000)
+    _, state = update(transform, transform.init(PROBLEM.params), PROBLEM.params)
+
+    def one(step):
+        noise, _ = update(transform, state._replace(step=step + 1), PROBLEM.params)
+        return jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(noise)])
+
+    draws = np.asarray(jax.jit(jax.vmap(one))(jnp.arange(2_000)))
+    rows = [rows.reshape(len(rows), -1) for rows in jax.tree.leaves(gradients())]
+    expected = (np.concatenate(rows, 1) ** 2).mean(0) / 10
+    assert (abs(draws.mean(0)) < 4.5 * np.sqrt(expected / 2_000)).all()
+    np.testing.assert_allclose((draws**2).mean(0), expected, rtol=4.5 * np.sqrt(2 / 2_000))
+    off = np.corrcoef(draws.T) - np.eye(draws.shape[1])
+    assert abs(off).max() < 4.5 / np.sqrt(2_000)
+
+
+def test_variances_are_kept_between_refreshes():
+    transform = langevin()
+    state = transform.init(PROBLEM.params)
+    far = jax.tree.map(lambda x: x + 1.0, PROBLEM.params)
+    kept = []
+    for step in range(5):
+        _, state = update(transform, state, far if step else PROBLEM.params)
+        kept.append(jax.tree.leaves(state.variances)[0])
+    np.testing.assert_array_equal(kept[0], kept[2])  # computed at step 0, at the first point
+    assert (np.asarray(kept[3]) != np.asarray(kept[2])).any()  # and again at step 3
+    np.testing.assert_array_equal(kept[3], kept[4])
+
+
+def test_langevin_needs_losses_of_single_examples():
+    transform = langevin()
+    with pytest.raises(ValueError, match="needs loss_vector_fn"):
+        transform.update(PROBLEM.params, transform.init(PROBLEM.params), PROBLEM.params)
