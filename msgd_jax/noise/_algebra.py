@@ -32,9 +32,9 @@ def scaled(law: MNoise, scale: Scale) -> MNoise:
         law: the law W' comes from.
         scale: c, a finite number of at least 0, or an array of shape (), which may be traced: built
             inside a function, the law can be swept over by `jax.vmap` and compiles once, but
-            states no `covariance`. Or a schedule, a function from the step (an int32 array of shape ()) to such a number, like
-            those of optax: then the law states no `covariance`, since that changes from step to
-            step; `covariance_between` states it.
+            states no `covariance`. Or a schedule, a function from the step (an int32 array of shape
+            ()) to such a number, like those of optax: then the law states no `covariance` either,
+            since that changes from step to step; `covariance_between` states it.
 
     Raises:
         TypeError: if `law` is not a law or `scale` is neither a number nor a function.
@@ -70,8 +70,9 @@ def scaled(law: MNoise, scale: Scale) -> MNoise:
     if not isinstance(factor, Tracer) and factor == 1:
         return dataclasses.replace(law, name=f"scaled({law.name}, 1)")
     shown = "traced" if isinstance(scale, Tracer) else f"{factor:g}"
-    unstated = law.moments is None or isinstance(factor, Tracer)
-    moments = None if unstated else factor**2 * law.moments
+    moments = None
+    if law.moments is not None and not isinstance(factor, Tracer):
+        moments = factor**2 * law.moments
     draw_at = between = None
     if law.draw_at is not None:
         draw_at = bound(_scaled_draw_at, law, factor)
