@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, Shaped
 
-from msgd_jax import _shards, _validate
+from msgd_jax import _mesh, _validate
 
 __all__ = ["check_key_agrees", "shard_examples"]
 
@@ -55,16 +55,16 @@ def shard_examples(data: Any, sharding: NamedSharding) -> Any:
         >>> spread["x"].shape[0] % jax.device_count()
         0
     """
-    if _shards.check("sharding", sharding) is None:
+    if _mesh.check("sharding", sharding) is None:
         raise TypeError("sharding must be a jax.sharding.NamedSharding, got None.")
     num_examples = _validate.leading_axis("data", data)
-    num_rows = num_examples + _shards.missing(num_examples, sharding)
+    num_rows = num_examples + _mesh.missing(num_examples, sharding)
     rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
 
     def place(leaf: Any) -> Shaped[Array, "rows *rest"]:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return _shards.spread(lambda x: _shards.fill(x, num_rows - len(x)), sharding)(leaf)
-        words, implementation = _shards.as_words(leaf)
+            return _mesh.spread(lambda x: _mesh.fill(x, num_rows - len(x)), sharding)(leaf)
+        words, implementation = _mesh.as_words(leaf)
         dtype = jax.dtypes.canonicalize_dtype(words.dtype)
 
         def part(index: Any) -> np.ndarray:
@@ -74,7 +74,7 @@ def shard_examples(data: Any, sharding: NamedSharding) -> Any:
 
         shape = (num_rows, *words.shape[1:])
         placed = jax.make_array_from_callback(shape, rows, part, dtype=dtype)
-        return _shards.from_words(placed, implementation)
+        return _mesh.from_words(placed, implementation)
 
     return jax.tree.map(place, data)
 

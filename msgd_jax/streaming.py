@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 from numpy.typing import NDArray
 
-from msgd_jax import _shards, _validate
+from msgd_jax import _mesh, _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax.noise import MNoise, Weights
 from msgd_jax.train import StepMetrics, TrainState, step_of
@@ -70,7 +70,7 @@ class ArraySource:
     def __init__(self, data: Any) -> None:
         self._size = _validate.leading_axis("data", data)
         leaves, self._structure = jax.tree.flatten(data)
-        self._leaves = [_shards.as_words(leaf) for leaf in leaves]
+        self._leaves = [_mesh.as_words(leaf) for leaf in leaves]
 
     def __len__(self) -> int:
         return self._size
@@ -139,7 +139,7 @@ def make_loop(
     """
     grain = _grain()
     _check(noise, source)
-    _shards.check("sharding", sharding)
+    _mesh.check("sharding", sharding)
     microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
     prefetch = _validate.positive_int("prefetch", prefetch)
     num_threads = _validate.positive_int("num_threads", num_threads)
@@ -191,7 +191,7 @@ class _Reader:
     def __init__(self, noise: MNoise, source: Source, sharding: NamedSharding | None):
         size = noise.support_size
         self._source = source
-        self._num_rows = size + _shards.missing(size, sharding)
+        self._num_rows = size + _mesh.missing(size, sharding)
         self._indices = jax.jit(lambda key, step: noise.sample(key, step).indices)
         self._rows = None
         own = np.arange(self._num_rows)
@@ -204,7 +204,7 @@ class _Reader:
     def of_key(self, key: Key[Array, ""]) -> Callable[[Any], Any]:
         """``read(step)``: the examples of this process's rows, in memory."""
         # On the host, whatever the devices of training are busy with.
-        key = _on_the_host(*_shards.as_words(key))
+        key = _on_the_host(*_mesh.as_words(key))
 
         def read(step: Any) -> Any:
             indices = np.asarray(self._indices(jax.random.clone(key), np.int32(step)))
@@ -217,9 +217,9 @@ class _Reader:
         """On the device, or each device's part on it."""
 
         def on_devices(leaf: Any) -> Array:
-            words, made_of = _shards.as_words(leaf)
+            words, made_of = _mesh.as_words(leaf)
             own = jax.device_put(words) if self._rows is None else self._spread(words, self._rows)
-            return _shards.from_words(own, made_of)
+            return _mesh.from_words(own, made_of)
 
         return jax.tree.map(on_devices, batch)
 
@@ -261,20 +261,20 @@ def _batch(source: Any, indices: Int[NDArray[np.integer[Any]], " size"]) -> Any:
 
 
 def _array(leaf: Any) -> Any:
-    words, made_of = _shards.as_words(leaf)
+    words, made_of = _mesh.as_words(leaf)
     return np.asarray(words) if made_of is None else leaf
 
 
 def _stacked(*leaves: Any) -> Any:
-    arrays, made_of = zip(*map(_shards.as_words, leaves), strict=True)
+    arrays, made_of = zip(*map(_mesh.as_words, leaves), strict=True)
     return _on_the_host(np.stack(arrays), made_of[0])
 
 
 def _on_the_host(words: Any, made_of: Any) -> Any:
-    """`_shards.from_words` with keys on the CPU, in whatever thread and beside whatever device."""
+    """`_mesh.from_words` with keys on the CPU, in whatever thread and beside whatever device."""
     if made_of is not None:
         words = jax.device_put(words, jax.local_devices(backend="cpu")[0])
-    return _shards.from_words(words, made_of)
+    return _mesh.from_words(words, made_of)
 
 
 def _check(noise: Any, source: Any) -> None:

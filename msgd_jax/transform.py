@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 from optax.experimental import aggregating
 
-from msgd_jax import _dtypes, _optimizers, _shards, _validate
+from msgd_jax import _dtypes, _mesh, _optimizers, _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax.noise import MNoise
 from msgd_jax.sharding import check_key_agrees
@@ -334,7 +334,7 @@ def _noisy_gradient(
     """How the state begins, and what gives value and gradient at the weights of a step."""
     _check_noise_and_key(noise, key)
     microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
-    _shards.check("sharding", sharding)
+    _mesh.check("sharding", sharding)
 
     def init_fn(params: Any) -> MultiplicativeNoiseState:
         if jax.tree.leaves(params):  # a mask may hide them all
