@@ -281,7 +281,8 @@ def model_functions(model_name: str, max_value: int, width: int | None = None) -
     @jax.jit
     def evaluate(params: Any, stats: Any, examples: data.Examples) -> tuple[Array, Array]:
         def one_batch(model: Any, batch: Any, counts: Array) -> tuple[Array, Array]:
-            return jax.vmap(sums, in_axes=(0, 0, None, None))(*model, batch, counts)
+            params, stats = model
+            return jax.vmap(sums, in_axes=(0, 0, None, None))(params, stats, batch, counts)
 
         total = loss.sum_over_examples(
             one_batch, (params, stats), examples, microbatch_size=EVALUATION_BATCH

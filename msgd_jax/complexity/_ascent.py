@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from msgd_jax import _dtypes, _validate, loss
-from msgd_jax._typing import Batch, Gradients, Params, PositiveInt, PyTree, ValueAndGrad
+from msgd_jax._typing import Batch, Gradients, Params, PyTree, ValueAndGrad
 from msgd_jax.noise import Weights
 
 
@@ -35,10 +35,10 @@ class Ascent:
             `optax.GradientTransformation`.
     """
 
-    num_starts: PositiveInt = 2
-    num_steps: PositiveInt = 30
+    num_starts: int = 2
+    num_steps: int = 30
     optimizer: optax.GradientTransformation | None = None
-    at_once: PositiveInt | None = None
+    at_once: int | None = None
 
     def __post_init__(self) -> None:
         _validate.positive_int("num_starts", self.num_starts)
@@ -85,7 +85,11 @@ def objective(
     constant = jax.lax.stop_gradient(constant)
     loss_vector_fn = losses.loss_vector_fn
 
-    def less_the_constant(params: Params, batch: Batch) -> Float[Array, " batch"]:
+    # The constant comes as a parameter: what is spread over devices may not be closed over.
+    def less_the_constant(
+        both: tuple[Params, Float[Array, ""]], batch: Batch
+    ) -> Float[Array, " batch"]:
+        params, constant = both
         values = loss_vector_fn(params, batch)
         _validate.loss_vector(values, _validate.leading_axis("batch", batch))
         wide = _dtypes.accumulator(values.dtype)
@@ -96,7 +100,7 @@ def objective(
     offset = constant.astype(dtype) * total
 
     def value_and_grad(params: Params) -> tuple[Float[Array, ""], Gradients]:
-        value, gradient = differences.value_and_grad(params, weights)
+        value, (gradient, _) = differences.value_and_grad((params, constant), weights)
         return value.astype(dtype) + offset, gradient
 
     return value_and_grad

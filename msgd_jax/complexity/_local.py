@@ -187,7 +187,9 @@ def local_complexities(
     _validate.prng_key("key", key)
 
     # One program for all laws whose draws look alike.
-    ball = _Ball(losses, jax.tree.map(jnp.asarray, params), radius, ascent)
+    params = jax.tree.map(jnp.asarray, params)
+    dtype = _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
+    ball = _Ball(losses, params, jnp.asarray(radius, dtype), ascent)
     groups: dict[Any, list[int]] = {}
     for i, law in enumerate(laws):
         groups.setdefault(i if num_draws is None else _multipliers.looks(law), []).append(i)
@@ -202,9 +204,13 @@ def local_complexities(
 def looked_at(losses: LossVectors) -> loss.LossVector:
     """The loss vector, or what a function returns, with shapes for data; raises TypeError."""
     if isinstance(losses, loss.LossVector) or not callable(losses):
-        return losses  # type: ignore[return-value]  (is checked where it is used)
+        return loss.checked_kind(losses)
     # In a function of its own: jax remembers the shapes of those that it has seen.
-    drawn = jax.eval_shape(lambda key: losses(key), jax.random.key(0))
+    try:
+        drawn = jax.eval_shape(lambda key: losses(key), jax.random.key(0))
+    except TypeError as error:
+        error.add_note("losses must be a loss.LossVector, or a function from a PRNG key to one.")
+        raise
     if not isinstance(drawn, loss.LossVector):
         raise TypeError(
             "losses must be a loss.LossVector, or a function from a PRNG key to one, got a "
@@ -218,13 +224,13 @@ class _Ball(NamedTuple):
 
     losses: LossVectors
     params: Params
-    radius: Scalar
+    radius: Float[Array, ""]
     ascent: Ascent
 
     @property
     def dtype(self) -> jnp.dtype:
         """Of values: float32, or float64 where a parameter is."""
-        return _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(self.params)))
+        return self.radius.dtype
 
     def drawn(self, key: Key[Array, ""]) -> loss.LossVector:
         """The loss vector, with data drawn with this key where they are drawn."""
@@ -245,7 +251,7 @@ def _of_group(
         vectors = jnp.asarray(every, ball.dtype)
     else:
         chances = np.full(num_draws, 1 / num_draws)
-    fixed = isinstance(ball.losses, loss.LossVector)
+    fixed = ball.losses if isinstance(ball.losses, loss.LossVector) else None
 
     # What jax is given as an argument it may keep, and a function it has seen before it does not
     # trace again. So the functions are closed over, by one of this call: it goes, all goes.
@@ -253,14 +259,13 @@ def _of_group(
         arrays: PyTree, vectors: Array | None, key: Key[Array, ""], which: Int[Array, ""]
     ) -> LocalComplexity:
         params, data, radius = arrays
-        losses = ball.losses.replace(data=data) if fixed else ball.losses
+        losses = ball.losses if fixed is None else fixed.replace(data=data)
         own = _Ball(losses, params, radius, ball.ascent)
         draws = Draws(laws, which, vectors, len(chances))
         return _measured(own, draws, key, smoothness or 0.0)
 
     program = jax.jit(measured)
-    data = ball.losses.data if fixed else None
-    arrays = ball.params, data, jnp.asarray(ball.radius, ball.dtype)
+    arrays = ball.params, None if fixed is None else fixed.data, ball.radius
     results = []
     for i in range(len(laws)):
         result = program(arrays, vectors, jax.random.clone(key), jnp.asarray(i, jnp.int32))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from msgd_jax import _laws, _validate, noise
 from msgd_jax._streams import Stream, derive, signs
-from msgd_jax._typing import DType, PositiveInt, Step
+from msgd_jax._typing import DType, Step
 from msgd_jax._values import bound
 from msgd_jax.noise import MNoise, Weights
 
@@ -93,8 +93,8 @@ def _drawn(
 
 
 def rademacher(
-    num_examples: PositiveInt,
-    subset_size: PositiveInt | None = None,
+    num_examples: int,
+    subset_size: int | None = None,
     *,
     replace: bool = False,
     dtype: DType = jnp.float32,
@@ -138,7 +138,7 @@ def _draw_signed_subset(sampling: MNoise, b: int, dtype: jnp.dtype, key: Key[Arr
     return Weights(n * subset.values * signs(sign_key, b, dtype), subset.indices, n)
 
 
-def gaussian(num_examples: PositiveInt, *, dtype: DType = jnp.float32) -> Multipliers:
+def gaussian(num_examples: int, *, dtype: DType = jnp.float32) -> Multipliers:
     """v_i standard normal: the local Gaussian complexity R(G, N).
 
     M-SGD-Fisher's own multipliers are sqrt(N/b) times these (`from_noise`): the paper leaves this
@@ -162,8 +162,8 @@ def _draw_normals(n: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
 
 
 def sgd(
-    num_examples: PositiveInt,
-    batch_size: PositiveInt,
+    num_examples: int,
+    batch_size: int,
     *,
     replace: bool = False,
     dtype: DType = jnp.float32,

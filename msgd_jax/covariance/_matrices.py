@@ -140,14 +140,16 @@ def diagonal(losses: loss_lib.LossVector, params: Params, law: CovarianceLaw) ->
         else:
             mean = jax.tree.map(lambda g: g.astype(_wide(g)), own.gradient(params))
 
-        def squares(gradients: PerExampleGradients, weights: Float[Array, " B"]) -> Gradients:
+        def squares(
+            gradients: PerExampleGradients, weights: Float[Array, " B"], mean: Gradients
+        ) -> Gradients:
             def of_leaf(gradients: Array, mean: Array) -> Array:
                 deviations = gradients.astype(mean.dtype) - mean[None]
                 return jnp.tensordot(weights.astype(mean.dtype), jnp.square(deviations), 1)
 
             return jax.tree.map(of_leaf, gradients, mean)
 
-        total = own.sum_over_gradients(squares, params)
+        total = own.sum_over_gradients(squares, params, mean)
         size = losses.num_examples
         return jax.tree.map(lambda t, m: across * t + along * size * jnp.square(m), total, mean)
 

@@ -4,6 +4,7 @@ A product is one forward-mode pass (G v, [N]) and one backward pass (G^T of that
 any N and D.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,7 @@ def noise_covariance_operator(
 
     Where the losses are computed in one pass on one device, all products share one forward pass. In
     micro-batches, products outside of `jax.jit` leave a program of each operator with jax for good.
+    Operators know nothing of meshes whose axes are explicit: give those of type Auto.
 
     Args:
         losses: the loss vector.
@@ -68,15 +70,8 @@ def noise_covariance_operator(
     across, along = _matrices.weight_eigenvalues(law, num_examples)
     params = jax.tree.map(jnp.asarray, params)
     one_pass = losses.microbatch_size is None or losses.microbatch_size >= num_examples
-    if one_pass and losses.sharding is None:
-        forward, backward = _linear_maps(losses, params)
-    else:
-
-        def forward(vector: Gradients) -> Float[Array, " N"]:
-            return losses.slopes(params, vector)
-
-        def backward(weights: Float[Array, " N"]) -> Gradients:
-            return losses.gradient(params, weights)
+    maps = _linear_maps if one_pass and losses.sharding is None else _walked_maps
+    forward, backward = maps(losses, params)
 
     def product(vector: Gradients) -> Gradients:
         # In the accumulator's type: the sum of N terms below cancels if the noise is centred.
@@ -98,8 +93,13 @@ LinearMaps = tuple[
 ]
 
 
+def _walked_maps(losses: loss_lib.LossVector, params: Params) -> LinearMaps:
+    """The maps ``v -> G v`` and ``w -> G^T w``, each through all micro-batches."""
+    return functools.partial(losses.slopes, params), functools.partial(losses.gradient, params)
+
+
 def _linear_maps(losses: loss_lib.LossVector, params: Params) -> LinearMaps:
-    """The maps ``v -> G v`` and ``w -> G^T w``, from one linearisation."""
+    """The same from one linearisation, that both use."""
 
     def losses_of(params: Params) -> Float[Array, " N"]:
         values = losses.loss_vector_fn(params, losses.data)

@@ -265,8 +265,9 @@ class LossVector:
 
     def sum_over_gradients(
         self,
-        of_batch: Callable[[PerExampleGradients, Float[Array, " B"]], PyTree],
+        of_batch: Callable[..., PyTree],
         params: Params,
+        *rest: PyTree,
     ) -> PyTree:
         """Adds up what is made of per-example gradients, a micro-batch of them in memory at a time.
 
@@ -274,10 +275,12 @@ class LossVector:
         call it again.
 
         Args:
-            of_batch: ``of_batch(gradients, weights)``, with the gradients of B examples, leaves
-                ``[B, *parameter shape]``, and their weights, [B]: 1, or 0 where an example only
-                fills up a micro-batch. It returns a pytree of floating-point arrays.
+            of_batch: ``of_batch(gradients, weights, *rest)``, with the gradients of B examples,
+                leaves ``[B, *parameter shape]``, and their weights, [B]: 1, or 0 where an example
+                only fills up a micro-batch. It returns a pytree of floating-point arrays.
             params: a pytree of floating-point arrays.
+            *rest: pytrees that `of_batch` needs besides. (Of arrays that are spread over an
+                explicit mesh it may not close over any.)
 
         Returns:
             The sum over all micro-batches, in float32 or wider.
@@ -288,10 +291,13 @@ class LossVector:
         _validate.floating_params(params)
         loss_vector_fn = self.loss_vector_fn
 
-        def one_batch(params: Params, batch: Batch, weights: Float[Array, " B"]) -> PyTree:
-            return of_batch(_gradients_of_batch(loss_vector_fn, params, batch), weights)
+        def one_batch(
+            given: tuple[Params, ...], batch: Batch, weights: Float[Array, " B"]
+        ) -> PyTree:
+            params, *rest = given
+            return of_batch(_gradients_of_batch(loss_vector_fn, params, batch), weights, *rest)
 
-        return self.sum_over(one_batch, params)
+        return self.sum_over(one_batch, (params, *rest))
 
     def sum_over(
         self, of_batch: Callable[[Params, Batch, Float[Array, " B"]], PyTree], params: Params

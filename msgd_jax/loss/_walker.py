@@ -154,7 +154,7 @@ def _accumulate(
         _for_microbatching(values, microbatch_size),
     )
 
-    def add(terms: Terms, run: PyTree, _: Any) -> Terms:
+    def add(terms: Any, run: PyTree, _: Any) -> Terms:
         positions, values = run
         new = one_batch(params, take(data, positions), values, terms.aux)
         value, grads = jax.tree.map(

@@ -51,8 +51,8 @@ def drift(
     loss.checked(losses, params)
     if order == 2:
         _validate.positive_scalar("learning_rate", learning_rate)
-        learning_rate = jnp.asarray(learning_rate, wide_dtype(params))
-    return drift_at(losses, params, order, learning_rate)
+    rate = None if learning_rate is None else jnp.asarray(learning_rate, wide_dtype(params))
+    return drift_at(losses, params, order, rate)
 
 
 def diffusion(
@@ -149,7 +149,7 @@ class Scheme:
         TypeError, ValueError: if `substeps` is not a power of two, or `order` is neither 1 nor 2.
     """
 
-    substeps: PositiveInt = 8
+    substeps: int = 8
     order: int = 1
 
     def __post_init__(self) -> None:
@@ -195,7 +195,10 @@ class Equation(NamedTuple):
         ).astype(self.dtype)
 
     def iteration(
-        self, params: Params, increments: Float[Array, "substeps N"], learning_rate: Scalar
+        self,
+        params: Params,
+        increments: Float[Array, "substeps N"],
+        learning_rate: Float[Array, ""],
     ) -> Params:
         """One iteration of Euler-Maruyama, in as many substeps as there are increments."""
         root = self.root
@@ -206,7 +209,7 @@ class Equation(NamedTuple):
         return jax.lax.scan(substep, params, increments)[0]
 
     def substep(
-        self, params: Params, coloured: Float[Array, " N"], learning_rate: Scalar
+        self, params: Params, coloured: Float[Array, " N"], learning_rate: Float[Array, ""]
     ) -> Params:
         """One substep of Euler-Maruyama; order 2 drifts by Heun.
 
@@ -226,11 +229,11 @@ class Equation(NamedTuple):
 
 
 def drift_at(
-    losses: loss.LossVector, params: Params, order: int, learning_rate: Scalar | None
+    losses: loss.LossVector, params: Params, order: int, learning_rate: Array | None
 ) -> Gradients:
     """-grad L, or -(grad L + eta/2 (grad^2 L) grad L)."""
     gradient = losses.gradient(params)
-    if order == 1:
+    if order == 1 or learning_rate is None:
         return jax.tree.map(jnp.negative, gradient)
     curved = losses.hessian_product(params, gradient)
     return jax.tree.map(

@@ -78,7 +78,7 @@ def strong_error(
     # One program for all learning rates, which nobody holds when this call is over.
     @jax.jit
     def distances_of_all(
-        params: Params, data: Data, rate: Scalar, steps: int, key: Key[Array, ""]
+        params: Params, data: Data, rate: Scalar, steps: Int[Array, ""], key: Key[Array, ""]
     ) -> tuple[_Distance, Int[Array, " paths"]]:
         one_path = _one_path(equation.with_data(data), iterate, params, rate, steps)
         return sweep.over_paths(one_path, key)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from msgd_jax import _validate
-from msgd_jax._typing import PositiveInt, PyTree
+from msgd_jax._typing import PyTree
 
 MIN_PATHS = 4  # with fewer, the 95 % intervals of an order cover less than 92 %
 
@@ -33,8 +33,8 @@ class Sweep:
 
     learning_rates: Sequence[float]
     horizon: float
-    num_paths: PositiveInt
-    at_once: PositiveInt | None = None
+    num_paths: int
+    at_once: int | None = None
 
     def __post_init__(self) -> None:
         _validate.positive_scalar("horizon", self.horizon)

@@ -93,7 +93,7 @@ def weak_error(
     def program(side: MNoise | None) -> Callable[..., tuple[Array, Array]]:
         @jax.jit
         def final_values(
-            params: Params, data: Data, rate: Scalar, steps: int, key: Key[Array, ""]
+            params: Params, data: Data, rate: Scalar, steps: Int[Array, ""], key: Key[Array, ""]
         ) -> tuple[Float[Array, " paths"], Int[Array, " paths"]]:
             own = equation.with_data(data)
             one_path = _one_path(own, side, test_fn, control_variate, params, rate, steps)
