@@ -66,8 +66,12 @@ def offers(
         return value_and_grad(params)[1]
 
     return {
-        "value": value, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn,
-    }  # fmt: skip
+        "value": value,
+        "grad": grads,
+        "value_fn": value_fn,
+        "obj_fn": value_fn,
+        "grad_fn": grad_fn,
+    }
 
 
 def repeated(key: Key[Array, ""]) -> Callable[[], Key[Array, ""]]:
@@ -96,9 +100,13 @@ def _differentiable(value_and_grad: ValueAndGrad) -> Callable[..., Float[Array, 
 
     # optax's line searches insist on a function that takes all that they were offered.
     def value_fn(
-        params: Params, *, data: Any = None, loss_vector_fn: Any = None, obj_fn: Any = None,
+        params: Params,
+        *,
+        data: Any = None,
+        loss_vector_fn: Any = None,
+        obj_fn: Any = None,
         grad_fn: Any = None,
-    ) -> Float[Array, ""]:  # fmt: skip
+    ) -> Float[Array, ""]:
         del data, loss_vector_fn, obj_fn, grad_fn
         return of_params(params)
 
@@ -119,8 +127,11 @@ def _keywords(optimizer: Any) -> set[str] | None:
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return None
     return {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY} - {
-        "updates", "state", "params", "grads",
-    }  # fmt: skip
+        "updates",
+        "state",
+        "params",
+        "grads",
+    }
 
 
 def keep_last(make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:

@@ -59,3 +59,6 @@ LossVectorFn: TypeAlias = Callable[..., Any]
 
 ValueAndGrad: TypeAlias = Callable[[Params], tuple[Float[Array, ""], Gradients]]
 """``f(params) -> (value, gradient)``."""
+
+ValueAndGradOfData: TypeAlias = Callable[..., tuple[Any, Gradients]]
+"""``f(params, data, ...) -> (value, gradient)``; the value is a pair where there are statistics."""

@@ -150,9 +150,12 @@ def make_loop(
         return Weights(law.sample(key, step).values, None, law.support_size)
 
     of_batch = loss_lib.drawn_value_and_grad(
-        loss_vector_fn, as_read,
-        microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding,
-    )  # fmt: skip
+        loss_vector_fn,
+        as_read,
+        microbatch_size=microbatch_size,
+        has_aux=has_aux,
+        sharding=sharding,
+    )
     problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
     step = jax.jit(step_of(of_batch, optimizer, has_aux, problem), donate_argnums=0)
 

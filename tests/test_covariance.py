@@ -266,9 +266,10 @@ def test_the_diagonal_in_micro_batches(law, microbatch_size):
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 2])
-def test_of_examples_that_are_spread_over_devices(microbatch_size):
-    problem = problems.regression(10)
-    spread = jax.NamedSharding(jax.make_mesh((4,), ("data",)), jax.P("data"))
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_of_examples_that_are_spread_over_devices(microbatch_size, kind):
+    problem, types = problems.regression(10), (getattr(jax.sharding.AxisType, kind),)
+    spread = jax.NamedSharding(jax.make_mesh((4,), ("data",), axis_types=types), jax.P("data"))
     options = {"microbatch_size": microbatch_size, "sharding": spread}
     losses = loss.LossVector(problems.loss_vector_fn, problem.data, **options)
     matrix = covariance.noise_covariance(losses, problem.params, "sgd_covariance")
@@ -276,8 +277,9 @@ def test_of_examples_that_are_spread_over_devices(microbatch_size):
     diagonal = covariance.diagonal(losses, problem.params, "sgd_covariance")
     wanted = np.diag(dense("sgd_covariance", by_hand(10)))
     close(jax.flatten_util.ravel_pytree(diagonal)[0], wanted, 1e-5)
-    operator = covariance.sgd_covariance_operator(losses, problem.params)
-    close(operator.as_matrix(), dense("sgd_covariance", by_hand(10)), 1e-5)
+    if kind == "Auto":
+        operator = covariance.sgd_covariance_operator(losses, problem.params)
+        close(operator.as_matrix(), dense("sgd_covariance", by_hand(10)), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -147,9 +147,15 @@ def local_complexity(
         1.0
     """
     (result,) = local_complexities(
-        losses, params, (multipliers,),
-        radius=radius, num_draws=num_draws, key=key, ascent=ascent, smoothness=smoothness,
-    )  # fmt: skip
+        losses,
+        params,
+        (multipliers,),
+        radius=radius,
+        num_draws=num_draws,
+        key=key,
+        ascent=ascent,
+        smoothness=smoothness,
+    )
     return result
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _dtypes, _validate, loss
 from msgd_jax._streams import Stream, derive
-from msgd_jax._typing import Data, Gradients, Params, PositiveInt, Scalar
+from msgd_jax._typing import Data, Gradients, Params, PositiveInt, Scalar, Updates
 from msgd_jax.complexity import _ascent, _multipliers
 from msgd_jax.complexity._ascent import Ascent
 from msgd_jax.noise import MNoise, Weights
@@ -162,20 +162,20 @@ def add_local_complexity(
     _ascent.checked(ascent)
     _validate.optional_positive_int("microbatch_size", microbatch_size)
 
-    def init_fn(params: Any) -> LocalComplexityState:
+    def init_fn(params: Params) -> LocalComplexityState:
         check_key_agrees("key", key)
         copied, value = jnp.copy(jax.random.clone(key)), _dtypes.not_yet(params)
         return LocalComplexityState(jnp.zeros((), jnp.int32), copied, value)
 
     def update_fn(
-        updates: Any,
+        updates: Updates,
         state: Any,
-        params: Any = None,
+        params: Params = None,
         *,
         loss_vector_fn: Any = None,
-        data: Any = None,
+        data: Data = None,
         **extra_args: Any,
-    ) -> tuple[Any, LocalComplexityState]:
+    ) -> tuple[Updates, LocalComplexityState]:
         del extra_args
         _validate.passed_to_update(
             "add_local_complexity", params=params, loss_vector_fn=loss_vector_fn, data=data

@@ -116,9 +116,14 @@ def gaussian_inequalities(
     """
     n = _number_of_examples(losses)
     found = local_complexities(
-        losses, params, _gaussian_laws(n),
-        radius=radius, key=key, num_draws=num_draws, ascent=ascent,
-    )  # fmt: skip
+        losses,
+        params,
+        _gaussian_laws(n),
+        radius=radius,
+        key=key,
+        num_draws=num_draws,
+        ascent=ascent,
+    )
     return _gaussian_inequalities(n, *found)
 
 
@@ -169,9 +174,14 @@ def sgd_inequality(
     """
     bounded = _SGDBound.of(_number_of_examples(losses), batch_size, replace, bound)
     found = local_complexities(
-        losses, params, bounded.laws,
-        radius=radius, key=key, num_draws=num_draws, ascent=ascent,
-    )  # fmt: skip
+        losses,
+        params,
+        bounded.laws,
+        radius=radius,
+        key=key,
+        num_draws=num_draws,
+        ascent=ascent,
+    )
     return _inequality(bounded.name, found[0], found[1], bounded.factor)
 
 
@@ -210,9 +220,14 @@ def theorem1(
     bounded = _SGDBound.of(n, batch_size, replace, bound)
     laws = (*_gaussian_laws(n), *bounded.laws)
     *found, left, right = local_complexities(
-        losses, params, laws,
-        radius=radius, key=key, num_draws=num_draws, ascent=ascent,
-    )  # fmt: skip
+        losses,
+        params,
+        laws,
+        radius=radius,
+        key=key,
+        num_draws=num_draws,
+        ascent=ascent,
+    )
     sgd = _inequality(bounded.name, left, right, bounded.factor)
     return Theorem1(*_gaussian_inequalities(n, *found), sgd)
 

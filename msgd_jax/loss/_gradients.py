@@ -17,8 +17,10 @@ from msgd_jax._typing import (
     LossVectorFn,
     Params,
     PositiveInt,
+    PyTree,
     Statistics,
     Step,
+    ValueAndGradOfData,
 )
 from msgd_jax.loss import _walker
 from msgd_jax.noise import MNoise, Weights
@@ -30,7 +32,7 @@ def weighted_value_and_grad(
     microbatch_size: PositiveInt | None = None,
     has_aux: bool = False,
     sharding: NamedSharding | None = None,
-) -> Callable[..., tuple[Any, Any]]:
+) -> ValueAndGradOfData:
     """The value and the gradient of ``loss_vector_fn(params, data) . weights``.
 
     One forward and one backward pass over the examples that have weights. Sparse weights gather
@@ -103,7 +105,9 @@ def weighted_value_and_grad(
 
     value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_aux, sharding)
 
-    def of_weights(params: Params, data: Data, weights: Weights, aux: Statistics = None) -> Any:
+    def of_weights(
+        params: Params, data: Data, weights: Weights, aux: Statistics = None
+    ) -> tuple[PyTree, Gradients]:
         leaves, made_of = jax.tree.flatten(weights)
         return value_and_grad(params, data, lambda *x: jax.tree.unflatten(made_of, x), leaves, aux)
 
@@ -117,7 +121,7 @@ def noisy_value_and_grad(
     microbatch_size: PositiveInt | None = None,
     has_aux: bool = False,
     sharding: NamedSharding | None = None,
-) -> Callable[..., tuple[Any, Any]]:
+) -> ValueAndGradOfData:
     """`weighted_value_and_grad` at the weights that a law draws for one step (Algorithm 1).
 
     With `has_aux` and `microbatch_size`, the examples of a step go through the micro-batches in an
@@ -144,9 +148,12 @@ def noisy_value_and_grad(
             positive integer, or `sharding` does not spread the leading axis alone.
     """
     return drawn_value_and_grad(
-        loss_vector_fn, _laws.drawable("law", law).sample,
-        microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding,
-    )  # fmt: skip
+        loss_vector_fn,
+        _laws.drawable("law", law).sample,
+        microbatch_size=microbatch_size,
+        has_aux=has_aux,
+        sharding=sharding,
+    )
 
 
 def drawn_value_and_grad(
@@ -156,7 +163,7 @@ def drawn_value_and_grad(
     microbatch_size: PositiveInt | None,
     has_aux: bool,
     sharding: NamedSharding | None,
-) -> Callable[..., tuple[Any, Any]]:
+) -> ValueAndGradOfData:
     """`noisy_value_and_grad` at the weights ``draw(key, step)``."""
     microbatch_size = check_arguments(loss_vector_fn, microbatch_size, sharding)
     value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_aux, sharding)
@@ -167,7 +174,7 @@ def drawn_value_and_grad(
         key: Key[Array, ""],
         step: Int[Array, ""],
         aux: Statistics = None,
-    ) -> Any:
+    ) -> tuple[PyTree, Gradients]:
         # Losses of one ghost batch depend on each other: which examples share one is random.
         order = derive(key, Stream.ORDER, step) if has_aux else None
         return value_and_grad(params, data, draw, (key, step), aux, order)
@@ -176,7 +183,7 @@ def drawn_value_and_grad(
 
     def of_checked_step(
         params: Params, data: Data, key: Key[Array, ""], step: Step, aux: Statistics = None
-    ) -> Any:
+    ) -> tuple[PyTree, Gradients]:
         _validate.prng_key("key", key)
         return compiled(params, data, key, _validate.step(step), aux)
 
@@ -189,7 +196,7 @@ def weighted_values_and_grads(
     microbatch_size: PositiveInt | None = None,
     draws_per_pass: PositiveInt = 1,
     sharding: NamedSharding | None = None,
-) -> Callable[[Any, Any, Weights], tuple[Float[Array, " draws"], Any]]:
+) -> Callable[[Params, Data, Weights], tuple[Float[Array, " draws"], Gradients]]:
     """The values and the gradients of ``loss_vector_fn(params, data) . W`` for K draws of W.
 
     What K calls of `weighted_value_and_grad` at the same parameters give, up to rounding, with one
@@ -242,7 +249,7 @@ def weighted_values_and_grads(
         losses, pull_back = jax.vjp(wide_losses_of, params)
         dtype = _dtypes.accumulator(losses.dtype, values.dtype)
 
-        def one_draw(values: Float[Array, " batch"]) -> tuple[Float[Array, ""], Any]:
+        def one_draw(values: Float[Array, " batch"]) -> tuple[Float[Array, ""], Gradients]:
             value = jnp.sum(losses.astype(dtype) * values.astype(dtype))
             scale = _narrow.scale(values) if narrow else None
             scaled = _narrow.scaled(values, scale).astype(losses.dtype)
@@ -257,7 +264,7 @@ def weighted_values_and_grads(
 
     def values_and_grads(
         params: Params, data: Data, weights: Weights
-    ) -> tuple[Float[Array, " draws"], Any]:
+    ) -> tuple[Float[Array, " draws"], Gradients]:
         _validate.floating_params(params)
         _walker.check_weights(weights, _validate.leading_axis("data", data), sharding, stacked=True)
 
@@ -278,13 +285,13 @@ def _of_drawn(
     microbatch_size: int | None,
     has_aux: bool,
     sharding: NamedSharding | None,
-) -> Callable[..., tuple[Any, Any]]:
+) -> ValueAndGradOfData:
     """``f(params, data, draw, args, aux)``: value and gradient at the weights ``draw(*args)``."""
 
     def one_batch(
         params: Params, batch: Batch, values: Float[Array, " batch"], aux: Statistics
     ) -> _walker.Terms:
-        def losses_of(params: Params) -> tuple[Float[Array, " batch"], Any]:
+        def losses_of(params: Params) -> tuple[Float[Array, " batch"], Statistics]:
             if has_aux:
                 losses, new_aux = loss_vector_fn(params, batch, aux)
                 _validate.same_kind("loss_vector_fn", "aux", aux, new_aux)
@@ -296,7 +303,7 @@ def _of_drawn(
         wide_losses_of, narrow = _narrow.wide_sums(losses_of, params)
         scale = _narrow.scale(values) if narrow else None
 
-        def weighted_loss(params: Params) -> tuple[Float[Array, ""], Any]:
+        def weighted_loss(params: Params) -> tuple[Float[Array, ""], Statistics]:
             losses, new_aux = wide_losses_of(params)
             dtype = _dtypes.accumulator(losses.dtype, values.dtype)
             weights = _narrow.scaled(values.astype(dtype), scale)
@@ -315,7 +322,7 @@ def _of_drawn(
         args: Sequence[Any],
         aux: Statistics,
         order: _walker.Order = None,
-    ) -> Any:
+    ) -> tuple[PyTree, Gradients]:
         _validate.floating_params(params)
         data_size = _validate.leading_axis("data", data)
 
@@ -333,13 +340,15 @@ def _of_drawn(
     return value_and_grad
 
 
-def _like(params: Params, grads: Gradients) -> Any:
+def _like(params: Params, grads: Gradients) -> Gradients:
     """The gradients, summed in wide types, in the types of the parameters."""
     return jax.tree.map(_mesh.like, params, grads)
 
 
 def check_arguments(
-    loss_vector_fn: Any, microbatch_size: Any, sharding: NamedSharding | None
+    loss_vector_fn: LossVectorFn,
+    microbatch_size: PositiveInt | None,
+    sharding: NamedSharding | None,
 ) -> int | None:
     """Returns the size of a micro-batch as an int; raises TypeError or ValueError."""
     _validate.function("loss_vector_fn", loss_vector_fn)

@@ -21,6 +21,7 @@ from msgd_jax._typing import (
     PerExampleGradients,
     PositiveInt,
     PyTree,
+    ValueAndGradOfData,
 )
 from msgd_jax.loss import _gradients, _walker
 from msgd_jax.noise import Weights
@@ -342,23 +343,23 @@ class LossVector:
     # Programs: of the function alone, for one that held this object would keep it alive -----------
 
     @functools.cached_property
-    def _losses(self) -> Callable[..., Any]:
+    def _losses(self) -> Callable[[Params, Data], Float[Array, " N"]]:
         return self._map(functools.partial(_losses_of_batch, self.loss_vector_fn))
 
     @functools.cached_property
-    def _slopes(self) -> Callable[..., Any]:
+    def _slopes(self) -> Callable[[tuple[Params, Gradients], Data], Float[Array, " N"]]:
         return self._map(functools.partial(_slopes_of_batch, self.loss_vector_fn))
 
     @functools.cached_property
-    def _gradient_matrix(self) -> Callable[..., Any]:
+    def _gradient_matrix(self) -> Callable[[Params, Data], PerExampleGradients]:
         return self._map(functools.partial(_gradients_of_batch, self.loss_vector_fn))
 
     @functools.cached_property
-    def _value_and_grad(self) -> Callable[..., Any]:
+    def _value_and_grad(self) -> ValueAndGradOfData:
         return _programs.compiled_if(True, self._of_weights())
 
     @functools.cached_property
-    def _hessian_product(self) -> Callable[..., Any]:
+    def _hessian_product(self) -> Callable[[Params, Data, Weights, Gradients], Gradients]:
         value_and_grad = self._of_weights()
 
         def product(
@@ -371,16 +372,16 @@ class LossVector:
 
         return _programs.compiled_if(True, product)
 
-    def _of_weights(self) -> Callable[..., Any]:
+    def _of_weights(self) -> ValueAndGradOfData:
         return _gradients.weighted_value_and_grad(
             self.loss_vector_fn, microbatch_size=self.microbatch_size, sharding=self.sharding
         )
 
     @functools.cached_property
-    def _many(self) -> dict[PositiveInt, Callable[..., Any]]:
+    def _many(self) -> dict[PositiveInt, ValueAndGradOfData]:
         return {}
 
-    def _map(self, of_batch: Callable[..., Any]) -> Callable[..., Any]:
+    def _map(self, of_batch: Callable[[Any, Batch], PyTree]) -> Callable[[Any, Data], Any]:
         mapped = _walker.maps(of_batch, self.microbatch_size, self.sharding)
         given = self._num_examples
 
