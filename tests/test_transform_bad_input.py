@@ -120,7 +120,7 @@ def always(step):
 
 # The argument's name, a call, and what is said to be wrong with it, or what to do.
 MISTAKES = [
-    ("noise", lambda: noisy(law="sgd"), "got str"),
+    ("law", lambda: noisy(law="sgd"), "of type str"),
     ("key", lambda: noisy(key=jax.random.split(fresh_key())), "a single key"),
     ("microbatch_size", lambda: noisy(microbatch_size="x" * 1000), "must be an integer"),
     ("microbatch_size", lambda: noisy(microbatch_size=np.int8(-3)), "at least 1, got -3"),
