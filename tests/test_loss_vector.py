@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import msgd_jax
-from msgd_jax import loss, noise
+from msgd_jax import complexity, loss, noise, sde
 from tests.problems import loss_vector_fn, regression
 from tests.programs import compilations, growth, live_bytes
 
@@ -284,6 +284,81 @@ class TestBadInput:
                 losses.replace(fn)(problem.params)
         with pytest.raises(TypeError, match="params must be floating point"):
             losses.gradient_matrix(jnp.ones(3, int))
+
+
+LAW = noise.cov(N, 3)
+SWEEP = sde.Sweep([0.1], 0.1, 4)
+BALL = {"radius": 0.1, "key": KEY, "num_draws": 2}
+# What takes a loss vector besides `covariance`, which has a test of its own.
+TAKERS = {
+    "drift": lambda losses, params: sde.drift(losses, params),
+    "diffusion": lambda losses, params: sde.diffusion(losses, params, LAW, jnp.ones(N)),
+    "euler_maruyama": lambda losses, params: sde.euler_maruyama(
+        losses, params, LAW, learning_rate=0.1, num_steps=1, key=KEY
+    ),
+    "strong_error": lambda losses, params: sde.strong_error(losses, params, LAW, SWEEP, key=KEY),
+    "weak_error": lambda losses, params: sde.weak_error(losses, params, LAW, SWEEP, key=KEY),
+    "local_complexity": lambda losses, params: complexity.local_complexity(
+        losses, params, LAW, **BALL
+    ),
+    "theorem1": lambda losses, params: complexity.theorem1(losses, params, batch_size=2, **BALL),
+    "gaussian_inequalities": lambda losses, params: complexity.gaussian_inequalities(
+        losses, params, **BALL
+    ),
+    "sgd_inequality": lambda losses, params: complexity.sgd_inequality(
+        losses, params, batch_size=2, **BALL
+    ),
+    "penalty": lambda losses, params: complexity.penalty(
+        losses, params, LAW.sample(KEY, 0), radius=0.1
+    ),
+}
+
+
+@pytest.mark.usefixtures("user_errors")
+@pytest.mark.parametrize("name", TAKERS)
+def test_what_is_no_loss_vector_is_refused(name):
+    problem, losses = made()
+    for wrong in (problem.data, "x" * 1000, None):
+        with pytest.raises(TypeError, match=r"losses must be a loss\.LossVector, such") as caught:
+            TAKERS[name](wrong, problem.params)
+        assert len(str(caught.value)) <= 400
+    with pytest.raises(TypeError, match="params must be floating point"):
+        TAKERS[name](losses, jnp.ones(3, int))
+
+
+@pytest.mark.usefixtures("user_errors")
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: complexity.Ascent(num_starts=0), ValueError, "num_starts must be at least 1"),
+        (lambda: complexity.Ascent(at_once=0), ValueError, "at_once must be at least 1, got 0"),
+        (lambda: complexity.Ascent(optimizer=0.1), TypeError, "optimizer must be an optax.Grad"),
+        (lambda: sde.Scheme(substeps=3), ValueError, "substeps must be a power of two, got 3"),
+        (lambda: sde.Scheme(order=3), ValueError, "order must be between 1 and 2, got 3"),
+        (lambda: sde.Sweep([0.1], 0.1, 3), ValueError, "num_paths must be at least 4, got 3"),
+        (lambda: sde.Sweep([0.3], 1.0, 4), ValueError, "must divide horizon = 1.0"),
+        (
+            lambda: sde.euler_maruyama(
+                made()[1], made()[0].params, LAW, learning_rate=0.1, num_steps=1, key=KEY, scheme=8
+            ),
+            TypeError,
+            r"scheme must be an sde\.Scheme, got 8",
+        ),
+        (
+            lambda: sde.strong_error(made()[1], made()[0].params, LAW, [0.1], key=KEY),
+            TypeError,
+            r"sweep must be an sde\.Sweep, got \[0\.1\]",
+        ),
+        (
+            lambda: complexity.local_complexity(lambda key: 3, made()[0].params, LAW, **BALL),
+            TypeError,
+            "a function from a PRNG key to one, got a function that returns",
+        ),
+    ],
+)
+def test_options_are_checked(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 # Signatures ---------------------------------------------------------------------------------------

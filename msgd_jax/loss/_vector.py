@@ -44,6 +44,12 @@ class LossVector:
     (Data that a compiled function takes from outside, instead of as an argument, are copied into
     its program.)
 
+    jax keeps the static part of arguments in its caches: `loss_vector_fn`, and all that it holds,
+    stays in memory where a loss vector was an argument of `jax.jit`, until `jax.clear_caches`.
+    Where many losses come and go, make the data the argument instead:
+    ``jax.jit(lambda params, data: losses.replace(data=data).mean(params))``. The library's own
+    functions do so.
+
     Its methods, called eagerly, compile themselves, once for each set of shapes. The programs
     belong to this object and go with it; what `loss_vector_fn` takes from outside (globals,
     attributes) is read at the first call only. Called inside `jax.jit` they are traced with the
