@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import psutil
 import tyro
+from jax.flatten_util import ravel_pytree
 
 from benchmarks import machine, problems, report, timing, torch_gradients
 from msgd_jax import covariance, loss, noise
@@ -58,16 +59,17 @@ def draw_function(name: str, problem: problems.Problem) -> Any:
     law = noise.cov(problem_examples(problem), problems.BATCH_SIZE)
 
     def matrix(params: Any, data: Any) -> Any:
-        gradients = covariance.gradient_matrix(loss_vector_fn, params, data)
-        return covariance.sgd_covariance(gradients) / problems.BATCH_SIZE
+        losses = loss.LossVector(loss_vector_fn, data)
+        return covariance.sgd_covariance(losses, params) / problems.BATCH_SIZE
 
     def sampler(params: Any, data: Any) -> covariance.GaussianSampler:
         if name in LIBRARY:
             return getattr(covariance, f"{name}_sampler")(matrix(params, data))
-        gradients = covariance.gradient_matrix(loss_vector_fn, params, data)
+        losses = loss.LossVector(loss_vector_fn, data)
         if name == "diagonal":
-            return covariance.diagonal_sampler(covariance.diagonal(law, gradients))
-        return covariance.gradient_sampler(law, gradients)
+            variances, _ = ravel_pytree(covariance.diagonal(losses, params, law))
+            return covariance.diagonal_sampler(variances)
+        return covariance.gradient_sampler(losses, params, law)
 
     def draw(params: Any, data: Any, key: Any) -> Any:
         if name == OURS:

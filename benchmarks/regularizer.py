@@ -56,7 +56,8 @@ def main(config: Config) -> list[report.Headline]:
     for steps in config.ascent_steps:
         name = f"in full, {steps} steps of ascent"
         added = complexity.add_local_complexity(
-            law, jax.random.key(2), radius=0.1, scale=scale, num_steps=steps,
+            law, jax.random.key(2), radius=0.1, scale=scale,
+            ascent=complexity.Ascent(num_starts=1, num_steps=steps),
             microbatch_size=config.microbatch_size,
         )  # fmt: skip
         contestants[name] = loop(noise.gd(n), added)

@@ -1,15 +1,16 @@
 """The types that sums are kept in, and sums that keep to them."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from msgd_jax._typing import DType, Params, PyTree
 
-def accumulator(*dtypes: Any) -> jnp.dtype:
+
+def accumulator(*dtypes: DType) -> jnp.dtype:
     """The narrowest type that holds all of these and is float32 or wider.
 
     By numpy's rules, so that it works under jax's strict promotion too.
@@ -17,13 +18,13 @@ def accumulator(*dtypes: Any) -> jnp.dtype:
     return functools.reduce(np.promote_types, map(jnp.dtype, dtypes), jnp.dtype("float32"))
 
 
-def not_yet(params: Any) -> Float[Array, ""]:
+def not_yet(params: Params) -> Float[Array, ""]:
     """Infinity, for a value that the first update will compute, in its type."""
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
     return jnp.full((), jnp.inf, accumulator(*dtypes))
 
 
-def norm(tree: Any) -> Float[Array, ""]:
+def norm(tree: PyTree) -> Float[Array, ""]:
     """The Euclidean norm of all leaves, in float32 or wider; no square overflows or underflows."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     dtype = accumulator(*(leaf.dtype for leaf in leaves))

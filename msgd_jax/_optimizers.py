@@ -11,9 +11,15 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from msgd_jax import _dtypes, _validate
-
-ValueAndGrad = Callable[[Any], tuple[Float[Array, ""], Any]]
-"""``f(params) -> (value, grads)``, the noisy loss with the weights of one step."""
+from msgd_jax._typing import (
+    Batch,
+    Gradients,
+    LossVectorFn,
+    OptState,
+    Params,
+    Updates,
+    ValueAndGrad,
+)
 
 
 def updater(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
@@ -25,7 +31,9 @@ def updater(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Any,
     _validate.optimizer("optimizer", optimizer)
     takes = _keywords(optimizer)
 
-    def update(grads: Any, state: Any, params: Any, **offered: Any) -> tuple[Any, Any]:
+    def update(
+        grads: Gradients, state: OptState, params: Params, **offered: Any
+    ) -> tuple[Updates, OptState]:
         passed = {k: v for k, v in offered.items() if takes is None or k in takes}
         try:
             return optimizer.update(grads, state, params, **passed)
@@ -42,7 +50,9 @@ def updater(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Any,
     return update
 
 
-def offers(value_and_grad: ValueAndGrad, value: Any, grads: Any) -> dict[str, Any]:
+def offers(
+    value_and_grad: ValueAndGrad, value: Float[Array, ""], grads: Gradients
+) -> dict[str, Any]:
     """What optimizers may ask for besides the gradient; functions cost nothing until called.
 
     All are of the same step, so of the same weights: `value` and `grad` at its parameters, and as
@@ -51,13 +61,17 @@ def offers(value_and_grad: ValueAndGrad, value: Any, grads: Any) -> dict[str, An
     """
     value_fn = _differentiable(value_and_grad)
 
-    def grad_fn(params: Any, iteration: Any = None) -> Any:
+    def grad_fn(params: Params, iteration: Any = None) -> Gradients:
         del iteration
         return value_and_grad(params)[1]
 
     return {
-        "value": value, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn,
-    }  # fmt: skip
+        "value": value,
+        "grad": grads,
+        "value_fn": value_fn,
+        "obj_fn": value_fn,
+        "grad_fn": grad_fn,
+    }
 
 
 def repeated(key: Key[Array, ""]) -> Callable[[], Key[Array, ""]]:
@@ -74,7 +88,7 @@ def _differentiable(value_and_grad: ValueAndGrad) -> Callable[..., Float[Array, 
     """
 
     @jax.custom_jvp
-    def of_params(params: Any) -> Float[Array, ""]:
+    def of_params(params: Params) -> Float[Array, ""]:
         return value_and_grad(params)[0]
 
     @of_params.defjvp
@@ -86,16 +100,20 @@ def _differentiable(value_and_grad: ValueAndGrad) -> Callable[..., Float[Array, 
 
     # optax's line searches insist on a function that takes all that they were offered.
     def value_fn(
-        params: Any, *, data: Any = None, loss_vector_fn: Any = None, obj_fn: Any = None,
+        params: Params,
+        *,
+        data: Any = None,
+        loss_vector_fn: Any = None,
+        obj_fn: Any = None,
         grad_fn: Any = None,
-    ) -> Float[Array, ""]:  # fmt: skip
+    ) -> Float[Array, ""]:
         del data, loss_vector_fn, obj_fn, grad_fn
         return of_params(params)
 
     return value_fn
 
 
-def _product(gradient: Any, tangent: Any, dtype: Any) -> Float[Array, ""]:
+def _product(gradient: Array, tangent: Array, dtype: jnp.dtype) -> Float[Array, ""]:
     wide = _dtypes.accumulator(gradient.dtype, dtype)
     return jnp.sum(gradient.astype(wide) * tangent.astype(wide)).astype(dtype)
 
@@ -109,8 +127,11 @@ def _keywords(optimizer: Any) -> set[str] | None:
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return None
     return {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY} - {
-        "updates", "state", "params", "grads",
-    }  # fmt: skip
+        "updates",
+        "state",
+        "params",
+        "grads",
+    }
 
 
 def keep_last(make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
@@ -137,12 +158,12 @@ def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
-def has_masked(params: Any) -> bool:
+def has_masked(params: Params) -> bool:
     """Whether optax.masked or optax.partition hides some of the parameters."""
     return any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
 
 
-def check_no_updates(updates: Any, params: Any, extra_args: dict[str, Any]) -> None:
+def check_no_updates(updates: Updates, params: Params, extra_args: dict[str, Any]) -> None:
     """What is passed in would be lost, unless it is there for the parameters hidden by a mask."""
     if not jax.tree.leaves(updates) or has_masked(params):
         return
@@ -150,18 +171,18 @@ def check_no_updates(updates: Any, params: Any, extra_args: dict[str, Any]) -> N
         raise ValueError(
             "multiplicative_noise makes the gradient itself, and so does what this optimizer was "
             "given to (train.make_step, streaming.make_loop, transform.with_noise): give it the "
-            "optimizer alone, such as optax.sgd(0.1) instead of transform.msgd(0.1, noise, key)."
+            "optimizer alone, such as optax.sgd(0.1) instead of transform.msgd(0.1, law, key)."
         )
     raise ValueError(
         "multiplicative_noise makes the gradient itself and would discard the updates passed to "
         "it: pass () and put it first in the chain. Around it MultiSteps has nothing to "
         "accumulate (microbatch_size bounds memory), and apply_if_finite, conditionally_transform, "
         "lookahead and sam nothing to look at: put them behind, "
-        "transform.with_noise(optax.MultiSteps(...), noise, key)."
+        "transform.with_noise(optax.MultiSteps(...), law, key)."
     )
 
 
-def unmasked(loss_vector_fn: Callable[..., Any], full_params: Any) -> Callable[..., Any]:
+def unmasked(loss_vector_fn: LossVectorFn, full_params: Params) -> LossVectorFn:
     """The loss vector function of the parameters that optax.masked lets through."""
     if full_params is None:
         raise ValueError(
@@ -169,7 +190,7 @@ def unmasked(loss_vector_fn: Callable[..., Any], full_params: Any) -> Callable[.
             "loss needs all of them: call update(..., full_params=params)."
         )
 
-    def of_visible(visible: Any, batch: Any) -> Any:
+    def of_visible(visible: Params, batch: Batch) -> Array:
         merged = jax.tree.map(
             lambda leaf, full: full if _is_masked(leaf) else leaf,
             visible,

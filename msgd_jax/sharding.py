@@ -4,9 +4,9 @@ Everything that computes losses takes ``sharding=NamedSharding(mesh, PartitionSp
 (`loss.weighted_value_and_grad` says what it does)::
 
   mesh = jax.make_mesh((jax.device_count(),), ("data",))
-  rows = NamedSharding(mesh, PartitionSpec("data"))
-  data = sharding.shard_examples(data, rows)
-  step = train.make_step(loss_vector_fn, optimizer, noise, sharding=rows)
+  spread = NamedSharding(mesh, PartitionSpec("data"))
+  data = sharding.shard_examples(data, spread)
+  step = train.make_step(loss_vector_fn, optimizer, law, sharding=spread)
 
 The same under `jax.distributed`, where every process runs the same lines: devices are then those of
 all processes, and each process reads and holds the examples of its own devices only.
@@ -21,17 +21,18 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, Shaped
 
-from msgd_jax import _shards, _validate
+from msgd_jax import _mesh, _validate
+from msgd_jax._typing import Data
 
 __all__ = ["check_key_agrees", "shard_examples"]
 
 
-def shard_examples(data: Any, sharding: NamedSharding) -> Any:
+def shard_examples(data: Data, sharding: NamedSharding) -> Data:
     """Places examples on the devices of a mesh, in equal parts.
 
     Where the devices do not divide N, the last example is repeated up to the next multiple: these
-    rows have weight 0 in every loss, for any noise of N examples. Only the rows that a device of
-    this process needs are read, so `data` may be memory-mapped, or larger than memory.
+    copies have weight 0 in every loss, for any law of N examples. Only what the devices of this
+    process need is read, so `data` may be memory-mapped, or larger than memory.
 
     Args:
         data: a pytree of arrays [N, ...]: numpy's (memory-mapped too), anything that slices like
@@ -45,36 +46,39 @@ def shard_examples(data: Any, sharding: NamedSharding) -> Any:
         settings say).
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if a leaf of `data` holds neither numbers nor PRNG keys, or `sharding` is not a
+            `NamedSharding`.
+        ValueError: if `data` are empty or their leaves have different lengths, or `sharding` does
+            not spread the leading axis alone.
 
     Example:
         >>> from msgd_jax import sharding
         >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
-        >>> rows = NamedSharding(mesh, PartitionSpec("data"))
-        >>> spread = sharding.shard_examples({"x": np.ones((1003, 3))}, rows)
-        >>> spread["x"].shape[0] % jax.device_count()
+        >>> spread = NamedSharding(mesh, PartitionSpec("data"))
+        >>> data = sharding.shard_examples({"x": np.ones((1003, 3))}, spread)
+        >>> data["x"].shape[0] % jax.device_count()
         0
     """
-    if _shards.check("sharding", sharding) is None:
+    if _mesh.check("sharding", sharding) is None:
         raise TypeError("sharding must be a jax.sharding.NamedSharding, got None.")
     num_examples = _validate.leading_axis("data", data)
-    num_rows = num_examples + _shards.missing(num_examples, sharding)
-    rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+    filled = num_examples + _mesh.missing(num_examples, sharding)
+    layout = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
 
-    def place(leaf: Any) -> Shaped[Array, "rows *rest"]:
+    def place(leaf: Any) -> Shaped[Array, "filled *rest"]:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return _shards.spread(lambda x: _shards.fill(x, num_rows - len(x)), sharding)(leaf)
-        words, implementation = _shards.as_words(leaf)
+            return _mesh.spread(lambda x: _mesh.fill(x, filled - len(x)), sharding)(leaf)
+        words, implementation = _mesh.as_words(leaf)
         dtype = jax.dtypes.canonicalize_dtype(words.dtype)
 
         def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(num_rows)
+            start, stop, _ = index[0].indices(filled)
             own = np.asarray(words[min(start, num_examples - 1) : min(stop, num_examples)], dtype)
             return np.concatenate([own, np.repeat(own[-1:], stop - start - len(own), axis=0)])
 
-        shape = (num_rows, *words.shape[1:])
-        placed = jax.make_array_from_callback(shape, rows, part, dtype=dtype)
-        return _shards.from_words(placed, implementation)
+        shape = (filled, *words.shape[1:])
+        placed = jax.make_array_from_callback(shape, layout, part, dtype=dtype)
+        return _mesh.from_words(placed, implementation)
 
     return jax.tree.map(place, data)
 

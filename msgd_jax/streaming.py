@@ -20,8 +20,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
-from msgd_jax import _shards, _validate
+from msgd_jax import _laws, _mesh, _validate
 from msgd_jax import loss as loss_lib
+from msgd_jax._typing import Batch, Data, Example, PositiveInt
 from msgd_jax.noise import MNoise, Weights
 from msgd_jax.train import StepMetrics, TrainState, step_of
 
@@ -44,7 +45,7 @@ class Source(Protocol):
         """N."""
         ...
 
-    def __getitem__(self, index: Any, /) -> Any:
+    def __getitem__(self, index: Any, /) -> Example:
         """One example."""
         ...
 
@@ -66,10 +67,10 @@ class ArraySource:
         ValueError: if the leading axes disagree, or there are no arrays.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Data) -> None:
         self._size = _validate.leading_axis("data", data)
         leaves, self._structure = jax.tree.flatten(data)
-        self._leaves = [_shards.as_words(leaf) for leaf in leaves]
+        self._leaves = [_mesh.as_words(leaf) for leaf in leaves]
 
     def __len__(self) -> int:
         return self._size
@@ -86,15 +87,15 @@ class ArraySource:
 def make_loop(
     loss_vector_fn: loss_lib.LossVectorFn,
     optimizer: optax.GradientTransformation,
-    noise: MNoise,
+    law: MNoise,
     source: Source,
     *,
-    microbatch_size: int | np.integer[Any] | None = None,
+    microbatch_size: PositiveInt | None = None,
     has_aux: bool = False,
     sharding: NamedSharding | None = None,
-    prefetch: int | np.integer[Any] = 4,
-    num_threads: int | np.integer[Any] = 4,
-) -> Callable[[TrainState, int | np.integer[Any]], tuple[TrainState, StepMetrics]]:
+    prefetch: PositiveInt = 4,
+    num_threads: PositiveInt = 4,
+) -> Callable[[TrainState, PositiveInt], tuple[TrainState, StepMetrics]]:
     """`train.make_step` in a loop, on examples that are read while earlier steps are computed.
 
     The parameters are those of the same noise and key on data that are all on the device, bit for
@@ -107,7 +108,7 @@ def make_loop(
     Args:
         loss_vector_fn: as in `train.make_step`.
         optimizer: as in `train.make_step`.
-        noise: a noise that lists the examples it uses, so not a dense one.
+        law: a law whose draws list the examples that they use, so not a dense one.
         source: the examples; see `Source`.
         microbatch_size: as in `train.make_step`.
         has_aux: as in `train.make_step`.
@@ -122,8 +123,8 @@ def make_loop(
 
     Raises:
         ImportError: if grain is not installed.
-        TypeError, ValueError: if an argument is not as described: the noise is dense, or for
-            another number of examples than the source has.
+        TypeError, ValueError: as `train.make_step`, or if the law is dense, or for another number
+            of examples than the source has.
 
     Example:
         >>> from msgd_jax import loss, noise, streaming, train
@@ -137,24 +138,27 @@ def make_loop(
         (5, (5,))
     """
     grain = _grain()
-    _check(noise, source)
-    _shards.check("sharding", sharding)
+    _check(law, source)
+    _mesh.check("sharding", sharding)
     microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
     prefetch = _validate.positive_int("prefetch", prefetch)
     num_threads = _validate.positive_int("num_threads", num_threads)
-    reader = _Reader(noise, source, sharding)
+    reader = _Reader(law, source, sharding)
 
     def as_read(key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
-        return Weights(noise.sample(key, step).values, None, noise.support_size)
+        return Weights(law.sample(key, step).values, None, law.support_size)
 
     of_batch = loss_lib.drawn_value_and_grad(
-        loss_vector_fn, as_read,
-        microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding,
-    )  # fmt: skip
+        loss_vector_fn,
+        as_read,
+        microbatch_size=microbatch_size,
+        has_aux=has_aux,
+        sharding=sharding,
+    )
     problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
     step = jax.jit(step_of(of_batch, optimizer, has_aux, problem), donate_argnums=0)
 
-    def loop(state: TrainState, num_steps: int | np.integer[Any]) -> tuple[TrainState, StepMetrics]:
+    def loop(state: TrainState, num_steps: PositiveInt) -> tuple[TrainState, StepMetrics]:
         if not isinstance(state, TrainState):
             raise TypeError(f"state must be a train.TrainState, got {_validate.shown(state)}.")
         first = int(state.step)
@@ -171,7 +175,10 @@ def make_loop(
 
 
 def _run(
-    step: Callable[..., Any], state: TrainState, batches: Iterator[Any], place: Callable[..., Any]
+    step: Callable[..., Any],
+    state: TrainState,
+    batches: Iterator[Batch],
+    place: Callable[[Batch], Batch],
 ) -> tuple[TrainState, list[StepMetrics]]:
     metrics: list[StepMetrics] = []
     in_flight: collections.deque[StepMetrics] = collections.deque()
@@ -187,55 +194,57 @@ def _run(
 class _Reader:
     """Reads the examples of a step that belong to this process, and places them on its devices."""
 
-    def __init__(self, noise: MNoise, source: Source, sharding: NamedSharding | None):
-        size = noise.support_size
+    def __init__(self, law: MNoise, source: Source, sharding: NamedSharding | None) -> None:
+        size = law.support_size
         self._source = source
-        self._num_rows = size + _shards.missing(size, sharding)
-        self._indices = jax.jit(lambda key, step: noise.sample(key, step).indices)
-        self._rows = None
-        own = np.arange(self._num_rows)
+        self._num_read = size + _mesh.missing(size, sharding)
+        self._indices = jax.jit(lambda key, step: law.sample(key, step).indices)
+        self._layout = None
+        own = np.arange(self._num_read)
         if sharding is not None:
-            self._rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
-            parts = self._rows.addressable_devices_indices_map((self._num_rows,)).values()
+            self._layout = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+            parts = self._layout.addressable_devices_indices_map((self._num_read,)).values()
             own = np.unique(np.concatenate([own[part] for part in parts if part is not None]))
-        self._own = own  # the rows that this process needs, ascending
+        self._own = own  # the positions that this process needs, ascending
 
-    def of_key(self, key: Key[Array, ""]) -> Callable[[Any], Any]:
-        """``read(step)``: the examples of this process's rows, in memory."""
+    def of_key(self, key: Key[Array, ""]) -> Callable[[int], Batch]:
+        """``read(step)``: the examples that this process computes, in memory."""
         # On the host, whatever the devices of training are busy with.
-        key = _on_the_host(*_shards.as_words(key))
+        key = _on_the_host(*_mesh.as_words(key))
 
-        def read(step: Any) -> Any:
+        def read(step: int) -> Batch:
             indices = np.asarray(self._indices(jax.random.clone(key), np.int32(step)))
             filled = indices[np.minimum(self._own, len(indices) - 1)]
             return _batch(self._source, filled)
 
         return read
 
-    def place(self, batch: Any) -> Any:
+    def place(self, batch: Batch) -> Batch:
         """On the device, or each device's part on it."""
 
         def on_devices(leaf: Any) -> Array:
-            words, made_of = _shards.as_words(leaf)
-            own = jax.device_put(words) if self._rows is None else self._spread(words, self._rows)
-            return _shards.from_words(own, made_of)
+            words, made_of = _mesh.as_words(leaf)
+            own = (
+                jax.device_put(words) if self._layout is None else self._spread(words, self._layout)
+            )
+            return _mesh.from_words(own, made_of)
 
         return jax.tree.map(on_devices, batch)
 
-    def _spread(self, own: Any, rows: NamedSharding) -> Array:
+    def _spread(self, own: Any, layout: NamedSharding) -> Array:
         def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(self._num_rows)
+            start, stop, _ = index[0].indices(self._num_read)
             first = np.searchsorted(self._own, start)
             return own[first : first + stop - start]
 
         own = np.asarray(own)
         dtype = jax.dtypes.canonicalize_dtype(own.dtype)
-        shape = (self._num_rows, *own.shape[1:])
+        shape = (self._num_read, *own.shape[1:])
         own = own.astype(dtype, copy=False)
-        return jax.make_array_from_callback(shape, rows, part, dtype=dtype)
+        return jax.make_array_from_callback(shape, layout, part, dtype=dtype)
 
 
-def _batch(source: Any, indices: Int[np.ndarray, " size"]) -> Any:
+def _batch(source: Source, indices: Int[np.ndarray, " size"]) -> Batch:
     """The examples at these indices, stacked."""
     if isinstance(source, BatchSource):
         batch = source.read_batch(indices)
@@ -260,38 +269,37 @@ def _batch(source: Any, indices: Int[np.ndarray, " size"]) -> Any:
 
 
 def _array(leaf: Any) -> Any:
-    words, made_of = _shards.as_words(leaf)
+    words, made_of = _mesh.as_words(leaf)
     return np.asarray(words) if made_of is None else leaf
 
 
 def _stacked(*leaves: Any) -> Any:
-    arrays, made_of = zip(*map(_shards.as_words, leaves), strict=True)
+    arrays, made_of = zip(*map(_mesh.as_words, leaves), strict=True)
     return _on_the_host(np.stack(arrays), made_of[0])
 
 
 def _on_the_host(words: Any, made_of: Any) -> Any:
-    """`_shards.from_words` with keys on the CPU, in whatever thread and beside whatever device."""
+    """`_mesh.from_words` with keys on the CPU, in whatever thread and beside whatever device."""
     if made_of is not None:
         words = jax.device_put(words, jax.local_devices(backend="cpu")[0])
-    return _shards.from_words(words, made_of)
+    return _mesh.from_words(words, made_of)
 
 
-def _check(noise: Any, source: Any) -> None:
-    if not isinstance(noise, MNoise):
-        raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
+def _check(law: MNoise, source: Source) -> None:
+    _laws.drawable("law", law)
     if not isinstance(source, Source):
         raise TypeError(
             "source must have __len__ and __getitem__, such as streaming.ArraySource, got "
             f"{type(source).__name__}."
         )
-    if len(source) != noise.num_examples:
+    if len(source) != law.num_examples:
         raise ValueError(
-            f"noise is for num_examples = {noise.num_examples}, but source has {len(source)}."
+            f"law is for num_examples = {law.num_examples}, but source has {len(source)}."
         )
-    if jax.eval_shape(lambda: noise.sample(jax.random.key(0), 0).indices) is None:
+    if jax.eval_shape(lambda: law.sample(jax.random.key(0), 0).indices) is None:
         raise ValueError(
-            "noise must list the examples that it uses, as sgd, random_reshuffling and the "
-            f"sparse noises do, got {noise.name}, which uses all {noise.num_examples}."
+            "law must list the examples that it uses, as sgd, random_reshuffling and the sparse "
+            f"laws do, got {law.name}, which uses all {law.num_examples}."
         )
 
 

@@ -1,14 +1,14 @@
 """Training: a state that is one pytree, a pure step, and many steps in one compiled loop.
 
-Works with any model and any optax optimizer, line searches included: the noise is in the weights,
-so the optimizer needs to know nothing of it. To train several seeds at once, ``jax.vmap`` the
+It works with any model and any optax optimizer, line searches included: the noise is in the
+weights, and the optimizer need not know of it. To train several seeds at once, ``jax.vmap`` the
 step::
 
   def start(key):
-      params_key, noise_key = jax.random.split(key)
-      return init(model_init(params_key), optimizer, noise_key)
+      params_key, run_key = jax.random.split(key)
+      return init(model_init(params_key), optimizer, run_key)
 
-  step = make_step(loss_vector_fn, optimizer, noise)
+  step = make_step(loss_vector_fn, optimizer, law)
   states = jax.vmap(start)(jax.random.split(key, 5))
   loop = make_loop(jax.vmap(step, in_axes=(0, None)), max_steps=100)
   states, metrics = loop(states, data, 100)
@@ -16,17 +16,19 @@ step::
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _dtypes, _optimizers, _validate
 from msgd_jax import loss as loss_lib
+from msgd_jax._typing import Data, Gradients, OptState, Params, PositiveInt, PyTree, Statistics
 from msgd_jax.noise import MNoise
 from msgd_jax.sharding import check_key_agrees
 
@@ -44,9 +46,9 @@ class TrainState(NamedTuple):
         step: steps made so far.
     """
 
-    params: Any
-    opt_state: Any
-    aux: Any
+    params: Params
+    opt_state: OptState
+    aux: Statistics
     key: Key[Array, ""]
     step: Int[Array, ""]
 
@@ -63,11 +65,16 @@ class StepMetrics(NamedTuple):
     gradient_norm: Float[Array, "*steps"]
 
 
-StepFn = Callable[[Any, Any], tuple[Any, Any]]
+State = TypeVar("State")
+Metrics = TypeVar("Metrics")
+StepFn = Callable[[State, Data], tuple[State, Metrics]]
 
 
 def init(
-    params: Any, optimizer: optax.GradientTransformation, key: Key[Array, ""], aux: Any = ()
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    aux: Statistics = (),
 ) -> TrainState:
     """The state before the first step.
 
@@ -97,13 +104,13 @@ def init(
     return TrainState(params, opt_state, aux, _own("key", key), jnp.zeros((), jnp.int32))
 
 
-def _own(name: str, tree: Any) -> Any:
+def _own(name: str, tree: PyTree) -> PyTree:
     """Copies, in buffers of their own, with types that do not change when they are computed with.
 
     A number's type is weak and an update's is not: a loop would be compiled once for each.
     """
 
-    def copy(path: Any, leaf: Any) -> Array:
+    def copy(path: KeyPath, leaf: ArrayLike) -> Array:
         dtype = _validate.leaf_dtype(_validate.place(name, path), leaf)
         if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             return jnp.copy(jax.random.clone(leaf))
@@ -115,12 +122,12 @@ def _own(name: str, tree: Any) -> Any:
 def make_step(
     loss_vector_fn: loss_lib.LossVectorFn,
     optimizer: optax.GradientTransformation,
-    noise: MNoise,
+    law: MNoise,
     *,
-    microbatch_size: int | np.integer[Any] | None = None,
+    microbatch_size: PositiveInt | None = None,
     has_aux: bool = False,
     sharding: NamedSharding | None = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
+) -> Callable[[TrainState, Data], tuple[TrainState, StepMetrics]]:
     """One step of M-SGD (Eq. 6) under any optimizer, as a pure function of state and data.
 
     Args:
@@ -130,7 +137,7 @@ def make_step(
           line searches and L-BFGS (``obj_fn=`` for Sophia), L(params) . W at any parameters;
           ``grad_fn=`` for SAM, its gradient; ``data=`` and, without `has_aux`, ``loss_vector_fn=``.
           With `has_aux` the functions leave the statistics as they were before the step.
-        noise: the M-noise; its num_examples must be the leading axis of the data.
+        law: the law of the weights; its num_examples must be the leading axis of the data.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
@@ -140,7 +147,10 @@ def make_step(
         ``donate_argnums=0``), ``jax.vmap``, or `make_loop`.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `loss_vector_fn` is not a function, `optimizer` is not an optax
+            transformation, `law` is not a `noise.MNoise`, or `sharding` is not a `NamedSharding`.
+        ValueError: if `microbatch_size` is not positive, or `sharding` does not spread the leading
+            axis alone.
 
     Example:
         >>> from msgd_jax import loss, noise, train
@@ -153,7 +163,7 @@ def make_step(
     """
     microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
     value_and_grad = loss_lib.noisy_value_and_grad(
-        loss_vector_fn, noise, microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding
+        loss_vector_fn, law, microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding
     )
     problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
     return step_of(value_and_grad, optimizer, has_aux, problem)
@@ -164,20 +174,20 @@ def step_of(
     optimizer: optax.GradientTransformation,
     has_aux: bool,
     problem: dict[str, Any],
-) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
+) -> Callable[[TrainState, Data], tuple[TrainState, StepMetrics]]:
     """A step along ``value_and_grad(params, data, key, step, aux)``, of `loss`'s kind.
 
     `problem` is passed on to optimizers that take more than the gradient.
     """
     update = _optimizers.updater(optimizer)
 
-    def step(state: TrainState, data: Any) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, data: Data) -> tuple[TrainState, StepMetrics]:
         key = _optimizers.repeated(state.key)
 
-        def at(params: Any) -> tuple[Any, Any]:
+        def at(params: Params) -> tuple[PyTree, Gradients]:
             return value_and_grad(params, data, key(), state.step, state.aux)
 
-        def at_fixed_aux(params: Any) -> tuple[Any, Any]:
+        def at_fixed_aux(params: Params) -> tuple[Float[Array, ""], Gradients]:
             value, grads = at(params)
             return (value[0] if has_aux else value), grads
 
@@ -195,12 +205,12 @@ def step_of(
     return step
 
 
-def _moving(params: Any) -> Any:
+def _moving(params: Params) -> Params:
     """Where the gradient is taken: `optax.lookahead` keeps a second set of parameters."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
-def _strong(leaf: Any) -> Array:
+def _strong(leaf: ArrayLike) -> Array:
     """A leaf whose type is as `init` makes it, also where an optimizer returns a number."""
     leaf = jnp.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -209,8 +219,8 @@ def _strong(leaf: Any) -> Array:
 
 
 def make_loop(
-    step: StepFn, *, max_steps: int | np.integer[Any]
-) -> Callable[[Any, Any, int | np.integer[Any]], tuple[Any, Any]]:
+    step: StepFn[State, Metrics], *, max_steps: PositiveInt
+) -> Callable[[State, Data, PositiveInt], tuple[State, Metrics]]:
     """Many steps in one compiled loop: Python is left only once every `max_steps`.
 
     The number of steps is an argument of the compiled loop, not a constant in it: any number up
@@ -227,7 +237,8 @@ def make_loop(
         and again.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described; `loop` too, on `num_steps`.
+        TypeError, ValueError: if `step` is not a function, or `max_steps` not a positive integer.
+            `loop` raises the same on `num_steps`, which must be at most `max_steps`.
 
     Example:
         >>> from msgd_jax import loss, noise, train
@@ -244,7 +255,7 @@ def make_loop(
     max_steps = _validate.positive_int("max_steps", max_steps, maximum=_validate.MAX_STEP)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def compiled(state: Any, data: Any, num_steps: Int[Array, ""]) -> tuple[Any, Any]:
+    def compiled(state: State, data: Data, num_steps: Int[Array, ""]) -> tuple[State, Metrics]:
         after, shapes = jax.eval_shape(step, state, data)
         if (difference := _validate.first_difference("state", state, after)) is not None:
             raise ValueError(
@@ -254,14 +265,14 @@ def make_loop(
             )
         history = jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), x.dtype), shapes)
 
-        def body(i: Int[Array, ""], carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        def body(i: Int[Array, ""], carry: PyTree) -> PyTree:
             state, history = carry
             state, metrics = step(state, data)
             return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, metrics)
 
         return jax.lax.fori_loop(0, num_steps, body, (state, history))
 
-    def loop(state: Any, data: Any, num_steps: int | np.integer[Any]) -> tuple[Any, Any]:
+    def loop(state: State, data: Data, num_steps: PositiveInt) -> tuple[State, Metrics]:
         num_steps = _validate.positive_int("num_steps", num_steps, maximum=max_steps)
         state, history = compiled(state, data, jnp.asarray(num_steps, jnp.int32))
         return state, jax.tree.map(lambda h: h[:num_steps], history)

@@ -1,12 +1,12 @@
-"""M-noise as optax gradient transformations: keys live in the state, chains work as usual.
+"""Laws of weights as optax gradient transformations: keys live in the state, chains work as usual.
 
-Two routes to the same update, for the same noise, key and step:
+There are two routes to the same update, for the same law, key and step:
 
 * `multiplicative_noise` computes the noisy gradient itself, with one backward pass, from the loss
   vector function and the data that ``update`` is given (the fast algorithm; `with_noise` puts any
   optimizer behind it, `msgd` a learning rate and momentum);
 * `aggregate_per_example` takes per-example gradients that you have already, and adds them up with
-  the noise's weights.
+  the law's weights.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding
+from jax.tree_util import KeyPath
 from jaxtyping import Array, Float, Int, Key
 from optax.experimental import aggregating
 
-from msgd_jax import _dtypes, _optimizers, _shards, _validate
+from msgd_jax import _dtypes, _laws, _mesh, _optimizers, _validate
 from msgd_jax import loss as loss_lib
+from msgd_jax._typing import (
+    Data,
+    DType,
+    Gradients,
+    LossVectorFn,
+    OptState,
+    Params,
+    PositiveInt,
+    Scalar,
+    Updates,
+)
 from msgd_jax.noise import MNoise
 from msgd_jax.sharding import check_key_agrees
 
@@ -36,7 +47,7 @@ __all__ = [
 
 _HINT = (
     " What optax's lookahead and sam go around gets no such arguments: put them behind the noise, "
-    "transform.with_noise(optimizer, noise, key)."
+    "transform.with_noise(optimizer, law, key)."
 )
 
 
@@ -68,17 +79,17 @@ class AggregateState(NamedTuple):
 
 
 def multiplicative_noise(
-    noise: MNoise,
+    law: MNoise,
     key: Key[Array, ""],
     *,
-    microbatch_size: int | np.integer[Any] | None = None,
+    microbatch_size: PositiveInt | None = None,
     sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the noisy gradient ``grad(L(params) . W)`` with one backward pass (Algorithm 1).
 
     First in a chain, since it makes the gradient that the rest of the chain works on::
 
-      optimizer = optax.chain(multiplicative_noise(noise, key), optax.adam(1e-3))
+      optimizer = optax.chain(multiplicative_noise(law, key), optax.adam(1e-3))
       state = optimizer.init(params)
       updates, state = optimizer.update(
           (), state, params, loss_vector_fn=loss_vector_fn, data=data
@@ -102,7 +113,7 @@ def multiplicative_noise(
     program of eager calls is kept for the last `loss_vector_fn`.
 
     Args:
-        noise: the M-noise; its num_examples must be the leading axis of the data.
+        law: the law of the weights; its num_examples must be the leading axis of the data.
         key: a typed PRNG key, copied into the state by ``init``.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
@@ -113,7 +124,8 @@ def multiplicative_noise(
         `loss_vector_fn` or `data` is missing, and as `loss.weighted_value_and_grad` does.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if `law` is not a `noise.MNoise`, `key` is no typed PRNG key,
+            `microbatch_size` is not positive, or `sharding` does not spread the leading axis alone.
 
     Example:
         >>> from msgd_jax import loss, noise, transform
@@ -128,15 +140,15 @@ def multiplicative_noise(
         (1, ())
     """
     alone = optax.identity()
-    whole = with_noise(alone, noise, key, microbatch_size=microbatch_size, sharding=sharding)
+    whole = with_noise(alone, law, key, microbatch_size=microbatch_size, sharding=sharding)
 
-    def init_fn(params: Any) -> Any:
+    def init_fn(params: Params) -> MultiplicativeNoiseState:
         state: Any = whole.init(params)
         return state[0]
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, MultiplicativeNoiseState]:
+        updates: Updates, state: Any, params: Params = None, **extra_args: Any
+    ) -> tuple[Updates, MultiplicativeNoiseState]:
         both: Any = state, alone.init(params)
         updates, both = whole.update(updates, both, params, **extra_args)
         return updates, both[0]
@@ -146,15 +158,15 @@ def multiplicative_noise(
 
 def with_noise(
     optimizer: optax.GradientTransformation,
-    noise: MNoise,
+    law: MNoise,
     key: Key[Array, ""],
     *,
-    microbatch_size: int | np.integer[Any] | None = None,
+    microbatch_size: PositiveInt | None = None,
     sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer behind `multiplicative_noise`, with all that it may ask for.
 
-    Updates and state are those of ``optax.chain(multiplicative_noise(noise, key), optimizer)``,
+    Updates and state are those of ``optax.chain(multiplicative_noise(law, key), optimizer)``,
     where nobody tells the optimizer the loss. Here those that take more get it, all with the
     weights of the step, as from `train.make_step`: ``value=`` (``polyak_sgd``, ``momo``,
     ``reduce_on_plateau``), ``grad=`` and ``value_fn=`` (line searches, ``lbfgs``), ``obj_fn=``
@@ -162,7 +174,7 @@ def with_noise(
 
     Args:
         optimizer: any optax transformation of a gradient, a chain of several, say.
-        noise: the M-noise; its num_examples must be the leading axis of the data.
+        law: the law of the weights; its num_examples must be the leading axis of the data.
         key: a typed PRNG key, copied into the state by ``init``.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
@@ -172,7 +184,8 @@ def with_noise(
         `multiplicative_noise`.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: as `multiplicative_noise`, or if `optimizer` is not an optax
+            transformation.
 
     Example:
         >>> from msgd_jax import loss, noise, transform
@@ -185,18 +198,18 @@ def with_noise(
         2.0
     """
     behind = _optimizers.updater(optimizer)
-    init_fn, noisy_gradient = _noisy_gradient(noise, key, microbatch_size, sharding)
+    init_fn, noisy_gradient = _noisy_gradient(law, key, microbatch_size, sharding)
 
     def update_fn(
-        updates: Any,
+        updates: Updates,
         state: Any,
-        params: Any = None,
+        params: Params = None,
         *,
-        loss_vector_fn: Any = None,
-        data: Any = None,
-        full_params: Any = None,
+        loss_vector_fn: LossVectorFn | None = None,
+        data: Data = None,
+        full_params: Params = None,
         **extra_args: Any,
-    ) -> tuple[Any, tuple[MultiplicativeNoiseState, Any]]:
+    ) -> tuple[Updates, tuple[MultiplicativeNoiseState, OptState]]:
         _optimizers.check_no_updates(updates, params, extra_args)
         at = noisy_gradient(state[0], params, loss_vector_fn, data, full_params)
         value, grads = at(params)
@@ -213,8 +226,8 @@ def with_noise(
     )
 
 
-def aggregate_per_example(noise: MNoise, key: Key[Array, ""]) -> aggregating.Aggregator:
-    """Adds up per-example gradients with the weights of an M-noise.
+def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggregator:
+    """Adds up per-example gradients with the weights of a law.
 
     The counterpart of `multiplicative_noise` for code that has per-example gradients already, to
     clip them, say: an aggregator as `optax.experimental.aggregating` defines it, whose updates
@@ -224,7 +237,7 @@ def aggregate_per_example(noise: MNoise, key: Key[Array, ""]) -> aggregating.Agg
     in a chain, not around it.
 
     Args:
-        noise: the M-noise; its num_examples must be the leading axis of the updates.
+        law: the law of the weights; its num_examples must be the leading axis of the updates.
         key: a typed PRNG key, copied into the state by ``init``.
 
     Returns:
@@ -233,7 +246,7 @@ def aggregate_per_example(noise: MNoise, key: Key[Array, ""]) -> aggregating.Agg
         ``(N, *parameter shape)``: a gradient that is averaged already is refused.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if `law` is not a `noise.MNoise`, or `key` is no typed PRNG key.
 
     Example:
         >>> from msgd_jax import noise, transform
@@ -244,19 +257,19 @@ def aggregate_per_example(noise: MNoise, key: Key[Array, ""]) -> aggregating.Agg
         >>> float(update)
         -2.0
     """
-    _check_noise_and_key(noise, key)
+    _check_law_and_key(law, key)
 
-    def init_fn(params: Any) -> AggregateState:
+    def init_fn(params: Params) -> AggregateState:
         del params
         check_key_agrees("key", key)
         return AggregateState(jnp.zeros((), jnp.int32), jnp.copy(jax.random.clone(key)))
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, AggregateState]:
+        updates: Updates, state: Any, params: Params = None, **extra_args: Any
+    ) -> tuple[Updates, AggregateState]:
         del extra_args
-        _check_per_example(updates, params, noise.num_examples)
-        weights = noise.sample(state.key, state.step)
+        _check_per_example(updates, params, law.num_examples)
+        weights = law.sample(state.key, state.step)
 
         def weighted_sum(gradients: Float[Array, "..."]) -> Float[Array, "..."]:
             if weights.indices is not None:
@@ -277,20 +290,20 @@ def aggregate_per_example(noise: MNoise, key: Key[Array, ""]) -> aggregating.Agg
 
 def msgd(
     learning_rate: optax.ScalarOrSchedule,
-    noise: MNoise,
+    law: MNoise,
     key: Key[Array, ""],
-    momentum: Any = None,
+    momentum: Scalar | None = None,
     nesterov: bool = False,
     *,
-    accumulator_dtype: Any = None,
-    microbatch_size: int | np.integer[Any] | None = None,
+    accumulator_dtype: DType = None,
+    microbatch_size: PositiveInt | None = None,
     sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """M-SGD (Eq. 6): `optax.sgd` on the noisy gradient of `multiplicative_noise`.
 
     Args:
         learning_rate: eta, a number or a schedule.
-        noise: the M-noise.
+        law: the law of the weights.
         key: a typed PRNG key, copied into the state by ``init``.
         momentum: decay rate of the momentum, or None for none.
         nesterov: whether the momentum is Nesterov's.
@@ -303,7 +316,8 @@ def msgd(
         `multiplicative_noise`.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: as `multiplicative_noise`, or if `learning_rate` or `momentum` is
+            negative, or `accumulator_dtype` is not a floating-point type.
 
     Example:
         >>> from msgd_jax import loss, noise, transform
@@ -322,37 +336,37 @@ def msgd(
     if accumulator_dtype is not None:
         _validate.float_dtype("accumulator_dtype", accumulator_dtype)
     optimizer = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
-    return with_noise(optimizer, noise, key, microbatch_size=microbatch_size, sharding=sharding)
+    return with_noise(optimizer, law, key, microbatch_size=microbatch_size, sharding=sharding)
 
 
 def _noisy_gradient(
-    noise: MNoise,
+    law: MNoise,
     key: Key[Array, ""],
-    microbatch_size: int | np.integer[Any] | None,
+    microbatch_size: PositiveInt | None,
     sharding: NamedSharding | None,
 ) -> tuple[Callable[..., MultiplicativeNoiseState], Callable[..., _optimizers.ValueAndGrad]]:
     """How the state begins, and what gives value and gradient at the weights of a step."""
-    _check_noise_and_key(noise, key)
+    _check_law_and_key(law, key)
     microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
-    _shards.check("sharding", sharding)
+    _mesh.check("sharding", sharding)
 
-    def init_fn(params: Any) -> MultiplicativeNoiseState:
+    def init_fn(params: Params) -> MultiplicativeNoiseState:
         if jax.tree.leaves(params):  # a mask may hide them all
             _validate.floating_params(params)
         check_key_agrees("key", key)
         own = jnp.copy(jax.random.clone(key))  # the caller's is not to be donated with the state
         return MultiplicativeNoiseState(jnp.zeros((), jnp.int32), own, _dtypes.not_yet(params))
 
-    def make(loss_vector_fn: Any) -> Callable[..., Any]:
+    def make(loss_vector_fn: LossVectorFn) -> Callable[..., Any]:
         return loss_lib.noisy_value_and_grad(
-            loss_vector_fn, noise, microbatch_size=microbatch_size, sharding=sharding
+            loss_vector_fn, law, microbatch_size=microbatch_size, sharding=sharding
         )
 
     # It owns the program of eager calls.
     made = _optimizers.keep_last(make)
 
     def noisy_gradient(
-        state: Any, params: Any, loss_vector_fn: Any, data: Any, full_params: Any
+        state: Any, params: Params, loss_vector_fn: LossVectorFn, data: Data, full_params: Params
     ) -> _optimizers.ValueAndGrad:
         _validate.passed_to_update(
             "multiplicative_noise", _HINT, params=params, loss_vector_fn=loss_vector_fn, data=data
@@ -364,7 +378,7 @@ def _noisy_gradient(
 
         key = _optimizers.repeated(state.key)
 
-        def at(params: Any) -> tuple[Any, Any]:
+        def at(params: Params) -> tuple[Float[Array, ""], Gradients]:
             return value_and_grad(params, data, key(), state.step)
 
         return at
@@ -372,13 +386,12 @@ def _noisy_gradient(
     return init_fn, noisy_gradient
 
 
-def _check_noise_and_key(noise: Any, key: Any) -> None:
-    if not isinstance(noise, MNoise):
-        raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
+def _check_law_and_key(law: MNoise, key: Key[Array, ""]) -> None:
+    _laws.drawable("law", law)
     _validate.prng_key("key", key)
 
 
-def _check_per_example(updates: Any, params: Any, num_examples: int) -> None:
+def _check_per_example(updates: Updates, params: Params, num_examples: int) -> None:
     _validate.passed_to_update("aggregate_per_example", params=params)
     given, expected = (len(jax.tree.leaves(tree)) for tree in (updates, params))
     if given != expected:
@@ -387,7 +400,7 @@ def _check_per_example(updates: Any, params: Any, num_examples: int) -> None:
             f"{num_examples} examples in front, got {given} leaves instead of {expected}."
         )
 
-    def check(path: Any, update: Any, param: Any) -> None:
+    def check(path: KeyPath, update: Array, param: Array) -> None:
         expected = (num_examples, *jnp.shape(param))
         if jnp.shape(update) != expected:
             raise ValueError(

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from msgd_jax import complexity
+from msgd_jax import complexity, loss
 
 EXACT = {"num_starts": 1, "num_steps": 1}  # enough for affine losses
 KEY = jax.random.key(3)
+ASCENT = ("num_starts", "num_steps", "optimizer", "at_once")
 
 
 def affine_losses(params, batch):
@@ -34,15 +35,42 @@ def gaussian(n, dtype=jnp.float32):
     return complexity.gaussian(n, dtype=dtype)
 
 
+def of_problem(function, loss_vector_fn, params, data, *rest, microbatch_size=None, **options):
+    """``function(losses, params, ...)``, with what belongs to the ascents among the options."""
+    own = {name: options.pop(name) for name in ASCENT if name in options}
+    if own:
+        quick = {"num_starts": 1, "num_steps": 1} if function is complexity.penalty else {}
+        options["ascent"] = complexity.Ascent(**{**quick, **own})
+
+    def losses_of(data):
+        return loss.LossVector(loss_vector_fn, data, microbatch_size=microbatch_size)
+
+    losses = (lambda key: losses_of(data(key))) if callable(data) else losses_of(data)
+    return function(losses, params, *rest, **options)
+
+
+def penalty_of(loss_vector_fn, **options):
+    """The penalty as a function of parameters, data, multipliers and a key."""
+    return lambda params, data, multipliers, key=None: of_problem(
+        complexity.penalty, loss_vector_fn, params, data, multipliers, key=key, **options
+    )
+
+
 def on_device(data):
     return jax.tree.map(jnp.asarray, data)
 
 
 def affine(n, law, radius=0.7, num_draws=None, **options):
-    return complexity.local_complexity(
-        affine_losses, jnp.zeros(4), on_device(examples(n)), law,
-        radius=radius, num_draws=num_draws, **{**EXACT, **options},
-    )  # fmt: skip
+    return of_problem(
+        complexity.local_complexity,
+        affine_losses,
+        jnp.zeros(4),
+        on_device(examples(n)),
+        law,
+        radius=radius,
+        num_draws=num_draws,
+        **{**EXACT, **options},
+    )
 
 
 def affine_supremum(n, v, radius):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msgd_jax import loss
+from msgd_jax import loss, sde
 
 
 class Regression(NamedTuple):
@@ -43,3 +43,24 @@ def regression(num_examples: int = 100, dim: int = 5, dtype=jnp.float32) -> Regr
     params = {"w": rng.normal(size=dim), "b": rng.normal()}
     cast = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)  # noqa: E731
     return Regression(cast(params), cast({"x": x, "y": y}))
+
+
+def linear(rows) -> tuple[loss.LossVector, jax.Array]:
+    """A loss vector with this gradient matrix, [N, D], everywhere; and parameters."""
+    rows = jnp.asarray(rows)
+    losses = loss.LossVector(lambda theta, gradient: gradient @ theta, rows)
+    return losses, jnp.zeros(rows.shape[1], rows.dtype)
+
+
+SWEEP = ("learning_rates", "horizon", "num_paths", "at_once")
+SCHEME = ("substeps", "order")
+
+
+def of_sde(function, loss_vector_fn, params, data, *rest, microbatch_size=None, **options):
+    """``function(losses, params, law, ...)``, with sweep and scheme made of what is among them."""
+    losses = loss.LossVector(loss_vector_fn, data, microbatch_size=microbatch_size)
+    if function is not sde.drift:
+        scheme = {name: options.pop(name) for name in SCHEME if name in options}
+        options |= {"scheme": sde.Scheme(**scheme)} if scheme else {}
+    sweep = {name: options.pop(name) for name in SWEEP if name in options}
+    return function(losses, params, *rest, *([sde.Sweep(**sweep)] if sweep else []), **options)

@@ -37,9 +37,10 @@ def main() -> None:
 
     loop = train.make_loop(train.make_step(losses, optax.sgd(0.1), law), max_steps=10)
     loop(train.init(params, optax.sgd(0.1), jax.random.key(2)), data, 10)
-    covariance.spectrum(law, covariance.gradient_matrix(losses, params, data))
+    vector = loss.LossVector(losses, data)
+    covariance.spectrum(vector, params, law)
     options = {"learning_rate": 0.1, "num_steps": 2, "key": jax.random.key(3)}
-    sde.euler_maruyama(losses, params, data, law, **options)
+    sde.euler_maruyama(vector, params, law, **options)
     print(f"msgd_jax {msgd_jax.__version__} works; with it came: {', '.join(installed)}")
 
 

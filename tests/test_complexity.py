@@ -18,11 +18,12 @@ from tests.affine import (
     affine_supremum,
     examples,
     gaussian,
+    of_problem,
     on_device,
     quadratic_losses,
     sample_data,
     trust_region,
-)  # fmt: skip
+)
 
 
 def drawn(law, num_draws, key=KEY):
@@ -49,10 +50,19 @@ class TestAgainstClosedForms:
         n, law = 6, gaussian(6, jnp.float64)
         data = examples(n)
         smoothness = max(np.linalg.norm(h, 2) for h in data["h"])
-        found = complexity.local_complexity(
-            quadratic_losses, jnp.zeros(4), on_device(data), law,
-            radius=radius, num_draws=16, key=KEY, num_starts=4, num_steps=60, smoothness=smoothness,
-        )  # fmt: skip
+        found = of_problem(
+            complexity.local_complexity,
+            quadratic_losses,
+            jnp.zeros(4),
+            on_device(data),
+            law,
+            radius=radius,
+            num_draws=16,
+            key=KEY,
+            num_starts=4,
+            num_steps=60,
+            smoothness=smoothness,
+        )
         expected = []
         for v in drawn(law, 16) / n:
             hessian, slope = np.einsum("n,nij->ij", v, data["h"]), v @ data["g"]
@@ -79,17 +89,23 @@ class TestAgainstClosedForms:
         assert found.draws.shape == (2,)
         assert found.mean == pytest.approx(affine_supremum(1, np.ones(1), 0.7), rel=1e-6)
         with pytest.raises(ValueError, match="at least 2 examples"):
-            complexity.sgd_inequality(
-                affine_losses, jnp.zeros(4), on_device(examples(1)),
-                batch_size=1, radius=1.0, num_draws=None,
-            )  # fmt: skip
+            of_problem(
+                complexity.sgd_inequality,
+                affine_losses,
+                jnp.zeros(4),
+                on_device(examples(1)),
+                batch_size=1,
+                radius=1.0,
+                num_draws=None,
+            )
 
     def test_few_steps_are_reported_as_such(self):
         """After no step of a hard problem: gaps, and a value below that of a longer ascent."""
         settings = {"radius": 3.0, "num_draws": 6, "key": KEY, "num_starts": 1}
         problem = (quadratic_losses, jnp.zeros(4), on_device(examples(6)), gaussian(6))
         short, long = (
-            complexity.local_complexity(*problem, num_steps=steps, **settings) for steps in (0, 40)
+            of_problem(complexity.local_complexity, *problem, num_steps=steps, **settings)
+            for steps in (0, 40)
         )
         assert (long.draws >= short.draws).all()
         assert short.gap.max() > 10 * long.gap.max()
@@ -99,12 +115,16 @@ class TestAgainstClosedForms:
         """Plain gradient ascent in place of normalised steps ends at the same height."""
         problem = (quadratic_losses, jnp.zeros(4), on_device(examples(6)), gaussian(6))
         settings = {"radius": 0.5, "num_draws": 6, "key": KEY, "num_starts": 1, "num_steps": 40}
-        usual = complexity.local_complexity(*problem, **settings)
-        plain = complexity.local_complexity(*problem, optimizer=optax.sgd(1.0), **settings)
+        usual = of_problem(complexity.local_complexity, *problem, **settings)
+        plain = of_problem(
+            complexity.local_complexity, *problem, optimizer=optax.sgd(1.0), **settings
+        )
         np.testing.assert_allclose(plain.draws, usual.draws, rtol=1e-3)
         settings |= {"num_steps": 1}  # on the way they are apart
-        usual = complexity.local_complexity(*problem, **settings)
-        plain = complexity.local_complexity(*problem, optimizer=optax.sgd(1.0), **settings)
+        usual = of_problem(complexity.local_complexity, *problem, **settings)
+        plain = of_problem(
+            complexity.local_complexity, *problem, optimizer=optax.sgd(1.0), **settings
+        )
         assert np.abs(plain.draws / usual.draws - 1).max() > 1e-3
 
 
@@ -133,9 +153,11 @@ class TestEnumeration:
     def test_draws_with_replacement(self, signed):
         """Against a loop over all N^b (times 2^b) ordered samples."""
         n, b = 4, 3
-        law = complexity.rademacher(n, b, replace=True) if signed else complexity.sgd(
-            n, b, replace=True
-        )  # fmt: skip
+        law = (
+            complexity.rademacher(n, b, replace=True)
+            if signed
+            else complexity.sgd(n, b, replace=True)
+        )
         found, expected = affine(n, law), []
         for sample in itertools.product(range(n), repeat=b):
             for signs in itertools.product((1, -1) if signed else (1,), repeat=b):
@@ -217,10 +239,17 @@ class TestDataDrawnAnew:
 
         ||G v|| / N is a chi of 4 degrees over sqrt(N), |v.l| / N half a normal: z < 4.5.
         """
-        found = complexity.local_complexity(
-            affine_losses, jnp.zeros(4), sample_data, complexity.rademacher(32),
-            radius=10.0, key=KEY, num_draws=2000, **EXACT,
-        )  # fmt: skip
+        found = of_problem(
+            complexity.local_complexity,
+            affine_losses,
+            jnp.zeros(4),
+            sample_data,
+            complexity.rademacher(32),
+            radius=10.0,
+            key=KEY,
+            num_draws=2000,
+            **EXACT,
+        )
         chi = math.sqrt(2) * math.gamma(2.5) / math.gamma(2)
         expected = (math.sqrt(2 / math.pi) + 10 * chi) / math.sqrt(32)
         assert abs(found.mean - expected) < 4.5 * found.standard_error
@@ -232,17 +261,25 @@ class TestDataDrawnAnew:
     def test_equal_keys_pair_the_data(self):
         """V = 1 and v = 2 on the same examples: twice as much, to the last bit."""
         one, two = (
-            complexity.Multipliers("constant", 32, lambda key, c=c: noise.Weights(
-                jnp.full(32, c), None, 32))
+            complexity.Multipliers(
+                "constant", 32, lambda key, c=c: noise.Weights(jnp.full(32, c), None, 32)
+            )
             for c in (1.0, 2.0)
-        )  # fmt: skip
+        )
         a, b = (
-            complexity.local_complexity(
-                affine_losses, jnp.zeros(4), sample_data, law,
-                radius=1.0, key=KEY, num_draws=3, **EXACT,
+            of_problem(
+                complexity.local_complexity,
+                affine_losses,
+                jnp.zeros(4),
+                sample_data,
+                law,
+                radius=1.0,
+                key=KEY,
+                num_draws=3,
+                **EXACT,
             ).draws
             for law in (one, two)
-        )  # fmt: skip
+        )
         np.testing.assert_array_equal(2 * a, b)
         assert np.unique(a).size == 3
 
@@ -260,16 +297,20 @@ class TestSameNumbers:
         } | changed
 
     def found(self, **changed):
-        return complexity.local_complexity(
-            quadratic_losses, jnp.ones(4), on_device(examples(7)), self.law,
+        return of_problem(
+            complexity.local_complexity,
+            quadratic_losses,
+            jnp.ones(4),
+            on_device(examples(7)),
+            self.law,
             **self.options(**changed),
-        )  # fmt: skip
+        )
 
     @pytest.mark.parametrize(
         "changed",
         [
-            {"ascents_per_pass": 5, "microbatch_size": 3},
-            pytest.param({"ascents_per_pass": 1}, marks=pytest.mark.slow),
+            {"at_once": 5, "microbatch_size": 3},
+            pytest.param({"at_once": 1}, marks=pytest.mark.slow),
         ],
     )
     def test_passes_and_microbatches_change_the_rounding_only(self, changed):
@@ -283,10 +324,14 @@ class TestSameNumbers:
         params = jnp.ones(4)
 
         def mean(params, radius):
-            return complexity.local_complexity(
-                quadratic_losses, params, on_device(examples(7)), self.law,
+            return of_problem(
+                complexity.local_complexity,
+                quadratic_losses,
+                params,
+                on_device(examples(7)),
+                self.law,
                 **self.options(radius=radius),
-            ).mean  # fmt: skip
+            ).mean
 
         both = jax.jit(jax.vmap(mean, in_axes=(None, 0)))(params, jnp.array([0.5, 1.0]))
         np.testing.assert_allclose(both[1], self.found().mean, rtol=1e-5)
@@ -299,7 +344,9 @@ class TestSameNumbers:
             return quadratic_losses(jnp.concatenate([params["a"], params["b"][None]]), batch)
 
         params = {"a": jnp.ones(3), "b": jnp.ones(())}
-        found = complexity.local_complexity(losses, params, data, gaussian(7), **self.options())
+        found = of_problem(
+            complexity.local_complexity, losses, params, data, gaussian(7), **self.options()
+        )
         np.testing.assert_allclose(found.first_order, self.found().first_order, rtol=1e-5)
         np.testing.assert_allclose(found.draws, self.found().draws, rtol=0.01)  # random starts
 
@@ -317,8 +364,8 @@ class TestBadInput:
             ({"num_steps": -1}, "num_steps must be at least 0, got -1"),
             ({"key": None}, "key is needed to draw at random"),
             ({"smoothness": -1.0}, "smoothness must be finite and at least 0, got -1.0"),
-            ({"law": complexity.gaussian(5)}, "num_examples = 5, but data has 7 examples"),
-            ({"law": noise.gd(8)}, "num_examples = 8, but data has 7 examples"),
+            ({"law": complexity.gaussian(5)}, "num_examples = 5, but the data have 7 examples"),
+            ({"law": noise.gd(8)}, "num_examples = 8, but the data have 7 examples"),
             ({"l": np.nan}, "not finite at params"),
         ],
     )
@@ -327,8 +374,13 @@ class TestBadInput:
         data = {**examples(7), "l": examples(7)["l"] * wrong.pop("l", 1.0)}
         options = {"radius": 1.0, "num_draws": 2, "key": KEY, **EXACT, **wrong}
         with pytest.raises(ValueError, match=message):
-            complexity.local_complexity(
-                affine_losses, jnp.zeros(4), on_device(data), law, **options
+            of_problem(
+                complexity.local_complexity,
+                affine_losses,
+                jnp.zeros(4),
+                on_device(data),
+                law,
+                **options,
             )
 
     def test_types(self):
@@ -345,8 +397,8 @@ class TestBadInput:
         ):
             arguments = {"params": jnp.zeros(4), "multipliers": law, **options, **changed}
             with pytest.raises(TypeError, match=message):
-                complexity.local_complexity(affine_losses, data=data, **arguments)
-        with pytest.raises(TypeError, match="noise must be a noise"):
+                of_problem(complexity.local_complexity, affine_losses, data=data, **arguments)
+        with pytest.raises(TypeError, match="law must be a noise"):
             complexity.from_noise(law)
 
     def test_losses_that_are_not_finite_in_the_ball(self):
@@ -355,13 +407,24 @@ class TestBadInput:
 
         data = {"l": jnp.zeros(3), "g": jnp.ones((3, 4))}
         with pytest.raises(ValueError, match="inside the ball: choose a smaller radius"):
-            complexity.local_complexity(
-                log_losses, jnp.zeros(4), data, complexity.rademacher(3), radius=5.0, num_draws=None
+            of_problem(
+                complexity.local_complexity,
+                log_losses,
+                jnp.zeros(4),
+                data,
+                complexity.rademacher(3),
+                radius=5.0,
+                num_draws=None,
             )
 
     def test_data_that_are_drawn_cannot_be_enumerated(self):
-        with pytest.raises(ValueError, match="data must be fixed, not a function of a key"):
-            complexity.local_complexity(
-                affine_losses, jnp.zeros(4), sample_data,
-                complexity.rademacher(32), radius=1.0, num_draws=None,
-            )  # fmt: skip
+        with pytest.raises(ValueError, match=r"losses must be a loss\.LossVector, not"):
+            of_problem(
+                complexity.local_complexity,
+                affine_losses,
+                jnp.zeros(4),
+                sample_data,
+                complexity.rademacher(32),
+                radius=1.0,
+                num_draws=None,
+            )

@@ -7,6 +7,7 @@ import pytest
 
 from msgd_jax import complexity, loss, noise
 from msgd_jax.complexity._theorem1 import _inequality
+from tests.affine import of_problem, penalty_of
 from tests.test_streams import DRAWN, INTEGERS, correlations
 
 KEY = jax.random.key(11)
@@ -86,7 +87,9 @@ def suprema(law, num_draws, offset=0.0, radius=0.5):
 
 def measured(losses, law, **options):
     options = {"radius": 0.5, "key": KEY, "num_draws": 6} | options
-    return complexity.local_complexity(losses, jnp.zeros(5), jnp.asarray(DATA), law, **options)
+    return of_problem(
+        complexity.local_complexity, losses, jnp.zeros(5), jnp.asarray(DATA), law, **options
+    )
 
 
 CENTRED = {
@@ -118,9 +121,7 @@ def test_a_constant_counts_where_the_multipliers_do_not_add_up_to_zero():
 def test_a_constant_in_the_penalty():
     law = CENTRED["cov"]
     plain, large = (
-        complexity.penalty(affine(offset), radius=0.5)(
-            jnp.zeros(5), jnp.asarray(DATA), law.sample(KEY, 0)
-        )
+        penalty_of(affine(offset), radius=0.5)(jnp.zeros(5), jnp.asarray(DATA), law.sample(KEY, 0))
         for offset in (0.0, 1e6)
     )
     np.testing.assert_allclose(plain, suprema(law, 1), rtol=1e-5)
@@ -134,12 +135,20 @@ def test_a_constant_that_rounds_no_loss_changes_nothing_at_all(size, replace):
     y = jnp.asarray(np.round(DATA[:, 5] * 8) / 8)
     law = complexity.sgd(32, size, replace=replace)
     plain, large = (
-        complexity.local_complexity(
-            lambda theta, y, c=c: y + c + 0 * theta, jnp.zeros(()), y, law,
-            radius=0.0, key=KEY, num_draws=4, num_starts=1, num_steps=0,
+        of_problem(
+            complexity.local_complexity,
+            lambda theta, y, c=c: y + c + 0 * theta,
+            jnp.zeros(()),
+            y,
+            law,
+            radius=0.0,
+            key=KEY,
+            num_draws=4,
+            num_starts=1,
+            num_steps=0,
         ).draws
         for c in (0.0, 2.0**20)
-    )  # fmt: skip
+    )
     np.testing.assert_allclose(large, plain, rtol=1e-5, atol=1e-7)
 
 
@@ -149,14 +158,15 @@ def test_small_multipliers_have_small_complexities(scale):
 
     def law(scale):
         return complexity.Multipliers(
-            "scaled", 32,
+            "scaled",
+            32,
             lambda key: noise.Weights(scale * jax.random.normal(key, (32,)), None, 32),
-        )  # fmt: skip
+        )
 
     expected, found = (measured(affine(100.0), law(c), num_steps=1) for c in (1.0, scale))
     np.testing.assert_allclose(found.draws, scale * expected.draws, rtol=1e-4)
     v, x = law(1.0).sample(KEY, 0), jnp.asarray(DATA)
-    penalty = complexity.penalty(affine(100.0), radius=0.5)
+    penalty = penalty_of(affine(100.0), radius=0.5)
     small = noise.Weights(scale * v.values, None, 32)
     theta = jnp.zeros(5)
     np.testing.assert_allclose(penalty(theta, x, small), scale * penalty(theta, x, v), rtol=1e-4)
@@ -190,17 +200,25 @@ def quadratic(theta, batch):
 def test_an_ascent_leaves_a_critical_point(num_steps):
     x = jnp.asarray(DATA[:, 0])
     law = complexity.rademacher(32)
-    found = complexity.local_complexity(
-        quadratic, jnp.zeros(3), x, law, radius=0.5, key=KEY, num_draws=4, num_starts=1,
+    found = of_problem(
+        complexity.local_complexity,
+        quadratic,
+        jnp.zeros(3),
+        x,
+        law,
+        radius=0.5,
+        key=KEY,
+        num_draws=4,
+        num_starts=1,
         num_steps=num_steps,
-    )  # fmt: skip
+    )
     v = np.asarray(jax.vmap(law.sample, (None, 0))(KEY, jnp.arange(4)).dense())
     np.testing.assert_allclose(found.draws, np.abs(v @ x) * 0.25 / 32, rtol=1e-5)
 
 
 def test_the_penalty_leaves_a_critical_point():
     x, v = jnp.asarray(DATA[:, 0]), complexity.rademacher(32).sample(KEY, 0)
-    penalty = complexity.penalty(quadratic, radius=0.5)
+    penalty = penalty_of(quadratic, radius=0.5)
     value, gradient = jax.value_and_grad(penalty)(jnp.zeros(3), x, v)
     np.testing.assert_allclose(value, abs(float(v.values @ x)) * 0.25 / 32, rtol=1e-5)
     assert np.linalg.norm(gradient) > 0
@@ -219,7 +237,8 @@ def coverages(num_draws, num_keys=200):
     @jax.jit
     def draws(key):
         return [
-            complexity.local_complexity(losses, theta, x, law, key=key, **options) for law in laws
+            of_problem(complexity.local_complexity, losses, theta, x, law, key=key, **options)
+            for law in laws
         ]
 
     def exact(v):

@@ -15,8 +15,9 @@ from tests.affine import (
     affine_supremum,
     examples,
     on_device,
+    penalty_of,
     quadratic_losses,
-)  # fmt: skip
+)
 from tests.problems import loss_vector_fn, regression
 
 PROBLEM = regression(12)
@@ -28,7 +29,7 @@ def test_value_and_gradient_for_affine_losses():
     data, theta = examples(9), np.array([0.3, -0.2, 0.5, 0.1])
     v = np.random.default_rng(1).normal(size=9)
     weights = noise.Weights(jnp.asarray(v, jnp.float32), None, 9)
-    penalty = complexity.penalty(affine_losses, radius=0.7)
+    penalty = penalty_of(affine_losses, radius=0.7)
     value, gradient = jax.value_and_grad(penalty)(
         jnp.asarray(theta, jnp.float32), on_device(data), weights
     )
@@ -45,7 +46,7 @@ def test_the_gradient_is_that_of_the_supremum(x64):
     The supremum itself is found to 1e-12, so that a step of 1e-5 leaves 1e-7 of it.
     """
     weights = noise.Weights(jnp.asarray(np.random.default_rng(2).normal(size=6)), None, 6)
-    penalty = complexity.penalty(quadratic_losses, radius=0.4, num_steps=60)
+    penalty = penalty_of(quadratic_losses, radius=0.4, num_steps=60)
     data, theta = on_device(examples(6)), jnp.array([0.3, -0.2, 0.5, 0.1])
     value = jax.jit(functools.partial(penalty, data=data, multipliers=weights))
     gradient = jax.jit(jax.grad(functools.partial(penalty, data=data, multipliers=weights)))(theta)
@@ -66,7 +67,7 @@ def chain(scale=0.5, **options):
 
 def expected_update(params, step, scale=0.5):
     """By `penalty` and the mean loss, with the v of this step."""
-    penalty = complexity.penalty(loss_vector_fn, radius=0.1)
+    penalty = penalty_of(loss_vector_fn, radius=0.1)
     weights = LAW.sample(KEY, step)
 
     def objective(params):
@@ -101,7 +102,11 @@ def test_behind_multiplicative_noise_in_a_chain():
     optimizer = optax.chain(
         transform.multiplicative_noise(noise.sgd(12, 4), jax.random.key(1)),
         complexity.add_local_complexity(
-            complexity.rademacher(12, 4), KEY, radius=0.1, num_starts=2, microbatch_size=3
+            complexity.rademacher(12, 4),
+            KEY,
+            radius=0.1,
+            ascent=complexity.Ascent(2, 1),
+            microbatch_size=3,
         ),
         optax.sgd(0.1, momentum=0.9),
     )
@@ -131,10 +136,10 @@ class TestBadInput:
         [
             ({"radius": -1.0}, ValueError, "radius must be finite and at least 0, got -1.0"),
             ({"scale": -1.0}, ValueError, "scale must be finite and at least 0, got -1.0"),
-            ({"num_steps": -1}, ValueError, "num_steps must be at least 0"),
+            ({"microbatch_size": 0}, ValueError, "microbatch_size must be at least 1, got 0"),
             ({"key": 3}, TypeError, "key must be a typed PRNG key"),
             ({"multipliers": "sgd"}, TypeError, "multipliers must be a complexity"),
-            ({"optimizer": 0.1}, TypeError, "optimizer must be an optax"),
+            ({"ascent": 3}, TypeError, "ascent must be a complexity.Ascent, got 3"),
         ],
     )
     def test_at_construction(self, wrong, error, message):
@@ -151,17 +156,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match="needs params"):
             added.update(zeros, state)
         few = jax.tree.map(lambda x: x[:5], PROBLEM.data)
-        with pytest.raises(ValueError, match="num_examples = 12, but data has 5 examples"):
+        with pytest.raises(ValueError, match="num_examples = 12, but the data have 5 examples"):
             added.update(zeros, state, params, loss_vector_fn=loss_vector_fn, data=few)
         masked = optax.masked(added, {"w": True, "b": False})
         with pytest.raises(ValueError, match="masked hides some of them"):
             masked.update(
-                zeros, masked.init(params), params,
-                loss_vector_fn=loss_vector_fn, data=PROBLEM.data,
-            )  # fmt: skip
+                zeros,
+                masked.init(params),
+                params,
+                loss_vector_fn=loss_vector_fn,
+                data=PROBLEM.data,
+            )
 
     def test_in_the_penalty(self):
-        penalty = complexity.penalty(loss_vector_fn, radius=0.1, num_starts=2)
+        penalty = penalty_of(loss_vector_fn, radius=0.1, num_starts=2)
         weights = LAW.sample(KEY, 0)
         with pytest.raises(ValueError, match="key is needed for the random starts"):
             penalty(PROBLEM.params, PROBLEM.data, weights)

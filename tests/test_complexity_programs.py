@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from msgd_jax import complexity, noise
+from tests.affine import of_problem, penalty_of
 from tests.programs import compilations, growth, resources
 
 KEY = jax.random.key(5)
@@ -32,7 +33,7 @@ def data(seed=0):
 
 def added(losses):
     law = complexity.rademacher(N, 4)
-    addition = complexity.add_local_complexity(law, KEY, radius=0.5, num_steps=0)
+    addition = complexity.add_local_complexity(law, KEY, radius=0.5, ascent=complexity.Ascent(1, 0))
     state = addition.init(THETA)
     return addition.update(
         jnp.zeros(3), state, THETA, loss_vector_fn=losses, data=data(), value=None
@@ -41,13 +42,13 @@ def added(losses):
 
 def penalised(losses):
     v = complexity.from_noise(noise.cov(N, 2)).sample(KEY, 0)
-    return complexity.penalty(losses, radius=0.5, microbatch_size=3)(THETA, data(), v)
+    return penalty_of(losses, radius=0.5, microbatch_size=3)(THETA, data(), v)
 
 
 def differentiated(losses):
     """Without jit around it."""
     v = complexity.gaussian(N).sample(KEY, 0)
-    return jax.grad(complexity.penalty(losses, radius=0.5))(THETA, data(), v)
+    return jax.grad(penalty_of(losses, radius=0.5))(THETA, data(), v)
 
 
 def drawn_by(losses):
@@ -66,29 +67,36 @@ def drawn_by(losses):
 
 def drawn_data(losses):
     """A function that draws the data, and has the losses."""
-    return complexity.local_complexity(
-        lambda theta, batch: batch @ theta, THETA,
+    return of_problem(
+        complexity.local_complexity,
+        lambda theta, batch: batch @ theta,
+        THETA,
         lambda key: jax.random.normal(key, (N, 3)) * losses.held[0],
-        complexity.gaussian(N), **QUICK,
-    ).draws  # fmt: skip
+        complexity.gaussian(N),
+        **QUICK,
+    ).draws
 
 
 def measured(losses):
-    law, ways = complexity.gaussian(N), {"microbatch_size": 3, "ascents_per_pass": 1}
-    return complexity.local_complexity(losses, THETA, data(), law, **QUICK, **ways).draws
+    law, ways = complexity.gaussian(N), {"microbatch_size": 3, "at_once": 1}
+    return of_problem(
+        complexity.local_complexity, losses, THETA, data(), law, **QUICK, **ways
+    ).draws
 
 
 CALLS = {
     "local_complexity": measured,
     "of drawn data": drawn_data,
     "gaussian_inequalities": lambda losses: (
-        complexity.gaussian_inequalities(losses, THETA, data(), **QUICK)[0].left.draws
+        of_problem(complexity.gaussian_inequalities, losses, THETA, data(), **QUICK)[0].left.draws
     ),
     "sgd_inequality": lambda losses: (
-        complexity.sgd_inequality(losses, THETA, data(), batch_size=4, **QUICK).left.draws
+        of_problem(
+            complexity.sgd_inequality, losses, THETA, data(), batch_size=4, **QUICK
+        ).left.draws
     ),
     "theorem1": lambda losses: (
-        complexity.theorem1(losses, THETA, data(), batch_size=4, **QUICK).sgd.left.draws
+        of_problem(complexity.theorem1, losses, THETA, data(), batch_size=4, **QUICK).sgd.left.draws
     ),
     "penalty": penalised,
     "its gradient": differentiated,
@@ -144,13 +152,13 @@ def test_laws_over_the_same_examples_share_a_program(measure, programs):
 def test_laws_that_share_a_program_have_their_own_draws():
     """`theorem1` against the complexities by themselves."""
     options = QUICK | {"num_draws": 5}
-    found = complexity.theorem1(Losses(), THETA, data(), batch_size=2, **options)
+    found = of_problem(complexity.theorem1, Losses(), THETA, data(), batch_size=2, **options)
     for side, law in (
         (found.gaussian_lower.right, complexity.gaussian(N)),
         (found.sgd.left, complexity.sgd(N, 2)),
         (found.sgd.right, complexity.rademacher(N, 2)),
     ):
-        alone = complexity.local_complexity(Losses(), THETA, data(), law, **options)
+        alone = of_problem(complexity.local_complexity, Losses(), THETA, data(), law, **options)
         np.testing.assert_allclose(side.draws, alone.draws, rtol=1e-5)
         np.testing.assert_allclose(side.first_order, alone.first_order, rtol=1e-5)
 
@@ -165,7 +173,9 @@ def test_data_that_come_to_be_more_are_seen():
     for n in (5, 7):
         size[0] = n
         law = complexity.gaussian(n)
-        found = complexity.local_complexity(lambda p, x: x @ p, THETA, sample, law, **QUICK)
+        found = of_problem(
+            complexity.local_complexity, lambda p, x: x @ p, THETA, sample, law, **QUICK
+        )
         assert found.draws.shape == (2,)
 
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import integrate, special
 
 from msgd_jax import complexity
-from tests.affine import EXACT, KEY, affine_losses, examples, on_device, sample_data
+from tests.affine import EXACT, KEY, affine_losses, examples, of_problem, on_device, sample_data
 
 ALL = {"radius": 1.0, "num_draws": None, **EXACT}
 
@@ -40,8 +40,8 @@ def test_the_counterexample_with_replacement(b):
     """(1 - 1/N)^b / (1 - b/N): 1.0208 and 1.1724 at N = 8. Without replacement equality."""
     ratios, violated = {}, {}
     for replace, bound in itertools.product((False, True), ("paper", "corrected")):
-        found = complexity.sgd_inequality(
-            *spike(8), batch_size=b, replace=replace, bound=bound, **ALL
+        found = of_problem(
+            complexity.sgd_inequality, *spike(8), batch_size=b, replace=replace, bound=bound, **ALL
         )
         assert found.ratio.standard_error == 0
         ratios[replace, bound] = found.ratio.value
@@ -61,16 +61,26 @@ def test_the_sgd_bounds_on_random_losses(b):
     Also where b does not divide N, and beyond N/2, where the other N - b examples bound.
     """
     for replace in (False, True):
-        found = complexity.sgd_inequality(
-            affine_losses, jnp.zeros(4), on_device(examples(6)),
-            batch_size=b, replace=replace, **ALL,
-        )  # fmt: skip
+        found = of_problem(
+            complexity.sgd_inequality,
+            affine_losses,
+            jnp.zeros(4),
+            on_device(examples(6)),
+            batch_size=b,
+            replace=replace,
+            **ALL,
+        )
         assert 0.2 < found.ratio.value < 1 + 1e-5
         assert not found.violated
         size = b if replace else min(b, 6 - b)
         law = complexity.rademacher(6, size, replace=replace)
-        right = complexity.local_complexity(
-            affine_losses, jnp.zeros(4), on_device(examples(6)), law, **ALL
+        right = of_problem(
+            complexity.local_complexity,
+            affine_losses,
+            jnp.zeros(4),
+            on_device(examples(6)),
+            law,
+            **ALL,
         )
         assert found.right.mean == pytest.approx(float(right.mean), rel=1e-6)
         assert found.factor == pytest.approx(2 * (5 / 6 if replace else 1 - b / 6))
@@ -78,8 +88,8 @@ def test_the_sgd_bounds_on_random_losses(b):
 
 def test_one_loss_attains_the_left_gaussian_bound():
     """500 draws: z < 4.5."""
-    lower, upper = complexity.gaussian_inequalities(
-        *spike(8), radius=1.0, key=KEY, num_draws=500, **EXACT
+    lower, upper = of_problem(
+        complexity.gaussian_inequalities, *spike(8), radius=1.0, key=KEY, num_draws=500, **EXACT
     )
     assert abs(lower.ratio.value - 1) < 4.5 * lower.ratio.standard_error
     assert 0.3 < upper.ratio.value < 0.8
@@ -89,10 +99,17 @@ def test_one_loss_attains_the_left_gaussian_bound():
 def test_separate_losses_attain_the_right_gaussian_bound():
     """Sup |sum v_i theta_i^2| over the unit ball is max |v_i|. 500 draws: z < 4.5."""
     n = 8
-    lower, upper = complexity.gaussian_inequalities(
-        lambda p, batch: jnp.square(batch @ p), jnp.zeros(n), jnp.eye(n),
-        radius=1.0, key=KEY, num_draws=500, num_starts=8, num_steps=30,
-    )  # fmt: skip
+    lower, upper = of_problem(
+        complexity.gaussian_inequalities,
+        lambda p, batch: jnp.square(batch @ p),
+        jnp.zeros(n),
+        jnp.eye(n),
+        radius=1.0,
+        key=KEY,
+        num_draws=500,
+        num_starts=8,
+        num_steps=30,
+    )
     np.testing.assert_allclose(n * lower.left.draws, 1, atol=0.03)  # of signs the largest is 1
     assert abs(upper.ratio.value - 1) < 4.5 * upper.ratio.standard_error + 0.02  # the ascents'
     assert lower.ratio.value < 0.6
@@ -103,10 +120,18 @@ def test_a_measured_ratio_and_its_error():
 
     200 draws, z < 4.5; the standard error by the jackknife.
     """
-    found = complexity.sgd_inequality(
-        affine_losses, jnp.zeros(4), sample_data,
-        batch_size=8, radius=1.0, key=KEY, num_draws=200, bound="paper", **EXACT,
-    )  # fmt: skip
+    found = of_problem(
+        complexity.sgd_inequality,
+        affine_losses,
+        jnp.zeros(4),
+        sample_data,
+        batch_size=8,
+        radius=1.0,
+        key=KEY,
+        num_draws=200,
+        bound="paper",
+        **EXACT,
+    )
     ratio = found.ratio
     assert abs(ratio.value - 0.5 * math.sqrt(4 / 3)) < 4.5 * ratio.standard_error
     above, below = (np.asarray(x.draws, np.float64) for x in (found.left, found.right))
@@ -120,9 +145,12 @@ def test_both_parts_together():
     """The same draws as each part by itself; R(G) / R(A) is near 1 for affine losses."""
     problem = (affine_losses, jnp.zeros(4), sample_data)
     options = {"radius": 1.0, "key": KEY, "num_draws": 200, **EXACT}
-    found = complexity.theorem1(*problem, batch_size=8, **options)
+    found = of_problem(complexity.theorem1, *problem, batch_size=8, **options)
     assert found.violated == ()
-    assert found.sgd.ratio == complexity.sgd_inequality(*problem, batch_size=8, **options).ratio
+    assert (
+        found.sgd.ratio
+        == of_problem(complexity.sgd_inequality, *problem, batch_size=8, **options).ratio
+    )
     lower = found.gaussian_lower.ratio
     assert abs(lower.value - math.sqrt(2 / math.pi)) < 4.5 * (lower.standard_error + 0.005)
     assert found.gaussian_lower.left.estimate == found.gaussian_upper.right.estimate
@@ -152,11 +180,22 @@ def test_a_violation_is_shown():
 def test_bad_input(wrong, message):
     arguments = {"batch_size": 2, **ALL, **wrong}
     with pytest.raises(ValueError, match=message):
-        complexity.sgd_inequality(affine_losses, jnp.zeros(4), on_device(examples(6)), **arguments)
+        of_problem(
+            complexity.sgd_inequality,
+            affine_losses,
+            jnp.zeros(4),
+            on_device(examples(6)),
+            **arguments,
+        )
 
 
 def test_no_ratio_of_zeros():
     with pytest.raises(ValueError, match="The complexities are 0"):
-        complexity.sgd_inequality(
-            lambda p, batch: 0 * batch + 0 * p, jnp.zeros(()), jnp.ones(4), batch_size=2, **ALL
+        of_problem(
+            complexity.sgd_inequality,
+            lambda p, batch: 0 * batch + 0 * p,
+            jnp.zeros(()),
+            jnp.ones(4),
+            batch_size=2,
+            **ALL,
         )

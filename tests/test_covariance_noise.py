@@ -9,6 +9,7 @@ import pytest
 
 from msgd_jax import covariance, loss, noise
 from tests.noises import ROWS, spared
+from tests.problems import linear
 
 DRAWS = 20_000
 N, B = 12, 4
@@ -97,13 +98,15 @@ def target(law) -> np.ndarray:
 
 def test_closed_form_by_the_library_is_that_by_hand():
     loss_vector_fn, params, data = small_net()
-    gradients = covariance.gradient_matrix(loss_vector_fn, params, data)
+    losses = loss.LossVector(loss_vector_fn, data)
+    gradients = losses.gradient_matrix(params)
     np.testing.assert_allclose(covariance.flatten(gradients), by_hand(), atol=2e-5)
     for row in ROWS.values():
         law = row.make(N, B)
         wanted = target(law)
         atol = 1e-5 * max(np.abs(wanted).max(), 1e-3)
-        np.testing.assert_allclose(covariance.noise_covariance(law, gradients), wanted, atol=atol)
+        found = covariance.noise_covariance(losses, params, law)
+        np.testing.assert_allclose(found, wanted, atol=atol)
 
 
 @pytest.mark.parametrize("name", spared(list(ROWS)))
@@ -131,7 +134,9 @@ SAMPLERS = {
     "svd": lambda matrix, rows: covariance.svd_sampler(matrix),
     "eigh": lambda matrix, rows: covariance.eigh_sampler(matrix),
     "cholesky": lambda matrix, rows: covariance.cholesky_sampler(matrix),
-    "gradient matrix": lambda matrix, rows: covariance.gradient_sampler(noise.cov(N, B), rows),
+    "gradient matrix": lambda matrix, rows: covariance.gradient_sampler(
+        *linear(rows), noise.cov(N, B)
+    ),
     "diagonal": lambda matrix, rows: covariance.diagonal_sampler(jnp.diag(matrix)),
 }
 
@@ -148,7 +153,7 @@ def test_samplers_have_the_covariance_that_cov_noise_has(name):
 
     @jax.jit
     def draws(rows, key):
-        sampler = SAMPLERS[name](covariance.sgd_covariance(rows) / B, rows)
+        sampler = SAMPLERS[name](covariance.sgd_covariance(*linear(rows)) / B, rows)
         return jax.vmap(sampler.sample, in_axes=(None, 0))(key, jnp.arange(DRAWS))
 
     drawn = draws(jnp.asarray(rows, jnp.float32), jax.random.key(3))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from msgd_jax import covariance, noise
+from msgd_jax import covariance, loss, noise
 from tests import problems
 from tests.programs import compilations, live_bytes, resources
 from tests.test_covariance import by_hand, close, dense
@@ -19,9 +19,9 @@ N = 10
 OPERATORS = {
     "fisher": covariance.fisher_operator,
     "sgd_covariance": covariance.sgd_covariance_operator,
-    "cov": lambda *args, **kw: covariance.noise_covariance_operator(noise.cov(N, 4), *args, **kw),
-    "rademacher": lambda *args, **kw: covariance.noise_covariance_operator(
-        noise.rademacher(N, 2.0), *args, **kw
+    "cov": lambda *args: covariance.noise_covariance_operator(*args, noise.cov(N, 4)),
+    "rademacher": lambda *args: covariance.noise_covariance_operator(
+        *args, noise.rademacher(N, 2.0)
     ),
 }
 
@@ -39,9 +39,8 @@ def test_products_are_those_of_the_dense_matrix(name, microbatch_size):
 
     @jax.jit
     def product_and_matrix(params, data, vector):
-        operator = OPERATORS[name](
-            problems.loss_vector_fn, params, data, microbatch_size=microbatch_size
-        )
+        losses = loss.LossVector(problems.loss_vector_fn, data, microbatch_size=microbatch_size)
+        operator = OPERATORS[name](losses, params)
         return operator.mv(vector), operator.as_matrix()
 
     vector = {"w": jnp.arange(5.0), "b": jnp.asarray(-2.0)}
@@ -57,7 +56,9 @@ def test_damped_solves_by_conjugate_gradients():
 
     @jax.jit
     def solve(params, data):
-        operator = covariance.sgd_covariance_operator(problems.loss_vector_fn, params, data)
+        operator = covariance.sgd_covariance_operator(
+            loss.LossVector(problems.loss_vector_fn, data), params
+        )
         identity = lineax.IdentityLinearOperator(operator.in_structure())
         tag = lineax.positive_semidefinite_tag
         damped = operator + lineax.TaggedLinearOperator(0.1 * identity, tag)
@@ -69,7 +70,8 @@ def test_damped_solves_by_conjugate_gradients():
 
 def test_operators_are_symmetric_positive_and_keep_narrow_types():
     problem = problems.regression(N, dtype=jnp.bfloat16)
-    operator = covariance.fisher_operator(problems.loss_vector_fn, problem.params, problem.data)
+    losses = loss.LossVector(problems.loss_vector_fn, problem.data)
+    operator = covariance.fisher_operator(losses, problem.params)
     assert lineax.is_symmetric(operator)
     assert lineax.is_positive_semidefinite(operator)
     product = operator.T.mv(problem.params)
@@ -80,43 +82,17 @@ def test_operators_are_symmetric_positive_and_keep_narrow_types():
 def test_parameters_may_be_plain_numbers(microbatch_size):
     problem = problems.regression(N)
     plain = {"w": np.asarray(problem.params["w"]), "b": float(problem.params["b"])}
-    operator = covariance.fisher_operator(
-        problems.loss_vector_fn, plain, problem.data, microbatch_size=microbatch_size
-    )
+    losses = loss.LossVector(problems.loss_vector_fn, problem.data, microbatch_size=microbatch_size)
+    operator = covariance.fisher_operator(losses, plain)
     close(operator.as_matrix(), wanted("fisher"), 1e-5)
 
 
 @pytest.mark.usefixtures("user_errors")
 def test_bad_input_is_refused():
     problem = problems.regression(N)
-    args = (problems.loss_vector_fn, problem.params, problem.data)
-    with pytest.raises(ValueError, match="num_examples = 5, but the gradients are of 10 examples"):
-        covariance.noise_covariance_operator(noise.gd(5), *args)
-    with pytest.raises(ValueError, match="microbatch_size must be at least 1, got 0"):
-        covariance.fisher_operator(*args, microbatch_size=0)
-    with pytest.raises(TypeError, match="loss_vector_fn must be a function"):
-        covariance.fisher_operator(None, problem.params, problem.data)
+    wrong = loss.LossVector(lambda p, b: p["b"], problem.data)
     with pytest.raises(ValueError, match=r"one loss per example, shape \(10,\), got shape \(\)"):
-        covariance.fisher_operator(lambda p, b: p["b"], problem.params, problem.data)
-
-
-@pytest.mark.usefixtures("user_errors")
-def test_swapped_arguments_are_told_their_order():
-    problem = problems.regression(N)
-    law, losses = noise.sgd(N, 2), problems.loss_vector_fn
-    order = r"order is noise_covariance_operator\(noise, loss_vector_fn, params, data\)"
-    for wrong in (
-        (losses, law, problem.params, problem.data),
-        (law, problem.params, losses, problem.data),
-        (losses, problem.params, problem.data, law),
-    ):
-        with pytest.raises(TypeError, match=order) as error:
-            covariance.noise_covariance_operator(*wrong)
-        assert len(str(error.value)) <= 400
-    with pytest.raises(TypeError, match="loss_vector_fn must be a function") as error:
-        covariance.fisher_operator(problem.params, losses, problem.data)
-    with pytest.raises(ValueError, match="noise must be one of 'fisher', 'sgd_covariance'"):
-        covariance.noise_covariance_operator("hessian", losses, problem.params, problem.data)
+        covariance.fisher_operator(wrong, problem.params)
 
 
 # Types --------------------------------------------------------------------------------------------
@@ -140,9 +116,8 @@ def test_parameters_of_several_types_have_a_matrix(first, second, tolerance, wid
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
         return problems.loss_vector_fn(params, batch)
 
-    operator = covariance.fisher_operator(
-        losses, params, problem.data, microbatch_size=microbatch_size
-    )
+    vector = loss.LossVector(losses, problem.data, microbatch_size=microbatch_size)
+    operator = covariance.fisher_operator(vector, params)
     for matrix in (operator.as_matrix(), jax.jit(lambda: operator.as_matrix())()):
         assert matrix.dtype == wide
         close(matrix, wanted("fisher"), tolerance)
@@ -167,15 +142,12 @@ def test_sums_of_narrow_models_are_in_float32(name, microbatch_size, dtype):
 
     data = {"token": jnp.asarray(token), "x": jnp.asarray(x, jnp.float32)}
     law = noise.rademacher(size, 2.0) if name == "rademacher" else name
-    operator = covariance.noise_covariance_operator(
-        law, losses, jnp.ones((3, 1)), data, microbatch_size=microbatch_size
-    )
+    vector = loss.LossVector(losses, data, microbatch_size=microbatch_size)
+    operator = covariance.noise_covariance_operator(vector, jnp.ones((3, 1)), law)
     rows = np.zeros((size, 3))
     rows[np.arange(size), token] = x
     close(operator.as_matrix(), dense(law, rows), 0.02)
-    narrow = covariance.noise_covariance_operator(
-        law, losses, jnp.ones((3, 1), dtype), data, microbatch_size=microbatch_size
-    )
+    narrow = covariance.noise_covariance_operator(vector, jnp.ones((3, 1), dtype), law)
     assert narrow.mv(jnp.ones((3, 1), dtype)).dtype == dtype
     close(narrow.as_matrix().astype(jnp.float32), dense(law, rows), 0.02)
 
@@ -194,22 +166,24 @@ def fresh(seed):
     return lambda p, b: problems.loss_vector_fn(p, b) * (1 + held[0]), data
 
 
-def samples(matrix, gradients):
+def samples(matrix, vector):
     for make in (covariance.svd_sampler, covariance.eigh_sampler, covariance.cholesky_sampler):
         make(matrix).sample(jax.random.key(0), 0)
     covariance.diagonal_sampler(jnp.diag(matrix)).sample(jax.random.key(0), 0)
-    covariance.gradient_sampler("fisher", gradients).sample(jax.random.key(0), 0)
+    covariance.gradient_sampler(vector, PARAMS, "fisher").sample(jax.random.key(0), 0)
 
 
 def of_gradients(losses, data):
-    gradients = covariance.gradient_matrix(losses, PARAMS, data)
-    covariance.gradient_matrix(losses, PARAMS, data, microbatch_size=20)
-    covariance.spectrum("sgd_covariance", gradients)
-    samples(covariance.noise_covariance(noise.cov(60, 4), gradients), gradients)
+    vector = loss.LossVector(losses, data)
+    loss.LossVector(losses, data, microbatch_size=20).gradient_matrix(PARAMS)
+    covariance.spectrum(vector, PARAMS, "sgd_covariance")
+    covariance.diagonal(vector, PARAMS, "sgd_covariance")
+    samples(covariance.noise_covariance(vector, PARAMS, noise.cov(60, 4)), vector)
 
 
 def of_operator(losses, data, **options):
-    operator = covariance.sgd_covariance_operator(losses, PARAMS, data, **options)
+    vector = loss.LossVector(losses, data, **options)
+    operator = covariance.sgd_covariance_operator(vector, PARAMS)
     operator.mv(PARAMS)
     operator.as_matrix()
 
@@ -243,9 +217,8 @@ def test_programs_of_earlier_losses_are_gone(name):
 @pytest.mark.parametrize("microbatch_size", [None, 20, 25])
 def test_a_second_eager_product_compiles_nothing(microbatch_size):
     losses, data = fresh(1.0)
-    operator = covariance.sgd_covariance_operator(
-        losses, PARAMS, data, microbatch_size=microbatch_size
-    )
+    vector = loss.LossVector(losses, data, microbatch_size=microbatch_size)
+    operator = covariance.sgd_covariance_operator(vector, PARAMS)
     operator.mv(PARAMS)
     other = jax.tree.map(lambda leaf: leaf + 1, PARAMS)
     with compilations() as compiled:
@@ -258,7 +231,7 @@ def test_without_lineax_the_error_says_what_to_install():
     script = (
         "import sys; sys.modules['lineax'] = None\n"
         "from msgd_jax import covariance\n"
-        "covariance.fisher_operator(None, None, None)\n"
+        "covariance.fisher_operator(None, None)\n"
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "pip install 'msgd-jax[solvers]'" in ran.stderr

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from msgd_jax import covariance, noise
+from tests.problems import linear
 from tests.test_streams import IMPLEMENTATIONS, INTEGERS, correlations
 
 DENSE = {
@@ -116,7 +117,7 @@ def test_what_is_not_finite_is_refused(value):
     with pytest.raises(ValueError, match="variances must be finite"):
         covariance.diagonal_sampler(jnp.ones(3).at[1].set(value))
     with pytest.raises(ValueError, match="gradients must be finite"):
-        covariance.gradient_sampler("fisher", jnp.ones((4, 3)).at[1].set(value))
+        covariance.gradient_sampler(*linear(jnp.ones((4, 3)).at[1].set(value)), "fisher")
 
 
 @pytest.mark.usefixtures("user_errors")
@@ -133,13 +134,13 @@ def test_computed_covariances_are_taken(name, size):
     """Singular or regular, of any of the ways to compute them; the mean is as large as the rest."""
     rows = np.random.default_rng(0).normal(size=size).astype(np.float32) + 1
     found = [
-        covariance.noise_covariance(noise.cov(size[0], 5), rows),
-        covariance.sgd_covariance(rows),
-        covariance.fisher(rows),
+        covariance.noise_covariance(*linear(rows), noise.cov(size[0], 5)),
+        covariance.sgd_covariance(*linear(rows)),
+        covariance.fisher(*linear(rows)),
     ]
     if name != "cholesky":  # which needs matrices that are regular with its jitter
-        found.append(covariance.fisher(rows).astype(jnp.bfloat16))
-        found.append(covariance.sgd_covariance(rows, form="definition"))
+        found.append(covariance.fisher(*linear(rows)).astype(jnp.bfloat16))
+        found.append(covariance.sgd_covariance(*linear(rows), form="definition"))
     for matrix in found:
         wanted = np.asarray(matrix, np.float64)
         factor = np.asarray(DENSE[name](matrix).factor, np.float64)

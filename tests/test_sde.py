@@ -13,7 +13,7 @@ import scipy.linalg
 from experiments.theory.sde_problems import logistic
 from msgd_jax import covariance, loss, noise, sde, train
 from tests.noises import ROWS
-from tests.problems import loss_vector_fn, regression
+from tests.problems import linear, loss_vector_fn, of_sde, regression
 
 N, B = 20, 4
 LAWS = {
@@ -50,16 +50,21 @@ def test_diffusion_is_the_root_of_the_covariance(x64, law, microbatch_size):
     problem = regression(N, dtype=jnp.float64)
     law = LAWS[law]
     apply = functools.partial(
-        sde.diffusion, loss_vector_fn, problem.params, problem.data, law,
+        of_sde,
+        sde.diffusion,
+        loss_vector_fn,
+        problem.params,
+        problem.data,
+        law,
         microbatch_size=microbatch_size,
-    )  # fmt: skip
+    )
     columns = jax.vmap(apply)(jnp.eye(N, dtype=jnp.float64))
     C = np.concatenate([columns["w"].T, columns["b"][None]])
     by_hand = problem.gradient_matrix()
     G = np.concatenate([by_hand["w"], by_hand["b"][:, None]], 1)
     np.testing.assert_allclose(C, G.T @ root(law), rtol=1e-10, atol=1e-10)  # a root of roundings
     np.testing.assert_allclose(
-        C @ C.T, covariance.noise_covariance(law, jnp.asarray(G)), rtol=1e-12, atol=1e-14
+        C @ C.T, covariance.noise_covariance(*linear(G), law), rtol=1e-12, atol=1e-14
     )
 
 
@@ -69,7 +74,7 @@ def test_diffusion_of_the_fisher_form_is_one_weighted_gradient(x64):
     w = jax.random.normal(jax.random.key(0), (N,), jnp.float64)
     for law, weights in ((noise.fisher(N, B), w), (noise.cov(N, B), w - w.mean())):
         expected = jax.vjp(lambda p: loss_vector_fn(p, problem.data), problem.params)[1](weights)[0]
-        got = sde.diffusion(loss_vector_fn, problem.params, problem.data, law, w)
+        got = of_sde(sde.diffusion, loss_vector_fn, problem.params, problem.data, law, w)
         for name in expected:
             np.testing.assert_allclose(got[name], expected[name] / math.sqrt(B * N), rtol=1e-10)
 
@@ -80,9 +85,11 @@ def test_drift(x64, microbatch_size):
     gradients, hessian = dense(*problem.data)
     theta, eta = np.asarray(problem.params), 0.3
     gradient = gradients(theta).mean(0)
-    first = sde.drift(*problem, microbatch_size=microbatch_size)
+    first = of_sde(sde.drift, *problem, microbatch_size=microbatch_size)
     np.testing.assert_allclose(first, -gradient, rtol=1e-12)
-    second = sde.drift(*problem, order=2, learning_rate=eta, microbatch_size=microbatch_size)
+    second = of_sde(
+        sde.drift, *problem, order=2, learning_rate=eta, microbatch_size=microbatch_size
+    )
     np.testing.assert_allclose(
         second, -(gradient + eta / 2 * hessian(theta) @ gradient), rtol=1e-12
     )
@@ -171,10 +178,18 @@ class TestEulerMaruyama:
     def test_against_dense_algebra(self, x64, substeps, order):
         problem, law = logistic(N, dtype=jnp.float64), noise.cov(N, B, dtype=jnp.float64)
         key, eta = jax.random.key(5), 0.2
-        path = sde.euler_maruyama(
-            *problem, law, learning_rate=eta, num_steps=6, key=key, substeps=substeps, order=order,
-            save_at=[0, 1, 4], microbatch_size=8,
-        )  # fmt: skip
+        path = of_sde(
+            sde.euler_maruyama,
+            *problem,
+            law,
+            learning_rate=eta,
+            num_steps=6,
+            key=key,
+            substeps=substeps,
+            order=order,
+            save_at=[0, 1, 4],
+            microbatch_size=8,
+        )
         expected = reference_path(problem, law, eta, 6, key, substeps, order)
         np.testing.assert_allclose(path.params, expected[[0, 1, 4]], rtol=1e-10)
         np.testing.assert_allclose(path.last_params, expected[6], rtol=1e-10)
@@ -190,17 +205,26 @@ class TestEulerMaruyama:
         state = train.init(problem.params, optimizer, key)
         for _ in range(10):
             state, _ = step(state, problem.data)
-        path = sde.euler_maruyama(
-            loss_vector_fn, problem.params, problem.data, law,
-            learning_rate=0.2, num_steps=10, key=key, substeps=1,
-        )  # fmt: skip
+        path = of_sde(
+            sde.euler_maruyama,
+            loss_vector_fn,
+            problem.params,
+            problem.data,
+            law,
+            learning_rate=0.2,
+            num_steps=10,
+            key=key,
+            substeps=1,
+        )
         for name, leaf in state.params.items():
             np.testing.assert_allclose(path.params[name][0], leaf, rtol=1e-5, atol=1e-6)
 
     def test_a_path_is_continued_to_the_last_bit(self):
         problem, law = regression(N), noise.cov(N, B)
         options = {"learning_rate": 0.2, "key": jax.random.key(10), "substeps": 4}
-        run = functools.partial(sde.euler_maruyama, loss_vector_fn, data=problem.data, noise=law)
+        run = functools.partial(
+            of_sde, sde.euler_maruyama, loss_vector_fn, data=problem.data, law=law
+        )
         whole = run(params=problem.params, num_steps=7, save_at=[3, 5, 7], **options)
         half = run(params=problem.params, num_steps=3, **options).last_params
         rest = run(params=half, num_steps=7, first_step=3, save_at=[3, 5, 7], **options)
@@ -212,10 +236,16 @@ class TestEulerMaruyama:
         problem = regression(N)
 
         def bytes_for(num_steps: int) -> int:
-            run = lambda key: sde.euler_maruyama(  # noqa: E731
-                loss_vector_fn, problem.params, problem.data, noise.cov(N, B),
-                learning_rate=0.1, num_steps=num_steps, key=key,
-            )  # fmt: skip
+            run = lambda key: of_sde(  # noqa: E731
+                sde.euler_maruyama,
+                loss_vector_fn,
+                problem.params,
+                problem.data,
+                noise.cov(N, B),
+                learning_rate=0.1,
+                num_steps=num_steps,
+                key=key,
+            )
             compiled = jax.jit(run).lower(jax.random.key(0)).compile()
             memory = compiled.memory_analysis()
             assert memory is not None
@@ -229,18 +259,34 @@ class TestEulerMaruyama:
         @jax.jit
         @jax.vmap
         def run(key, rate):
-            return sde.euler_maruyama(
-                loss_vector_fn, problem.params, problem.data, law,
-                learning_rate=rate, num_steps=5, key=key, substeps=2, save_at=[2, 5],
-            )  # fmt: skip
+            return of_sde(
+                sde.euler_maruyama,
+                loss_vector_fn,
+                problem.params,
+                problem.data,
+                law,
+                learning_rate=rate,
+                num_steps=5,
+                key=key,
+                substeps=2,
+                save_at=[2, 5],
+            )
 
         keys, rates = jax.random.split(jax.random.key(7), 3), jnp.array([0.1, 0.2, 0.3])
         together = run(keys, rates)
         assert together.params["w"].shape == (3, 2, 5)
-        alone = sde.euler_maruyama(
-            loss_vector_fn, problem.params, problem.data, law,
-            learning_rate=0.2, num_steps=5, key=keys[1], substeps=2, save_at=[2, 5],
-        )  # fmt: skip
+        alone = of_sde(
+            sde.euler_maruyama,
+            loss_vector_fn,
+            problem.params,
+            problem.data,
+            law,
+            learning_rate=0.2,
+            num_steps=5,
+            key=keys[1],
+            substeps=2,
+            save_at=[2, 5],
+        )
         np.testing.assert_allclose(together.params["w"][1], alone.params["w"], rtol=1e-5, atol=1e-6)
 
     def test_data_on_many_devices(self):
@@ -249,9 +295,16 @@ class TestEulerMaruyama:
         mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
         options = {"learning_rate": 0.2, "num_steps": 5, "key": jax.random.key(8), "substeps": 2}
-        one = sde.euler_maruyama(loss_vector_fn, problem.params, problem.data, law, **options)
-        eight = sde.euler_maruyama(
-            loss_vector_fn, problem.params, jax.device_put(problem.data, rows), law, **options
+        one = of_sde(
+            sde.euler_maruyama, loss_vector_fn, problem.params, problem.data, law, **options
+        )
+        eight = of_sde(
+            sde.euler_maruyama,
+            loss_vector_fn,
+            problem.params,
+            jax.device_put(problem.data, rows),
+            law,
+            **options,
         )
         np.testing.assert_allclose(eight.params["w"], one.params["w"], rtol=1e-5, atol=1e-6)
 
@@ -278,10 +331,18 @@ def test_ornstein_uhlenbeck(substeps, eta):
     law, start = noise.cov(8, 2), np.array([4.0, -3.0])
     noise_covariance = eta * np.asarray(data, np.float64).T @ np.asarray(data) / (8 * 2)
     steps, paths = round(2 / eta), 4_000
-    run = lambda key: sde.euler_maruyama(  # noqa: E731
-        losses, jnp.asarray(start, jnp.float32), data, law,
-        learning_rate=eta, num_steps=4 * steps, key=key, substeps=substeps, save_at=[steps // 2],
-    )  # fmt: skip
+    run = lambda key: of_sde(  # noqa: E731
+        sde.euler_maruyama,
+        losses,
+        jnp.asarray(start, jnp.float32),
+        data,
+        law,
+        learning_rate=eta,
+        num_steps=4 * steps,
+        key=key,
+        substeps=substeps,
+        save_at=[steps // 2],
+    )
     result = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(9), paths))
     early = np.asarray(result.params[:, 0], np.float64)
     late = np.asarray(result.last_params, np.float64)
@@ -315,11 +376,18 @@ class TestDivergence:
     def test_where_a_path_leaves_the_finite_numbers_is_reported_and_the_rest_kept(self):
         """With theta -> (1 - eta H) theta = -99 theta, 1e29 overflows float32 in step 5."""
         losses, data = quadratic(np.eye(1), np.zeros((4, 1)))
-        path = sde.euler_maruyama(
-            losses, jnp.array([1e29], jnp.float32), data, noise.gd(4),
-            learning_rate=100.0, num_steps=50, key=jax.random.key(0), substeps=1,
+        path = of_sde(
+            sde.euler_maruyama,
+            losses,
+            jnp.array([1e29], jnp.float32),
+            data,
+            noise.gd(4),
+            learning_rate=100.0,
+            num_steps=50,
+            key=jax.random.key(0),
+            substeps=1,
             save_at=[0, 2, 4, 5, 6, 50],
-        )  # fmt: skip
+        )
         assert path.diverged_at == 5
         np.testing.assert_allclose(
             path.params[:3, 0], [1e29, 1e29 * 99.0**2, 1e29 * 99.0**4], rtol=1e-5
@@ -332,10 +400,17 @@ class TestDivergence:
 
         @jax.vmap
         def run(rate):
-            return sde.euler_maruyama(
-                losses, jnp.ones(1), data, noise.gd(4),
-                learning_rate=rate, num_steps=40, key=jax.random.key(0), substeps=1,
-            )  # fmt: skip
+            return of_sde(
+                sde.euler_maruyama,
+                losses,
+                jnp.ones(1),
+                data,
+                noise.gd(4),
+                learning_rate=rate,
+                num_steps=40,
+                key=jax.random.key(0),
+                substeps=1,
+            )
 
         paths = run(jnp.array([0.5, 100.0]))
         assert paths.diverged_at[0] == -1

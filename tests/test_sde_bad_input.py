@@ -9,6 +9,7 @@ import pytest
 
 from experiments.theory.sde_problems import logistic
 from msgd_jax import noise, sde
+from tests.problems import of_sde
 
 N, B = 20, 4
 
@@ -55,7 +56,7 @@ class TestBadInput:
     )
     def test_arguments(self, change, error, message):
         with pytest.raises(error, match=message):
-            sde.euler_maruyama(*self.problem, noise.cov(N, B), **{**self.good, **change})
+            of_sde(sde.euler_maruyama, *self.problem, noise.cov(N, B), **{**self.good, **change})
 
     @pytest.mark.parametrize(
         ("params", "message"),
@@ -66,23 +67,26 @@ class TestBadInput:
     )
     def test_parameters(self, params, message):
         with pytest.raises(TypeError, match=message):
-            sde.euler_maruyama(
-                self.problem.loss_vector_fn, params, self.problem.data, noise.cov(N, B), **self.good
+            of_sde(
+                sde.euler_maruyama,
+                self.problem.loss_vector_fn,
+                params,
+                self.problem.data,
+                noise.cov(N, B),
+                **self.good,
             )
 
     def test_noise(self):
-        with pytest.raises(ValueError, match=r"num_examples = 7, but data has 20"):
-            sde.euler_maruyama(*self.problem, noise.cov(7, 2), **self.good)
-        with pytest.raises(
-            TypeError, match=r"noise must be a noise.MNoise or a noise.Exchangeable"
-        ):
-            sde.euler_maruyama(*self.problem, "cov", **self.good)
+        with pytest.raises(ValueError, match=r"num_examples = 7, but the data have 20"):
+            of_sde(sde.euler_maruyama, *self.problem, noise.cov(7, 2), **self.good)
+        with pytest.raises(TypeError, match=r"law must be a noise.MNoise or a noise.Exchangeable"):
+            of_sde(sde.euler_maruyama, *self.problem, "cov", **self.good)
         with pytest.raises(TypeError, match="got <function cov at") as refused:
-            sde.euler_maruyama(*self.problem, noise.cov, **self.good)
+            of_sde(sde.euler_maruyama, *self.problem, noise.cov, **self.good)
         assert len(str(refused.value)) < 400
         impossible = noise.Exchangeable(1.0, -1.0)
         with pytest.raises(ValueError, match="alpha \\+ N beta >= 0"):
-            sde.euler_maruyama(*self.problem, impossible, **self.good)
+            of_sde(sde.euler_maruyama, *self.problem, impossible, **self.good)
 
     @pytest.mark.parametrize("where", ["array", "jax"])
     def test_iterations_of_any_kind(self, where):
@@ -90,7 +94,9 @@ class TestBadInput:
             "array": np.array([1, 3], np.uint8), "jax": jnp.array([1, 3]),
         }[where]  # fmt: skip
         options = {**self.good, "num_steps": np.int64(3), "save_at": save_at}
-        assert sde.euler_maruyama(*self.problem, noise.cov(N, B), **options).steps.tolist() == [
+        assert of_sde(
+            sde.euler_maruyama, *self.problem, noise.cov(N, B), **options
+        ).steps.tolist() == [
             1,
             3,
         ]
@@ -99,20 +105,25 @@ class TestBadInput:
         "call",
         {
             "coupling": lambda problem, law: sde.coupling(law, N),
-            "diffusion": lambda problem, law: sde.diffusion(*problem, law, jnp.ones(N)),
-            "euler_maruyama": lambda problem, law: sde.euler_maruyama(
-                *problem, law, **TestBadInput.good
+            "diffusion": lambda problem, law: of_sde(sde.diffusion, *problem, law, jnp.ones(N)),
+            "euler_maruyama": lambda problem, law: of_sde(
+                sde.euler_maruyama, *problem, law, **TestBadInput.good
             ),
             **{
-                measure.__name__: lambda problem, law, measure=measure: measure(
-                    *problem, law, learning_rates=[0.1], horizon=0.1, num_paths=4,
+                measure.__name__: lambda problem, law, measure=measure: of_sde(
+                    measure,
+                    *problem,
+                    law,
+                    learning_rates=[0.1],
+                    horizon=0.1,
+                    num_paths=4,
                     key=jax.random.key(0),
                 )
                 for measure in (sde.strong_error, sde.weak_error)
             },
         }.items(),
         ids=lambda item: item[0],
-    )  # fmt: skip
+    )
     def test_laws_of_correlated_steps(self, call):
         """One step's covariance is not theirs; what is wanted can be given on purpose."""
         law = noise.random_reshuffling(N, B)
@@ -125,6 +136,6 @@ class TestBadInput:
 
     def test_diffusion_and_drift(self):
         with pytest.raises(ValueError, match=r"vector must have shape \(20,\)"):
-            sde.diffusion(*self.problem, noise.cov(N, B), jnp.ones(3))
+            of_sde(sde.diffusion, *self.problem, noise.cov(N, B), jnp.ones(3))
         with pytest.raises(TypeError, match="learning_rate must be a number, got None"):
-            sde.drift(*self.problem, order=2)
+            of_sde(sde.drift, *self.problem, order=2)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from experiments.theory.sde_problems import logistic
-from msgd_jax import covariance, noise, sde
-from tests.problems import loss_vector_fn, regression
+from msgd_jax import covariance, loss, noise, sde
+from tests.problems import loss_vector_fn, of_sde, regression
 
 # diffrax's tree of Brownian increments reads a key twice, on branches of which one is taken.
 pytestmark = pytest.mark.usefixtures("unchecked_key_reuse")
@@ -37,18 +37,34 @@ def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
     path = jnp.concatenate([jnp.zeros((1, N)), math.sqrt(ETA) * jnp.cumsum(increments, 0)])
     times = ETA / substeps * jnp.arange(steps * substeps + 1)
     terms = sde.diffrax_terms(
-        problem.loss_vector_fn, law, diffrax.LinearInterpolation(times, path), diffrax.Euler(),
-        learning_rate=ETA, order=order,
-    )  # fmt: skip
+        law,
+        diffrax.LinearInterpolation(times, path),
+        diffrax.Euler(),
+        learning_rate=ETA,
+        order=order,
+    )
     solution = diffrax.diffeqsolve(
-        terms, diffrax.Euler(), 0.0, times[-1], dt0=None, y0=problem.params, args=problem.data,
+        terms,
+        diffrax.Euler(),
+        0.0,
+        times[-1],
+        dt0=None,
+        y0=problem.params,
+        args=loss.LossVector(problem.loss_vector_fn, problem.data),
         stepsize_controller=diffrax.StepTo(times),
         saveat=diffrax.SaveAt(ts=ETA * jnp.arange(steps + 1)),
-    )  # fmt: skip
-    ours = sde.euler_maruyama(
-        *problem, law, learning_rate=ETA, num_steps=steps, key=key, substeps=substeps,
-        save_at=range(steps + 1), order=order,
-    )  # fmt: skip
+    )
+    ours = of_sde(
+        sde.euler_maruyama,
+        *problem,
+        law,
+        learning_rate=ETA,
+        num_steps=steps,
+        key=key,
+        substeps=substeps,
+        save_at=range(steps + 1),
+        order=order,
+    )
     # Of order 2 our drift is Heun's: the two agree up to the difference of the methods.
     tolerance = 1e-10 if order == 1 else 0.03
     np.testing.assert_allclose(solution.ys, ours.params, rtol=tolerance)
@@ -84,6 +100,7 @@ def saddle(params, batch):
 
 SADDLE = {"a": jnp.array(0.5), "b": jnp.array(-0.3)}
 SADDLE_DATA = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)), jnp.float32)
+SADDLE_LOSSES = loss.LossVector(saddle, SADDLE_DATA)
 
 
 def tree(key, size=4):
@@ -97,12 +114,18 @@ def ends(solver, terms_for=None, paths=16):
 
     def one(key, step):
         terms = sde.diffrax_terms(
-            saddle, noise.fisher(4, 1), tree(key), terms_for or solver, learning_rate=1.0
+            noise.fisher(4, 1), tree(key), terms_for or solver, learning_rate=1.0
         )
         solution = diffrax.diffeqsolve(
-            terms, solver, 0.0, 1.0, dt0=step, y0=SADDLE, args=SADDLE_DATA,
+            terms,
+            solver,
+            0.0,
+            1.0,
+            dt0=step,
+            y0=SADDLE,
+            args=SADDLE_LOSSES,
             adjoint=diffrax.DirectAdjoint(),
-        )  # fmt: skip
+        )
         assert solution.ys is not None
         return jnp.stack([solution.ys["a"][-1], solution.ys["b"][-1]])
 
@@ -151,9 +174,12 @@ def test_terms_for_the_other_kind_have_another_solution():
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_works_or_is_refused_before_diffrax_does(name):
     make = functools.partial(
-        sde.diffrax_terms, saddle, noise.fisher(4, 1), tree(jax.random.key(0)), SOLVERS[name],
+        sde.diffrax_terms,
+        noise.fisher(4, 1),
+        tree(jax.random.key(0)),
+        SOLVERS[name],
         learning_rate=1.0,
-    )  # fmt: skip
+    )
     if name in ITO | STRATONOVICH:
         make()
         return
@@ -170,31 +196,37 @@ def test_stratonovich_drift_against_dense_algebra(x64, law):
     problem = logistic(N, dtype=jnp.float64)
 
     def trace(params):
-        gradients = covariance.gradient_matrix(problem.loss_vector_fn, params, problem.data)
-        return jnp.trace(covariance.noise_covariance(law, gradients))
+        losses = loss.LossVector(problem.loss_vector_fn, problem.data)
+        return jnp.trace(covariance.noise_covariance(losses, params, law))
 
-    expected = sde.drift(*problem) - ETA / 4 * jax.grad(trace)(problem.params)
+    expected = of_sde(sde.drift, *problem) - ETA / 4 * jax.grad(trace)(problem.params)
     for microbatch_size in (None, 7):
-        terms = sde.diffrax_terms(
-            problem.loss_vector_fn, law, motion(), diffrax.Heun(), learning_rate=ETA,
-            microbatch_size=microbatch_size,
-        )  # fmt: skip
-        got = terms.terms[0].vf(0.0, problem.params, problem.data)
+        losses = loss.LossVector(
+            problem.loss_vector_fn, problem.data, microbatch_size=microbatch_size
+        )
+        terms = sde.diffrax_terms(law, motion(), diffrax.Heun(), learning_rate=ETA)
+        got = terms.terms[0].vf(0.0, problem.params, losses)
         np.testing.assert_allclose(got, expected, rtol=1e-10)
 
 
 def test_adaptive_steps_and_saving():
     """A pytree of parameters; `SaveAt` and step size control are diffrax's own."""
     problem = regression(N)
-    terms = sde.diffrax_terms(loss_vector_fn, LAW, motion(), diffrax.Heun(), learning_rate=ETA)
+    terms = sde.diffrax_terms(LAW, motion(), diffrax.Heun(), learning_rate=ETA)
 
     @jax.jit
     def solve(tolerance):
         return diffrax.diffeqsolve(
-            terms, diffrax.Heun(), 0.0, 1.0, dt0=0.1, y0=problem.params,
-            args=problem.data, saveat=diffrax.SaveAt(ts=jnp.linspace(0, 1, 5)),
+            terms,
+            diffrax.Heun(),
+            0.0,
+            1.0,
+            dt0=0.1,
+            y0=problem.params,
+            args=loss.LossVector(loss_vector_fn, problem.data),
+            saveat=diffrax.SaveAt(ts=jnp.linspace(0, 1, 5)),
             stepsize_controller=diffrax.PIDController(rtol=0, atol=tolerance),
-        )  # fmt: skip
+        )
 
     coarse, fine = solve(1e-2), solve(1e-4)
     assert coarse.ys is not None
@@ -209,17 +241,15 @@ def test_adaptive_steps_and_saving():
 def test_the_diffusion_as_a_product_and_as_a_matrix(x64, microbatch_size):
     """Solvers take either: one backward pass, or C, a column for each example."""
     problem = regression(N, dtype=jnp.float64)
-    terms = sde.diffrax_terms(
-        loss_vector_fn, LAW, motion(), diffrax.Euler(), learning_rate=ETA,
-        microbatch_size=microbatch_size,
-    )  # fmt: skip
+    terms = sde.diffrax_terms(LAW, motion(), diffrax.Euler(), learning_rate=ETA)
+    losses = loss.LossVector(loss_vector_fn, problem.data, microbatch_size=microbatch_size)
     diffusion = terms.terms[1]
     vector = jax.random.normal(jax.random.key(4), (N,), jnp.float64)
-    expected = sde.diffusion(loss_vector_fn, problem.params, problem.data, LAW, vector)
-    matrix = diffusion.vf(0.0, problem.params, problem.data)
+    expected = of_sde(sde.diffusion, loss_vector_fn, problem.params, problem.data, LAW, vector)
+    matrix = diffusion.vf(0.0, problem.params, losses)
     assert matrix["w"].shape == (5, N)
     for got in (
-        diffusion.vf_prod(0.0, problem.params, problem.data, vector),
+        diffusion.vf_prod(0.0, problem.params, losses, vector),
         diffusion.prod(matrix, vector),
     ):
         for name in expected:
@@ -236,10 +266,9 @@ def test_learning_rates_share_a_program():
 
     law = noise.fisher(4, 1)
     for rate in (0.1, 0.2, 0.3):
-        terms = sde.diffrax_terms(
-            losses, law, tree(jax.random.key(0)), diffrax.Euler(), learning_rate=rate
-        )
-        diffrax.diffeqsolve(terms, diffrax.Euler(), 0.0, 1.0, dt0=0.5, y0=SADDLE, args=SADDLE_DATA)
+        terms = sde.diffrax_terms(law, tree(jax.random.key(0)), diffrax.Euler(), learning_rate=rate)
+        args = loss.LossVector(losses, SADDLE_DATA)
+        diffrax.diffeqsolve(terms, diffrax.Euler(), 0.0, 1.0, dt0=0.5, y0=SADDLE, args=args)
         count = len(traces) if rate == 0.1 else count
     assert len(traces) == count
 
@@ -250,7 +279,6 @@ def test_learning_rates_share_a_program():
     [
         ({"learning_rate": 0}, ValueError, "learning_rate must be finite and above 0, got 0"),
         ({"order": 3}, ValueError, "order must be between 1 and 2"),
-        ({"microbatch_size": 0}, ValueError, "microbatch_size must be at least 1"),
         ({"solver": diffrax.Heun}, TypeError, "solver must be a diffrax solver, .* the class Heun"),
         ({"solver": "Heun"}, TypeError, "solver must be a diffrax solver, .* got 'Heun'"),
         (
@@ -264,23 +292,24 @@ def test_learning_rates_share_a_program():
             r"control .* levy_area=diffrax\.SpaceTimeLevyArea for SPaRK, got a VirtualBrownianTree",
         ),
         ({"control": jax.random.key(0)}, TypeError, "control must be a diffrax path"),
-        ({"noise": noise.random_reshuffling(N, B)}, ValueError, "noise must have independent"),
-        ({"noise": "cov"}, TypeError, r"noise must be a noise\.MNoise"),
+        ({"law": noise.random_reshuffling(N, B)}, ValueError, "law must have independent"),
+        ({"law": "cov"}, TypeError, r"law must be a noise\.MNoise"),
     ],
 )
 def test_bad_input(change, error, message):
-    good = {"noise": LAW, "control": motion(), "solver": diffrax.Euler(), "learning_rate": ETA}
+    good = {"law": LAW, "control": motion(), "solver": diffrax.Euler(), "learning_rate": ETA}
     with pytest.raises(error, match=message):
-        sde.diffrax_terms(loss_vector_fn, **{**good, **change})
+        sde.diffrax_terms(**{**good, **change})
 
 
 @pytest.mark.usefixtures("user_errors")
 def test_a_control_of_another_size_is_named():
     problem = regression(N)
-    terms = sde.diffrax_terms(
-        loss_vector_fn, LAW, tree(jax.random.key(0), 7), diffrax.Euler(), learning_rate=ETA
+    terms = sde.diffrax_terms(LAW, tree(jax.random.key(0), 7), diffrax.Euler(), learning_rate=ETA)
+    solve = functools.partial(
+        diffrax.diffeqsolve, terms, diffrax.Euler(), 0.0, 1.0, dt0=0.5, y0=problem.params
     )
     with pytest.raises(ValueError, match=r"control must have increments of shape \(20,\).*\(7,\)"):
-        diffrax.diffeqsolve(
-            terms, diffrax.Euler(), 0.0, 1.0, dt0=0.5, y0=problem.params, args=problem.data
-        )
+        solve(args=loss.LossVector(loss_vector_fn, problem.data))
+    with pytest.raises(TypeError, match=r"args must be a loss\.LossVector"):
+        solve(args=problem.data)

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.theory.sde_problems import at_minimum, logistic
 from msgd_jax import loss, noise, sde
-from tests.problems import loss_vector_fn, regression
+from tests.problems import loss_vector_fn, of_sde, regression
 
 N, B = 32, 32
 RATES = (0.1, 0.05, 0.025, 0.0125)
@@ -27,10 +27,18 @@ def resting():
 @functools.cache
 def strong(law, iterate=None, *, at_rest=False, order=1, paths=256, substeps=8):
     problem = resting() if at_rest else LOGISTIC
-    return sde.strong_error(
-        *problem, law, learning_rates=RATES, horizon=2.0, num_paths=paths,
-        key=jax.random.key(0), iterate=iterate, order=order, substeps=substeps,
-    )  # fmt: skip
+    return of_sde(
+        sde.strong_error,
+        *problem,
+        law,
+        learning_rates=RATES,
+        horizon=2.0,
+        num_paths=paths,
+        key=jax.random.key(0),
+        iterate=iterate,
+        order=order,
+        substeps=substeps,
+    )
 
 
 def euler_constant() -> float:
@@ -126,10 +134,16 @@ def test_near_misses_of_the_coupling_lose_the_order(law, iterate, highest):
 
 def test_standard_errors_are_the_scatter_over_keys():
     """Of 24 errors, scatter and mean standard error agree: chi-square at 23 degrees, 0.1 %."""
-    sweep = sde.strong_error(
-        *LOGISTIC, COV, learning_rates=[0.1] * 24, horizon=0.5, num_paths=32,
-        key=jax.random.key(0), substeps=2,
-    )  # fmt: skip
+    sweep = of_sde(
+        sde.strong_error,
+        *LOGISTIC,
+        COV,
+        learning_rates=[0.1] * 24,
+        horizon=0.5,
+        num_paths=32,
+        key=jax.random.key(0),
+        substeps=2,
+    )
     scatter = np.std(sweep.errors, ddof=1)  # each has paths of its own
     expected = np.mean(sweep.standard_errors)
     assert 7.5 / 23 < (scatter / expected) ** 2 < 49.7 / 23
@@ -138,10 +152,19 @@ def test_standard_errors_are_the_scatter_over_keys():
 def test_passes_of_few_paths_change_nothing():
     problem, law = regression(N), noise.cov(N, B)
     run = functools.partial(
-        sde.strong_error, loss_vector_fn, problem.params, problem.data, law, learning_rates=[0.1],
-        horizon=0.5, num_paths=10, key=jax.random.key(0), substeps=2,
-    )  # fmt: skip
-    whole, passes = run(), run(paths_per_pass=4, microbatch_size=10)
+        of_sde,
+        sde.strong_error,
+        loss_vector_fn,
+        problem.params,
+        problem.data,
+        law,
+        learning_rates=[0.1],
+        horizon=0.5,
+        num_paths=10,
+        key=jax.random.key(0),
+        substeps=2,
+    )
+    whole, passes = run(), run(at_once=4, microbatch_size=10)
     np.testing.assert_allclose(passes.errors, whole.errors, rtol=1e-4)
     np.testing.assert_allclose(passes.standard_errors, whole.standard_errors, rtol=1e-3)
 
@@ -149,10 +172,18 @@ def test_passes_of_few_paths_change_nothing():
 def weak(law, iterate, *, order=2, rates=(0.4, 0.2, 0.1), paths=16_000, **options):
     """Order 2 from the minimum to an early time, where little of the third order is mixed in."""
     problem, horizon = (LOGISTIC, 1.6) if order == 1 else (resting(), 0.8)
-    return sde.weak_error(
-        *problem, law, learning_rates=rates, horizon=horizon, num_paths=paths,
-        key=jax.random.key(0), iterate=iterate, order=order, **options,
-    )  # fmt: skip
+    return of_sde(
+        sde.weak_error,
+        *problem,
+        law,
+        learning_rates=rates,
+        horizon=horizon,
+        num_paths=paths,
+        key=jax.random.key(0),
+        iterate=iterate,
+        order=order,
+        **options,
+    )
 
 
 class TestWeakError:
@@ -191,12 +222,19 @@ class TestWeakError:
         z = rng.normal(size=8)
         z = z - z.mean()
         losses = loss.per_example(lambda theta, z: 0.5 * curvature * theta @ theta + z @ theta)
-        sweep = sde.weak_error(
-            losses, jnp.array([2.0]), jnp.asarray(z[:, None], jnp.float32),
-            noise.sgd(8, b, replace=True), learning_rates=[eta], horizon=eta * steps,
-            num_paths=20_000, key=jax.random.key(1), substeps=substeps,
+        sweep = of_sde(
+            sde.weak_error,
+            losses,
+            jnp.array([2.0]),
+            jnp.asarray(z[:, None], jnp.float32),
+            noise.sgd(8, b, replace=True),
+            learning_rates=[eta],
+            horizon=eta * steps,
+            num_paths=20_000,
+            key=jax.random.key(1),
+            substeps=substeps,
             test_fn=lambda params, data: params @ params,
-        )  # fmt: skip
+        )
         moments = []
         for h in (eta, eta / substeps):
             moment = 4.0
@@ -214,15 +252,32 @@ class TestOverflow:
         """Linear losses: distances scale with their size, also where their squares are no float."""
         losses = loss.per_example(lambda theta, x: 10.0**power * (x @ theta))
         x = jnp.asarray(np.random.default_rng(0).normal(size=(N, 3)), jnp.float32)
-        sweep = sde.strong_error(
-            losses, jnp.zeros(3), x, COV, learning_rates=[0.1, 0.05], horizon=0.2, num_paths=4,
-            key=jax.random.key(0), iterate=noise.gd(N), substeps=2,
-        )  # fmt: skip
-        unit = sde.strong_error(
-            loss.per_example(lambda theta, x: x @ theta), jnp.zeros(3), x, COV,
-            learning_rates=[0.1, 0.05], horizon=0.2, num_paths=4, key=jax.random.key(0),
-            iterate=noise.gd(N), substeps=2,
-        )  # fmt: skip
+        sweep = of_sde(
+            sde.strong_error,
+            losses,
+            jnp.zeros(3),
+            x,
+            COV,
+            learning_rates=[0.1, 0.05],
+            horizon=0.2,
+            num_paths=4,
+            key=jax.random.key(0),
+            iterate=noise.gd(N),
+            substeps=2,
+        )
+        unit = of_sde(
+            sde.strong_error,
+            loss.per_example(lambda theta, x: x @ theta),
+            jnp.zeros(3),
+            x,
+            COV,
+            learning_rates=[0.1, 0.05],
+            horizon=0.2,
+            num_paths=4,
+            key=jax.random.key(0),
+            iterate=noise.gd(N),
+            substeps=2,
+        )
         np.testing.assert_allclose(sweep.errors, 10.0**power * unit.errors, rtol=1e-4)
         np.testing.assert_allclose(
             sweep.standard_errors, 10.0**power * unit.standard_errors, rtol=1e-3
@@ -242,19 +297,36 @@ class TestOverflow:
     def test_a_mean_loss_that_overflows_is_named(self):
         losses = loss.per_example(lambda theta, x: (1e-25 * (theta @ theta)) * x[0] + x.sum())
         with pytest.raises(ValueError, match=r"at 0\.1, all paths are finite, but the mean loss"):
-            sde.weak_error(
-                losses, jnp.full(3, 1e25), jnp.ones((N, 1)), COV, learning_rates=[0.1],
-                horizon=0.2, num_paths=4, key=jax.random.key(0), control_variate=False,
-            )  # fmt: skip
+            of_sde(
+                sde.weak_error,
+                losses,
+                jnp.full(3, 1e25),
+                jnp.ones((N, 1)),
+                COV,
+                learning_rates=[0.1],
+                horizon=0.2,
+                num_paths=4,
+                key=jax.random.key(0),
+                control_variate=False,
+            )
 
     def test_distances_near_the_largest_number(self):
         """The squares of 1e37 are no float32."""
         losses = loss.per_example(lambda theta, x: 1e37 * (x @ theta))
         x = jnp.asarray([[1.0, 1.0]] * (N // 2) + [[-1.0, -1.0]] * (N // 2))
-        big = sde.strong_error(
-            losses, jnp.zeros(2), x, noise.cov(N, 1), learning_rates=[0.5], horizon=1.0,
-            num_paths=4, key=jax.random.key(0), iterate=noise.gd(N), substeps=2,
-        )  # fmt: skip
+        big = of_sde(
+            sde.strong_error,
+            losses,
+            jnp.zeros(2),
+            x,
+            noise.cov(N, 1),
+            learning_rates=[0.5],
+            horizon=1.0,
+            num_paths=4,
+            key=jax.random.key(0),
+            iterate=noise.gd(N),
+            substeps=2,
+        )
         assert np.isfinite(big.errors).all()
 
     @pytest.mark.parametrize("measure", [sde.strong_error, sde.weak_error])
@@ -263,15 +335,27 @@ class TestOverflow:
         losses = loss.per_example(lambda theta, x: 0.5 * (theta @ theta) + 0 * x[0])
         problem = losses, jnp.full(1, 1e29), jnp.ones((4, 1))
         law = noise.cov(4, 1)
-        path = sde.euler_maruyama(
-            *problem, law, learning_rate=100.0, num_steps=9, key=jax.random.key(0), substeps=1
+        path = of_sde(
+            sde.euler_maruyama,
+            *problem,
+            law,
+            learning_rate=100.0,
+            num_steps=9,
+            key=jax.random.key(0),
+            substeps=1,
         )
         assert path.diverged_at == 5
         with pytest.raises(ValueError, match=r"the first in iteration 5 \(counted from 1\)"):
-            measure(
-                *problem, law, learning_rates=[100.0], horizon=900.0, num_paths=4,
-                key=jax.random.key(0), substeps=1,
-            )  # fmt: skip
+            of_sde(
+                measure,
+                *problem,
+                law,
+                learning_rates=[100.0],
+                horizon=900.0,
+                num_paths=4,
+                key=jax.random.key(0),
+                substeps=1,
+            )
 
 
 @pytest.mark.usefixtures("user_errors")
@@ -300,13 +384,13 @@ class TestBadInput:
             ({"learning_rates": [0.4]}, ValueError, "must divide horizon"),
             ({"horizon": -1.0}, ValueError, "horizon must be finite and above 0, got -1.0"),
             ({"num_paths": 3}, ValueError, "num_paths must be at least 4, got 3"),
-            ({"paths_per_pass": 0}, ValueError, "paths_per_pass must be at least 1"),
+            ({"at_once": 0}, ValueError, "at_once must be at least 1"),
             ({"substeps": 12}, ValueError, "substeps must be a power of two, got 12"),
             ({"order": 0}, ValueError, "order must be between 1 and 2"),
             (
                 {"iterate": noise.cov(7, 2)},
                 ValueError,
-                "iterate is for num_examples = 7, but data has 32",
+                "iterate is for num_examples = 7, but the data have 32",
             ),
             ({"iterate": "cov"}, TypeError, "iterate must be"),
             (
@@ -323,7 +407,7 @@ class TestBadInput:
                 loss_vector_fn=loss.per_example(lambda theta, x: (theta @ theta - x[1]) ** 4)
             )
         with pytest.raises(error, match=message):
-            measure(*problem, COV, **{**self.good, **change})
+            of_sde(measure, *problem, COV, **{**self.good, **change})
 
     @pytest.mark.parametrize(
         ("test_fn", "got"),
@@ -335,8 +419,8 @@ class TestBadInput:
     )
     def test_test_functions(self, test_fn, got):
         with pytest.raises(ValueError, match=f"test_fn must return a scalar .*{got}"):
-            sde.weak_error(*LOGISTIC, COV, test_fn=test_fn, **self.good)
+            of_sde(sde.weak_error, *LOGISTIC, COV, test_fn=test_fn, **self.good)
 
     def test_the_iteration_of_a_weak_error_draws_by_itself(self):
         with pytest.raises(TypeError, match=r"iterate must be the noise\.MNoise"):
-            sde.weak_error(*LOGISTIC, noise.Exchangeable(0.1, 0.0), **self.good)
+            of_sde(sde.weak_error, *LOGISTIC, noise.Exchangeable(0.1, 0.0), **self.good)

@@ -9,6 +9,7 @@ import pytest
 
 from experiments.theory.sde_problems import logistic
 from msgd_jax import noise, sde
+from tests.problems import of_sde
 
 RATES = (0.1, 0.05, 0.025, 0.0125)
 
@@ -162,9 +163,15 @@ class TestIntervals:
     def test_of_real_paths(self):
         """The order of four paths against that of 2,000: of 8 intervals at least 6 cover it."""
         run = functools.partial(
-            sde.strong_error, *logistic(32), noise.cov(32, 32),
-            learning_rates=[0.1, 0.05, 0.025], horizon=0.2, num_paths=4, substeps=2,
-        )  # fmt: skip
+            of_sde,
+            sde.strong_error,
+            *logistic(32),
+            noise.cov(32, 32),
+            learning_rates=[0.1, 0.05, 0.025],
+            horizon=0.2,
+            num_paths=4,
+            substeps=2,
+        )
         truth = run(num_paths=2_000, key=jax.random.key(1)).order.value
         orders = [run(key=jax.random.key(100 + seed)).order for seed in range(8)]
         assert sum(low <= truth <= high for low, high in (o.interval for o in orders)) >= 6

@@ -10,9 +10,9 @@ import numpy as np
 import psutil
 import pytest
 
-from msgd_jax import noise, sde
+from msgd_jax import loss, noise, sde
 from tests.problems import loss_vector_fn as _loss_vector_fn
-from tests.problems import regression
+from tests.problems import of_sde, regression
 
 N = 16
 OPTIONS = {"learning_rates": [0.1], "horizon": 0.2, "num_paths": 4, "substeps": 2}
@@ -23,30 +23,55 @@ def diffrax_terms(losses, problem, law, key):
     import diffrax
 
     motion = diffrax.VirtualBrownianTree(0.0, 1.0, tol=0.1, shape=(N,), key=key)
-    terms = sde.diffrax_terms(losses, law, motion, diffrax.Heun(), learning_rate=0.1)
-    return jax.jit(lambda p, data: terms.vf(0.0, p, data)[0])(problem.params, problem.data)
+    terms = sde.diffrax_terms(law, motion, diffrax.Heun(), learning_rate=0.1)
+
+    def drift(params, data):
+        return terms.vf(0.0, params, loss.LossVector(losses, data))[0]
+
+    return jax.jit(drift)(problem.params, problem.data)
 
 
 CALLS = {
     "brownian_increments": lambda losses, problem, law, key: sde.brownian_increments(key, 0, N),
     "coupling": lambda losses, problem, law, key: sde.coupling(law, N)(jnp.ones(N)),
     "diffrax_terms": diffrax_terms,
-    "diffusion": lambda losses, problem, law, key: sde.diffusion(
-        losses, problem.params, problem.data, law, jnp.arange(float(N)), microbatch_size=4
+    "diffusion": lambda losses, problem, law, key: of_sde(
+        sde.diffusion,
+        losses,
+        problem.params,
+        problem.data,
+        law,
+        jnp.arange(float(N)),
+        microbatch_size=4,
     ),
-    "drift": lambda losses, problem, law, key: sde.drift(
-        losses, problem.params, problem.data, order=2, learning_rate=0.1, microbatch_size=4
+    "drift": lambda losses, problem, law, key: of_sde(
+        sde.drift,
+        losses,
+        problem.params,
+        problem.data,
+        order=2,
+        learning_rate=0.1,
+        microbatch_size=4,
     ),
     "euler_maruyama": lambda losses, problem, law, key: (
-        sde.euler_maruyama(
-            losses, problem.params, problem.data, law, learning_rate=0.1, num_steps=3, key=key
+        of_sde(
+            sde.euler_maruyama,
+            losses,
+            problem.params,
+            problem.data,
+            law,
+            learning_rate=0.1,
+            num_steps=3,
+            key=key,
         ).last_params
     ),
     "strong_error": lambda losses, problem, law, key: (
-        sde.strong_error(losses, problem.params, problem.data, law, key=key, **OPTIONS).errors
+        of_sde(
+            sde.strong_error, losses, problem.params, problem.data, law, key=key, **OPTIONS
+        ).errors
     ),
     "weak_error": lambda losses, problem, law, key: (
-        sde.weak_error(losses, problem.params, problem.data, law, key=key, **OPTIONS).errors
+        of_sde(sde.weak_error, losses, problem.params, problem.data, law, key=key, **OPTIONS).errors
     ),
 }
 QUICK = {"brownian_increments", "coupling"}
@@ -126,10 +151,17 @@ def test_one_program_for_every_part_of_a_path():
 
     @jax.jit
     def walk(params, data, first_step, num_steps):
-        return sde.euler_maruyama(
-            losses, params, data, law, learning_rate=0.1, key=key,
-            first_step=first_step, num_steps=num_steps,
-        )  # fmt: skip
+        return of_sde(
+            sde.euler_maruyama,
+            losses,
+            params,
+            data,
+            law,
+            learning_rate=0.1,
+            key=key,
+            first_step=first_step,
+            num_steps=num_steps,
+        )
 
     position = problem.params
     for before, after in ((0, 2), (2, 3), (3, 7)):
@@ -138,8 +170,15 @@ def test_one_program_for_every_part_of_a_path():
         assert path.steps.tolist() == [after]
         count = len(traces) if before == 0 else count
     assert len(traces) == count
-    whole = sde.euler_maruyama(
-        losses, problem.params, problem.data, law, learning_rate=0.1, key=key, num_steps=7
+    whole = of_sde(
+        sde.euler_maruyama,
+        losses,
+        problem.params,
+        problem.data,
+        law,
+        learning_rate=0.1,
+        key=key,
+        num_steps=7,
     )
     for one, other in zip(
         jax.tree.leaves(position), jax.tree.leaves(whole.last_params), strict=True

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from msgd_jax import noise, sde, train
-from tests.problems import loss_vector_fn, regression
+from tests.problems import loss_vector_fn, of_sde, regression
 
 N, B = 20, 4
 
@@ -55,10 +55,18 @@ def test_paths_of_an_error_are_apart_from_draws_of_the_same_key(monkeypatch):
     size, key = 1_000, jax.random.key(0)
     problem = regression(size)
     for measure in (sde.strong_error, sde.weak_error):
-        measure(
-            loss_vector_fn, problem.params, problem.data, noise.cov(size, B),
-            learning_rates=[0.1], horizon=0.2, num_paths=4, key=key, substeps=2,
-        )  # fmt: skip
+        of_sde(
+            measure,
+            loss_vector_fn,
+            problem.params,
+            problem.data,
+            noise.cov(size, B),
+            learning_rates=[0.1],
+            horizon=0.2,
+            num_paths=4,
+            key=key,
+            substeps=2,
+        )
     jax.effects_barrier()
     ours = np.concatenate([np.atleast_2d(x) for x in seen])
     assert len(ours) >= 16
@@ -127,9 +135,15 @@ def test_training_follows_the_path_whatever_the_types(x64, name, params, weights
     law = getattr(noise, name)(N, B, dtype=weights)
     end = trained(problem, law, key, 10, 0.2)
     walk = functools.partial(
-        sde.euler_maruyama, loss_vector_fn, problem.params, problem.data,
-        learning_rate=0.2, num_steps=10, substeps=1,
-    )  # fmt: skip
+        of_sde,
+        sde.euler_maruyama,
+        loss_vector_fn,
+        problem.params,
+        problem.data,
+        learning_rate=0.2,
+        num_steps=10,
+        substeps=1,
+    )
     path = walk(law, key=key)
     for leaf, other in zip(jax.tree.leaves(end), jax.tree.leaves(path.last_params), strict=True):
         assert other.dtype == params
@@ -143,8 +157,7 @@ def test_without_a_law_the_path_has_the_type_of_the_parameters(x64):
     problem, key = regression(N, dtype=jnp.float64), jax.random.key(6)
     law = noise.fisher(N, B, dtype=jnp.float64)
     ends = [
-        sde.euler_maruyama(
-            loss_vector_fn, problem.params, problem.data, given,
+        of_sde(sde.euler_maruyama, loss_vector_fn, problem.params, problem.data, given,
             learning_rate=0.2, num_steps=3, key=key, substeps=2,
         ).last_params["w"]
         for given in (law, law.covariance)

@@ -395,5 +395,5 @@ class TestBadInput:
     def test_keys_that_are_not(self):
         with pytest.raises(TypeError, match="key must be a typed PRNG key"):
             sharding.check_key_agrees("key", 3)
-        with pytest.raises(TypeError, match=r"noise must be a noise\.MNoise"):
+        with pytest.raises(TypeError, match=r"law must be a noise\.MNoise"):
             loss.noisy_value_and_grad(loss_vector_fn, "sgd")

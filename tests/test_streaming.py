@@ -281,7 +281,7 @@ class TestBadInput:
         return streaming.make_loop(loss_vector_fn, OPTIMIZER, law, source, **options)
 
     def test_dense_noise(self):
-        with pytest.raises(ValueError, match=r"noise must list the examples that it uses.*got cov"):
+        with pytest.raises(ValueError, match=r"law must list the examples that it uses.*got cov"):
             self.make(noise.cov(N, 20))
 
     def test_another_number_of_examples(self):
@@ -289,7 +289,7 @@ class TestBadInput:
             self.make(noise.sgd(100, 20))
 
     def test_types(self):
-        with pytest.raises(TypeError, match=r"noise must be a noise\.MNoise, got int"):
+        with pytest.raises(TypeError, match=r"law must be a noise\.MNoise, got .* int"):
             self.make(3)
         with pytest.raises(TypeError, match="source must have __len__ and __getitem__"):
             self.make(source=iter([1, 2]))

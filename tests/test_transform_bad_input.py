@@ -120,7 +120,7 @@ def always(step):
 
 # The argument's name, a call, and what is said to be wrong with it, or what to do.
 MISTAKES = [
-    ("noise", lambda: noisy(law="sgd"), "got str"),
+    ("law", lambda: noisy(law="sgd"), "of type str"),
     ("key", lambda: noisy(key=jax.random.split(fresh_key())), "a single key"),
     ("microbatch_size", lambda: noisy(microbatch_size="x" * 1000), "must be an integer"),
     ("microbatch_size", lambda: noisy(microbatch_size=np.int8(-3)), "at least 1, got -3"),
@@ -208,7 +208,7 @@ class TestBadInput:
         "make", [transform.multiplicative_noise, transform.aggregate_per_example]
     )
     def test_noise_and_key(self, make):
-        with pytest.raises(TypeError, match=r"noise must be a noise\.MNoise, got str"):
+        with pytest.raises(TypeError, match=r"law must be a noise\.MNoise, got .* str"):
             make("fisher", fresh_key())
         with pytest.raises(TypeError, match=r"key must be a typed PRNG key.*got None"):
             make(NOISE, None)

@@ -69,7 +69,7 @@ TRANSFORMS: dict[str, Row] = {
     ),
     "injected": Row(
         lambda key: optax.inject_hyperparams(transform.msgd, static_args=("noise", "key"))(
-            learning_rate=optax.linear_schedule(0.1, 0.0, 100), noise=NOISE, key=key, momentum=0.9
+            learning_rate=optax.linear_schedule(0.1, 0.0, 100), law=NOISE, key=key, momentum=0.9
         ),
         fast_update,
     ),

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from experiments.decide import _datasets, _nets
 from experiments.decide.settings import CONTESTANTS, Setting
-from msgd_jax import covariance, loss
+from msgd_jax import covariance, loss, noise
 from msgd_jax._streams import Stream, derive
 
 # Large enough to keep the device busy, small enough for the activations of all seeds to fit.
@@ -205,22 +205,13 @@ def make_program(setting: Setting, shape: Shape, options: Options) -> Program:
     return Program(names, jax.jit(advance, donate_argnums=0))
 
 
-def covariance_diagonal(losses: loss.LossVectorFn, params: Any, examples: Example) -> Any:
+def covariance_diagonal(losses: Any, params: Any, examples: Example) -> Any:
     """The diagonal of S, the covariance of the gradients of single examples; like `params`."""
     n = examples.label.shape[0]
-    rows = max(size for size in range(1, min(GRADIENT_ROWS, n) + 1) if n % size == 0)
-
-    def one_run(sums: Any, run: Example) -> tuple[Any, None]:
-        gradients = covariance.gradient_matrix(losses, params, run)
-        first, second = sums
-        first = jax.tree.map(lambda total, g: total + g.sum(0), first, gradients)
-        second = jax.tree.map(lambda total, g: total + jnp.square(g).sum(0), second, gradients)
-        return (first, second), None
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    runs = jax.tree.map(lambda x: x.reshape(n // rows, rows, *x.shape[1:]), examples)
-    (first, second), _ = jax.lax.scan(one_run, (zeros, zeros), runs)
-    return jax.tree.map(lambda g, h: jnp.maximum(h / n - (g / n) ** 2, 0.0), first, second)
+    size = max(size for size in range(1, min(GRADIENT_ROWS, n) + 1) if n % size == 0)
+    of_one = noise.Exchangeable((n - 1) / n**2, -1 / n**2)  # the weights of one example by chance
+    vector = loss.LossVector(losses, examples, microbatch_size=size)
+    return covariance.diagonal(vector, params, of_one)
 
 
 def _gaussian(key: Key[Array, ""], step: Array, variances: Any) -> Any:

@@ -18,7 +18,7 @@ from experiments.theory.config import ComplexityConfig
 from experiments.training import loop, runs
 from experiments.training.algorithms import NoiseSettings
 from experiments.training.config import AlgorithmName, TrainConfig
-from msgd_jax import complexity, noise
+from msgd_jax import complexity, loss, noise
 from msgd_jax._streams import Stream, derive
 
 # How Theorem 1's columns are called; the ratios of `theorem1_rows` in their order.
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
         batch_size: b.
         radius: of the ball.
         num_draws: of each complexity; None for all of them (then the Gaussian one is left out).
-        options: of `complexity.local_complexity`.
+        ascent: how the suprema are sought.
     """
 
     label: str
@@ -50,18 +50,26 @@ class Setting(NamedTuple):
     batch_size: int
     radius: float
     num_draws: int | None
-    options: dict[str, Any]
+    ascent: complexity.Ascent
+
+    @property
+    def losses(self) -> Any:
+        """The loss vector, or a function from a key to one."""
+        loss_vector_fn, _, data = self.problem
+        if callable(data):
+            return lambda key: loss.LossVector(loss_vector_fn, data(key))
+        return loss.LossVector(loss_vector_fn, data)
 
 
 def settings(config: ComplexityConfig) -> list[Setting]:
     """Affine losses, one loss alone, losses that can be raised one by one, and a net."""
-    exact = {"num_starts": 1, "num_steps": 1}
+    exact = complexity.Ascent(num_starts=1, num_steps=1)
     many, n = config.draws, 32
     spike = (lambda p, batch: batch + 0 * p, jnp.zeros(()), jnp.zeros(8).at[0].set(1.0))
     # sup |sum v_i theta_i^2| over the unit ball is max |v_i|: the class {e_1, ..., e_N}.
     separate = (lambda p, batch: jnp.square(batch @ p), jnp.zeros(n), jnp.eye(n))
     net = _digits_problems(config)
-    options = {"num_starts": 1, "num_steps": 20, "ascents_per_pass": 1}
+    options = complexity.Ascent(num_starts=1, num_steps=20, at_once=1)
     few = max(many // 300, 2)
     return [
         Setting("affine", _affine(0.0), n, 8, 1.0, many, exact),
@@ -70,7 +78,7 @@ def settings(config: ComplexityConfig) -> list[Setting]:
         Setting("affine, mean loss 2", _affine(2.0), n, 8, 1.0, many, exact),
         Setting("one loss, b = 2", spike, 8, 2, 1.0, None, exact),
         Setting("one loss, b = 4", spike, 8, 4, 1.0, None, exact),
-        Setting("separate losses", separate, n, 8, 1.0, max(many // 10, 2), {"num_starts": 8}),
+        Setting("separate losses", separate, n, 8, 1.0, max(many // 10, 2), complexity.Ascent(8)),
         Setting("net at the start", net[0], 64, 16, 0.2, few, options),
         Setting("net, trained", net[1], 64, 16, 0.2, few, options),
     ]
@@ -108,14 +116,18 @@ def theorem1_rows(config: ComplexityConfig) -> Iterator[dict[str, Any]]:
     for case in terminal.each(settings(config), "Theorem 1", "class"):
         common = {
             "radius": case.radius, "num_draws": case.num_draws,
-            "key": jax.random.key(config.seed), **case.options,
+            "key": jax.random.key(config.seed), "ascent": case.ascent,
         }  # fmt: skip
         found: dict[str, complexity.Inequality] = {}
         if case.num_draws is not None:
-            lower, upper = complexity.gaussian_inequalities(*case.problem, **common)
+            lower, upper = complexity.gaussian_inequalities(case.losses, case.problem[1], **common)
             found |= {"gaussian_lower": lower, "gaussian_upper": upper}
         bound = functools.partial(
-            complexity.sgd_inequality, *case.problem, batch_size=case.batch_size, **common
+            complexity.sgd_inequality,
+            case.losses,
+            case.problem[1],
+            batch_size=case.batch_size,
+            **common,
         )
         found["without"] = bound(bound="paper")
         found["with"] = bound(replace=True, bound="paper")
@@ -265,9 +277,9 @@ def _measurement(
     @jax.jit
     def measure(params: Any, examples: Any) -> dict[str, Any]:
         found = complexity.local_complexity(
-            losses, params, examples, law, radius=config.radius, key=jax.random.key(config.seed),
-            num_draws=config.trace_draws, num_starts=1, num_steps=config.ascent_steps,
-            microbatch_size=config.microbatch_size, ascents_per_pass=1,
+            loss.LossVector(losses, examples, microbatch_size=config.microbatch_size), params, law,
+            radius=config.radius, num_draws=config.trace_draws, key=jax.random.key(config.seed),
+            ascent=complexity.Ascent(num_starts=1, num_steps=config.ascent_steps, at_once=1),
         )  # fmt: skip
         return {
             "mean": found.mean,

@@ -74,10 +74,12 @@ def strong(config: SDEConfig) -> Iterator[dict[str, Any]]:
     problem = logistic()
     cases = strong_cases(problem.num_examples)
     for case in terminal.each(cases, "strong order", "case"):
+        start = at_minimum(problem) if case.at_minimum else problem
         sweep = sde.strong_error(
-            *(at_minimum(problem) if case.at_minimum else problem), case.law,
-            learning_rates=RATES, horizon=HORIZON, num_paths=config.strong_paths,
-            key=jax.random.key(config.seed), iterate=case.iterate, order=case.order,
+            start.losses, start.params, case.law,
+            sde.Sweep(RATES, HORIZON, num_paths=config.strong_paths),
+            key=jax.random.key(config.seed), iterate=case.iterate,
+            scheme=sde.Scheme(order=case.order),
         )  # fmt: skip
         row = {"label": case.label, "expected": case.expected, **_record(sweep)}
         if case.expected == 1:
@@ -116,10 +118,11 @@ def weak(config: SDEConfig) -> Iterator[dict[str, Any]]:
     }
     for case in terminal.each(cases, "weak order, sampled", "case"):
         start, rates, horizon = settings[case.order]
+        num_paths = config.weak_paths * (4 if case.order == 2 else 1)
         sweep = sde.weak_error(
-            *start, case.law, learning_rates=rates, horizon=horizon,
-            num_paths=config.weak_paths * (4 if case.order == 2 else 1),
-            key=jax.random.key(config.seed), iterate=sgd, order=case.order, paths_per_pass=16_000,
+            start.losses, start.params, case.law,
+            sde.Sweep(rates, horizon, num_paths, at_once=16_000),
+            key=jax.random.key(config.seed), iterate=sgd, scheme=sde.Scheme(order=case.order),
         )  # fmt: skip
         group = "sampled: logistic regression, g = L"
         yield {"group": group, "label": case.label, "expected": case.expected, **_record(sweep)}
@@ -151,8 +154,9 @@ def paths(config: SDEConfig, learning_rate: float, horizon: float = 12.0, many: 
 
     def euler(key: Any, substeps: int) -> Any:
         return sde.euler_maruyama(
-            *problem, law, key=key, substeps=substeps, save_at=range(num_steps + 1), **options
-        ).params
+            problem.losses, problem.params, law, key=key, scheme=sde.Scheme(substeps),
+            save_at=range(num_steps + 1), **options,
+        ).params  # fmt: skip
 
     @jax.jit
     @jax.vmap
@@ -261,8 +265,9 @@ def _walker(
     @jax.jit
     def walk(params: Any, data: Any, key: Any, first_step: Any, num_steps: Any) -> sde.Path:
         return sde.euler_maruyama(
-            losses, params, data, law, learning_rate=rate, key=key, first_step=first_step,
-            num_steps=num_steps, substeps=config.substeps, microbatch_size=config.microbatch_size,
+            loss.LossVector(losses, data, microbatch_size=config.microbatch_size), params, law,
+            learning_rate=rate, key=key, first_step=first_step, num_steps=num_steps,
+            scheme=sde.Scheme(config.substeps),
         )  # fmt: skip
 
     return lambda params, key, first, last: walk(params, train_set, key, first, last)

@@ -20,6 +20,11 @@ class Problem(NamedTuple):
     data: Any
 
     @property
+    def losses(self) -> loss.LossVector:
+        """The loss vector."""
+        return loss.LossVector(self.loss_vector_fn, self.data)
+
+    @property
     def num_examples(self) -> int:
         """N."""
         return jax.tree.leaves(self.data)[0].shape[0]

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from experiments.training.config import TrainConfig
-from msgd_jax import covariance
+from msgd_jax import covariance, loss
 from msgd_jax._streams import Stream, derive
 
 
@@ -92,7 +92,8 @@ def diagonal_langevin(
             )
 
         def refreshed() -> Any:
-            return fisher_diagonal(loss_vector_fn, params, data, microbatch_size)
+            losses = loss.LossVector(loss_vector_fn, data, microbatch_size=microbatch_size)
+            return covariance.diagonal(losses, params, "fisher")
 
         due = state.step % refresh_every == 0
         variances = jax.lax.cond(due, refreshed, lambda: state.variances)
@@ -107,34 +108,3 @@ def diagonal_langevin(
         return noisy, DiagonalLangevinState(state.step + 1, state.key, variances)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def fisher_diagonal(
-    loss_vector_fn: Any, params: Any, data: Any, microbatch_size: int | None = None
-) -> Any:
-    """The diagonal of ``F``: the mean over examples of each parameter's squared gradient.
-
-    Args:
-        loss_vector_fn: losses of single examples, ``(params, batch) -> [B]``.
-        params: a pytree of arrays.
-        data: a pytree of arrays [N, ...].
-        microbatch_size: examples whose gradients are in memory together; None for all.
-
-    Returns:
-        A pytree like `params`.
-    """
-    n = jax.tree.leaves(data)[0].shape[0]
-    size = n if microbatch_size is None else min(microbatch_size, n)
-
-    def sums(examples: Any, counts: Any) -> Any:
-        rows = covariance.gradient_matrix(loss_vector_fn, params, examples)
-        return jax.tree.map(lambda g: jnp.tensordot(counts.astype(g.dtype), g**2, 1), rows)
-
-    def one_run(total: Any, positions: Any) -> tuple[Any, None]:
-        # The last run is filled up with the last example, which does not count.
-        examples = jax.tree.map(lambda x: x.take(positions, axis=0, mode="clip"), data)
-        return jax.tree.map(jnp.add, total, sums(examples, positions < n)), None
-
-    runs = jnp.arange(-(-n // size) * size).reshape(-1, size)
-    total, _ = jax.lax.scan(one_run, optax.tree.zeros_like(params), runs)
-    return jax.tree.map(lambda x: x / n, total)

@@ -331,17 +331,16 @@ def model_functions(
 
     @jax.jit
     def evaluate(params: Params, stats: Statistics, examples: data.Examples) -> tuple[Array, Array]:
-        size = examples.label.shape[0]
-        positions = jnp.arange(-(-size // EVALUATION_BATCH) * EVALUATION_BATCH)
-        batches = positions.reshape(-1, EVALUATION_BATCH)
-
-        def one_batch(positions: Array) -> tuple[Array, Array]:
-            # The last batch is filled up with the last example, which does not count.
-            batch = jax.tree.map(lambda x: x.take(positions, axis=0, mode="clip"), examples)
-            counts = (positions < size).astype(jnp.float32)
+        def one_batch(
+            model: tuple[Params, Statistics], batch: Batch, counts: Array
+        ) -> tuple[Array, Array]:
+            params, stats = model
             return jax.vmap(sums, in_axes=(0, 0, None, None))(params, stats, batch, counts)
 
-        return jax.tree.map(lambda x: x.sum(0) / size, jax.lax.map(one_batch, batches))
+        total = loss.sum_over_examples(
+            one_batch, (params, stats), examples, microbatch_size=EVALUATION_BATCH
+        )
+        return jax.tree.map(lambda x: x / examples.label.shape[0], total)
 
     has_stats = bool(jax.tree.leaves(model.init_stats()))
     return ModelFunctions(

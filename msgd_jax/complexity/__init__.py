@@ -27,6 +27,7 @@ law of v                              is
 """
 
 from msgd_jax._estimate import Estimate
+from msgd_jax.complexity._ascent import Ascent
 from msgd_jax.complexity._local import LocalComplexity, local_complexity
 from msgd_jax.complexity._multipliers import Multipliers, from_noise, gaussian, rademacher, sgd
 from msgd_jax.complexity._penalty import LocalComplexityState, add_local_complexity, penalty
@@ -40,6 +41,7 @@ from msgd_jax.complexity._theorem1 import (
 )
 
 __all__ = [
+    "Ascent",
     "Estimate",
     "Inequality",
     "LocalComplexity",

@@ -1,17 +1,116 @@
 """The supremum over the ball: projected gradient ascent, and what can be said of its result."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from msgd_jax import _dtypes
+from msgd_jax import _dtypes, _validate, loss
+from msgd_jax._typing import Batch, Gradients, Params, PyTree, ValueAndGrad
+from msgd_jax.noise import Weights
 
-ValueAndGrad = Callable[[Any], tuple[Float[Array, ""], Any]]
+
+@dataclasses.dataclass(frozen=True)
+class Ascent:
+    """How the supremum over the ball is sought: by projected gradient ascents of both signs.
+
+    Attributes:
+        num_starts: ascents of each sign: the first from where the linearised losses are largest,
+            the others from random points of the sphere.
+        num_steps: of each ascent; 0 for the linearisation alone (as in sharpness-aware
+            minimisation).
+        optimizer: an optax transformation that descends on minus the objective, in coordinates in
+            which the ball has radius 1; each of its steps is projected back. None for steps along
+            the normalised gradient with a length that decays from 1 to 0. (Methods that scale every
+            coordinate by itself, as Adam, do not settle at maxima once they are projected.)
+        at_once: ascents that `local_complexity` makes side by side by vmap, of the
+            ``2 * num_starts`` of each draw; None for all of them.
+
+    Raises:
+        TypeError, ValueError: if a number is not an integer or too small, or `optimizer` is not an
+            `optax.GradientTransformation`.
+    """
+
+    num_starts: int = 2
+    num_steps: int = 30
+    optimizer: optax.GradientTransformation | None = None
+    at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        _validate.positive_int("num_starts", self.num_starts)
+        _validate.positive_int("num_steps", self.num_steps, minimum=0)
+        _validate.optional_positive_int("at_once", self.at_once)
+        if self.optimizer is not None and not isinstance(
+            self.optimizer, optax.GradientTransformation
+        ):
+            raise TypeError(
+                "optimizer must be an optax.GradientTransformation or None, got "
+                f"{type(self.optimizer).__name__}."
+            )
+
+    def transformation(self) -> optax.GradientTransformation:
+        """The optimizer, or the default one."""
+        return default_optimizer(self.num_steps) if self.optimizer is None else self.optimizer
+
+
+def checked(ascent: "Ascent") -> "Ascent":
+    """Returns `ascent` if it is one; raises TypeError."""
+    if not isinstance(ascent, Ascent):
+        raise TypeError(f"ascent must be a complexity.Ascent, got {_validate.shown(ascent)}.")
+    return ascent
+
+
+def objective(
+    losses: loss.LossVector,
+    centre: Params,
+    weights: Weights,
+    dtype: jnp.dtype,
+    centred: bool | Bool[Array, ""] = False,
+) -> ValueAndGrad:
+    """Value and gradient of ``L . w`` as a function of parameters near `centre`.
+
+    What all losses have in common is taken out of the sum, which would lose the differences
+    otherwise: ``sum_i w_i l_i = sum_i w_i (l_i - c) + c sum_i w_i``, with c their mean at the
+    centre. Where the weights add up to zero, c has no part in the result, however large it is:
+    with `centred` they do, and what they seem to add up to is rounding.
+    """
+    support = weights.values.shape[0]
+    equal = jnp.full(support, 1 / support, weights.values.dtype)
+    mean_of_support = Weights(equal, weights.indices, weights.num_examples)
+    constant, _ = losses.value_and_grad(centre, mean_of_support)
+    constant = jax.lax.stop_gradient(constant)
+    loss_vector_fn = losses.loss_vector_fn
+
+    # The constant comes as a parameter: what is spread over devices may not be closed over.
+    def less_the_constant(
+        both: tuple[Params, Float[Array, ""]], batch: Batch
+    ) -> Float[Array, " batch"]:
+        params, constant = both
+        values = loss_vector_fn(params, batch)
+        _validate.loss_vector(values, _validate.leading_axis("batch", batch))
+        wide = _dtypes.accumulator(values.dtype)
+        return values.astype(wide) - constant.astype(wide)
+
+    differences = losses.replace(less_the_constant)
+    total = jnp.where(centred, 0, _sum(jnp.asarray(weights.values))).astype(dtype)
+    offset = constant.astype(dtype) * total
+
+    def value_and_grad(params: Params) -> tuple[Float[Array, ""], Gradients]:
+        value, (gradient, _) = differences.value_and_grad((params, constant), weights)
+        return value.astype(dtype) + offset, gradient
+
+    return value_and_grad
+
+
+def _sum(values: Float[Array, " support"]) -> Float[Array, ""]:
+    """The sum of weights; exactly 0 where it is 0 up to the rounding of the sum."""
+    total = jnp.sum(values)
+    rounding = 4 * jnp.finfo(values.dtype).eps * jnp.sum(jnp.abs(values))
+    return jnp.where(jnp.abs(total) <= rounding, 0, total)
 
 
 class Peak(NamedTuple):
@@ -27,7 +126,7 @@ class Peak(NamedTuple):
     """
 
     value: Float[Array, ""]
-    gradient: Any
+    gradient: Gradients
     last_gain: Float[Array, ""]
     gap: Float[Array, ""]
     finite: Bool[Array, ""]
@@ -37,10 +136,10 @@ class Centre(NamedTuple):
     """Value and gradient at the centre of the ball."""
 
     value: Float[Array, ""]
-    gradient: Any
+    gradient: Gradients
 
     @classmethod
-    def of(cls, value_and_grad: ValueAndGrad, params: Any) -> "Centre":
+    def of(cls, value_and_grad: ValueAndGrad, params: Params) -> "Centre":
         """At `params`, in wide types."""
         value, gradient = value_and_grad(params)
         return cls(value, widened(gradient))
@@ -60,7 +159,7 @@ def start(
     index: Int[Array, ""],
     num_starts: int,
     key: Key[Array, ""],
-) -> Any:
+) -> Gradients:
     """Where ascent `index` of `num_starts` starts, in units of the radius.
 
     The first at the maximum of the linearised objective, or, where that is constant, in a fixed
@@ -82,7 +181,7 @@ def start(
     return jax.tree.map(lambda a, b: jnp.where(index == 0, a, b), steepest, random)
 
 
-def _somewhere(like: Any) -> Any:
+def _somewhere(like: Gradients) -> Gradients:
     """A direction without any symmetry, the same each time: cosines of multiples of one radian."""
     leaves, structure = jax.tree.flatten(like)
     patterns = [
@@ -94,21 +193,21 @@ def _somewhere(like: Any) -> Any:
 
 def climb(
     value_and_grad: ValueAndGrad,
-    params: Any,
+    params: Params,
     radius: Float[Array, ""],
     sign: Float[Array, ""],
     centre: Centre,
-    start: Any,
-    optimizer: optax.GradientTransformation,
-    num_steps: int,
+    start: Gradients,
+    ascent: Ascent,
 ) -> Peak:
     """Ascends sign * value within the ball, in the coordinates of the unit ball.
 
     The optimizer is given the gradient of -sign * value(params + radius * z) with respect to z, and
     its step is projected back by `optax.projections.projection_l2_ball`. The centre counts as met.
     """
+    optimizer = ascent.transformation()
 
-    def step(carry: Any, _: None) -> tuple[Any, None]:
+    def step(carry: PyTree, _: None) -> tuple[PyTree, None]:
         # Evaluation, then move: one copy of the losses to compile, and the last move is not used.
         z, state, peak = carry
         value, gradient = value_and_grad(displaced(params, z, radius))
@@ -140,18 +239,18 @@ def climb(
         jnp.isfinite(value) & jnp.isfinite(norm),
     )
     carry = (start, optimizer.init(start), at_centre)
-    (_, _, peak), _ = jax.lax.scan(step, carry, length=num_steps + 1)
+    (_, _, peak), _ = jax.lax.scan(step, carry, length=ascent.num_steps + 1)
     return peak
 
 
-def displaced(params: Any, z: Any, radius: Float[Array, ""]) -> Any:
+def displaced(params: Params, z: Gradients, radius: Float[Array, ""]) -> Gradients:
     """Params + radius * z, in the types of the parameters."""
     return jax.tree.map(
         lambda p, d: (p.astype(d.dtype) + radius.astype(d.dtype) * d).astype(p.dtype), params, z
     )
 
 
-def direction(tree: Any) -> Any:
+def direction(tree: Gradients) -> Gradients:
     """The tree at length 1, or zeros where it is all zeros; safe for very small entries."""
     largest = functools.reduce(jnp.maximum, [jnp.abs(leaf).max() for leaf in jax.tree.leaves(tree)])
     scaled = jax.tree.map(
@@ -161,10 +260,10 @@ def direction(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf / norm.astype(leaf.dtype), scaled)
 
 
-def widened(tree: Any) -> Any:
+def widened(tree: Gradients) -> Gradients:
     """Every leaf in float32 or wider."""
     return jax.tree.map(lambda leaf: leaf.astype(_dtypes.accumulator(leaf.dtype)), tree)
 
 
-def _times(factor: Float[Array, ""], tree: Any) -> Any:
+def _times(factor: Float[Array, ""], tree: Gradients) -> Gradients:
     return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, tree)

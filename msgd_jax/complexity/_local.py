@@ -1,7 +1,6 @@
 """The local complexity of a loss: Monte Carlo over multipliers, the supremum by ascent."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +10,12 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from msgd_jax import _validate, loss
+from msgd_jax import _dtypes, _validate, loss
 from msgd_jax._estimate import Estimate
 from msgd_jax._streams import Stream, derive
+from msgd_jax._typing import Params, PositiveInt, PyTree, Scalar
 from msgd_jax.complexity import _ascent, _multipliers
-from msgd_jax.complexity._problem import Problem, Settings
+from msgd_jax.complexity._ascent import Ascent
 from msgd_jax.noise import MNoise, Weights
 
 # Two ascents agree if their heights differ by less than this share.
@@ -79,116 +79,110 @@ class LocalComplexity(NamedTuple):
         return Estimate(mean, error, draws.size - 1, positive=True)
 
 
+LossVectors = loss.LossVector | Callable[[Key[Array, ""]], loss.LossVector]
+"""A loss vector, or a function from a PRNG key to one, whose data it draws."""
+
+
 def local_complexity(
-    loss_vector_fn: loss.LossVectorFn,
-    params: Any,
-    data: Any,
+    losses: LossVectors,
+    params: Params,
     multipliers: _multipliers.Multipliers | MNoise,
     *,
-    radius: float | Float[Array, ""],
+    radius: Scalar,
+    num_draws: PositiveInt | None,
     key: Key[Array, ""] | None = None,
-    num_draws: int | None,
-    num_starts: int = 2,
-    num_steps: int = 30,
-    optimizer: optax.GradientTransformation | None = None,
+    ascent: Ascent = Ascent(),  # noqa: B008 (frozen)
     smoothness: float | None = None,
-    microbatch_size: int | None = None,
-    ascents_per_pass: int | None = None,
 ) -> LocalComplexity:
     """The local complexity of section 3, ``E_v sup |sum v_i l_i(theta')| / N`` over a ball.
 
     The ball is that of all parameters theta' with ``||theta' - theta||_2 <= radius``. For each draw
-    of v the supremum is sought by projected gradient ascent, of both signs, from `num_starts`
-    points each: the first where the linearised losses are largest (affine losses need no more), the
-    others random on the sphere. What is found is a lower bound; `first_order`, `upper` and the
-    ascents' `last_gain`, `gap` and `agreeing` of the result say how good.
+    of v the supremum is sought by projected gradient ascent, of both signs, from several points
+    each: the first where the linearised losses are largest (affine losses need no more), the others
+    random on the sphere. What is found is a lower bound; `first_order`, `upper` and the ascents'
+    `last_gain`, `gap` and `agreeing` of the result say how good.
 
     An ascent costs ``num_steps + 2`` forward and backward passes and one forward pass more over the
     N examples (over b, for `rademacher` on subsets). What all losses have in common is taken out
     before they are summed, so that a large constant in them costs no digits.
 
-    Everything is compiled anew on each call and freed after it: what `loss_vector_fn` takes from
+    Everything is compiled anew on each call and freed after it: what the loss function takes from
     outside is read on each call. To call it again and again (along a training run, say), put it
-    under `jax.jit`, as any function of `params`, `data` and `key`.
+    under `jax.jit`, as any function of `losses`, `params` and `key`.
 
     Args:
-        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        losses: the loss vector; or a function from a PRNG key to one, which is called for each
+            draw: then the expectation is over the examples too, as in the paper's definition.
         params: the centre theta: a pytree of float32 or float64 arrays.
-        data: a pytree of arrays [N, ...]; or a function from a PRNG key to one, which is called for
-            each draw: then the expectation is over the examples too, as in the paper's definition.
         multipliers: the law of v: `rademacher`, `gaussian`, `sgd` or any `noise.MNoise`, whose v is
             N W - 1.
         radius: delta, at least 0.
+        num_draws: how many v, at least 2; or None for every v that can be drawn, for small N.
         key: a typed PRNG key. Draw j is a function of (key, j), for multipliers that of
             ``multipliers.sample(key, j)``: equal keys pair the draws of different multipliers, and
             their data. Needless where nothing is random.
-        num_draws: how many v, at least 2; or None for every v that can be drawn, for small N.
-        num_starts: ascents of each sign for each draw.
-        num_steps: of each ascent.
-        optimizer: an optax transformation that descends on minus the objective, in coordinates in
-            which the ball has radius 1; each of its steps is projected back. None for steps along
-            the normalised gradient with a length that decays from 1 to 0. (Methods that scale every
-            coordinate by itself, as Adam, do not settle at maxima once they are projected.)
+        ascent: how the supremum is sought.
         smoothness: a Lipschitz constant of every grad l_i on the ball, for `upper`; None for none.
-        microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
-        ascents_per_pass: ascents made side by side by vmap, ``2 * num_starts`` for each draw; None
-            for all of them.
 
     Returns:
         The draws, their mean and standard error, and how the ascents ended. Under `jax.jit` nothing
         can be raised: there, draws with losses that are not finite are NaN.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described, or a loss is not finite.
+        TypeError: if `losses` is neither a `loss.LossVector` nor a function that returns one,
+            `params` are not float32 or float64, `multipliers` is no law, or `key` is no typed PRNG
+            key.
+        ValueError: if the law is for another number of examples, `radius` or `smoothness` is
+            negative, `num_draws` is below 2, the draws cannot be enumerated, a key is needed, or a
+            loss is not finite.
 
     Example:
         >>> from msgd_jax import complexity, loss
-        >>> losses = loss.per_example(lambda theta, x: theta * x)  # affine: the supremum is known
-        >>> x = jnp.asarray([1.0, 2.0])
+        >>> fn = loss.per_example(lambda theta, x: theta * x)  # affine: the supremum is known
+        >>> losses = loss.LossVector(fn, jnp.asarray([1.0, 2.0]))
         >>> local = complexity.local_complexity(
-        ...     losses, jnp.asarray(0.0), x, complexity.rademacher(2), radius=1.0, num_draws=None
+        ...     losses, jnp.asarray(0.0), complexity.rademacher(2), radius=1.0, num_draws=None
         ... )
         >>> round(float(local.mean), 6)  # E |v1 + 2 v2| / 2
         1.0
     """
     (result,) = local_complexities(
-        loss_vector_fn, params, data, (multipliers,),
-        radius=radius, key=key, num_draws=num_draws, num_starts=num_starts, num_steps=num_steps,
-        optimizer=optimizer, smoothness=smoothness, microbatch_size=microbatch_size,
-        ascents_per_pass=ascents_per_pass,
-    )  # fmt: skip
+        losses,
+        params,
+        (multipliers,),
+        radius=radius,
+        num_draws=num_draws,
+        key=key,
+        ascent=ascent,
+        smoothness=smoothness,
+    )
     return result
 
 
 def local_complexities(
-    loss_vector_fn: loss.LossVectorFn,
-    params: Any,
-    data: Any,
+    losses: LossVectors,
+    params: Params,
     multipliers: Sequence[_multipliers.Multipliers | MNoise],
     *,
-    radius: Any,
-    key: Any = None,
-    num_draws: Any,
-    num_starts: Any = 2,
-    num_steps: Any = 30,
-    optimizer: Any = None,
-    smoothness: Any = None,
-    microbatch_size: Any = None,
-    ascents_per_pass: Any = None,
+    radius: Scalar,
+    num_draws: PositiveInt | None,
+    key: Key[Array, ""] | None = None,
+    ascent: Ascent = Ascent(),  # noqa: B008 (frozen)
+    smoothness: float | None = None,
 ) -> list[LocalComplexity]:
     """`local_complexity` of several multipliers: those whose draws look alike share a program."""
-    problem = Problem.of(loss_vector_fn, params, data, microbatch_size)
-    laws = [_multipliers.of(law, problem.num_examples) for law in multipliers]
-    settings = Settings.of(
-        radius, num_starts, num_steps, optimizer, ascents_per_pass, problem.dtype
-    )
+    example = looked_at(losses)
+    loss.checked(example, params, wide=True)
+    laws = [_multipliers.of(law, example.num_examples) for law in multipliers]
+    _validate.nonnegative_scalar("radius", radius)
+    _ascent.checked(ascent)
     if smoothness is not None:
         smoothness = _validate.finite_nonnegative("smoothness", smoothness)
     if num_draws is None:
-        if callable(data):
+        if not isinstance(losses, loss.LossVector):
             raise ValueError(
-                "num_draws = None takes every v once, so data must be fixed, not a function of a "
-                "key: give num_draws."
+                "num_draws = None takes every v once, so losses must be a loss.LossVector, not a "
+                "function of a key: give num_draws."
             )
     else:
         num_draws = _validate.positive_int("num_draws", num_draws, minimum=2)
@@ -197,20 +191,60 @@ def local_complexities(
             raise ValueError("key is needed to draw at random: give key=jax.random.key(0), say.")
         key = jax.random.key(0)  # only the starts are random, and only those after the first
     _validate.prng_key("key", key)
+
+    # One program for all laws whose draws look alike.
+    params = jax.tree.map(jnp.asarray, params)
+    dtype = _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
+    ball = _Ball(losses, params, jnp.asarray(radius, dtype), ascent)
     groups: dict[Any, list[int]] = {}
     for i, law in enumerate(laws):
         groups.setdefault(i if num_draws is None else _multipliers.looks(law), []).append(i)
     results: dict[int, LocalComplexity] = {}
     for group in groups.values():
         alike = [laws[i] for i in group]
-        found = _of_group(problem, settings, alike, key, num_draws, smoothness)
+        found = _of_group(ball, alike, key, num_draws, smoothness)
         results |= dict(zip(group, found, strict=True))
     return [results[i] for i in range(len(laws))]
 
 
+def looked_at(losses: LossVectors) -> loss.LossVector:
+    """The loss vector, or what a function returns, with shapes for data; raises TypeError."""
+    if isinstance(losses, loss.LossVector) or not callable(losses):
+        return loss.checked_kind(losses)
+    # In a function of its own: jax remembers the shapes of those that it has seen.
+    try:
+        drawn = jax.eval_shape(lambda key: losses(key), jax.random.key(0))
+    except TypeError as error:
+        error.add_note("losses must be a loss.LossVector, or a function from a PRNG key to one.")
+        raise
+    if not isinstance(drawn, loss.LossVector):
+        raise TypeError(
+            "losses must be a loss.LossVector, or a function from a PRNG key to one, got a "
+            f"function that returns {_validate.shown(drawn)}."
+        )
+    return drawn
+
+
+class _Ball(NamedTuple):
+    """Where the supremum is sought, of what, and how. No pytree for jax: see `_of_group`."""
+
+    losses: LossVectors
+    params: Params
+    radius: Float[Array, ""]
+    ascent: Ascent
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of values: float32, or float64 where a parameter is."""
+        return self.radius.dtype
+
+    def drawn(self, key: Key[Array, ""]) -> loss.LossVector:
+        """The loss vector, with data drawn with this key where they are drawn."""
+        return self.losses if isinstance(self.losses, loss.LossVector) else self.losses(key)
+
+
 def _of_group(
-    problem: Problem,
-    settings: Settings,
+    ball: _Ball,
     laws: Sequence[_multipliers.Multipliers],
     key: Key[Array, ""],
     num_draws: int | None,
@@ -220,29 +254,32 @@ def _of_group(
     vectors = None
     if num_draws is None:
         every, chances = _multipliers.all_draws(laws[0])
-        vectors = jnp.asarray(every, problem.dtype)
+        vectors = jnp.asarray(every, ball.dtype)
     else:
         chances = np.full(num_draws, 1 / num_draws)
+    fixed = ball.losses if isinstance(ball.losses, loss.LossVector) else None
 
     # What jax is given as an argument it may keep, and a function it has seen before it does not
     # trace again. So the functions are closed over, by one of this call: it goes, all goes.
-    def measured(arrays: Any, vectors: Any, key: Key[Array, ""], which: Int[Array, ""]) -> Any:
+    def measured(
+        arrays: PyTree, vectors: Array | None, key: Key[Array, ""], which: Int[Array, ""]
+    ) -> LocalComplexity:
         params, data, radius = arrays
-        own = dataclasses.replace(problem, params=params, data=data)
-        ways = dataclasses.replace(settings, radius=radius)
+        losses = ball.losses if fixed is None else fixed.replace(data=data)
+        own = _Ball(losses, params, radius, ball.ascent)
         draws = Draws(laws, which, vectors, len(chances))
-        return _measured(own, draws, ways, key, smoothness or 0.0)
+        return _measured(own, draws, key, smoothness or 0.0)
 
     program = jax.jit(measured)
-    arrays = problem.params, problem.data, settings.radius
+    arrays = ball.params, None if fixed is None else fixed.data, ball.radius
     results = []
     for i in range(len(laws)):
         result = program(arrays, vectors, jax.random.clone(key), jnp.asarray(i, jnp.int32))
         result = result._replace(
-            probabilities=jnp.asarray(chances, problem.dtype),
+            probabilities=jnp.asarray(chances, ball.dtype),
             exhaustive=vectors is not None,
             upper=None if smoothness is None else result.upper,
-            num_starts=settings.num_starts,
+            num_starts=ball.ascent.num_starts,
         )
         _check_finite(result.at_centre, result.draws)
         results.append(result)
@@ -264,7 +301,7 @@ class Draws(NamedTuple):
     vectors: Float[Array, "draws N"] | None
     num_draws: int
 
-    def weights(self, key: Key[Array, ""], draw: Int[Array, ""]) -> tuple[Weights, Any]:
+    def weights(self, key: Key[Array, ""], draw: Int[Array, ""]) -> tuple[Weights, Bool[Array, ""]]:
         """A draw, over N, and whether its law is centred."""
         n, centred = self.laws[0].num_examples, jnp.array([law.centred for law in self.laws])
         if self.vectors is not None:
@@ -288,34 +325,33 @@ class _Ascents(NamedTuple):
     finite: Bool[Array, "draws 2 starts"]
 
 
-def _ascents(problem: Problem, draws: Draws, settings: Settings, key: Key[Array, ""]) -> _Ascents:
+def _ascents(ball: _Ball, draws: Draws, key: Key[Array, ""]) -> _Ascents:
     """Every ascent of every draw; parameters, data, vectors and radius are traced."""
-    num_draws, num_starts, dtype = draws.num_draws, settings.num_starts, problem.dtype
+    num_draws, num_starts, dtype = draws.num_draws, ball.ascent.num_starts, ball.dtype
 
-    def one_ascent(position: Int[Array, ""]) -> Any:
+    def one_ascent(position: Int[Array, ""]) -> tuple[Array, ...]:
+        # Which draw, which sign, which start: all of them are functions of the position.
         draw, ascent = jnp.divmod(position, 2 * num_starts)
         sign = jnp.where(ascent < num_starts, 1, -1).astype(dtype)
         index = ascent % num_starts
         weights, centred = draws.weights(key, draw)
-        examples = problem.examples(derive(key, Stream.COMPLEXITY_DATA, draw))
-        value_and_grad = problem.objective(examples, weights, centred)
-        centre = _ascent.Centre.of(value_and_grad, problem.params)
+        losses = ball.drawn(derive(key, Stream.COMPLEXITY_DATA, draw))
+        # The objective with its constant taken out, and the ascent from one start.
+        value_and_grad = _ascent.objective(losses, ball.params, weights, dtype, centred)
+        centre = _ascent.Centre.of(value_and_grad, ball.params)
         start_key = derive(key, Stream.ASCENTS, position)
         start = _ascent.start(centre, sign, index, num_starts, start_key)
         peak = _ascent.climb(
-            value_and_grad, problem.params, settings.radius, sign, centre, start,
-            settings.optimizer, settings.num_steps,
-        )  # fmt: skip
+            value_and_grad, ball.params, ball.radius, sign, centre, start, ball.ascent
+        )
         slope = optax.tree.norm(centre.gradient).astype(dtype)
         mean_size = jnp.abs(weights.values).sum().astype(dtype)
-        return (
-            jnp.abs(centre.value), slope, mean_size,
-            peak.value, peak.last_gain, peak.gap, peak.finite,
-        )  # fmt: skip
+        of_draw = jnp.abs(centre.value), slope, mean_size
+        return *of_draw, peak.value, peak.last_gain, peak.gap, peak.finite
 
     total = num_draws * 2 * num_starts
     positions = jnp.arange(total)
-    at_once = settings.ascents_per_pass
+    at_once = ball.ascent.at_once
     if at_once is None or at_once >= total:
         outcome = jax.vmap(one_ascent)(positions)
     else:
@@ -328,26 +364,24 @@ def _ascents(problem: Problem, draws: Draws, settings: Settings, key: Key[Array,
     )
 
 
-def _measured(
-    problem: Problem, drawn: Draws, settings: Settings, key: Key[Array, ""], smoothness: float
-) -> LocalComplexity:
+def _measured(ball: _Ball, drawn: Draws, key: Key[Array, ""], smoothness: float) -> LocalComplexity:
     """Runs the ascents and takes the best of each draw; what is static is left out."""
-    ascents, num_draws = _ascents(problem, drawn, settings, key), drawn.num_draws
+    ascents, num_draws = _ascents(ball, drawn, key), drawn.num_draws
     best = ascents.value.reshape(num_draws, -1).argmax(-1)
 
     def of_best(values: Float[Array, "draws 2 starts"]) -> Float[Array, " draws"]:
         return jnp.take_along_axis(values.reshape(num_draws, -1), best[:, None], 1)[:, 0]
 
     draws, gap = of_best(ascents.value), of_best(ascents.gap)
-    same_sign = ascents.value[jnp.arange(num_draws), best // settings.num_starts]
-    first_order = ascents.centre + settings.radius * ascents.slope
+    same_sign = ascents.value[jnp.arange(num_draws), best // ball.ascent.num_starts]
+    first_order = ascents.centre + ball.radius * ascents.slope
     return LocalComplexity(
         draws=jnp.where(ascents.finite.all((1, 2)), draws, jnp.nan),
         probabilities=None,  # type: ignore[arg-type]
         exhaustive=False,
         at_centre=ascents.centre,
         first_order=first_order,
-        upper=first_order + smoothness * settings.radius**2 / 2 * ascents.mean_size,
+        upper=first_order + smoothness * ball.radius**2 / 2 * ascents.mean_size,
         last_gain=of_best(ascents.last_gain),
         gap=jnp.where(draws > 0, gap, jnp.where(gap > 0, jnp.inf, 0))
         / jnp.where(draws > 0, draws, 1),
@@ -356,7 +390,7 @@ def _measured(
     )
 
 
-def _check_finite(at_centre: Any, draws: Any) -> None:
+def _check_finite(at_centre: Float[Array, " draws"], draws: Float[Array, " draws"]) -> None:
     if isinstance(draws, Tracer):
         return
     wrong = np.flatnonzero(~np.isfinite(np.asarray(draws)))
@@ -365,6 +399,6 @@ def _check_finite(at_centre: Any, draws: Any) -> None:
         inside = np.isfinite(np.asarray(at_centre)[first])
         where = "inside the ball: choose a smaller radius" if inside else "at params"
         raise ValueError(
-            f"loss_vector_fn gave losses or gradients that are not finite {where} (in draw {first}"
+            f"losses has values or gradients that are not finite {where} (in draw {first}"
             f"{f' and {wrong.size - 1} others' if wrong.size > 1 else ''})."
         )

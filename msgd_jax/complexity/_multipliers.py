@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from msgd_jax import _validate, noise
+from msgd_jax import _laws, _validate, noise
 from msgd_jax._streams import Stream, derive, signs
-from msgd_jax._typing import Step
+from msgd_jax._typing import DType, Step
 from msgd_jax._values import bound
 from msgd_jax.noise import MNoise, Weights
 
@@ -43,7 +43,8 @@ class Multipliers:
             losses has no part in the complexity then, and rounding is kept from giving it one.
 
     Raises:
-        TypeError, ValueError: if an attribute is not as described.
+        TypeError, ValueError: if `num_examples` is not positive, or `draw` or `enumerate` is not a
+            function.
     """
 
     name: str
@@ -95,7 +96,7 @@ def rademacher(
     subset_size: int | None = None,
     *,
     replace: bool = False,
-    dtype: Any = jnp.float32,
+    dtype: DType = jnp.float32,
 ) -> Multipliers:
     """v_i = +-1 with equal probability: the local Rademacher complexity R(A, N).
 
@@ -110,7 +111,8 @@ def rademacher(
         dtype: of v, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if a size is not an integer or out of its range, or `dtype` is
+            neither of the two.
     """
     n = _validate.positive_int("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -135,7 +137,7 @@ def _draw_signed_subset(sampling: MNoise, b: int, dtype: jnp.dtype, key: Key[Arr
     return Weights(n * subset.values * signs(sign_key, b, dtype), subset.indices, n)
 
 
-def gaussian(num_examples: int, *, dtype: Any = jnp.float32) -> Multipliers:
+def gaussian(num_examples: int, *, dtype: DType = jnp.float32) -> Multipliers:
     """v_i standard normal: the local Gaussian complexity R(G, N).
 
     M-SGD-Fisher's own multipliers are sqrt(N/b) times these (`from_noise`): the paper leaves this
@@ -146,7 +148,8 @@ def gaussian(num_examples: int, *, dtype: Any = jnp.float32) -> Multipliers:
         dtype: of v, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if a size is not an integer or out of its range, or `dtype` is
+            neither of the two.
     """
     n = _validate.positive_int("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -158,7 +161,11 @@ def _draw_normals(n: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
 
 
 def sgd(
-    num_examples: int, batch_size: int, *, replace: bool = False, dtype: Any = jnp.float32
+    num_examples: int,
+    batch_size: int,
+    *,
+    replace: bool = False,
+    dtype: DType = jnp.float32,
 ) -> Multipliers:
     """V = N W - 1 of mini-batch SGD: the local SGD complexity R(V_sgd, N).
 
@@ -171,36 +178,35 @@ def sgd(
         dtype: of v, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if a size is not an integer or out of its range, or `dtype` is
+            neither of the two.
     """
     law = from_noise(noise.sgd(num_examples, batch_size, replace=replace, dtype=dtype))
     all_batches = bound(_batches, law.num_examples, int(batch_size), replace)
     return dataclasses.replace(law, name=f"V of {law.name}", enumerate=all_batches)
 
 
-def from_noise(noise: MNoise) -> Multipliers:
-    """V = N W - 1 of an M-noise, so that L(theta) . W is the mean loss plus (1/N) sum v_i l_i.
+def from_noise(law: MNoise) -> Multipliers:
+    """V = N W - 1 of a law W: L(theta) . W is the mean loss plus (1/N) sum v_i l_i.
 
     All N losses are computed: an example that is not drawn has v_i = -1.
 
     Args:
-        noise: the M-noise.
+        law: the law of the weights W.
 
     Raises:
-        TypeError: if `noise` is not an MNoise.
+        TypeError: if `law` is not a `noise.MNoise`.
     """
-    if not isinstance(noise, MNoise):
-        raise TypeError(f"noise must be a noise.MNoise, got {type(noise).__name__}.")
-    n, moments = noise.num_examples, noise.covariance
+    n, moments = _laws.drawable("law", law).num_examples, law.covariance
     # Of the covariance, not of a draw: N W - 1 adds up to 0 but for rounding.
     centred = abs(moments.alpha + n * moments.beta) <= 1e-12 * abs(moments.alpha)
-    draw = bound(_draw_deviations, noise)
-    return Multipliers(noise.name, n, draw, centred=centred)
+    draw = bound(_draw_deviations, law)
+    return Multipliers(law.name, n, draw, centred=centred)
 
 
-def _draw_deviations(noise: MNoise, key: Key[Array, ""]) -> Weights:
-    n = noise.num_examples
-    return Weights(n * noise.draw(key).dense() - 1, None, n)
+def _draw_deviations(law: MNoise, key: Key[Array, ""]) -> Weights:
+    n = law.num_examples
+    return Weights(n * law.draw(key).dense() - 1, None, n)
 
 
 def of(multipliers: Multipliers | MNoise, num_examples: int | None = None) -> Multipliers:
@@ -214,8 +220,8 @@ def of(multipliers: Multipliers | MNoise, num_examples: int | None = None) -> Mu
         )
     if num_examples is not None and multipliers.num_examples != num_examples:
         raise ValueError(
-            f"multipliers are for num_examples = {multipliers.num_examples}, but data has "
-            f"{num_examples} examples on its leading axis."
+            f"multipliers are for num_examples = {multipliers.num_examples}, but the data have "
+            f"{num_examples} examples."
         )
     return multipliers
 

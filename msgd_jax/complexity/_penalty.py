@@ -1,6 +1,5 @@
 """The regulariser of Eq. 8 in training, supremum and absolute value included."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,76 +9,87 @@ from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _dtypes, _validate, loss
 from msgd_jax._streams import Stream, derive
+from msgd_jax._typing import Data, Gradients, Params, PositiveInt, Scalar, Updates
 from msgd_jax.complexity import _ascent, _multipliers
-from msgd_jax.complexity._problem import Settings, objective
+from msgd_jax.complexity._ascent import Ascent
 from msgd_jax.noise import MNoise, Weights
 from msgd_jax.sharding import check_key_agrees
 
-Penalty = Callable[..., Float[Array, ""]]
-"""``penalty(params, data, multipliers, key=None)``, a scalar that can be differentiated."""
+# One step from one start of each sign: the price of a regulariser in every step of training.
+_QUICK = Ascent(num_starts=1, num_steps=1)
 
 
 def penalty(
-    loss_vector_fn: loss.LossVectorFn,
+    losses: loss.LossVector,
+    params: Params,
+    multipliers: Weights,
     *,
-    radius: float | Float[Array, ""],
-    num_steps: int = 1,
-    num_starts: int = 1,
-    optimizer: optax.GradientTransformation | None = None,
-    microbatch_size: int | None = None,
-) -> Penalty:
-    """Turns a loss vector function into ``sup |sum v_i l_i| / N`` over a ball, to be minimised.
+    radius: Scalar,
+    key: Key[Array, ""] | None = None,
+    ascent: Ascent = _QUICK,
+) -> Float[Array, ""]:
+    """``sup |sum v_i l_i| / N`` over a ball, to be minimised.
 
     The random term of Eq. 8 as it stands, for a given v. Its gradient is that of
     ``|sum v_i l_i| / N`` where the ascents found the supremum, the move from the centre held fixed
     (Danskin's theorem); second derivatives are 0. So, with `multipliers` from the ``sample`` of
     `rademacher` or another::
 
-      penalty = complexity.penalty(loss_vector_fn, radius=0.1)
-      objective = lambda params: mean_loss(params) + scale * penalty(params, data, multipliers)
+      def objective(params):
+          return losses.mean(params) + scale * penalty(losses, params, multipliers, radius=0.1)
+
       jax.grad(objective)(params)
 
     With the default of one step from one start of each sign it costs 5 forward and backward passes,
     in general ``1 + 2 * num_starts * (num_steps + 1)``, and one forward pass more;
-    `add_local_complexity` is the same as an optax transformation, which draws v too.
+    `add_local_complexity` is the same as an optax transformation, which draws v too. Called eagerly
+    it is compiled anew on each call: put it under `jax.jit` to call it again.
 
     Args:
-        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        losses: the loss vector.
+        params: the centre of the ball: a pytree of floating-point arrays.
+        multipliers: v, as `noise.Weights` of N.
         radius: of the ball, at least 0.
-        num_steps: of each ascent; 0 for the losses' linearisation (as in sharpness-aware
-            minimisation).
-        num_starts: ascents of each sign.
-        optimizer: of the ascents, as in `local_complexity`.
-        microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
+        key: for the random starts, needed with ``num_starts`` > 1 only.
+        ascent: how the supremum is sought, ``at_once`` left aside.
 
     Returns:
-        ``penalty(params, data, multipliers, key=None)``, a scalar: `params` a pytree of
-        floating-point arrays, `data` a pytree of arrays [N, ...], `multipliers` v as a
-        `noise.Weights` of N, and `key` for the random starts, needed with `num_starts` > 1 only.
+        A scalar that can be differentiated.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `losses` is not a `loss.LossVector`, `multipliers` is not a `noise.Weights`, a
+            parameter is not floating point, or `ascent` is not an `Ascent`.
+        ValueError: if `radius` is negative, `multipliers` are for another number of examples, or a
+            key is needed.
     """
-    options = (radius, num_steps, num_starts, optimizer, microbatch_size)
-    ascend = _ascender(loss_vector_fn, *options)
-
-    def of_params(params: Any, data: Any, multipliers: Weights, key: Any = None) -> Array:
-        _check(params, data, multipliers)
-        if key is None and num_starts > 1:
-            raise ValueError("key is needed for the random starts of num_starts > 1.")
-        key = jax.random.key(0) if key is None else key  # the first start is not random
-        fixed = jax.lax.stop_gradient
-        # A program of this call, which goes with it; under the user's jit it is part of that.
-        program = jax.jit(lambda *arguments: ascend(*arguments))
-        value, gradient = fixed(program(fixed(params), fixed(data), fixed(multipliers), key))
-        # Zero, with the gradient found: nothing is differentiated through the ascent.
-        moves = jax.tree.map(lambda p: p - fixed(p), params)
-        products = jax.tree.map(
-            lambda g, m: jnp.sum(g * m.astype(g.dtype)).astype(value.dtype), gradient, moves
+    loss.checked(losses, params)
+    if not isinstance(multipliers, Weights):
+        raise TypeError(
+            "multipliers must be a noise.Weights, as `sample` draws them, got "
+            f"{type(multipliers).__name__}."
         )
-        return value + jax.tree.reduce(jnp.add, products)
+    _validate.nonnegative_scalar("radius", radius)
+    _ascent.checked(ascent)
+    if key is None and ascent.num_starts > 1:
+        raise ValueError("key is needed for the random starts of num_starts > 1.")
+    key = jax.random.key(0) if key is None else key  # the first start is not random
+    fixed = jax.lax.stop_gradient
 
-    return of_params
+    # A program of this call, which goes with it; under the user's jit it is part of that.
+    @jax.jit
+    def highest(
+        params: Params, data: Data, multipliers: Weights, key: Key[Array, ""]
+    ) -> tuple[Array, Gradients]:
+        return _supremum(losses.replace(data=data), params, multipliers, radius, key, ascent)
+
+    found = highest(fixed(params), fixed(losses.data), fixed(multipliers), key)
+    value, gradient = fixed(found)
+    # Zero, with the gradient found: nothing is differentiated through the ascent.
+    moves = jax.tree.map(lambda p: p - fixed(p), params)
+    products = jax.tree.map(
+        lambda g, m: jnp.sum(g * m.astype(g.dtype)).astype(value.dtype), gradient, moves
+    )
+    return value + jax.tree.reduce(jnp.add, products)
 
 
 class LocalComplexityState(NamedTuple):
@@ -100,12 +110,10 @@ def add_local_complexity(
     multipliers: _multipliers.Multipliers | MNoise,
     key: Key[Array, ""],
     *,
-    radius: float | Float[Array, ""],
-    scale: float | Float[Array, ""] = 1.0,
-    num_steps: int = 1,
-    num_starts: int = 1,
-    optimizer: optax.GradientTransformation | None = None,
-    microbatch_size: int | None = None,
+    radius: Scalar,
+    scale: Scalar = 1.0,
+    ascent: Ascent = _QUICK,
+    microbatch_size: PositiveInt | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of ``scale * sup |sum v_i l_i| / N`` to the updates, a new v each step.
 
@@ -135,9 +143,7 @@ def add_local_complexity(
             the draws come from other streams.
         radius: of the ball, at least 0.
         scale: the factor of the regulariser, at least 0.
-        num_steps: of each ascent, as in `penalty`, which has the costs too.
-        num_starts: ascents of each sign.
-        optimizer: of the ascents, as in `local_complexity`.
+        ascent: how the supremum is sought, as in `penalty`, which has the costs too.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
 
     Returns:
@@ -145,28 +151,31 @@ def add_local_complexity(
         ValueError if one of these is missing, or if some parameters are hidden by `optax.masked`.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if `multipliers` is no law, `key` is no typed PRNG key, `radius` or
+            `scale` is negative, `ascent` is not an `Ascent`, or `microbatch_size` is not a positive
+            integer.
     """
     law = _multipliers.of(multipliers)
     _validate.prng_key("key", key)
+    _validate.nonnegative_scalar("radius", radius)
     _validate.nonnegative_scalar("scale", scale)
-    options = (radius, num_steps, num_starts, optimizer, microbatch_size)
-    _ascender(len, *options)  # so that errors come now
+    _ascent.checked(ascent)
+    _validate.optional_positive_int("microbatch_size", microbatch_size)
 
-    def init_fn(params: Any) -> LocalComplexityState:
+    def init_fn(params: Params) -> LocalComplexityState:
         check_key_agrees("key", key)
         copied, value = jnp.copy(jax.random.clone(key)), _dtypes.not_yet(params)
         return LocalComplexityState(jnp.zeros((), jnp.int32), copied, value)
 
     def update_fn(
-        updates: Any,
+        updates: Updates,
         state: Any,
-        params: Any = None,
+        params: Params = None,
         *,
         loss_vector_fn: Any = None,
-        data: Any = None,
+        data: Data = None,
         **extra_args: Any,
-    ) -> tuple[Any, LocalComplexityState]:
+    ) -> tuple[Updates, LocalComplexityState]:
         del extra_args
         _validate.passed_to_update(
             "add_local_complexity", params=params, loss_vector_fn=loss_vector_fn, data=data
@@ -177,12 +186,15 @@ def add_local_complexity(
                 "add_local_complexity needs all parameters, and optax.masked hides some of them: "
                 "put it outside."
             )
-        _multipliers.of(law, _validate.leading_axis("data", data))
-        ascend = _ascender(loss_vector_fn, *options, centred=law.centred)
+        losses = loss.LossVector(loss_vector_fn, data, microbatch_size=microbatch_size)
+        _multipliers.of(law, losses.num_examples)
 
-        def of_step(params: Any, data: Any, key: Key[Array, ""], step: Int[Array, ""]) -> Any:
-            start_key = derive(key, Stream.ASCENTS, step)
-            return ascend(params, data, law.drawn(key, step), start_key)
+        def of_step(
+            params: Params, data: Data, key: Key[Array, ""], step: Int[Array, ""]
+        ) -> tuple[Array, Gradients]:
+            own, start_key = losses.replace(data=data), derive(key, Stream.ASCENTS, step)
+            v = law.drawn(key, step)
+            return _supremum(own, params, v, radius, start_key, ascent, law.centred)
 
         # A program of this call, as in `penalty`.
         value, gradient = jax.jit(of_step)(params, data, state.key, state.step)
@@ -197,56 +209,31 @@ def add_local_complexity(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _ascender(
-    loss_vector_fn: Any,
-    radius: Any,
-    num_steps: Any,
-    num_starts: Any,
-    optimizer: Any,
-    microbatch_size: int | None,
+def _supremum(
+    losses: loss.LossVector,
+    params: Params,
+    multipliers: Weights,
+    radius: Scalar,
+    key: Key[Array, ""],
+    ascent: Ascent,
     centred: bool = False,
-) -> Callable[..., tuple[Array, Any]]:
-    """The supremum and the gradient there, as a function of params, data, v and a key."""
-    _validate.function("loss_vector_fn", loss_vector_fn)
-    if microbatch_size is not None:
-        _validate.positive_int("microbatch_size", microbatch_size)
-    settings = Settings.of(radius, num_starts, num_steps, optimizer, None, jnp.float32)
+) -> tuple[Float[Array, ""], Gradients]:
+    """The supremum, and the gradient there, as far as the ascents reach."""
+    params = jax.tree.map(jnp.asarray, params)
+    n = multipliers.num_examples
+    weights = Weights(multipliers.values / n, multipliers.indices, n)
+    dtype = _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
+    ball = jnp.asarray(radius, dtype)
+    value_and_grad = _ascent.objective(losses, params, weights, dtype, centred)
+    centre = _ascent.Centre.of(value_and_grad, params)
 
-    def ascend(
-        params: Any, data: Any, multipliers: Weights, key: Key[Array, ""]
-    ) -> tuple[Array, Any]:
-        params = jax.tree.map(jnp.asarray, params)
-        n = multipliers.num_examples
-        weights = Weights(multipliers.values / n, multipliers.indices, n)
-        dtype = _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
-        ball = jnp.asarray(radius, dtype)
+    def one_ascent(position: Int[Array, ""]) -> _ascent.Peak:
+        sign = jnp.where(position % 2 == 0, 1, -1).astype(dtype)
+        start_key = derive(key, Stream.ASCENTS, position)
+        start = _ascent.start(centre, sign, position // 2, ascent.num_starts, start_key)
+        return _ascent.climb(value_and_grad, params, ball, sign, centre, start, ascent)
 
-        value_and_grad = objective(
-            loss_vector_fn, params, data, weights, dtype, microbatch_size, centred
-        )
-        centre = _ascent.Centre.of(value_and_grad, params)
-
-        def one_ascent(position: Int[Array, ""]) -> _ascent.Peak:
-            sign = jnp.where(position % 2 == 0, 1, -1).astype(dtype)
-            start_key = derive(key, Stream.ASCENTS, position)
-            start = _ascent.start(centre, sign, position // 2, num_starts, start_key)
-            return _ascent.climb(
-                value_and_grad, params, ball, sign, centre, start,
-                settings.optimizer, settings.num_steps,
-            )  # fmt: skip
-
-        peaks = jax.lax.map(one_ascent, jnp.arange(2 * num_starts))
-        best = peaks.value.argmax()
-        return peaks.value[best], jax.tree.map(lambda g: g[best], peaks.gradient)
-
-    return ascend
-
-
-def _check(params: Any, data: Any, multipliers: Any) -> None:
-    _validate.floating_params(params)
-    _validate.leading_axis("data", data)
-    if not isinstance(multipliers, Weights):
-        raise TypeError(
-            "multipliers must be a noise.Weights, as `sample` draws them, got "
-            f"{type(multipliers).__name__}."
-        )
+    # Both signs from each start, one after the other: memory is that of one ascent.
+    peaks = jax.lax.map(one_ascent, jnp.arange(2 * ascent.num_starts))
+    best = peaks.value.argmax()
+    return peaks.value[best], jax.tree.map(lambda g: g[best], peaks.gradient)

@@ -1,17 +1,18 @@
 """Theorem 1, measured: local Gaussian, Rademacher and SGD complexity bound one another."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from msgd_jax import _validate, loss
 from msgd_jax._estimate import Estimate
+from msgd_jax._typing import Params, PositiveInt, Scalar
 from msgd_jax.complexity import _multipliers
-from msgd_jax.complexity._local import LocalComplexity, local_complexities
+from msgd_jax.complexity._ascent import Ascent
+from msgd_jax.complexity._local import LocalComplexity, LossVectors, local_complexities, looked_at
 from msgd_jax.complexity._multipliers import Multipliers
-from msgd_jax.complexity._problem import number_of_examples
 
 _ROUNDING = 1e-5  # of float32 sums, where there is no sampling error
 
@@ -84,14 +85,13 @@ def expected_max_normal(num_examples: int) -> float:
 
 
 def gaussian_inequalities(
-    loss_vector_fn: loss.LossVectorFn,
-    params: Any,
-    data: Any,
+    losses: LossVectors,
+    params: Params,
     *,
-    radius: float | Float[Array, ""],
+    radius: Scalar,
     key: Key[Array, ""],
-    num_draws: int,
-    **options: Any,
+    num_draws: PositiveInt,
+    ascent: Ascent = Ascent(),  # noqa: B008 (frozen)
 ) -> tuple[Inequality, Inequality]:
     """Both sides of Eq. 10: ``sqrt(2/pi) R(A, N) <= R(G, N) <= E max|g_i| R(A, N)``.
 
@@ -100,13 +100,12 @@ def gaussian_inequalities(
     and freed after it, as `local_complexity`; the two laws share a program.
 
     Args:
-        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        losses: the loss vector, or a function from a PRNG key to one.
         params: the centre of the ball.
-        data: a pytree of arrays [N, ...], or a function from a PRNG key to one.
         radius: of the ball.
         key: a typed PRNG key, the same for both complexities: their draws and data are paired.
         num_draws: of each, at least 2.
-        **options: of `local_complexity`.
+        ascent: how the suprema are sought.
 
     Returns:
         The left inequality and the right one. The complexities are lower bounds on suprema unless
@@ -115,25 +114,30 @@ def gaussian_inequalities(
     Raises:
         TypeError, ValueError: as `local_complexity`, or if both complexities are 0.
     """
-    problem, n = (loss_vector_fn, params, data), number_of_examples(data)
+    n = _number_of_examples(losses)
     found = local_complexities(
-        *problem, _gaussian_laws(n), radius=radius, key=key, num_draws=num_draws, **options
+        losses,
+        params,
+        _gaussian_laws(n),
+        radius=radius,
+        key=key,
+        num_draws=num_draws,
+        ascent=ascent,
     )
     return _gaussian_inequalities(n, *found)
 
 
 def sgd_inequality(
-    loss_vector_fn: loss.LossVectorFn,
-    params: Any,
-    data: Any,
+    losses: LossVectors,
+    params: Params,
     *,
-    batch_size: int,
-    radius: float | Float[Array, ""],
+    batch_size: PositiveInt,
+    radius: Scalar,
     key: Key[Array, ""] | None = None,
-    num_draws: int | None,
+    num_draws: PositiveInt | None,
     replace: bool = False,
     bound: str = "corrected",
-    **options: Any,
+    ascent: Ascent = Ascent(),  # noqa: B008 (frozen)
 ) -> Inequality:
     """The local SGD complexity against a Rademacher complexity of b examples, Eq. 11.
 
@@ -154,41 +158,44 @@ def sgd_inequality(
     `local_complexity`.
 
     Args:
-        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        losses: the loss vector, or a function from a PRNG key to one.
         params: the centre of the ball.
-        data: a pytree of arrays [N, ...], or a function from a PRNG key to one.
         batch_size: b, between 1 and N - 1.
         radius: of the ball.
         key: a typed PRNG key, the same for both complexities.
         num_draws: of each, at least 2; None for all draws, for small N.
         replace: whether SGD draws with replacement.
         bound: "corrected" or "paper".
-        **options: of `local_complexity`.
+        ascent: how the suprema are sought.
 
     Raises:
         TypeError, ValueError: as `local_complexity`; if b does not divide N where the paper's bound
             needs it; if both complexities are 0.
     """
-    bounded = _SGDBound.of(number_of_examples(data), batch_size, replace, bound)
+    bounded = _SGDBound.of(_number_of_examples(losses), batch_size, replace, bound)
     found = local_complexities(
-        loss_vector_fn, params, data, bounded.laws,
-        radius=radius, key=key, num_draws=num_draws, **options,
-    )  # fmt: skip
+        losses,
+        params,
+        bounded.laws,
+        radius=radius,
+        key=key,
+        num_draws=num_draws,
+        ascent=ascent,
+    )
     return _inequality(bounded.name, found[0], found[1], bounded.factor)
 
 
 def theorem1(
-    loss_vector_fn: loss.LossVectorFn,
-    params: Any,
-    data: Any,
+    losses: LossVectors,
+    params: Params,
     *,
-    batch_size: int,
-    radius: float | Float[Array, ""],
+    batch_size: PositiveInt,
+    radius: Scalar,
     key: Key[Array, ""],
-    num_draws: int,
+    num_draws: PositiveInt,
     replace: bool = False,
     bound: str = "corrected",
-    **options: Any,
+    ascent: Ascent = Ascent(),  # noqa: B008 (frozen)
 ) -> Theorem1:
     """Both parts of Theorem 1 with their explicit constants, measured: how tight is each bound.
 
@@ -196,29 +203,37 @@ def theorem1(
     over all N examples, one for the signs on a batch.
 
     Args:
-        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        losses: the loss vector, or a function from a PRNG key to one.
         params: the centre of the ball.
-        data: a pytree of arrays [N, ...], or a function from a PRNG key to one.
         batch_size: b of SGD.
         radius: of the ball.
         key: a typed PRNG key.
         num_draws: of each complexity, at least 2.
         replace: whether SGD draws with replacement.
         bound: which bound on the SGD complexity, as in `sgd_inequality`.
-        **options: of `local_complexity`.
+        ascent: how the suprema are sought.
 
     Raises:
         TypeError, ValueError: as `gaussian_inequalities` and `sgd_inequality`.
     """
-    n = number_of_examples(data)
+    n = _number_of_examples(losses)
     bounded = _SGDBound.of(n, batch_size, replace, bound)
     laws = (*_gaussian_laws(n), *bounded.laws)
     *found, left, right = local_complexities(
-        loss_vector_fn, params, data, laws,
-        radius=radius, key=key, num_draws=num_draws, **options,
-    )  # fmt: skip
+        losses,
+        params,
+        laws,
+        radius=radius,
+        key=key,
+        num_draws=num_draws,
+        ascent=ascent,
+    )
     sgd = _inequality(bounded.name, left, right, bounded.factor)
     return Theorem1(*_gaussian_inequalities(n, *found), sgd)
+
+
+def _number_of_examples(losses: LossVectors) -> int:
+    return loss.checked_kind(looked_at(losses)).num_examples
 
 
 def _gaussian_laws(n: int) -> tuple[Multipliers, Multipliers]:
@@ -242,7 +257,7 @@ class _SGDBound(NamedTuple):
     factor: float
 
     @classmethod
-    def of(cls, n: int, batch_size: Any, replace: bool, bound: str) -> "_SGDBound":
+    def of(cls, n: int, batch_size: PositiveInt, replace: bool, bound: str) -> "_SGDBound":
         """Checks the arguments."""
         _validate.one_of("bound", bound, ("corrected", "paper"))
         if n < 2:

@@ -1,87 +1,33 @@
-"""The gradient matrix, the covariances made of it, and their exact spectrum."""
+"""Covariances made of the gradients of every example, and their exact spectrum."""
 
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from msgd_jax import _dtypes, _narrow, _validate
-from msgd_jax.loss import LossVectorFn
+from msgd_jax import _dtypes, _laws, _mesh, _validate
+from msgd_jax import loss as loss_lib
+from msgd_jax._typing import Data, Gradients, Params, PerExampleGradients, PyTree
 from msgd_jax.noise import Exchangeable, MNoise
 
 FORMS = ("centred", "definition")
 NAMED = ("fisher", "sgd_covariance")
 
+CovarianceLaw = MNoise | Exchangeable | str
+"""A law, its two moments, or the name of a covariance: "fisher" for F, "sgd_covariance" for S."""
 
-def gradient_matrix(
-    loss_vector_fn: LossVectorFn, params: Any, data: Any, *, microbatch_size: int | None = None
-) -> Any:
-    """The gradient of every example's loss, one row an example (the paper's nabla L, transposed).
 
-    Takes N times the memory of the parameters: for few parameters or few examples. With
-    `microbatch_size` it is compiled anew on each call, and freed after it: to call it again, put it
-    under `jax.jit`.
+def flatten(gradients: PerExampleGradients) -> Float[Array, "N D"]:
+    """A gradient matrix as one array, in float32 or wider.
 
     Args:
-        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B]. It
-            is given batches of one example, so losses must not depend on each other.
-        params: a pytree of floating-point arrays.
-        data: a pytree of arrays [N, ...].
-        microbatch_size: examples whose gradients are computed at once; None for all.
+        gradients: a pytree with leaves ``[N, *parameter shape]``, from
+            `loss.LossVector.gradient_matrix`.
 
     Returns:
-        A pytree like `params`, with leaves ``[N, *parameter shape]``.
-
-    Raises:
-        TypeError, ValueError: if an argument is not as described.
-
-    Example:
-        >>> from msgd_jax import covariance, loss
-        >>> losses = loss.per_example(lambda theta, x: (theta @ x) ** 2 / 2)
-        >>> x = jnp.asarray([[1.0, 0.0], [0.0, 2.0]])
-        >>> gradients = covariance.gradient_matrix(losses, jnp.asarray([1.0, 1.0]), x)
-        >>> gradients.tolist(), covariance.fisher(gradients).tolist()
-        ([[1.0, 0.0], [0.0, 4.0]], [[0.5, 0.0], [0.0, 8.0]])
-    """
-    _validate.function("loss_vector_fn", loss_vector_fn)
-    _validate.floating_params(params)
-    _validate.leading_axis("data", data)
-    if microbatch_size is not None:
-        _validate.positive_int("microbatch_size", microbatch_size)
-
-    def one_gradient(params: Any, example: Any) -> Any:
-        batch = jax.tree.map(lambda x: x[None], example)
-
-        def loss_of_one(params: Any) -> Float[Array, ""]:
-            losses = loss_vector_fn(params, batch)
-            _validate.loss_vector(losses, 1)
-            return losses[0]
-
-        # An example may use a parameter many times, as a text does a word.
-        return jax.grad(_narrow.wide_sums(loss_of_one, params)[0])(params)
-
-    if microbatch_size is None:
-        return jax.vmap(one_gradient, in_axes=(None, 0))(params, data)
-
-    def in_runs(params: Any, data: Any) -> Any:
-        one = functools.partial(one_gradient, params)
-        return jax.lax.map(one, data, batch_size=microbatch_size)
-
-    # A program of this call: that of a loop outside of jit would be kept for good.
-    return jax.jit(in_runs)(params, data)
-
-
-def flatten(gradients: Any) -> Float[Array, "N D"]:
-    """The gradient matrix as one array, in float32 or wider.
-
-    Args:
-        gradients: a pytree with leaves ``[N, *parameter shape]``.
-
-    Returns:
-        Array of shape [N, D]; a row is `jax.flatten_util.ravel_pytree` of one example's gradient.
+        Array of shape [N, D]; entry i is `jax.flatten_util.ravel_pytree` of example i's gradient.
 
     Raises:
         TypeError, ValueError: if the leaves are not floating point or disagree on N.
@@ -91,42 +37,58 @@ def flatten(gradients: Any) -> Float[Array, "N D"]:
     num_examples = _validate.leading_axis("gradients", gradients)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
     dtype = _dtypes.accumulator(*(leaf.dtype for leaf in leaves))
-    rows = [leaf.reshape(num_examples, -1).astype(dtype) for leaf in leaves]
-    return jnp.concatenate(rows, axis=1)
+    blocks = [leaf.reshape(num_examples, -1).astype(dtype) for leaf in leaves]
+    return jnp.concatenate(blocks, axis=1)
 
 
-def fisher(gradients: Any) -> Float[Array, "D D"]:
+def fisher(losses: loss_lib.LossVector, params: Params) -> Float[Array, "D D"]:
     """The empirical Fisher matrix F = sum_i g_i g_i^T / N, dense.
 
     Args:
-        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+
+    Raises:
+        TypeError, ValueError: as `noise_covariance`.
+
+    Example:
+        >>> from msgd_jax import covariance, loss
+        >>> fn = loss.per_example(lambda theta, x: (theta @ x) ** 2 / 2)
+        >>> losses = loss.LossVector(fn, jnp.asarray([[1.0, 0.0], [0.0, 2.0]]))
+        >>> covariance.fisher(losses, jnp.asarray([1.0, 1.0])).tolist()
+        [[0.5, 0.0], [0.0, 8.0]]
     """
-    rows = flatten(gradients)
-    return _product(rows.T, rows) / rows.shape[0]
+    matrix = matrix_of(losses, params)
+    return _product(matrix.T, matrix) / matrix.shape[0]
 
 
-def sgd_covariance(gradients: Any, *, form: str = "centred") -> Float[Array, "D D"]:
+def sgd_covariance(
+    losses: loss_lib.LossVector, params: Params, *, form: str = "centred"
+) -> Float[Array, "D D"]:
     """The covariance S of one random example's gradient (Sigma_sgd), dense.
 
     Args:
-        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
         form: "centred" for the paper's Eq. 15, the product of centred gradients, which is always
             positive semi-definite; "definition" for F - grad L grad L^T, which cancels where the
             mean gradient is large.
 
     Raises:
-        ValueError: if `form` is neither.
+        TypeError, ValueError: as `noise_covariance`, or if `form` is neither.
     """
     _named("form", form, FORMS)
-    rows = flatten(gradients)
-    mean = rows.mean(0)
+    matrix = matrix_of(losses, params)
+    mean = matrix.mean(0)
     if form == "definition":
-        return fisher(rows) - jnp.outer(mean, mean)
-    centred = rows - mean[None]
-    return _product(centred.T, centred) / rows.shape[0]
+        return _product(matrix.T, matrix) / matrix.shape[0] - jnp.outer(mean, mean)
+    centred = matrix - mean[None]
+    return _product(centred.T, centred) / matrix.shape[0]
 
 
-def noise_covariance(noise: MNoise | Exchangeable | str, gradients: Any) -> Float[Array, "D D"]:
+def noise_covariance(
+    losses: loss_lib.LossVector, params: Params, law: CovarianceLaw
+) -> Float[Array, "D D"]:
     """The covariance of the noisy gradient ``grad(L . W)``, exact and dense.
 
     It is ``alpha G^T G + beta (G^T 1)(G^T 1)^T``, computed from centred gradients so that nothing
@@ -135,28 +97,64 @@ def noise_covariance(noise: MNoise | Exchangeable | str, gradients: Any) -> Floa
     these (see `noise.MNoise.covariance_between`).
 
     Args:
-        noise: an M-noise or its covariance (or "fisher", "sgd_covariance": F and S).
-        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+        law: of the weights, or its covariance (or "fisher", "sgd_covariance": F and S).
 
     Raises:
-        TypeError, ValueError: if `noise` is not as described, is for another number of examples, or
-            is no covariance (negative somewhere).
+        TypeError: if `losses` is not a `loss.LossVector`, a parameter is not floating point, or
+            `law` is none of these.
+        ValueError: if the law is for another number of examples, or is no covariance (negative
+            somewhere).
     """
-    factor = root_of("noise_covariance", noise, gradients)
+    factor = root_of(losses, params, law)
     return _product(factor.T, factor)
 
 
-def diagonal(noise: MNoise | Exchangeable | str, gradients: Any) -> Float[Array, " D"]:
-    """The diagonal of `noise_covariance`, without the matrix.
+def diagonal(losses: loss_lib.LossVector, params: Params, law: CovarianceLaw) -> Gradients:
+    """The diagonal of `noise_covariance`: the variance of each entry of the noisy gradient.
+
+    Per-example gradients are in memory a micro-batch of the loss vector at a time. It is compiled
+    anew on each call, and freed after it: put it under `jax.jit` to call it again.
 
     Args:
-        noise: as in `noise_covariance`.
-        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+        law: as in `noise_covariance`.
+
+    Returns:
+        A pytree like `params`, in float32 or wider.
 
     Raises:
         TypeError, ValueError: as `noise_covariance`.
     """
-    return jnp.square(root_of("diagonal", noise, gradients)).sum(0)
+    loss_lib.checked(losses, params)
+    across, along = weight_eigenvalues(law, losses.num_examples)
+
+    def variances(params: Params, data: Data) -> Gradients:
+        own = losses.replace(data=data)
+        # Of equal eigenvalues (F), they are sums of squares. Else the mean comes first: what is
+        # left of a difference of large squares would be rounding.
+        if across == along:
+            mean = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+        else:
+            mean = jax.tree.map(lambda g: g.astype(_wide(g)), own.gradient(params))
+
+        def squares(
+            gradients: PerExampleGradients, weights: Float[Array, " B"], mean: Gradients
+        ) -> Gradients:
+            def of_leaf(gradients: Array, mean: Array) -> Array:
+                deviations = gradients.astype(mean.dtype) - mean[None]
+                return jnp.tensordot(weights.astype(mean.dtype), jnp.square(deviations), 1)
+
+            return jax.tree.map(of_leaf, gradients, mean)
+
+        total = own.sum_over_gradients(squares, params, mean)
+        size = losses.num_examples
+        return jax.tree.map(lambda t, m: across * t + along * size * jnp.square(m), total, mean)
+
+    # A program of this call, which goes with it: the function is no argument, which jax may keep.
+    return jax.jit(variances)(params, losses.data)
 
 
 class Spectrum(NamedTuple):
@@ -164,7 +162,7 @@ class Spectrum(NamedTuple):
 
     Attributes:
         eigenvalues: [k], descending, k = min(N, D); the other D - k are 0.
-        eigenvectors: [k, D], one a row, orthonormal, in the order of `flatten`; rows whose
+        eigenvectors: [k, D], one each, orthonormal, in the order of `flatten`; those whose
             eigenvalue is 0 up to rounding are 0, since nothing determines them.
     """
 
@@ -172,7 +170,7 @@ class Spectrum(NamedTuple):
     eigenvectors: Float[Array, "k D"]
 
 
-def spectrum(noise: MNoise | Exchangeable | str, gradients: Any) -> Spectrum:
+def spectrum(losses: loss_lib.LossVector, params: Params, law: CovarianceLaw) -> Spectrum:
     """The exact spectrum of a covariance, from an N x N matrix where N < D.
 
     A covariance A^T A has the eigenvalues of the Gram matrix A A^T: no D x D matrix is formed where
@@ -180,20 +178,22 @@ def spectrum(noise: MNoise | Exchangeable | str, gradients: Any) -> Spectrum:
     largest.
 
     Args:
-        noise: as in `noise_covariance`.
-        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+        law: as in `noise_covariance`.
 
     Raises:
         TypeError, ValueError: as `noise_covariance`.
 
     Example:
-        >>> from msgd_jax import covariance, noise
+        >>> from msgd_jax import covariance, loss, noise
         >>> gradients = jnp.asarray([[1.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
-        >>> result = covariance.spectrum(noise.fisher(2, batch_size=1), gradients)
+        >>> losses = loss.LossVector(lambda theta, gradient: gradient @ theta, gradients)
+        >>> result = covariance.spectrum(losses, jnp.zeros(3), noise.fisher(2, batch_size=1))
         >>> [round(float(value), 6) for value in result.eigenvalues]
         [8.0, 0.5]
     """
-    factor = root_of("spectrum", noise, gradients)
+    factor = root_of(losses, params, law)
     num_examples, dim = factor.shape
     through_gram = num_examples < dim
     matrix = _product(factor, factor.T) if through_gram else _product(factor.T, factor)
@@ -206,64 +206,51 @@ def spectrum(noise: MNoise | Exchangeable | str, gradients: Any) -> Spectrum:
     return Spectrum(values, jnp.where(values[:, None] > floor, vectors, 0))
 
 
-def weight_eigenvalues(noise: Any, num_examples: int) -> tuple[float, float]:
+def weight_eigenvalues(law: CovarianceLaw, num_examples: int) -> tuple[float, float]:
     """The two eigenvalues of Cov(W), checked: across the all-ones vector, and along it."""
-    return _moments(noise, num_examples).eigenvalues(num_examples)
-
-
-def check_noise(noise: Any, order: str) -> None:
-    """Raises unless `noise` may stand for a covariance of weights, and says the order if not."""
-    if isinstance(noise, str):
-        _named("noise", noise, NAMED)
-    elif not isinstance(noise, (MNoise, Exchangeable)):
+    if isinstance(law, str):
+        _named("law", law, NAMED)
+        off_diagonal = 0.0 if law == "fisher" else -1 / num_examples**2
+        law = Exchangeable(1 / num_examples + off_diagonal, off_diagonal)
+    if not isinstance(law, (MNoise, Exchangeable)):
         raise TypeError(
-            "noise must be a noise.MNoise, a noise.Exchangeable, 'fisher' or 'sgd_covariance', got "
-            f"{_validate.shown(noise)}; the order is {order}."
+            "law must be a noise.MNoise, a noise.Exchangeable, 'fisher' or 'sgd_covariance', got "
+            f"{_validate.shown(law)}."
         )
+    return _laws.eigenvalues("law", law, num_examples)
 
 
-def numbers(name: str, tree: Any) -> None:
+def numbers(name: str, tree: PyTree) -> None:
     """Raises TypeError, naming the leaf, unless all leaves are arrays or numbers."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not isinstance(leaf, (bool, int, float, complex)) and not hasattr(leaf, "dtype"):
-            where = jax.tree_util.keystr(path)
-            raise TypeError(f"{name}{where} must be an array, got {_validate.shown(leaf)}.")
+            where = _validate.place(name, path)
+            raise TypeError(f"{where} must be an array, got {_validate.shown(leaf)}.")
 
 
-def root_of(caller: str, noise: Any, gradients: Any) -> Float[Array, "N D"]:
+def matrix_of(losses: loss_lib.LossVector, params: Params) -> Float[Array, "N D"]:
+    """The gradient matrix as one array."""
+    matrix = loss_lib.checked(losses, params).gradient_matrix(params)
+    return flatten(jax.tree.map(_mesh.gathered, matrix))
+
+
+def root_of(losses: loss_lib.LossVector, params: Params, law: CovarianceLaw) -> Float[Array, "N D"]:
     """A with A^T A the covariance: the root of Cov(W), which has two eigenvalues, times G."""
-    order = f"{caller}(noise, gradients)"
-    check_noise(noise, order)
-    if isinstance(gradients, (MNoise, Exchangeable, str)):
-        raise TypeError(
-            "gradients must be an array or a pytree of arrays, got "
-            f"{_validate.shown(gradients)}; the order is {order}."
-        )
-    rows = flatten(gradients)
-    across, along = weight_eigenvalues(noise, rows.shape[0])
-    mean = rows.mean(0)[None]
-    return math.sqrt(across) * (rows - mean) + math.sqrt(along) * mean
+    loss_lib.checked(losses, params)
+    across, along = weight_eigenvalues(law, losses.num_examples)
+    matrix = matrix_of(losses, params)
+    mean = matrix.mean(0)[None]
+    return math.sqrt(across) * (matrix - mean) + math.sqrt(along) * mean
 
 
-def _named(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _named(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         listed = ", ".join(map(repr, allowed))
         raise ValueError(f"{name} must be one of {listed}, got {_validate.shown(value)}.")
 
 
-def _moments(noise: Any, num_examples: int) -> Exchangeable:
-    """The covariance of the weights that `noise` stands for."""
-    if isinstance(noise, str):
-        off_diagonal = 0.0 if noise == "fisher" else -1 / num_examples**2
-        return Exchangeable(1 / num_examples + off_diagonal, off_diagonal)
-    if isinstance(noise, MNoise):
-        if noise.num_examples != num_examples:
-            raise ValueError(
-                f"noise is for num_examples = {noise.num_examples}, but the gradients are of "
-                f"{num_examples} examples."
-            )
-        return noise.covariance
-    return noise
+def _wide(leaf: Array) -> jnp.dtype:
+    return _dtypes.accumulator(jnp.result_type(leaf))
 
 
 def _product(left: Float[Array, "i j"], right: Float[Array, "j k"]) -> Float[Array, "i k"]:

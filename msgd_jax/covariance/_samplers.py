@@ -1,19 +1,21 @@
-"""Additive Gaussian noise with a given covariance, and the way between additive and M-noise."""
+"""Additive Gaussian noise with a given covariance, and the way between it and weights."""
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from msgd_jax import _dtypes, _validate
+from msgd_jax import loss as loss_lib
 from msgd_jax._streams import Stream, derive
-from msgd_jax._typing import Step
+from msgd_jax._typing import Params, Step
 from msgd_jax.covariance import _matrices
-from msgd_jax.noise import Exchangeable, MNoise, Weights
+from msgd_jax.noise import Weights
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -39,7 +41,7 @@ class GaussianSampler:
             step: which step, from 0 to 2^31 - 1, of any integer type; a traced one is welcome.
 
         Raises:
-            TypeError, ValueError: if an argument is not as described.
+            TypeError, ValueError: if `key` is not a typed PRNG key, or `step` is no step.
         """
         _validate.prng_key("key", key)
         own = derive(key, Stream.ADDITIVE, _validate.step(step))
@@ -129,7 +131,8 @@ def diagonal_sampler(variances: Float[Array, " D"]) -> GaussianSampler:
     """Independent components: the approximation that the field compares with.
 
     Args:
-        variances: [D], from `diagonal`. What is below 0 by rounding counts as 0.
+        variances: [D], such as `jax.flatten_util.ravel_pytree` of a `diagonal`. What is below 0 by
+            rounding counts as 0.
 
     Raises:
         ValueError: if `variances` is not a vector of floating-point numbers, or, outside of jit, is
@@ -153,21 +156,24 @@ def diagonal_sampler(variances: Float[Array, " D"]) -> GaussianSampler:
     return GaussianSampler(jnp.sqrt(jnp.maximum(variances, 0)))
 
 
-def gradient_sampler(noise: MNoise | Exchangeable | str, gradients: Any) -> GaussianSampler:
+def gradient_sampler(
+    losses: loss_lib.LossVector, params: Params, law: _matrices.CovarianceLaw
+) -> GaussianSampler:
     """The product of white noise in R^N with the explicit gradient matrix: no D x D matrix.
 
-    Gaussian with the covariance of the noise, whatever the noise's own law.
+    Gaussian with the covariance of the law, whatever the law itself.
 
     Args:
-        noise: as in `noise_covariance`.
-        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+        law: as in `noise_covariance`.
 
     Raises:
-        TypeError, ValueError: as `noise_covariance`; outside of jit also if `gradients` are not
+        TypeError, ValueError: as `noise_covariance`; outside of jit also if the gradients are not
             finite.
     """
-    factor = _matrices.root_of("gradient_sampler", noise, gradients)
-    _finite("gradients", factor)
+    factor = _matrices.root_of(losses, params, law)
+    _finite("the gradients of losses", factor)
     return GaussianSampler(factor.T)
 
 
@@ -184,42 +190,48 @@ class Multiplicative(NamedTuple):
     residual: Float[Array, ""]
 
 
-def to_additive(weights: Weights, gradients: Any) -> Float[Array, " D"]:
+def to_additive(
+    losses: loss_lib.LossVector, params: Params, weights: Weights
+) -> Float[Array, " D"]:
     """The additive noise (A-noise) that weights make: ``G^T (W - 1/N)`` (section 2 of the paper).
 
+    One forward and one backward pass: no gradient matrix.
+
     Args:
-        weights: one draw of an M-noise.
-        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+        weights: one draw of a law.
 
     Returns:
         The noisy gradient minus the mean gradient, [D], in the order of `flatten`.
 
     Raises:
-        TypeError: if `weights` is not a `noise.Weights`.
+        TypeError: if `losses` is not a `loss.LossVector`, a parameter is not floating point, or
+            `weights` is not a `noise.Weights`.
         ValueError: if the weights are for another number of examples, or are several draws (use
             `jax.vmap`).
     """
+    loss_lib.checked(losses, params)
     if not isinstance(weights, Weights):
-        raise TypeError(
-            f"weights must be a noise.Weights, got {_validate.shown(weights)}; the order is "
-            "to_additive(weights, gradients)."
-        )
-    rows = _matrices.flatten(gradients)
+        raise TypeError(f"weights must be a noise.Weights, got {_validate.shown(weights)}.")
     if weights.values.ndim != 1:
         raise ValueError(
             f"weights must be one draw, got weights.values of shape {weights.values.shape}; use "
             "jax.vmap for several draws at once."
         )
-    if weights.num_examples != rows.shape[0]:
+    if weights.num_examples != losses.num_examples:
         raise ValueError(
-            f"weights are for num_examples = {weights.num_examples}, but the gradients are of "
-            f"{rows.shape[0]} examples."
+            f"weights are for num_examples = {weights.num_examples}, but the data have "
+            f"{losses.num_examples} examples."
         )
     deviations = weights.dense() - 1 / weights.num_examples
-    return _apply(deviations.astype(rows.dtype), rows)
+    gradient = losses.gradient(params, deviations)
+    return _matrices.flatten(jax.tree.map(lambda leaf: leaf[None], gradient))[0]
 
 
-def to_multiplicative(additive: Float[Array, " D"], gradients: Any) -> Multiplicative:
+def to_multiplicative(
+    losses: loss_lib.LossVector, params: Params, additive: Float[Array, " D"]
+) -> Multiplicative:
     """The weights of least norm that make an additive noise: ``W = 1/N + pinv(G^T) v``.
 
     The way back from `to_additive` is exact if the noise is in the span of the gradients. It finds
@@ -227,32 +239,29 @@ def to_multiplicative(additive: Float[Array, " D"], gradients: Any) -> Multiplic
     weights" needs that too); else other weights make the same noise.
 
     Args:
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
         additive: v, [D], in the order of `flatten`.
-        gradients: a gradient matrix, [N, D] or a pytree with leaves ``[N, *parameter shape]``.
 
     Raises:
+        TypeError: if `losses` is not a `loss.LossVector`, or a parameter is not floating point.
         ValueError: if `additive` is not a vector of length D.
     """
-    rows = _matrices.flatten(gradients)
-    num_examples, dim = rows.shape
+    matrix = _matrices.matrix_of(losses, params)
+    num_examples, dim = matrix.shape
     if jnp.shape(additive) != (dim,):
         raise ValueError(
-            f"additive must be a vector of length D = {dim}, got shape {jnp.shape(additive)}; the "
-            "order is to_multiplicative(additive, gradients)."
+            f"additive must be a vector of length D = {dim}, got shape {jnp.shape(additive)}."
         )
-    additive = jnp.asarray(additive, rows.dtype)
-    deviations = jnp.linalg.lstsq(rows.T, additive)[0]
-    residual = jnp.linalg.norm(_apply(deviations, rows) - additive)
-    norm = jnp.linalg.norm(additive)
+    additive = jnp.asarray(additive, matrix.dtype)
+    deviations = jnp.linalg.lstsq(matrix.T, additive)[0]
+    made = jnp.matmul(deviations, matrix, precision=_HIGHEST)
+    residual, norm = jnp.linalg.norm(made - additive), jnp.linalg.norm(additive)
     relative = residual / jnp.where(norm > 0, norm, 1)
     return Multiplicative(Weights(1 / num_examples + deviations, None, num_examples), relative)
 
 
-def _apply(deviations: Float[Array, " N"], rows: Float[Array, "N D"]) -> Float[Array, " D"]:
-    return jnp.matmul(deviations, rows, precision=_HIGHEST)
-
-
-def _symmetric(matrix: Any) -> Float[Array, "D D"]:
+def _symmetric(matrix: ArrayLike) -> Float[Array, "D D"]:
     """A matrix in float32 or wider, that may be a covariance as far as one look can tell."""
     given, matrix = matrix, _square(matrix)
     _finite("matrix", matrix)
@@ -267,7 +276,7 @@ def _symmetric(matrix: Any) -> Float[Array, "D D"]:
     return matrix
 
 
-def _semidefinite(given: Any, eigenvalues: Float[Array, " D"]) -> None:
+def _semidefinite(given: ArrayLike, eigenvalues: Float[Array, " D"]) -> None:
     """Raises ValueError unless all are at least 0 up to rounding (traced ones are not seen)."""
     if isinstance(eigenvalues, Tracer) or not eigenvalues.size:
         return
@@ -286,7 +295,7 @@ def _finite(name: str, values: Float[Array, "..."]) -> None:
         raise ValueError(f"{name} must be finite, got {count} entries that are not.")
 
 
-def _rounding(given: Any) -> float:
+def _rounding(given: ArrayLike) -> float:
     """How far an entry of a computed covariance may be off, as a fraction of the largest.
 
     Sums of N products in float32 or wider are off by sqrt(N) roundings or so, and by one more where
@@ -298,12 +307,12 @@ def _rounding(given: Any) -> float:
     return 64 * float(jnp.finfo(wide).eps) + rounded
 
 
-def _tolerance(given: Any) -> float:
+def _tolerance(given: ArrayLike) -> float:
     """The same for an eigenvalue: D^2 errors of that size have a norm of sqrt(D) times it."""
     return math.sqrt(jnp.shape(given)[0]) * _rounding(given)
 
 
-def _square(matrix: Any) -> Float[Array, "D D"]:
+def _square(matrix: ArrayLike) -> Float[Array, "D D"]:
     _matrices.numbers("matrix", matrix)
     shape = jnp.shape(matrix)
     if len(shape) != 2 or shape[0] != shape[1]:
@@ -314,7 +323,7 @@ def _square(matrix: Any) -> Float[Array, "D D"]:
     return _widen(matrix)
 
 
-def _widen(values: Any) -> Float[Array, "..."]:
+def _widen(values: ArrayLike) -> Float[Array, "..."]:
     """In float32 or wider: factorisations and normals have no use for less."""
     values = jnp.asarray(values)
     return values.astype(_dtypes.accumulator(values.dtype))

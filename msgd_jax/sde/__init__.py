@@ -25,10 +25,11 @@ whatever the drift, since the correlation of steps also moves the mean, by O(eta
 from msgd_jax._estimate import Estimate
 from msgd_jax.sde._brownian import brownian_increments
 from msgd_jax.sde._diffrax import diffrax_terms
-from msgd_jax.sde._dynamics import coupling, diffusion, drift
+from msgd_jax.sde._dynamics import Scheme, coupling, diffusion, drift
 from msgd_jax.sde._euler_maruyama import Path, euler_maruyama
 from msgd_jax.sde._fits import ErrorModel, ErrorSweep, Fit, fit_line
 from msgd_jax.sde._strong import strong_error
+from msgd_jax.sde._sweeps import Sweep
 from msgd_jax.sde._weak import weak_error
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "Estimate",
     "Fit",
     "Path",
+    "Scheme",
+    "Sweep",
     "brownian_increments",
     "coupling",
     "diffrax_terms",

@@ -1,15 +1,15 @@
 """The Brownian motion W in R^N: a pure function of (key, iteration), refinable without end."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _dtypes, _validate
+from msgd_jax._laws import Law
 from msgd_jax._streams import Stream, derive
+from msgd_jax._typing import DType, PositiveInt, Step
 from msgd_jax.noise import MNoise
 
 MAX_SUBSTEPS = 2**16
@@ -17,11 +17,11 @@ MAX_SUBSTEPS = 2**16
 
 def brownian_increments(
     key: Key[Array, ""],
-    step: int | np.integer | Int[Array, ""],
-    num_examples: int,
+    step: Step,
+    num_examples: PositiveInt,
     *,
-    substeps: int = 1,
-    dtype: Any = jnp.float32,
+    substeps: PositiveInt = 1,
+    dtype: DType = jnp.float32,
 ) -> Float[Array, "substeps N"]:
     """The increments of W over the substeps of one iteration, in units of sqrt(learning rate).
 
@@ -48,7 +48,8 @@ def brownian_increments(
         Array of shape [substeps, N], in the order of time.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if `key` is no typed PRNG key, `step` is no step, `num_examples` is
+            not positive, `substeps` is not a power of two, or `dtype` is neither of the two.
     """
     _validate.prng_key("key", key)
     step = _validate.step(step)
@@ -59,7 +60,7 @@ def brownian_increments(
     return _draw(key, step, num_examples, substeps, dtype)
 
 
-def check_substeps(substeps: Any) -> int:
+def check_substeps(substeps: PositiveInt) -> int:
     """Returns `substeps` if it is a power of two in range; raises TypeError or ValueError."""
     substeps = _validate.positive_int("substeps", substeps, maximum=MAX_SUBSTEPS)
     if substeps & (substeps - 1):
@@ -70,21 +71,21 @@ def check_substeps(substeps: Any) -> int:
     return substeps
 
 
-def path_dtype(noise: Any, dtype: Any) -> jnp.dtype:
+def path_dtype(law: Law, dtype: jnp.dtype) -> jnp.dtype:
     """The type in which the path of a law is drawn: its own, so that training draws the same.
 
     Normals of float32 and of float64 are different numbers. A `noise.Exchangeable` has no type of
     its own: `dtype` then, that of the parameters.
     """
-    if not isinstance(noise, MNoise):
+    if not isinstance(law, MNoise):
         return dtype
-    values = jax.eval_shape(lambda key: noise.draw(key).values, jax.random.key(0))
+    values = jax.eval_shape(lambda key: law.draw(key).values, jax.random.key(0))
     return _dtypes.accumulator(values.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _draw(
-    key: Key[Array, ""], step: Int[Array, ""], num_examples: int, substeps: int, dtype: Any
+    key: Key[Array, ""], step: Int[Array, ""], num_examples: int, substeps: int, dtype: jnp.dtype
 ) -> Float[Array, "substeps N"]:
     # Compiled also when called eagerly: fused and unfused arithmetic round differently.
     quantum = 2.0**-48 if dtype == jnp.dtype("float64") else 2.0**-20

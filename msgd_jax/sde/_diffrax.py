@@ -4,32 +4,25 @@ import inspect
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from msgd_jax import _validate
-from msgd_jax.loss import LossVectorFn
+from msgd_jax._laws import Law
+from msgd_jax._typing import Scalar
 from msgd_jax.sde import _dynamics
 
 
 def diffrax_terms(
-    loss_vector_fn: LossVectorFn,
-    noise: _dynamics.Law,
-    control: Any,
-    solver: Any,
-    *,
-    learning_rate: float | Float[Array, ""],
-    order: int = 1,
-    microbatch_size: int | None = None,
+    law: Law, control: Any, solver: Any, *, learning_rate: Scalar, order: int = 1
 ) -> Any:
     """The SDE dTheta = -grad L dt + sqrt(eta) C dW (Eqs. 12 and 68) for `diffrax.diffeqsolve`.
 
-    `args` are the data, so that they are not constants of the compiled program::
+    `args` is the loss vector, so that its data are not constants of the compiled program::
 
       motion = diffrax.VirtualBrownianTree(0, T, tol=eta / 64, shape=(N,), key=key)
       solver = diffrax.Euler()
-      terms = sde.diffrax_terms(losses, noise.cov(N, b), motion, solver, learning_rate=eta)
+      terms = sde.diffrax_terms(noise.cov(N, b), motion, solver, learning_rate=eta)
       solution = diffrax.diffeqsolve(
-          terms, solver, 0, T, dt0=eta / 8, y0=params, args=data,
+          terms, solver, 0, T, dt0=eta / 8, y0=params, args=losses,
           saveat=diffrax.SaveAt(ts=times),
       )
 
@@ -55,24 +48,22 @@ def diffrax_terms(
     diffrax keeps the programs that it compiles for a loss and a law, and with them what these hold.
 
     Args:
-        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B]. For
-            Stratonovich solvers, and for `ItoMilstein`, it is given batches of one example, and
-            losses must not depend on each other.
-        noise: whose covariance the SDE has: a `noise.MNoise` with independent steps, or a
+        law: whose covariance the SDE has: a `noise.MNoise` with independent steps, or a
             `noise.Exchangeable`.
         control: a diffrax path of increments [N], such as a `diffrax.VirtualBrownianTree`.
         solver: the diffrax solver that the terms are for.
         learning_rate: eta, above 0.
         order: 1, or 2 for the drift ``-grad(L + eta/4 |grad L|^2)``.
-        microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
 
     Returns:
         A `diffrax.MultiTerm` of drift and diffusion.
 
     Raises:
         ImportError: if diffrax is not installed (``pip install 'msgd-jax[solvers]'``).
-        TypeError, ValueError: if an argument is not as described, or the solver is none for this
-            SDE; when traced, if `args` are not N examples.
+        TypeError: if `law` is no law, `control` is no diffrax path, `solver` is no diffrax solver,
+            or `learning_rate` is no number; when traced, if `args` is not a `loss.LossVector`.
+        ValueError: if the solver is none for this SDE, the law has dependent steps, or a number is
+            out of its range; when traced, if the law is for another number of examples.
     """
     try:
         import diffrax
@@ -82,21 +73,16 @@ def diffrax_terms(
         raise ImportError(
             "diffrax_terms needs diffrax: pip install 'msgd-jax[solvers]'."
         ) from error
-    _validate.function("loss_vector_fn", loss_vector_fn)
-    _dynamics.check_law(noise)
+    _dynamics.check_independent(law)
     _validate.positive_scalar("learning_rate", learning_rate)
     _dynamics.check_order(order)
-    if microbatch_size is not None:
-        _validate.positive_int("microbatch_size", microbatch_size)
     if not isinstance(control, diffrax.AbstractPath):
         raise TypeError(
             "control must be a diffrax path of N increments, such as a "
             f"diffrax.VirtualBrownianTree, got {_validate.shown(control)}."
         )
     interpretation = _interpretation(diffrax, solver, control)
-    model = _diffrax_terms.SDE(
-        loss_vector_fn, noise, jnp.asarray(learning_rate), order, interpretation, microbatch_size
-    )
+    model = _diffrax_terms.SDE(law, jnp.asarray(learning_rate), order, interpretation)
     return _diffrax_terms.terms(model, control)
 
 

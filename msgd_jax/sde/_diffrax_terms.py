@@ -8,96 +8,82 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from msgd_jax import _validate
-from msgd_jax.loss import LossVectorFn
+from msgd_jax import _validate, loss
+from msgd_jax._laws import Law
+from msgd_jax._typing import Batch, Example, Gradients, Params, PyTree
 from msgd_jax.sde import _dynamics
 
 
 class SDE(equinox.Module):
-    """What both terms are made of; the data come with each call, as diffrax's `args`."""
+    """What both terms are made of; the loss vector comes with each call, as diffrax's `args`."""
 
-    loss_vector_fn: LossVectorFn = equinox.field(static=True)
-    noise: _dynamics.Law = equinox.field(static=True)
+    law: Law = equinox.field(static=True)
     learning_rate: Any
     order: int = equinox.field(static=True)
     interpretation: str = equinox.field(static=True)
-    microbatch_size: int | None = equinox.field(static=True)
 
-    def parts(self, params: Any, data: Any) -> tuple[_dynamics.Field, _dynamics.Root, Any]:
-        """Weighted gradients of these data, the root of the covariance, and eta."""
-        size = _dynamics.check_problem(self.loss_vector_fn, params, data, wide=True)
-        field = _dynamics.Field.of(self.loss_vector_fn, params, data, self.microbatch_size)
-        root = _dynamics.Root.of(self.noise, size, field.dtype)
-        return field, root, jnp.asarray(self.learning_rate, field.dtype)
+    def parts(
+        self, params: Params, losses: loss.LossVector
+    ) -> tuple[_dynamics.Root, Float[Array, ""]]:
+        """The root of the covariance of these examples, and eta."""
+        loss.checked_kind(losses, "args")
+        loss.checked(losses, params, wide=True)
+        dtype = _dynamics.wide_dtype(params)
+        moments = _dynamics.eigenvalues(self.law, losses.num_examples)
+        return _dynamics.Root.cast(moments, dtype), jnp.asarray(self.learning_rate, dtype)
 
-    def drift(self, time: Any, params: Any, data: Any) -> Any:
+    def drift(self, time: Any, params: Params, losses: loss.LossVector) -> Gradients:
         """Of the interpretation that the solver converges to."""
         del time
-        field, root, rate = self.parts(params, data)
-        value = field.drift(params, self.order, rate)
+        root, rate = self.parts(params, losses)
+        value = _dynamics.drift_at(losses, params, self.order, rate)
         if self.interpretation == "ito":
             return value
-        return _dynamics.step_along(value, self._trace_gradient(field, root, params), -0.25 * rate)
+        return _dynamics.step_along(value, _trace_gradient(losses, root, params), -0.25 * rate)
 
-    def product(self, params: Any, data: Any, increment: Float[Array, " N"]) -> Any:
+    def product(
+        self, params: Params, losses: loss.LossVector, increment: Float[Array, " N"]
+    ) -> Gradients:
         """sqrt(eta) C times an increment: one backward pass."""
-        field, root, rate = self.parts(params, data)
-        coloured = root(increment.astype(field.dtype))
-        return field.weighted_gradient(params, jnp.sqrt(rate) * coloured)
+        root, rate = self.parts(params, losses)
+        return losses.gradient(params, jnp.sqrt(rate) * root(increment.astype(rate.dtype)))
 
-    def matrix(self, params: Any, data: Any) -> Any:
+    def matrix(self, params: Params, losses: loss.LossVector) -> PyTree:
         """sqrt(eta) C itself, a pytree of [*parameter, N]: from the gradient of every example."""
-        field, root, rate = self.parts(params, data)
+        root, rate = self.parts(params, losses)
 
-        def own_gradient(position: Any) -> Any:
-            return jax.grad(self._loss_of_one(field, position))(params)
+        def coloured(param: Array, gradients: Float[Array, "N ..."]) -> Float[Array, "..."]:
+            columns = jnp.sqrt(rate) * root(gradients.astype(rate.dtype))
+            return jnp.moveaxis(columns, 0, -1).astype(jnp.result_type(param))
 
-        rows = jax.lax.map(
-            own_gradient, jnp.arange(field.num_examples), batch_size=self._at_once(field)
-        )
+        return jax.tree.map(coloured, params, losses.gradient_matrix(params))
+
+
+def _trace_gradient(losses: loss.LossVector, root: _dynamics.Root, params: Params) -> Gradients:
+    """The gradient of tr(C C^T) = alpha sum_i |g_i|^2 + beta |sum_i g_i|^2."""
+    loss_vector_fn, size = losses.loss_vector_fn, losses.num_examples
+
+    def products(params: Params, batch: Batch, weights: Float[Array, " B"]) -> Gradients:
+        def own_product(example: Example) -> Gradients:
+            """The Hessian of one loss times its gradient, from a batch of its own."""
+            alone = jax.tree.map(lambda x: x[None], example)
+
+            def loss_of_one(params: Params) -> Float[Array, ""]:
+                values = loss_vector_fn(params, alone)
+                _validate.loss_vector(values, 1)
+                return values[0]
+
+            gradient_fn = jax.grad(loss_of_one)
+            return jax.jvp(gradient_fn, (params,), (gradient_fn(params),))[1]
+
         return jax.tree.map(
-            lambda p, row: jnp.moveaxis(
-                jnp.sqrt(rate) * root(row.astype(field.dtype)), 0, -1
-            ).astype(jnp.result_type(p)),
-            params,
-            rows,
+            lambda x: jnp.tensordot(weights.astype(x.dtype), x, 1), jax.vmap(own_product)(batch)
         )
 
-    def _trace_gradient(self, field: _dynamics.Field, root: _dynamics.Root, params: Any) -> Any:
-        """The gradient of tr(C C^T) = alpha sum_i |g_i|^2 + beta |sum_i g_i|^2."""
-        size = field.num_examples
-        at_once = self._at_once(field)
-        runs = -(-size // at_once)
-
-        def own_product(params: Any, position: Any) -> Any:
-            gradient_fn = jax.grad(self._loss_of_one(field, position))
-            product = jax.jvp(gradient_fn, (params,), (gradient_fn(params),))[1]
-            return jax.tree.map(lambda x: jnp.where(position < size, x, 0), product)
-
-        def add_run(total: Any, positions: Any) -> tuple[Any, None]:
-            products = jax.vmap(own_product, in_axes=(None, 0))(params, positions)
-            return jax.tree.map(lambda t, x: t + x.sum(0), total, products), None
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        own, _ = jax.lax.scan(add_run, zeros, jnp.arange(runs * at_once).reshape(runs, at_once))
-        mean_product = field.hessian_product(params, field.gradient(params))
-        alone = _dynamics.step_along(zeros, own, 2 * root.across)
-        return _dynamics.step_along(alone, mean_product, 2 * size * (root.along - root.across))
-
-    def _loss_of_one(self, field: _dynamics.Field, position: Any) -> Any:
-        """The loss of one example as a function of the parameters: a batch of its own."""
-        batch = jax.tree.map(lambda x: jnp.take(x, position[None], axis=0, mode="clip"), field.data)
-
-        def loss_of_one(params: Any) -> Float[Array, ""]:
-            losses = self.loss_vector_fn(params, batch)
-            _validate.loss_vector(losses, 1)
-            return losses[0]
-
-        return loss_of_one
-
-    def _at_once(self, field: _dynamics.Field) -> int:
-        size = field.num_examples
-        return size if self.microbatch_size is None else min(self.microbatch_size, size)
+    own = losses.sum_over(products, params)
+    mean_product = losses.hessian_product(params, losses.gradient(params))
+    alone = jax.tree.map(lambda p, x: (2 * root.across).astype(p.dtype) * x, params, own)
+    return _dynamics.step_along(alone, mean_product, 2 * size * (root.along - root.across))
 
 
 class Diffusion(diffrax.AbstractTerm):
@@ -126,7 +112,7 @@ class Diffusion(diffrax.AbstractTerm):
     def vf_prod(self, t: Any, y: Any, args: Any, control: Any) -> Any:
         """The same without C."""
         del t
-        size = _validate.leading_axis("args", args)
+        size = loss.checked_kind(args, "args").num_examples
         if jnp.shape(control) != (size,):
             raise ValueError(
                 f"control must have increments of shape ({size},), one for each example of args, "

@@ -4,145 +4,114 @@ Everything is a weighted loss: the drift is ``-grad(L . 1/N)`` and the diffusion
 with A A^T = Cov(W) a matrix of two eigenvalues, so that neither C nor a covariance is formed.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from msgd_jax import _dtypes, _validate, loss
-from msgd_jax.noise import Exchangeable, MNoise, Weights
-
-Law = MNoise | Exchangeable
-"""Whose covariance the diffusion has: an M-noise with independent steps, or two exact moments."""
+from msgd_jax import _dtypes, _laws, _validate, loss
+from msgd_jax._laws import Law
+from msgd_jax._typing import Data, Gradients, Params, PositiveInt, Scalar, Step
+from msgd_jax.noise import Exchangeable, MNoise
+from msgd_jax.sde import _brownian
 
 Coupling = Callable[[Float[Array, " N"]], Float[Array, " N"]]
 """Weights [N] from the Brownian increment over one iteration [N], in units of sqrt(eta)."""
 
 
 def drift(
-    loss_vector_fn: loss.LossVectorFn,
-    params: Any,
-    data: Any,
+    losses: loss.LossVector,
+    params: Params,
     *,
     order: int = 1,
-    learning_rate: float | Float[Array, ""] | None = None,
-    microbatch_size: int | None = None,
-) -> Any:
+    learning_rate: Scalar | None = None,
+) -> Gradients:
     """The drift of the SDE: -grad L, or of order 2, ``-grad(L + eta/4 |grad L|^2)``.
 
     The second is the stochastic modified equation of Li, Tai and E (2017): an approximation of weak
     order 2 to the iteration. It costs a Hessian-vector product more.
 
-    It runs eagerly, and with micro-batches is compiled anew on each call: put it under `jax.jit` to
-    call it again.
-
     Args:
-        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        losses: the loss vector.
         params: a pytree of floating-point arrays.
-        data: a pytree of arrays [N, ...].
         order: 1 or 2.
         learning_rate: eta, above 0; needed for order 2 only.
-        microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
 
     Returns:
         A pytree like `params`.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `losses` is not a `loss.LossVector`, or a parameter is not floating point.
+        ValueError: if `order` is neither 1 nor 2, or 2 without a positive learning rate.
     """
     check_order(order)
+    loss.checked(losses, params)
     if order == 2:
         _validate.positive_scalar("learning_rate", learning_rate)
-    check_problem(loss_vector_fn, params, data, microbatch_size)
-
-    def value(params: Any, data: Any, rate: Any) -> Any:
-        field = Field.of(loss_vector_fn, params, data, microbatch_size)
-        rate = None if rate is None else jnp.asarray(rate, field.dtype)
-        return field.drift(params, order, rate)
-
-    return _one_shot(value, microbatch_size)(params, data, learning_rate)
+    rate = None if learning_rate is None else jnp.asarray(learning_rate, wide_dtype(params))
+    return drift_at(losses, params, order, rate)
 
 
 def diffusion(
-    loss_vector_fn: loss.LossVectorFn,
-    params: Any,
-    data: Any,
-    noise: Law,
-    vector: Float[Array, " N"],
-    *,
-    microbatch_size: int | None = None,
-) -> Any:
+    losses: loss.LossVector, params: Params, law: Law, vector: Float[Array, " N"]
+) -> Gradients:
     """C(theta) w, matrix-free, where C C^T is the covariance of ``grad(L . W)`` (Eq. 68).
 
     For `noise.fisher` it is ``grad(L . w)/sqrt(bN)``; for `noise.cov` (Eq. 15) the same with
-    ``w - mean(w)``; for any exchangeable noise, ``grad(L . A w)`` with A A^T = Cov(W). One forward
+    ``w - mean(w)``; for any exchangeable law, ``grad(L . A w)`` with A A^T = Cov(W). One forward
     and one backward pass. The SDE multiplies it by sqrt(eta): the learning rate is not in here.
 
-    It runs eagerly, and with micro-batches is compiled anew on each call: put it under `jax.jit` to
-    call it again.
-
     Args:
-        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        losses: the loss vector.
         params: a pytree of floating-point arrays.
-        data: a pytree of arrays [N, ...].
-        noise: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its
-            covariance matters.
+        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its covariance
+            matters.
         vector: w, [N].
-        microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
 
     Returns:
         A pytree like `params`.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `losses` is not a `loss.LossVector`, a parameter is not floating point, or
+            `law` is neither of these.
+        ValueError: if the law is for another number of examples, has dependent steps or is no
+            covariance, or `vector` is not of shape [N].
     """
-    num_examples = check_problem(loss_vector_fn, params, data, microbatch_size)
+    num_examples = loss.checked(losses, params).num_examples
     if jnp.shape(vector) != (num_examples,):
         raise ValueError(
             f"vector must have shape ({num_examples},), one entry for each example, got "
             f"{jnp.shape(vector)}."
         )
-    moments = eigenvalues(noise, num_examples)
-
-    def value(params: Any, data: Any, vector: Any) -> Any:
-        field = Field.of(loss_vector_fn, params, data, microbatch_size)
-        root = Root.cast(moments, field.dtype)
-        return field.weighted_gradient(params, root(jnp.asarray(vector, field.dtype)))
-
-    return _one_shot(value, microbatch_size)(params, data, vector)
+    dtype = wide_dtype(params)
+    root = Root.cast(eigenvalues(law, num_examples), dtype)
+    return losses.gradient(params, root(jnp.asarray(vector, dtype)))
 
 
-def _one_shot(function: Callable[..., Any], microbatch_size: int | None) -> Callable[..., Any]:
-    """As it is; with micro-batches, compiled for this call alone.
-
-    jax compiles a loop that runs eagerly, too, and keeps that program for good.
-    """
-    return function if microbatch_size is None else jax.jit(function)
-
-
-def coupling(noise: Law, num_examples: int) -> Coupling:
+def coupling(law: Law, num_examples: PositiveInt) -> Coupling:
     """The weights of the iteration that shares the SDE's Brownian path: W = 1/N - A dW.
 
     The iteration ``theta - eta grad(L . W)`` with the weights of
-    ``coupling(noise, N)(increment)``, where `increment` is that of `brownian_increments` over the
+    ``coupling(law, N)(increment)``, where `increment` is that of `brownian_increments` over the
     iteration, is M-SGD-Gaussian (Eq. 67) driven by the SDE's own path. It is linear in `increment`
     around 1/N: to study another coupling, compose it with another function.
 
     Args:
-        noise: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its
-            covariance matters.
+        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its covariance
+            matters.
         num_examples: N.
 
     Returns:
         A function from increments [N] to weights [N].
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: as `diffusion`, or if `num_examples` is not a positive integer.
     """
     num_examples = _validate.positive_int("num_examples", num_examples)
-    moments = eigenvalues(noise, num_examples)
+    moments = eigenvalues(law, num_examples)
 
     def weights(increment: Float[Array, " N"]) -> Float[Array, " N"]:
         return 1 / num_examples - Root.cast(moments, increment.dtype)(increment)
@@ -157,12 +126,7 @@ class Root(NamedTuple):
     along: Float[Array, ""]
 
     @classmethod
-    def of(cls, noise: Any, num_examples: int, dtype: Any) -> "Root":
-        """Checks that `noise` is a law of N weights."""
-        return cls.cast(eigenvalues(noise, num_examples), dtype)
-
-    @classmethod
-    def cast(cls, eigenvalues: tuple[Any, Any], dtype: Any) -> "Root":
+    def cast(cls, eigenvalues: tuple[float, float], dtype: jnp.dtype) -> "Root":
         """From the eigenvalues of Cov(W), across the all-ones vector and along it."""
         across, along = (jnp.asarray(value, dtype) for value in eigenvalues)
         return cls(across, along)
@@ -172,138 +136,147 @@ class Root(NamedTuple):
         return jnp.sqrt(self.across) * (vector - mean) + jnp.sqrt(self.along) * mean
 
 
-class Field(NamedTuple):
-    """Weighted gradients of one problem: what drift, diffusion and iteration are made of."""
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """Which SDE is integrated, and how finely.
 
-    value_and_grad: Callable[..., tuple[Any, Any]]
-    data: Any
-    num_examples: int
-    dtype: Any
+    Attributes:
+        substeps: of Euler-Maruyama in one iteration, a power of two, at most 65,536.
+        order: 1, or 2 for the drift ``-grad(L + eta/4 |grad L|^2)``, which is integrated by Heun's
+            method (Euler's own error would be as large as the correction).
+
+    Raises:
+        TypeError, ValueError: if `substeps` is not a power of two, or `order` is neither 1 nor 2.
+    """
+
+    substeps: int = 8
+    order: int = 1
+
+    def __post_init__(self) -> None:
+        _brownian.check_substeps(self.substeps)
+        check_order(self.order)
+
+
+class Equation(NamedTuple):
+    """The SDE of a loss vector and a law, with its Brownian paths: checked, and ready to step."""
+
+    losses: loss.LossVector
+    moments: tuple[float, float]
+    dtype: jnp.dtype
+    path_dtype: jnp.dtype
+    scheme: Scheme
 
     @classmethod
-    def of(
-        cls, loss_vector_fn: loss.LossVectorFn, params: Any, data: Any, microbatch_size: int | None
-    ) -> "Field":
-        """`dtype`, of the weights, is float32, or float64 where a parameter is."""
-        return cls(
-            loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=microbatch_size),
-            data,
-            _validate.leading_axis("data", data),
-            wide_dtype(params),
-        )
+    def of(cls, losses: loss.LossVector, params: Params, law: Law, scheme: Scheme) -> "Equation":
+        """Checks the arguments; raises TypeError or ValueError."""
+        loss.checked(losses, params, wide=True)
+        moments, dtype = eigenvalues(law, losses.num_examples), wide_dtype(params)
+        if not isinstance(scheme, Scheme):
+            raise TypeError(f"scheme must be an sde.Scheme, got {_validate.shown(scheme)}.")
+        return cls(losses, moments, dtype, _brownian.path_dtype(law, dtype), scheme)
 
-    def weighted_gradient(self, params: Any, weights: Float[Array, " N"]) -> Any:
-        """grad(L . w)."""
-        return self.value_and_grad(params, self.data, Weights(weights, None, self.num_examples))[1]
+    def with_data(self, data: Data) -> "Equation":
+        """The same of other data, which may be traced."""
+        return self._replace(losses=self.losses.replace(data=data))
 
-    def gradient(self, params: Any) -> Any:
-        """The gradient of the mean loss L."""
-        mean = jnp.full(self.num_examples, 1 / self.num_examples, self.dtype)
-        return self.weighted_gradient(params, mean)
+    @property
+    def root(self) -> Root:
+        """The root of the covariance."""
+        return Root.cast(self.moments, self.dtype)
 
-    def loss(self, params: Any) -> Float[Array, ""]:
-        """The mean loss L."""
-        mean = jnp.full(self.num_examples, 1 / self.num_examples, self.dtype)
-        weights = Weights(mean, None, self.num_examples)
-        return self.value_and_grad(params, self.data, weights)[0]
+    def increments(self, key: Key[Array, ""], step: Step) -> Float[Array, "substeps N"]:
+        """Of the Brownian path over one iteration: drawn in the type of the law."""
+        return _brownian.brownian_increments(
+            key,
+            step,
+            self.losses.num_examples,
+            substeps=self.scheme.substeps,
+            dtype=self.path_dtype,
+        ).astype(self.dtype)
 
-    def hessian_product(self, params: Any, vector: Any) -> Any:
-        """(grad^2 L) v, forward over reverse."""
-        return jax.jvp(self.gradient, (params,), (vector,))[1]
+    def iteration(
+        self,
+        params: Params,
+        increments: Float[Array, "substeps N"],
+        learning_rate: Float[Array, ""],
+    ) -> Params:
+        """One iteration of Euler-Maruyama, in as many substeps as there are increments."""
+        root = self.root
 
-    def drift(self, params: Any, order: int, learning_rate: Any) -> Any:
-        """-grad L, or -(grad L + eta/2 (grad^2 L) grad L)."""
-        gradient = self.gradient(params)
-        if order == 1:
-            return jax.tree.map(jnp.negative, gradient)
-        curved = self.hessian_product(params, gradient)
-        return jax.tree.map(
-            lambda g, h: -(g + (0.5 * learning_rate).astype(h.dtype) * h), gradient, curved
-        )
+        def substep(params: Params, increment: Float[Array, " N"]) -> tuple[Params, None]:
+            return self.substep(params, root(increment), learning_rate), None
+
+        return jax.lax.scan(substep, params, increments)[0]
 
     def substep(
-        self, params: Any, coloured: Float[Array, " N"], learning_rate: Any, length: Any, order: int
-    ) -> Any:
-        """One substep of `length` (in units of eta) of Euler-Maruyama; order 2 drifts by Heun.
+        self, params: Params, coloured: Float[Array, " N"], learning_rate: Float[Array, ""]
+    ) -> Params:
+        """One substep of Euler-Maruyama; order 2 drifts by Heun.
 
         `coloured` is A times the Brownian increment in units of sqrt(eta), so the noise is
         ``eta grad(L . coloured)``. Of order 1, drift and noise are one backward pass.
         """
-        if order == 1:
-            weights = learning_rate * (length / self.num_examples - coloured)
-            return step_along(params, self.weighted_gradient(params, weights), -1.0)
-        noisy = step_along(params, self.weighted_gradient(params, learning_rate * coloured), 1.0)
+        losses, length = self.losses, 1 / self.scheme.substeps
+        if self.scheme.order == 1:
+            weights = learning_rate * (length / losses.num_examples - coloured)
+            return step_along(params, losses.gradient(params, weights), -1.0)
+        # The noise first, then Heun: the drift before the step and at its end, averaged.
+        noisy = step_along(params, losses.gradient(params, learning_rate * coloured), 1.0)
         time = length * learning_rate
-        start = self.drift(params, 2, learning_rate)
-        end = self.drift(step_along(noisy, start, time), 2, learning_rate)
+        start = drift_at(losses, params, 2, learning_rate)
+        end = drift_at(losses, step_along(noisy, start, time), 2, learning_rate)
         return step_along(step_along(noisy, start, 0.5 * time), end, 0.5 * time)
 
 
-def wide_dtype(params: Any) -> jnp.dtype:
+def drift_at(
+    losses: loss.LossVector, params: Params, order: int, learning_rate: Array | None
+) -> Gradients:
+    """-grad L, or -(grad L + eta/2 (grad^2 L) grad L)."""
+    gradient = losses.gradient(params)
+    if order == 1 or learning_rate is None:
+        return jax.tree.map(jnp.negative, gradient)
+    curved = losses.hessian_product(params, gradient)
+    return jax.tree.map(
+        lambda g, h: -(g + (0.5 * learning_rate).astype(h.dtype) * h), gradient, curved
+    )
+
+
+def wide_dtype(params: Params) -> jnp.dtype:
     """Float32, or float64 where a parameter is."""
     return _dtypes.accumulator(*(jnp.result_type(leaf) for leaf in jax.tree.leaves(params)))
 
 
-def step_along(params: Any, direction: Any, length: Any) -> Any:
+def step_along(params: Params, direction: Gradients, length: Scalar) -> Params:
     """Moves params by length * direction, in the types of the parameters."""
     return jax.tree.map(lambda p, d: p + jnp.asarray(length, p.dtype) * d, params, direction)
 
 
-def eigenvalues(noise: Any, num_examples: int) -> tuple[float, float]:
-    """The eigenvalues of Cov(W), across the all-ones vector and along it, checked."""
-    check_law(noise)
-    if isinstance(noise, Exchangeable):
-        return noise.eigenvalues(num_examples)
-    check_size(noise, num_examples)
-    return noise.covariance.eigenvalues(num_examples)
+def eigenvalues(law: Law, num_examples: int) -> tuple[float, float]:
+    """The eigenvalues of Cov(W), across the all-ones vector and along it, checked.
+
+    Raises:
+        TypeError, ValueError: unless the law has a covariance, the same over every step and none
+            between them.
+    """
+    check_independent(law)
+    return _laws.eigenvalues("law", law, num_examples)
 
 
-def check_law(noise: Any) -> None:
-    """Raises unless `noise` has a covariance, the same over every step and none between them."""
-    if isinstance(noise, Exchangeable):
-        return
-    if not isinstance(noise, MNoise):
+def check_independent(law: Law) -> None:
+    """Raises unless the increments of the SDE can have the covariance of this law."""
+    if not isinstance(law, (MNoise, Exchangeable)):
         raise TypeError(
-            f"noise must be a noise.MNoise or a noise.Exchangeable, got {_validate.shown(noise)}."
+            f"law must be a noise.MNoise or a noise.Exchangeable, got {_validate.shown(law)}."
         )
-    if noise.draw_at is not None:
+    if isinstance(law, MNoise) and law.draw_at is not None:
         raise ValueError(
-            f"noise must have independent steps, as the increments of the SDE are, got {noise.name}"
-            ": its steps are correlated, and add up to another covariance than that of one step. "
+            f"law must have independent steps, as the increments of the SDE are, got {law.name}: "
+            "its steps are correlated, and add up to another covariance than that of one step. "
             "Use noise.sgd(N, b), or a noise.Exchangeable given on purpose, such as that of a "
             "whole epoch divided by its steps."
         )
 
 
-def check_size(noise: MNoise, num_examples: int, name: str = "noise") -> None:
-    """Raises ValueError unless this is a law of so many weights."""
-    if noise.num_examples != num_examples:
-        raise ValueError(
-            f"{name} is for num_examples = {noise.num_examples}, but data has {num_examples} "
-            "examples on its leading axis."
-        )
-
-
-def check_order(order: Any) -> None:
+def check_order(order: int) -> None:
     """Raises unless `order` is 1 or 2."""
     _validate.positive_int("order", order, maximum=2)
-
-
-def check_problem(
-    loss_vector_fn: Any, params: Any, data: Any, microbatch_size: Any = None, wide: bool = False
-) -> int:
-    """Returns N; raises TypeError or ValueError if these do not make a loss vector.
-
-    With `wide`, parameters must be float32 or wider.
-    """
-    _validate.function("loss_vector_fn", loss_vector_fn)
-    _validate.floating_params(params)
-    if microbatch_size is not None:
-        _validate.positive_int("microbatch_size", microbatch_size)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if wide and jnp.finfo(jnp.result_type(leaf)).bits < 32:
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} must be float32 or float64, got "
-                f"{jnp.result_type(leaf)}: the small steps of a fine path would be rounded away."
-            )
-    return _validate.leading_axis("data", data)

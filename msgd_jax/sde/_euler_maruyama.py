@@ -11,9 +11,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from msgd_jax import _validate
-from msgd_jax.loss import LossVectorFn
-from msgd_jax.sde import _brownian, _dynamics
+from msgd_jax import _validate, loss
+from msgd_jax._laws import Law
+from msgd_jax._typing import Data, Params, PyTree, Scalar
+from msgd_jax.sde._dynamics import Equation, Scheme
 
 
 class Path(NamedTuple):
@@ -31,104 +32,104 @@ class Path(NamedTuple):
 
     steps: Int[Array, "*paths saved"]
     times: Float[Array, "*paths saved"]
-    params: Any
+    params: Params
     diverged_at: Int[Array, "*paths"]
-    last_params: Any
+    last_params: Params
 
 
 def euler_maruyama(
-    loss_vector_fn: LossVectorFn,
-    params: Any,
-    data: Any,
-    noise: _dynamics.Law,
+    losses: loss.LossVector,
+    params: Params,
+    law: Law,
     *,
-    learning_rate: float | Float[Array, ""],
+    learning_rate: Scalar,
     num_steps: int | Int[Array, ""],
     key: Key[Array, ""],
-    substeps: int = 8,
+    scheme: Scheme = Scheme(),  # noqa: B008 (frozen)
     save_at: Sequence[int] | Int[np.ndarray, " saved"] | None = None,
     first_step: int | Int[Array, ""] = 0,
-    order: int = 1,
-    microbatch_size: int | None = None,
 ) -> Path:
-    """A path of the SDE of an M-noise, dTheta = -grad L dt + sqrt(eta) C dW (Eqs. 12 and 68).
+    """A path of the SDE of a law, dTheta = -grad L dt + sqrt(eta) C dW (Eqs. 12 and 68).
 
-    Each of `num_steps` iterations covers the time eta in `substeps` equal steps; each of these is
-    one backward pass. C C^T is the covariance of ``grad(L . W)``; C is never formed. W has N
+    Each of `num_steps` iterations covers the time eta in equal substeps; each of these is one
+    backward pass. C C^T is the covariance of ``grad(L . W)``; C is never formed. W has N
     dimensions and is drawn as the path goes along, by `brownian_increments`: memory is that of one
     iteration and of the points saved.
 
-    With ``substeps=1`` this *is* M-SGD-Gaussian (Eq. 67). With the same key, more substeps follow
+    With one substep this *is* M-SGD-Gaussian (Eq. 67). With the same key, more substeps follow
     the same Brownian path, and so does training with `noise.fisher` or `noise.cov`::
 
       law = noise.cov(N, b)
       options = dict(learning_rate=0.1, num_steps=20, key=key)
-      sde = euler_maruyama(losses, params, data, law, substeps=64, **options)
-      msgd = euler_maruyama(losses, params, data, law, substeps=1, **options)
+      sde = euler_maruyama(losses, params, law, scheme=Scheme(substeps=64), **options)
+      msgd = euler_maruyama(losses, params, law, scheme=Scheme(substeps=1), **options)
 
     The path is drawn in the type of the law's weights, whatever that of the parameters: so it is
     the one that training draws. (An `Exchangeable` has no type: then it is the parameters'.)
 
     It is compiled anew on each call, and nothing is kept. Put it under `jax.jit` to call it again::
 
-      walk = jax.jit(lambda params, data, key: euler_maruyama(losses, params, data, law, key=key,
-                                                              learning_rate=0.1, num_steps=20))
+      walk = jax.jit(lambda losses, params, key: euler_maruyama(losses, params, law, key=key,
+                                                                learning_rate=0.1, num_steps=20))
 
     Args:
-        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        losses: the loss vector.
         params: where the path starts: a pytree of float32 or float64 arrays.
-        data: a pytree of arrays [N, ...].
-        noise: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its
+        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its
             covariance matters.
         learning_rate: eta, above 0; may be traced.
         num_steps: the iteration at which the path ends, at t = num_steps * eta; at least 1. It may
             be traced; `save_at` is then not checked against it.
         key: a typed PRNG key; `jax.vmap` over keys for several paths.
-        substeps: a power of two, at most 65,536.
+        scheme: how many substeps an iteration has, and the order of the SDE.
         save_at: the iterations after which the path is kept, ascending, from `first_step` (the
             start) to num_steps; None for num_steps alone.
         first_step: the iteration that `params` stand at, below num_steps; it may be traced. A path
             continued from one of its points is the same path to the last bit.
-        order: 1, or 2 for the drift ``-grad(L + eta/4 |grad L|^2)``, which is integrated by Heun's
-            method (Euler's own error would be as large as the correction).
-        microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
 
     Returns:
         The path. If it leaves the finite numbers it stops there, and says when.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `losses` is not a `loss.LossVector`, `params` are not float32 or float64,
+            `law` is no law, `key` is no typed PRNG key, or a number is of the wrong type.
+        ValueError: if the law is for another number of examples, has dependent steps or is no
+            covariance, or a number is out of its range.
 
     Example:
         >>> from msgd_jax import loss, noise, sde
-        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2 / 2)
-        >>> x, law = jnp.asarray([0.0, 1.0, 3.0, 4.0]), noise.fisher(4, batch_size=2)
-        >>> options = dict(learning_rate=0.1, num_steps=10, key=jax.random.key(0))
-        >>> fine = sde.euler_maruyama(losses, jnp.asarray(1.0), x, law, substeps=16, **options)
+        >>> fn = loss.per_example(lambda theta, x: (theta - x) ** 2 / 2)
+        >>> losses = loss.LossVector(fn, jnp.asarray([0.0, 1.0, 3.0, 4.0]))
+        >>> law, key = noise.fisher(4, batch_size=2), jax.random.key(0)
+        >>> fine = sde.euler_maruyama(
+        ...     losses, jnp.asarray(1.0), law, learning_rate=0.1, num_steps=10, key=key
+        ... )
         >>> float(fine.times[0]), fine.params.shape, int(fine.diverged_at)
         (1.0, (1,), -1)
     """
-    num_examples = _dynamics.check_problem(loss_vector_fn, params, data, microbatch_size, wide=True)
-    eigenvalues = _dynamics.eigenvalues(noise, num_examples)
+    equation = Equation.of(losses, params, law, scheme)
     _validate.positive_scalar("learning_rate", learning_rate)
     end = _iteration_number("num_steps", num_steps, minimum=1)
     _validate.prng_key("key", key)
-    substeps = _brownian.check_substeps(substeps)
-    _dynamics.check_order(order)
     last_start = 2**31 - 2 if isinstance(num_steps, Tracer) else int(num_steps) - 1
     start = _iteration_number("first_step", first_step, minimum=0, maximum=last_start)
     targets = _check_save_at(save_at, first_step, num_steps)
 
-    def integrate(params: Any, data: Any, rate: Any, start: Any, end: Any, key: Any) -> Path:
-        field = _dynamics.Field.of(loss_vector_fn, params, data, microbatch_size)
-        return _integrate(
-            field, _dynamics.Root.cast(eigenvalues, field.dtype), params,
-            jnp.asarray(rate, field.dtype), start, end, end[None] if targets is None else targets,
-            key, substeps, order, _brownian.path_dtype(noise, field.dtype),
-        )  # fmt: skip
+    def integrate(
+        params: Params,
+        data: Data,
+        rate: Scalar,
+        start: Int[Array, ""],
+        end: Int[Array, ""],
+        key: Key[Array, ""],
+    ) -> Path:
+        saved = end[None] if targets is None else jnp.asarray(targets)
+        rate = jnp.asarray(rate, equation.dtype)
+        return _integrate(equation.with_data(data), params, rate, start, end, saved, key)
 
+    # A program of this call, which goes with it: it holds the loss function, and jax holds it not.
     params = jax.tree.map(jnp.asarray, params)
-    return jax.jit(integrate)(params, data, learning_rate, start, end, key)
+    return jax.jit(integrate)(params, losses.data, learning_rate, start, end, key)
 
 
 def _iteration_number(
@@ -169,40 +170,32 @@ def _check_save_at(
 class _State(NamedTuple):
     """Where a path stands: `params` after `step` iterations, or the last finite ones."""
 
-    params: Any
+    params: Params
     step: Int[Array, ""]
     finite: Bool[Array, ""]
 
 
 def _integrate(
-    field: _dynamics.Field,
-    root: _dynamics.Root,
-    params: Any,
+    equation: Equation,
+    params: Params,
     rate: Float[Array, ""],
     start: Int[Array, ""],
     end: Int[Array, ""],
-    targets: Any,
+    targets: Int[Array, " saved"],
     key: Key[Array, ""],
-    substeps: int,
-    order: int,
-    path_dtype: Any,
 ) -> Path:
     def iterate(state: _State) -> _State:
-        increments = _brownian.brownian_increments(
-            key, state.step, field.num_examples, substeps=substeps, dtype=path_dtype
-        )
-        increments = increments.astype(field.dtype)
-        moved = iteration(field, state.params, increments, root, rate, order)
+        increments = equation.increments(key, state.step)
+        moved = equation.iteration(state.params, increments, rate)
         finite = all_finite(moved)
         kept = jax.tree.map(functools.partial(jnp.where, finite), moved, state.params)
         return _State(kept, state.step + 1, finite)
 
-    def run_to(state: _State, target: Any) -> tuple[_State, Any]:
+    def run_to(state: _State, target: Int[Array, ""]) -> tuple[_State, Params]:
         state = jax.lax.while_loop(lambda s: s.finite & (s.step < target), iterate, state)
         saved = jax.tree.map(lambda p: jnp.where(state.finite, p, jnp.nan), state.params)
         return state, saved
 
-    targets = jnp.asarray(targets)
     state, saved = jax.lax.scan(run_to, _State(params, start, jnp.asarray(True)), targets)
     state, _ = run_to(state, end)
     return Path(
@@ -214,24 +207,7 @@ def _integrate(
     )
 
 
-def iteration(
-    field: _dynamics.Field,
-    params: Any,
-    increments: Float[Array, "substeps N"],
-    root: _dynamics.Root,
-    learning_rate: Any,
-    order: int,
-) -> Any:
-    """One iteration of Euler-Maruyama, in as many substeps as there are increments."""
-    length = 1 / increments.shape[0]
-
-    def substep(params: Any, increment: Float[Array, " N"]) -> tuple[Any, None]:
-        return field.substep(params, root(increment), learning_rate, length, order), None
-
-    return jax.lax.scan(substep, params, increments)[0]
-
-
-def all_finite(tree: Any) -> Bool[Array, ""]:
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number of every leaf is finite."""
     leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
     return functools.reduce(jnp.logical_and, leaves)

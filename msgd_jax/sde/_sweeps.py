@@ -1,118 +1,85 @@
 """What strong and weak error share: checked arguments, keys, and paths in passes."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from msgd_jax import _validate
-from msgd_jax.sde import _brownian, _dynamics
+from msgd_jax._typing import PyTree
 
 MIN_PATHS = 4  # with fewer, the 95 % intervals of an order cover less than 92 %
 
 
-class Problem(NamedTuple):
-    """One SDE with its iteration: what stays the same along a sweep over learning rates."""
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What `strong_error` and `weak_error` measure at: learning rates, a time, and paths.
 
-    loss_vector_fn: Any
-    params: Any
-    data: Any
-    eigenvalues: tuple[float, float]
-    substeps: int
-    order: int
-    microbatch_size: int | None
-    path_dtype: Any
-
-    @classmethod
-    def of(
-        cls,
-        loss_vector_fn: Any,
-        params: Any,
-        data: Any,
-        noise: Any,
-        substeps: Any,
-        order: Any,
-        microbatch_size: Any,
-    ) -> "Problem":
-        """Checks the arguments; raises TypeError or ValueError."""
-        size = _dynamics.check_problem(loss_vector_fn, params, data, microbatch_size, wide=True)
-        _dynamics.check_order(order)
-        eigenvalues = _dynamics.eigenvalues(noise, size)
-        params = jax.tree.map(jnp.asarray, params)
-        return cls(
-            loss_vector_fn, params, data, eigenvalues, _brownian.check_substeps(substeps), order,
-            microbatch_size, _brownian.path_dtype(noise, _dynamics.wide_dtype(params)),
-        )  # fmt: skip
-
-    @property
-    def num_examples(self) -> int:
-        """N."""
-        return _validate.leading_axis("data", self.data)
-
-    def field(self, data: Any) -> _dynamics.Field:
-        """Its weighted gradients, of `data` that may be traced."""
-        return _dynamics.Field.of(self.loss_vector_fn, self.params, data, self.microbatch_size)
-
-    def root(self, dtype: Any) -> _dynamics.Root:
-        """The root of the covariance."""
-        return _dynamics.Root.cast(self.eigenvalues, dtype)
-
-    def increments(self, key: Key[Array, ""], step: Any, dtype: Any) -> Float[Array, "substeps N"]:
-        """Of the Brownian path over one iteration: drawn in the type of the law."""
-        return _brownian.brownian_increments(
-            key, step, self.num_examples, substeps=self.substeps, dtype=self.path_dtype
-        ).astype(dtype)
-
-
-def whole_steps(
-    learning_rates: Sequence[float], horizon: float
-) -> tuple[Float[np.ndarray, " E"], list[int]]:
-    """The learning rates, and how many iterations of each make up the horizon.
+    Attributes:
+        learning_rates: eta, each a whole fraction of `horizon`.
+        horizon: T, the time at which iteration and SDE are compared, above 0.
+        num_paths: paths for each eta (and each side), at least 4.
+        at_once: paths in memory together; None for all.
 
     Raises:
-        TypeError, ValueError: if one is not positive, or not a whole fraction of the horizon.
+        TypeError, ValueError: if there are no learning rates, one is not positive or not a whole
+            fraction of the horizon, or there are too few paths.
     """
-    _validate.positive_scalar("horizon", horizon)
-    if isinstance(learning_rates, str) or not np.iterable(learning_rates):
-        raise TypeError(
-            "learning_rates must be a sequence of numbers, such as [0.1, 0.05], got "
-            f"{_validate.shown(learning_rates)}."
-        )
-    rates = [_positive("learning_rates", rate) for rate in learning_rates]
-    if not rates:
-        raise ValueError("learning_rates must hold at least one, got none.")
-    steps = [round(horizon / rate) for rate in rates]
-    for rate, count in zip(rates, steps, strict=True):
-        if count < 1 or not math.isclose(count * rate, horizon, rel_tol=1e-6):
-            raise ValueError(
-                f"learning_rates must divide horizon = {horizon} into whole iterations, "
-                f"got {rate}, which makes {horizon / rate:g}."
+
+    learning_rates: Sequence[float]
+    horizon: float
+    num_paths: int
+    at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        _validate.positive_scalar("horizon", self.horizon)
+        if isinstance(self.learning_rates, str) or not np.iterable(self.learning_rates):
+            raise TypeError(
+                "learning_rates must be a sequence of numbers, such as [0.1, 0.05], got "
+                f"{_validate.shown(self.learning_rates)}."
             )
-    return np.array(rates), steps
+        object.__setattr__(self, "learning_rates", tuple(map(_positive, self.learning_rates)))
+        if not self.learning_rates:
+            raise ValueError("learning_rates must hold at least one, got none.")
+        for rate, count in zip(self.learning_rates, self.num_steps, strict=True):
+            if count < 1 or not math.isclose(count * rate, self.horizon, rel_tol=1e-6):
+                raise ValueError(
+                    f"learning_rates must divide horizon = {self.horizon} into whole iterations, "
+                    f"got {rate}, which makes {self.horizon / rate:g}."
+                )
+        _validate.positive_int("num_paths", self.num_paths, minimum=MIN_PATHS)
+        _validate.optional_positive_int("at_once", self.at_once)
+
+    @property
+    def num_steps(self) -> tuple[int, ...]:
+        """How many iterations of each learning rate make up the horizon."""
+        return tuple(round(self.horizon / rate) for rate in self.learning_rates)
+
+    @property
+    def rates(self) -> Float[np.ndarray, " E"]:
+        """The learning rates as an array."""
+        return np.array(self.learning_rates)
+
+    def over_paths(
+        self, one_path: Callable[[Key[Array, ""]], PyTree], key: Key[Array, ""]
+    ) -> PyTree:
+        """`one_path` of a key for each path; results have a leading axis [num_paths]."""
+        keys = jax.random.split(key, self.num_paths)
+        if self.at_once is None or self.at_once >= self.num_paths:
+            return jax.vmap(one_path)(keys)
+        return jax.lax.map(one_path, keys, batch_size=self.at_once)
 
 
-def over_paths(
-    one_path: Callable[[Key[Array, ""]], Any],
-    key: Key[Array, ""],
-    num_paths: int,
-    paths_per_pass: int | None,
-) -> Any:
-    """`one_path` of `num_paths` keys; results have a leading axis [num_paths]."""
-    keys = jax.random.split(key, num_paths)
-    if paths_per_pass is None or paths_per_pass >= num_paths:
-        return jax.vmap(one_path)(keys)
-    return jax.lax.map(one_path, keys, batch_size=paths_per_pass)
-
-
-def check_paths(num_paths: Any, paths_per_pass: Any) -> None:
-    """Raises unless there are enough paths for a standard error that can be relied on."""
-    _validate.positive_int("num_paths", num_paths, minimum=MIN_PATHS)
-    if paths_per_pass is not None:
-        _validate.positive_int("paths_per_pass", paths_per_pass)
+def checked(sweep: Sweep) -> Sweep:
+    """Returns `sweep` if it is one; raises TypeError."""
+    if not isinstance(sweep, Sweep):
+        raise TypeError(f"sweep must be an sde.Sweep, got {_validate.shown(sweep)}.")
+    return sweep
 
 
 def check_finite(left_at: Int[Array, " paths"], learning_rate: float, what: str) -> None:
@@ -127,7 +94,7 @@ def check_finite(left_at: Int[Array, " paths"], learning_rate: float, what: str)
         )
 
 
-def check_values(values: Any, learning_rate: float, what: str) -> Float[np.ndarray, " paths"]:
+def check_values(values: ArrayLike, learning_rate: float, what: str) -> Float[np.ndarray, " paths"]:
     """In float64; raises ValueError if what is measured of finite paths is not finite."""
     values = np.asarray(values, np.float64)
     wrong = int((~np.isfinite(values)).sum())
@@ -140,7 +107,9 @@ def check_values(values: Any, learning_rate: float, what: str) -> Float[np.ndarr
     return values
 
 
-def left_at(before: Int[Array, ""], step: Any, finite: Bool[Array, ""]) -> Int[Array, ""]:
+def left_at(
+    before: Int[Array, ""], step: Int[Array, ""], finite: Bool[Array, ""]
+) -> Int[Array, ""]:
     """The iteration in which a path left the finite numbers, counted from 1, or -1."""
     return jnp.where((before < 0) & ~finite, jnp.asarray(step, jnp.int32) + 1, before)
 
@@ -152,6 +121,6 @@ def mean_and_spread(values: Float[np.ndarray, " paths"]) -> tuple[float, float]:
     return scale * values.mean(), scale * values.std(ddof=1) / math.sqrt(values.size)
 
 
-def _positive(name: str, value: Any) -> float:
-    _validate.positive_scalar(name, value)
-    return float(value)
+def _positive(rate: float) -> float:
+    _validate.positive_scalar("learning_rates", rate)
+    return float(rate)

@@ -43,17 +43,20 @@ assert_type(metrics, train.StepMetrics)
 assert_type(metrics.loss, Array)
 state, history = train.make_loop(step, max_steps=10)(state, jnp.ones(1000), 10)
 
-rows = covariance.gradient_matrix(loss_vector_fn, jnp.zeros(3), jnp.ones((5, 3)))
-assert_type(covariance.fisher(rows), Array)
-assert_type(covariance.spectrum(law, rows), covariance.Spectrum)
+losses = loss.LossVector(loss_vector_fn, jnp.ones(1000), microbatch_size=100)
+assert_type(losses, loss.LossVector)
+assert_type(losses(jnp.zeros(())), Array)
+assert_type(losses.num_examples, int)
+assert_type(covariance.fisher(losses, jnp.zeros(())), Array)
+assert_type(covariance.spectrum(losses, jnp.zeros(()), law), covariance.Spectrum)
 
 path = sde.euler_maruyama(
-    loss_vector_fn, jnp.zeros(()), jnp.ones(5), law, learning_rate=0.1, num_steps=3, key=key
+    losses, jnp.zeros(()), law, learning_rate=0.1, num_steps=3, key=key, scheme=sde.Scheme(4)
 )
 assert_type(path, sde.Path)
 
 local = complexity.local_complexity(
-    loss_vector_fn, jnp.zeros(()), jnp.ones(5), law, radius=0.1, key=key, num_draws=3
+    losses, jnp.zeros(()), law, radius=0.1, key=key, num_draws=3, ascent=complexity.Ascent(1)
 )
 assert_type(local, complexity.LocalComplexity)
 sharding.check_key_agrees("key", key)

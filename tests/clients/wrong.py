@@ -19,6 +19,8 @@ transform.multiplicative_noise(law)  # error
 transform.multiplicative_noise(key, law)  # error
 transform.msgd("0.1", law, key)  # error
 loss.per_example(3)  # error
+loss.LossVector(lambda params, batch: batch)  # error
+loss.LossVector(lambda params, batch: batch, {}, microbatch_size="10")  # error
 loss.noisy_value_and_grad(lambda params, batch: batch, law, microbatch_size="10")  # error
 train.make_step(lambda params, batch: batch, optax.sgd(0.1), "sgd")  # error
 train.make_loop(lambda state, data: (state, data))  # error

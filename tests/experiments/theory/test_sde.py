@@ -132,8 +132,9 @@ def test_network(tmp_path, monkeypatch, capsys):
 
 def test_at_minimum():
     problem = sde_problems.at_minimum(sde_problems.logistic())
-    assert np.abs(sde.drift(*problem)).max() < 1e-4
-    assert np.abs(sde.drift(*sde_problems.logistic())).max() > 0.1
+    assert np.abs(sde.drift(problem.losses, problem.params)).max() < 1e-4
+    start = sde_problems.logistic()
+    assert np.abs(sde.drift(start.losses, start.params)).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -55,15 +55,6 @@ def test_momentum_and_weight_decay_follow_pytorchs_recursion():
         np.testing.assert_allclose(params, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [None, 1, 33, 100, 1000])
-def test_fisher_diagonal_is_the_mean_of_squares(size):
-    found = _optimizers.fisher_diagonal(
-        problems.loss_vector_fn, PROBLEM.params, PROBLEM.data, microbatch_size=size
-    )
-    for name, rows in gradients().items():
-        np.testing.assert_allclose(found[name], (rows**2).mean(0), rtol=1e-4)
-
-
 def langevin(refresh_every=3):
     return _optimizers.diagonal_langevin(
         jax.random.key(8), batch_size=10, refresh_every=refresh_every, microbatch_size=40

@@ -1,76 +1,38 @@
-"""The fast algorithm (Algorithm 1): per-example losses, weighted, in one backward pass.
-
-A **loss vector function** maps ``(params, batch)`` to one loss per example of the batch, [B]. The
-gradient of its product with a weight vector is the noisy gradient: no gradient matrix, no
-covariance matrix, nothing larger than the gradient itself.
-"""
+"""Values and gradients of weighted losses, with the data as an argument."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
-from msgd_jax import _dtypes, _narrow, _programs, _rows, _shards, _validate
+from msgd_jax import _dtypes, _laws, _mesh, _narrow, _programs, _validate
 from msgd_jax._streams import Stream, derive
-from msgd_jax._typing import Step
+from msgd_jax._typing import (
+    Batch,
+    Data,
+    Gradients,
+    LossVectorFn,
+    Params,
+    PositiveInt,
+    PyTree,
+    Statistics,
+    Step,
+    ValueAndGradOfData,
+)
+from msgd_jax.loss import _walker
 from msgd_jax.noise import MNoise, Weights
-
-__all__ = [
-    "LossVectorFn",
-    "noisy_value_and_grad",
-    "per_example",
-    "weighted_value_and_grad",
-    "weighted_values_and_grads",
-]
-
-LossVectorFn = Callable[..., Any]
-"""``loss_vector_fn(params, batch) -> losses [B]``, or with mutable statistics
-``loss_vector_fn(params, batch, aux) -> (losses [B], new aux)``."""
-
-
-def per_example(loss_fn: Callable[[Any, Any], Float[Array, ""]]) -> LossVectorFn:
-    """Turns the loss of one example into the losses of a batch.
-
-    Args:
-        loss_fn: maps ``(params, example)`` to a scalar, where an example is the data without its
-          leading axis.
-
-    Returns:
-        A loss vector function: ``jax.vmap`` of `loss_fn` over the examples.
-
-    Raises:
-        TypeError: if `loss_fn` is not a function.
-        ValueError: when traced, if `loss_fn` does not return a scalar.
-
-    Example:
-        >>> from msgd_jax import loss
-        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
-        >>> losses(jnp.asarray(1.0), jnp.asarray([0.0, 1.0, 3.0]))
-        Array([1., 0., 4.], dtype=float32)
-    """
-    _validate.function("loss_fn", loss_fn)
-
-    def loss_vector_fn(params: Any, batch: Any) -> Float[Array, " batch"]:
-        losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
-        if not isinstance(losses, jax.Array) or losses.ndim != 1:
-            got = jax.tree.map(lambda x: x.shape[1:], losses)
-            raise ValueError(f"loss_fn must return a scalar for one example, got shape {got}.")
-        return losses
-
-    return loss_vector_fn
 
 
 def weighted_value_and_grad(
     loss_vector_fn: LossVectorFn,
     *,
-    microbatch_size: int | np.integer[Any] | None = None,
+    microbatch_size: PositiveInt | None = None,
     has_aux: bool = False,
     sharding: NamedSharding | None = None,
-) -> Callable[..., tuple[Any, Any]]:
+) -> ValueAndGradOfData:
     """The value and the gradient of ``loss_vector_fn(params, data) . weights``.
 
     One forward and one backward pass over the examples that have weights. Sparse weights gather
@@ -127,7 +89,8 @@ def weighted_value_and_grad(
         or `aux` comes back with another structure, shape or dtype.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if `loss_vector_fn` is not a function, `microbatch_size` is not a
+            positive integer, or `sharding` does not spread the leading axis alone.
 
     Example:
         >>> from msgd_jax import loss, noise
@@ -138,11 +101,13 @@ def weighted_value_and_grad(
         >>> float(value), float(gradient)  # the mean loss, 2 (theta - mean of x)
         (3.5, -2.0)
     """
-    microbatch_size = _check_arguments(loss_vector_fn, microbatch_size, sharding)
+    microbatch_size = check_arguments(loss_vector_fn, microbatch_size, sharding)
 
     value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_aux, sharding)
 
-    def of_weights(params: Any, data: Any, weights: Weights, aux: Any = None) -> Any:
+    def of_weights(
+        params: Params, data: Data, weights: Weights, aux: Statistics = None
+    ) -> tuple[PyTree, Gradients]:
         leaves, made_of = jax.tree.flatten(weights)
         return value_and_grad(params, data, lambda *x: jax.tree.unflatten(made_of, x), leaves, aux)
 
@@ -151,24 +116,24 @@ def weighted_value_and_grad(
 
 def noisy_value_and_grad(
     loss_vector_fn: LossVectorFn,
-    noise: MNoise,
+    law: MNoise,
     *,
-    microbatch_size: int | np.integer[Any] | None = None,
+    microbatch_size: PositiveInt | None = None,
     has_aux: bool = False,
     sharding: NamedSharding | None = None,
-) -> Callable[..., tuple[Any, Any]]:
-    """`weighted_value_and_grad` at the weights of one step of a noise (Algorithm 1).
+) -> ValueAndGradOfData:
+    """`weighted_value_and_grad` at the weights that a law draws for one step (Algorithm 1).
 
     With `has_aux` and `microbatch_size`, the examples of a step go through the micro-batches in an
     order that is drawn for (key, step), on each device those that it holds: which examples share a
     ghost batch changes from step to step, for dense laws as for sparse ones.
 
     Where examples are spread over devices, each draws its own part of the weights: what
-    ``noise.sample(key, step)`` says there, bit for bit.
+    ``law.sample(key, step)`` says there, bit for bit.
 
     Args:
         loss_vector_fn: as in `weighted_value_and_grad`.
-        noise: the M-noise; its num_examples must be the leading axis of the data.
+        law: the law of the weights; its num_examples must be the leading axis of the data.
         microbatch_size: as in `weighted_value_and_grad`.
         has_aux: as in `weighted_value_and_grad`.
         sharding: as in `weighted_value_and_grad`.
@@ -179,31 +144,37 @@ def noisy_value_and_grad(
         `weighted_value_and_grad`.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if `loss_vector_fn` is not a function, `microbatch_size` is not a
+            positive integer, or `sharding` does not spread the leading axis alone.
     """
-    if not isinstance(noise, MNoise):
-        raise TypeError(f"noise must be a noise.MNoise, got {_validate.shown(noise)}.")
     return drawn_value_and_grad(
-        loss_vector_fn, noise.sample,
-        microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding,
-    )  # fmt: skip
+        loss_vector_fn,
+        _laws.drawable("law", law).sample,
+        microbatch_size=microbatch_size,
+        has_aux=has_aux,
+        sharding=sharding,
+    )
 
 
 def drawn_value_and_grad(
     loss_vector_fn: LossVectorFn,
     draw: Callable[[Key[Array, ""], Int[Array, ""]], Weights],
     *,
-    microbatch_size: int | np.integer[Any] | None,
+    microbatch_size: PositiveInt | None,
     has_aux: bool,
     sharding: NamedSharding | None,
-) -> Callable[..., tuple[Any, Any]]:
+) -> ValueAndGradOfData:
     """`noisy_value_and_grad` at the weights ``draw(key, step)``."""
-    microbatch_size = _check_arguments(loss_vector_fn, microbatch_size, sharding)
+    microbatch_size = check_arguments(loss_vector_fn, microbatch_size, sharding)
     value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_aux, sharding)
 
     def of_step(
-        params: Any, data: Any, key: Key[Array, ""], step: Int[Array, ""], aux: Any = None
-    ) -> Any:
+        params: Params,
+        data: Data,
+        key: Key[Array, ""],
+        step: Int[Array, ""],
+        aux: Statistics = None,
+    ) -> tuple[PyTree, Gradients]:
         # Losses of one ghost batch depend on each other: which examples share one is random.
         order = derive(key, Stream.ORDER, step) if has_aux else None
         return value_and_grad(params, data, draw, (key, step), aux, order)
@@ -211,8 +182,8 @@ def drawn_value_and_grad(
     compiled = _programs.compiled_if(microbatch_size is not None or sharding is not None, of_step)
 
     def of_checked_step(
-        params: Any, data: Any, key: Key[Array, ""], step: Step, aux: Any = None
-    ) -> Any:
+        params: Params, data: Data, key: Key[Array, ""], step: Step, aux: Statistics = None
+    ) -> tuple[PyTree, Gradients]:
         _validate.prng_key("key", key)
         return compiled(params, data, key, _validate.step(step), aux)
 
@@ -222,10 +193,10 @@ def drawn_value_and_grad(
 def weighted_values_and_grads(
     loss_vector_fn: LossVectorFn,
     *,
-    microbatch_size: int | np.integer[Any] | None = None,
-    draws_per_pass: int | np.integer[Any] = 1,
+    microbatch_size: PositiveInt | None = None,
+    draws_per_pass: PositiveInt = 1,
     sharding: NamedSharding | None = None,
-) -> Callable[[Any, Any, Weights], tuple[Float[Array, " draws"], Any]]:
+) -> Callable[[Params, Data, Weights], tuple[Float[Array, " draws"], Gradients]]:
     """The values and the gradients of ``loss_vector_fn(params, data) . W`` for K draws of W.
 
     What K calls of `weighted_value_and_grad` at the same parameters give, up to rounding, with one
@@ -251,7 +222,8 @@ def weighted_values_and_grads(
         traced, `f` raises TypeError or ValueError as that of `weighted_value_and_grad` does.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError, ValueError: if `loss_vector_fn` is not a function, `microbatch_size` is not a
+            positive integer, or `sharding` does not spread the leading axis alone.
 
     Example:
         >>> from msgd_jax import loss, noise
@@ -262,13 +234,13 @@ def weighted_values_and_grads(
         >>> values.shape, gradients.shape
         ((10,), (10,))
     """
-    microbatch_size = _check_arguments(loss_vector_fn, microbatch_size, sharding)
+    microbatch_size = check_arguments(loss_vector_fn, microbatch_size, sharding)
     draws_per_pass = _validate.positive_int("draws_per_pass", draws_per_pass)
 
     def one_batch(
-        params: Any, batch: Any, values: Float[Array, "batch draws"], aux: Any
-    ) -> _rows.Terms:
-        def losses_of(params: Any) -> Float[Array, " batch"]:
+        params: Params, batch: Batch, values: Float[Array, "batch draws"], aux: Statistics
+    ) -> _walker.Terms:
+        def losses_of(params: Params) -> Float[Array, " batch"]:
             losses = loss_vector_fn(params, batch)
             _validate.loss_vector(losses, values.shape[0])
             return losses
@@ -277,7 +249,7 @@ def weighted_values_and_grads(
         losses, pull_back = jax.vjp(wide_losses_of, params)
         dtype = _dtypes.accumulator(losses.dtype, values.dtype)
 
-        def one_draw(values: Float[Array, " batch"]) -> tuple[Float[Array, ""], Any]:
+        def one_draw(values: Float[Array, " batch"]) -> tuple[Float[Array, ""], Gradients]:
             value = jnp.sum(losses.astype(dtype) * values.astype(dtype))
             scale = _narrow.scale(values) if narrow else None
             scaled = _narrow.scaled(values, scale).astype(losses.dtype)
@@ -286,23 +258,23 @@ def weighted_values_and_grads(
         # One draw at a time is a plain scan, without a `vmap` over one inside.
         at_once = None if draws_per_pass == 1 else draws_per_pass
         totals, grads = jax.lax.map(one_draw, values.T, batch_size=at_once)
-        return _rows.Terms(totals, grads, aux)
+        return _walker.Terms(totals, grads, aux)
 
-    total = _rows.over_rows(one_batch, microbatch_size, sharding)
+    total = _walker.sums(one_batch, microbatch_size, sharding)
 
     def values_and_grads(
-        params: Any, data: Any, weights: Weights
-    ) -> tuple[Float[Array, " draws"], Any]:
+        params: Params, data: Data, weights: Weights
+    ) -> tuple[Float[Array, " draws"], Gradients]:
         _validate.floating_params(params)
-        _rows.check_weights(weights, _validate.leading_axis("data", data), sharding, stacked=True)
+        _walker.check_weights(weights, _validate.leading_axis("data", data), sharding, stacked=True)
 
         leaves, made_of = jax.tree.flatten(weights)
 
         def dense(*leaves: Array) -> tuple[Array, None]:
             return jax.vmap(Weights.dense)(jax.tree.unflatten(made_of, leaves)).T, None
 
-        rows = _rows.spread_rows(data, dense, tuple(leaves), sharding)
-        (totals, grads), _ = total(params, rows, (), None)
+        examples = _walker.weighted_examples(data, dense, tuple(leaves), sharding)
+        (totals, grads), _ = total(params, examples, (), None)
         return totals, _like(params, grads)
 
     return _programs.compiled_if(True, values_and_grads)
@@ -313,11 +285,13 @@ def _of_drawn(
     microbatch_size: int | None,
     has_aux: bool,
     sharding: NamedSharding | None,
-) -> Callable[..., tuple[Any, Any]]:
+) -> ValueAndGradOfData:
     """``f(params, data, draw, args, aux)``: value and gradient at the weights ``draw(*args)``."""
 
-    def one_batch(params: Any, batch: Any, values: Float[Array, " batch"], aux: Any) -> _rows.Terms:
-        def losses_of(params: Any) -> tuple[Float[Array, " batch"], Any]:
+    def one_batch(
+        params: Params, batch: Batch, values: Float[Array, " batch"], aux: Statistics
+    ) -> _walker.Terms:
+        def losses_of(params: Params) -> tuple[Float[Array, " batch"], Statistics]:
             if has_aux:
                 losses, new_aux = loss_vector_fn(params, batch, aux)
                 _validate.same_kind("loss_vector_fn", "aux", aux, new_aux)
@@ -329,7 +303,7 @@ def _of_drawn(
         wide_losses_of, narrow = _narrow.wide_sums(losses_of, params)
         scale = _narrow.scale(values) if narrow else None
 
-        def weighted_loss(params: Any) -> tuple[Float[Array, ""], Any]:
+        def weighted_loss(params: Params) -> tuple[Float[Array, ""], Statistics]:
             losses, new_aux = wide_losses_of(params)
             dtype = _dtypes.accumulator(losses.dtype, values.dtype)
             weights = _narrow.scaled(values.astype(dtype), scale)
@@ -337,46 +311,48 @@ def _of_drawn(
 
         (value, new_aux), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
         value, grads = _narrow.unscaled((value, grads), scale)
-        return _rows.Terms(value, grads, new_aux)
+        return _walker.Terms(value, grads, new_aux)
 
-    total = _rows.over_rows(one_batch, microbatch_size, sharding)
+    total = _walker.sums(one_batch, microbatch_size, sharding)
 
     def value_and_grad(
-        params: Any,
-        data: Any,
+        params: Params,
+        data: Data,
         draw: Callable[..., Weights],
         args: Sequence[Any],
-        aux: Any,
-        order: _rows.Order = None,
-    ) -> Any:
+        aux: Statistics,
+        order: _walker.Order = None,
+    ) -> tuple[PyTree, Gradients]:
         _validate.floating_params(params)
         data_size = _validate.leading_axis("data", data)
 
         def checked(*args: Any) -> tuple[Array, Array | None]:
             weights = draw(*args)
-            _rows.check_weights(weights, data_size, sharding)
+            _walker.check_weights(weights, data_size, sharding)
             indices = None if weights.indices is None else jnp.asarray(weights.indices)
             return jnp.asarray(weights.values), indices
 
-        rows = _rows.spread_rows(data, checked, tuple(args), sharding)
-        (value, grads), aux = total(params, rows, aux, order)
+        examples = _walker.weighted_examples(data, checked, tuple(args), sharding)
+        (value, grads), aux = total(params, examples, aux, order)
         grads = _like(params, grads)
         return ((value, aux), grads) if has_aux else (value, grads)
 
     return value_and_grad
 
 
-def _like(params: Any, grads: Any) -> Any:
+def _like(params: Params, grads: Gradients) -> Gradients:
     """The gradients, summed in wide types, in the types of the parameters."""
-    return jax.tree.map(_shards.like, params, grads)
+    return jax.tree.map(_mesh.like, params, grads)
 
 
-def _check_arguments(
-    loss_vector_fn: Any, microbatch_size: Any, sharding: NamedSharding | None
+def check_arguments(
+    loss_vector_fn: LossVectorFn,
+    microbatch_size: PositiveInt | None,
+    sharding: NamedSharding | None,
 ) -> int | None:
     """Returns the size of a micro-batch as an int; raises TypeError or ValueError."""
     _validate.function("loss_vector_fn", loss_vector_fn)
-    _shards.check("sharding", sharding)
+    _mesh.check("sharding", sharding)
     if microbatch_size is None:
         return None
     return _validate.positive_int("microbatch_size", microbatch_size)

@@ -1,0 +1,209 @@
+"""Examples spread over the devices of a mesh: filled up, placed, and one reduction per step.
+
+Everything takes a sharding that may be None, for arrays that are not spread: one code path.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
+
+from msgd_jax import _dtypes, _validate
+from msgd_jax._typing import Data, Params, PyTree, Statistics
+
+
+def check(name: str, sharding: Any) -> NamedSharding | None:
+    """Returns `sharding` if it spreads a leading axis (or is None); raises."""
+    if sharding is None:
+        return None
+    if not isinstance(sharding, NamedSharding):
+        raise TypeError(
+            f"{name} must be a jax.sharding.NamedSharding such as "
+            f'NamedSharding(mesh, PartitionSpec("data")), or None, got {_validate.shown(sharding)}.'
+        )
+    spec = tuple(sharding.spec)
+    if not spec or not axes(sharding) or any(spec[1:]):
+        raise ValueError(
+            f"{name} must spread the leading axis, that of the examples, and no other: "
+            f'PartitionSpec("data") or PartitionSpec(("data", "fsdp")), got {sharding.spec}.'
+        )
+    return sharding
+
+
+def axes(sharding: NamedSharding) -> tuple[str, ...]:
+    """The mesh axes that the examples are spread over."""
+    names = sharding.spec[0]
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def count(sharding: NamedSharding | None) -> int:
+    """How many parts the examples are in."""
+    return 1 if sharding is None else math.prod(sharding.mesh.shape[a] for a in axes(sharding))
+
+
+def missing(size: int, sharding: NamedSharding | None) -> int:
+    """How many examples fill `size` up to equal parts."""
+    return -size % count(sharding)
+
+
+def as_words(leaf: Any) -> tuple[Any, Any]:
+    """Arrays as numpy has them: of PRNG keys their words, and the implementation (else None)."""
+    if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf, None
+    return np.asarray(jax.random.key_data(jax.random.clone(leaf))), jax.random.key_impl(leaf)
+
+
+def from_words(words: Any, implementation: Any) -> Any:
+    """What `as_words` was given, on the devices that `words` are on."""
+    if implementation is None:
+        return words
+    return jax.random.wrap_key_data(words, impl=implementation)
+
+
+def fill(values: Shaped[Array, "size *rest"], missing: int) -> Shaped[Array, "filled *rest"]:
+    """Repeats the last example: a real one, at which every loss is as finite as elsewhere."""
+    if missing == 0:
+        return values
+    return jnp.concatenate([values, jnp.broadcast_to(values[-1:], (missing, *values.shape[1:]))])
+
+
+def fill_zeros(values: Shaped[Array, "size *rest"], missing: int) -> Shaped[Array, "filled *rest"]:
+    """Appends zeros, the weights of the examples that `fill` appends."""
+    if missing == 0:
+        return values
+    return jnp.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1))
+
+
+def spread(function: Callable[..., Any], sharding: NamedSharding | None) -> Callable[..., Any]:
+    """`function` with the leading axes of its results spread, and computed where they go.
+
+    XLA's partitioner sees to that: a draw of N weights becomes draws of the parts, gathering from
+    spread data becomes gathering where they are.
+    """
+    if sharding is None:
+        return function
+    layout = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        function = jax.sharding.auto_axes(function, out_sharding=layout)
+    return jax.jit(function, out_shardings=layout)
+
+
+def summed(
+    terms_of: Callable[..., tuple[PyTree, Statistics]], sharding: NamedSharding | None
+) -> Callable[..., tuple[PyTree, Statistics]]:
+    """Adds up ``terms_of(params, examples, aux, order) -> (terms, aux)`` over the devices.
+
+    Parameters come whole along the mesh axes of the examples, and stay as they are along the
+    others. The sum of the terms, in float32 or wider, is the one reduction; statistics are averaged
+    with it.
+    """
+    if sharding is None:
+        return terms_of
+    names = axes(sharding)
+
+    def of_part(
+        params: Params, examples: PyTree, aux: Statistics, order: Any
+    ) -> tuple[PyTree, Statistics]:
+        terms, aux = terms_of(params, examples, aux, order)
+        terms = jax.tree.map(lambda x: x.astype(_dtypes.accumulator(x.dtype)), terms)
+        return jax.lax.psum(terms, names), jax.tree.map(functools.partial(_agreed, names), aux)
+
+    everywhere, parts = PartitionSpec(), PartitionSpec(sharding.spec[0])
+    on_parts = _on_parts(of_part, sharding, (everywhere, parts, everywhere, everywhere), everywhere)
+
+    def total(
+        params: Params, examples: PyTree, aux: Statistics, order: Any
+    ) -> tuple[PyTree, Statistics]:
+        params, aux = _whole(sharding, (params, aux))
+        return on_parts(params, examples, aux, order)
+
+    return jax.jit(total)
+
+
+def mapped(
+    of_part: Callable[[Params, Data], PyTree], sharding: NamedSharding | None
+) -> Callable[[Params, Data], PyTree]:
+    """``of_part(params, data)``, whose results have a leading axis of examples, on each device.
+
+    Parameters come as in `summed`; the results stay where their examples are.
+    """
+    if sharding is None:
+        return of_part
+    parts = PartitionSpec(sharding.spec[0])
+    on_parts = _on_parts(of_part, sharding, (PartitionSpec(), parts), parts)
+    return jax.jit(lambda params, data: on_parts(_whole(sharding, params), data))
+
+
+def gathered(leaf: Array) -> Array:
+    """A leaf that is whole everywhere, where layouts are part of types; elsewhere as it is."""
+    layout = jax.typeof(leaf).sharding
+    if layout.mesh.empty or AxisType.Explicit not in layout.mesh.axis_types:
+        return leaf
+    return jax.sharding.reshard(leaf, NamedSharding(layout.mesh, PartitionSpec()))
+
+
+def cut(values: Shaped[Array, "filled *rest"], size: int) -> Shaped[Array, "size *rest"]:
+    """The first entries, without those that fill up the devices."""
+    return values if values.shape[0] == size else gathered(values)[:size]
+
+
+def _on_parts(
+    function: Callable[..., Any], sharding: NamedSharding, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`function` of each device's part, along the mesh axes of the examples."""
+    # Without varying-axes types: loss functions are the users', and know nothing of them.
+    return jax.shard_map(
+        function,
+        mesh=sharding.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(axes(sharding)),
+        check_vma=False,
+    )
+
+
+def like(leaf: Any, value: Array) -> Array:
+    """`value` in the dtype of `leaf`, and in its layout where that is part of its type."""
+    value = value.astype(jnp.result_type(leaf))
+    layout = jax.typeof(leaf).sharding
+    if layout.mesh.empty or AxisType.Explicit not in layout.mesh.axis_types:
+        return value
+    return jax.sharding.reshard(value, layout)
+
+
+def _whole(sharding: NamedSharding, tree: PyTree) -> PyTree:
+    """Gathers what is spread over the axes of the examples, where layouts are part of types.
+
+    In the other modes of a mesh XLA does that by itself.
+    """
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return tree
+    names = axes(sharding)
+
+    def others(entry: Any) -> tuple[str, ...] | None:
+        kept = [a for a in ((entry,) if isinstance(entry, str) else entry or ()) if a not in names]
+        return tuple(kept) or None
+
+    def gathered(leaf: Array) -> Array:
+        layout = jax.typeof(leaf).sharding
+        if layout.mesh.empty:
+            return leaf
+        whole = PartitionSpec(*map(others, layout.spec))
+        return jax.sharding.reshard(leaf, NamedSharding(layout.mesh, whole))
+
+    return jax.tree.map(gathered, tree)
+
+
+def _agreed(names: tuple[str, ...], leaf: Array) -> Array:
+    """One value for all parts: the mean of statistics; counters are the same everywhere."""
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jax.lax.pmean(leaf, names)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise TypeError("aux must be numbers when examples are spread over devices, got PRNG keys.")
+    return jax.lax.pmax(leaf, names)

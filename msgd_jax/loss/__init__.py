@@ -1,0 +1,36 @@
+"""The fast algorithm (Algorithm 1): per-example losses, weighted, in one backward pass.
+
+A **loss vector function** maps ``(params, batch)`` to one loss per example of the batch, [B]. The
+gradient of its product with a weight vector is the noisy gradient: no gradient matrix, no
+covariance matrix, nothing larger than the gradient itself.
+
+* `per_example` makes one of the loss of a single example;
+* `LossVector` is such a function with its data, the L(theta) of the paper: `covariance`, `sde` and
+  `complexity` take it;
+* `noisy_value_and_grad` and `weighted_value_and_grad` are the steps of training, where data are an
+  argument; `weighted_values_and_grads` gives many draws at one place;
+* `sum_over_examples` goes through the data for anything else, an evaluation, say.
+"""
+
+from msgd_jax._typing import LossVectorFn
+from msgd_jax.loss._gradients import (
+    drawn_value_and_grad as drawn_value_and_grad,
+)
+from msgd_jax.loss._gradients import (
+    noisy_value_and_grad,
+    weighted_value_and_grad,
+    weighted_values_and_grads,
+)
+from msgd_jax.loss._vector import LossVector, per_example, sum_over_examples
+from msgd_jax.loss._vector import checked as checked
+from msgd_jax.loss._vector import checked_kind as checked_kind
+
+__all__ = [
+    "LossVector",
+    "LossVectorFn",
+    "noisy_value_and_grad",
+    "per_example",
+    "sum_over_examples",
+    "weighted_value_and_grad",
+    "weighted_values_and_grads",
+]

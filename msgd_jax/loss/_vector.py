@@ -1,0 +1,563 @@
+"""The loss vector L(theta) of a data set, as an object that is checked once."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+
+from msgd_jax import _dtypes, _narrow, _programs, _validate
+from msgd_jax._typing import (
+    Batch,
+    Data,
+    Example,
+    Gradients,
+    LossVectorFn,
+    Params,
+    PerExampleGradients,
+    PositiveInt,
+    PyTree,
+    ValueAndGradOfData,
+)
+from msgd_jax.loss import _gradients, _walker
+from msgd_jax.noise import Weights
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, init=False, eq=False)
+class LossVector:
+    """The loss vector L(theta) in R^N of N examples: a loss vector function with its data.
+
+    It is what `covariance`, `sde` and `complexity` work on::
+
+      losses = loss.LossVector(loss_vector_fn, data, microbatch_size=100)
+      losses(params)                          # [N], the loss of every example
+      losses.value_and_grad(params, weights)  # of L . W, by one forward and one backward pass
+
+    A loss vector is a pytree whose leaves are the data, so it may be an argument of `jax.jit`,
+    `jax.vmap` or `jax.lax.scan`. Everything else about it is static and compares by value: a
+    function that was compiled for one loss vector runs, as it is, with other data of these shapes.
+    (Data that a compiled function takes from outside, instead of as an argument, are copied into
+    its program.)
+
+    jax keeps the static part of arguments in its caches: `loss_vector_fn`, and all that it holds,
+    stays in memory where a loss vector was an argument of `jax.jit`, until `jax.clear_caches`.
+    Where many losses come and go, make the data the argument instead:
+    ``jax.jit(lambda params, data: losses.replace(data=data).mean(params))``. The library's own
+    functions do so.
+
+    Its methods, called eagerly, compile themselves, once for each set of shapes. The programs
+    belong to this object and go with it; what `loss_vector_fn` takes from outside (globals,
+    attributes) is read at the first call only. Called inside `jax.jit` they are traced with the
+    rest.
+
+    Losses must not depend on each other. A model with mutable statistics (batch norm) has a loss
+    vector at given statistics: ``lambda params, batch: losses(params, batch, statistics)[0]``, with
+    the model in the mode in which it evaluates. Statistics that change belong to training: `train`
+    and `weighted_value_and_grad` carry them.
+
+    Args:
+        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
+        data: a pytree of arrays [N, ...]. They are not looked at: a NaN in them is found where it
+            is computed with.
+        microbatch_size: examples in one pass, on each device; None for all of them at once.
+        sharding: how the examples are spread over devices, as in `weighted_value_and_grad`; None if
+            they are not.
+        num_examples: N, where the data were filled up for the devices by `sharding.shard_examples`;
+            None for the leading axis of the data.
+
+    Raises:
+        TypeError: if `loss_vector_fn` is not a function, a leaf of `data` holds neither numbers nor
+            PRNG keys, or `sharding` is not a `NamedSharding`.
+        ValueError: if `data` are empty or their leaves have different lengths, `microbatch_size` is
+            not positive, `sharding` does not spread the leading axis alone, or `num_examples`, once
+            filled up for the devices, is not the length of the data.
+
+    Example:
+        >>> from msgd_jax import loss, noise
+        >>> fn = loss.per_example(lambda theta, x: (theta - x) ** 2)
+        >>> losses = loss.LossVector(fn, jnp.asarray([0.0, 1.0, 3.0, 4.0]))
+        >>> losses(jnp.asarray(1.0)).tolist(), losses.num_examples
+        ([1.0, 0.0, 4.0, 9.0], 4)
+        >>> weights = noise.gd(4).sample(jax.random.key(0), step=0)
+        >>> value, gradient = losses.value_and_grad(jnp.asarray(1.0), weights)
+        >>> float(value), float(gradient)  # the mean loss, 2 (theta - mean of x)
+        (3.5, -2.0)
+    """
+
+    loss_vector_fn: LossVectorFn
+    data: Data
+    microbatch_size: int | None
+    sharding: NamedSharding | None
+    _num_examples: int | None = dataclasses.field(repr=False)
+
+    def __init__(
+        self,
+        loss_vector_fn: LossVectorFn,
+        data: Data,
+        *,
+        microbatch_size: PositiveInt | None = None,
+        sharding: NamedSharding | None = None,
+        num_examples: PositiveInt | None = None,
+    ) -> None:
+        size = _gradients.check_arguments(loss_vector_fn, microbatch_size, sharding)
+        length = _validate.leading_axis("data", data)
+        if num_examples is not None:
+            num_examples = _validate.positive_int("num_examples", num_examples)
+            _walker.check_length(num_examples, length, sharding)
+        self._set(data, (loss_vector_fn, size, sharding, num_examples))
+
+    def _set(self, data: Data, static: tuple[Any, ...]) -> None:
+        names = ("loss_vector_fn", "microbatch_size", "sharding", "_num_examples")
+        for name, value in zip(("data", *names), (data, *static), strict=True):
+            object.__setattr__(self, name, value)
+
+    @property
+    def _static(self) -> tuple[Any, ...]:
+        return self.loss_vector_fn, self.microbatch_size, self.sharding, self._num_examples
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """For jax: the data are leaves, all else is static."""
+        return ((jax.tree_util.GetAttrKey("data"), self.data),), self._static
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], leaves: Any) -> "LossVector":
+        """For jax, which puts other things than arrays in their place, so nothing is checked."""
+        made = object.__new__(cls)
+        made._set(leaves[0], static)
+        return made
+
+    @property
+    def num_examples(self) -> int:
+        """N, how many examples there are; not counting those that fill up the devices."""
+        given = self._num_examples
+        return _validate.leading_axis("data", self.data) if given is None else given
+
+    def replace(
+        self, loss_vector_fn: LossVectorFn | None = None, data: Data | None = None
+    ) -> "LossVector":
+        """With another function or other data, in the same micro-batches and places.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        return LossVector(
+            self.loss_vector_fn if loss_vector_fn is None else loss_vector_fn,
+            self.data if data is None else data,
+            microbatch_size=self.microbatch_size,
+            sharding=self.sharding,
+            num_examples=self._num_examples,
+        )
+
+    # What is computed ----------------------------------------------------------------------------
+
+    def __call__(self, params: Params) -> Float[Array, " N"]:
+        """L(params): the loss of every example, [N], in float32 or wider.
+
+        Raises:
+            TypeError, ValueError: if `loss_vector_fn` does not return [B] floating-point losses.
+        """
+        return self._losses(params, self.data)
+
+    def value_and_grad(
+        self, params: Params, weights: Weights | Float[Array, " N"]
+    ) -> tuple[Float[Array, ""], Gradients]:
+        """The value and the gradient of ``L(params) . weights``, as `weighted_value_and_grad` does.
+
+        Args:
+            params: a pytree of floating-point arrays.
+            weights: a draw of a law, or any array [N]. Sparse weights compute their examples only.
+
+        Returns:
+            The value, a scalar in float32 or wider, and the gradient, like `params`.
+
+        Raises:
+            TypeError, ValueError: if `params` are not floating point, the weights are for another
+                number of examples, or `loss_vector_fn` does not return [B] floating-point losses.
+        """
+        return self._value_and_grad(params, self.data, self._weights(weights))
+
+    def values_and_grads(
+        self, params: Params, weights: Weights, *, draws_per_pass: PositiveInt = 1
+    ) -> tuple[Float[Array, " draws"], Gradients]:
+        """The same for K draws of weights at one place, as `weighted_values_and_grads` does.
+
+        Args:
+            params: a pytree of floating-point arrays.
+            weights: K draws, with leading axes of K.
+            draws_per_pass: draws whose backward passes are made at once.
+
+        Returns:
+            The values, [K], and the gradients, like `params` with leading axes of K.
+
+        Raises:
+            TypeError, ValueError: as `value_and_grad`, or if `draws_per_pass` is not positive.
+        """
+        if draws_per_pass not in self._many:
+            self._many[draws_per_pass] = _gradients.weighted_values_and_grads(
+                self.loss_vector_fn,
+                microbatch_size=self.microbatch_size,
+                draws_per_pass=draws_per_pass,
+                sharding=self.sharding,
+            )
+        return self._many[draws_per_pass](params, self.data, weights)
+
+    def mean(self, params: Params) -> Float[Array, ""]:
+        """The mean loss, in float32 or wider; raises as `value_and_grad`."""
+        return self.value_and_grad(params, self._equal_weights(params))[0]
+
+    def gradient(
+        self, params: Params, weights: Weights | Float[Array, " N"] | None = None
+    ) -> Gradients:
+        """The gradient of ``L . weights``, like `params`; without weights that of the mean loss.
+
+        Raises:
+            TypeError, ValueError: as `value_and_grad`.
+        """
+        weights = self._equal_weights(params) if weights is None else weights
+        return self.value_and_grad(params, weights)[1]
+
+    def slopes(self, params: Params, direction: Gradients) -> Float[Array, " N"]:
+        """The derivative of every loss along a direction: the gradient matrix times a vector, [N].
+
+        One forward-mode pass, whatever the number of parameters.
+
+        Args:
+            params: a pytree of floating-point arrays.
+            direction: a pytree like `params`.
+
+        Raises:
+            TypeError, ValueError: as `value_and_grad`.
+        """
+        return self._slopes((params, direction), self.data)
+
+    def hessian_product(self, params: Params, direction: Gradients) -> Gradients:
+        """The Hessian of the mean loss times a vector, forward over reverse, like `params`.
+
+        Raises:
+            TypeError, ValueError: as `value_and_grad`.
+        """
+        weights = self._weights(self._equal_weights(params))
+        return self._hessian_product(params, self.data, weights, direction)
+
+    def gradient_matrix(self, params: Params) -> PerExampleGradients:
+        """The gradient of every example's loss: the paper's nabla L, transposed.
+
+        It takes N times the memory of the parameters, so it is for few parameters or few examples.
+        `loss_vector_fn` is given batches of one example; with `microbatch_size`, that many
+        gradients are computed at once.
+
+        Args:
+            params: a pytree of floating-point arrays.
+
+        Returns:
+            A pytree like `params`, with leaves ``[N, *parameter shape]``.
+
+        Raises:
+            TypeError, ValueError: as `value_and_grad`.
+
+        Example:
+            >>> from msgd_jax import loss
+            >>> fn = loss.per_example(lambda theta, x: (theta @ x) ** 2 / 2)
+            >>> losses = loss.LossVector(fn, jnp.asarray([[1.0, 0.0], [0.0, 2.0]]))
+            >>> losses.gradient_matrix(jnp.asarray([1.0, 1.0])).tolist()
+            [[1.0, 0.0], [0.0, 4.0]]
+        """
+        _validate.floating_params(params)
+        return self._gradient_matrix(params, self.data)
+
+    def sum_over_gradients(
+        self,
+        of_batch: Callable[..., PyTree],
+        params: Params,
+        *rest: PyTree,
+    ) -> PyTree:
+        """Adds up what is made of per-example gradients, a micro-batch of them in memory at a time.
+
+        Called eagerly in micro-batches, it compiles anew on each call: put it under `jax.jit` to
+        call it again.
+
+        Args:
+            of_batch: ``of_batch(gradients, weights, *rest)``, with the gradients of B examples,
+                leaves ``[B, *parameter shape]``, and their weights, [B]: 1, or 0 where an example
+                only fills up a micro-batch. It returns a pytree of floating-point arrays.
+            params: a pytree of floating-point arrays.
+            *rest: pytrees that `of_batch` needs besides. (Of arrays that are spread over an
+                explicit mesh it may not close over any.)
+
+        Returns:
+            The sum over all micro-batches, in float32 or wider.
+
+        Raises:
+            TypeError, ValueError: as `value_and_grad`.
+        """
+        _validate.floating_params(params)
+        loss_vector_fn = self.loss_vector_fn
+
+        def one_batch(
+            given: tuple[Params, ...], batch: Batch, weights: Float[Array, " B"]
+        ) -> PyTree:
+            params, *rest = given
+            return of_batch(_gradients_of_batch(loss_vector_fn, params, batch), weights, *rest)
+
+        return self.sum_over(one_batch, (params, *rest))
+
+    def sum_over(
+        self, of_batch: Callable[[Params, Batch, Float[Array, " B"]], PyTree], params: Params
+    ) -> PyTree:
+        """`sum_over_examples` of the data, in the micro-batches and places of this loss vector."""
+        return sum_over_examples(
+            of_batch,
+            params,
+            self.data,
+            microbatch_size=self.microbatch_size,
+            sharding=self.sharding,
+            num_examples=self.num_examples,
+        )
+
+    # Weights --------------------------------------------------------------------------------------
+
+    def _equal_weights(self, params: Params) -> Float[Array, " N"]:
+        """1/N each, in float32, or in float64 where a parameter is."""
+        n = self.num_examples
+        dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+        return jnp.full(n, 1 / n, _dtypes.accumulator(*dtypes))
+
+    def _weights(self, weights: Weights | Float[Array, " N"]) -> Weights:
+        """What stands for weights, as weights of these N examples; their shape is checked later."""
+        n = self.num_examples
+        if not isinstance(weights, Weights):
+            if not hasattr(weights, "shape") or not hasattr(weights, "dtype"):
+                raise TypeError(
+                    "weights must be a noise.Weights or an array of one weight per example, got "
+                    f"{_validate.shown(weights)}."
+                )
+            if not jnp.issubdtype(weights.dtype, jnp.floating):
+                raise TypeError(f"weights must be floating point, got {weights.dtype}.")
+            weights = Weights(jnp.asarray(weights), None, n)
+        if weights.num_examples != n:
+            raise ValueError(
+                f"weights are for num_examples = {weights.num_examples}, but the data have {n} "
+                "examples."
+            )
+        return weights
+
+    # Programs: of the function alone, for one that held this object would keep it alive -----------
+
+    @functools.cached_property
+    def _losses(self) -> Callable[[Params, Data], Float[Array, " N"]]:
+        return self._map(functools.partial(_losses_of_batch, self.loss_vector_fn))
+
+    @functools.cached_property
+    def _slopes(self) -> Callable[[tuple[Params, Gradients], Data], Float[Array, " N"]]:
+        return self._map(functools.partial(_slopes_of_batch, self.loss_vector_fn))
+
+    @functools.cached_property
+    def _gradient_matrix(self) -> Callable[[Params, Data], PerExampleGradients]:
+        return self._map(functools.partial(_gradients_of_batch, self.loss_vector_fn))
+
+    @functools.cached_property
+    def _value_and_grad(self) -> ValueAndGradOfData:
+        return _programs.compiled_if(True, self._of_weights())
+
+    @functools.cached_property
+    def _hessian_product(self) -> Callable[[Params, Data, Weights, Gradients], Gradients]:
+        value_and_grad = self._of_weights()
+
+        def product(
+            params: Params, data: Data, weights: Weights, direction: Gradients
+        ) -> Gradients:
+            def gradient(params: Params) -> Gradients:
+                return value_and_grad(params, data, weights)[1]
+
+            return jax.jvp(gradient, (params,), (direction,))[1]
+
+        return _programs.compiled_if(True, product)
+
+    def _of_weights(self) -> ValueAndGradOfData:
+        return _gradients.weighted_value_and_grad(
+            self.loss_vector_fn, microbatch_size=self.microbatch_size, sharding=self.sharding
+        )
+
+    @functools.cached_property
+    def _many(self) -> dict[PositiveInt, ValueAndGradOfData]:
+        return {}
+
+    def _map(self, of_batch: Callable[[Any, Batch], PyTree]) -> Callable[[Any, Data], Any]:
+        mapped = _walker.maps(of_batch, self.microbatch_size, self.sharding)
+        given = self._num_examples
+
+        def first(params: Params, data: Data) -> PyTree:
+            size = _validate.leading_axis("data", data) if given is None else given
+            return mapped(params, data, size)
+
+        return _programs.compiled_if(True, first)
+
+
+def checked_kind(losses: Any, name: str = "losses") -> LossVector:
+    """Returns `losses` if these are a loss vector; raises TypeError."""
+    if not isinstance(losses, LossVector):
+        raise TypeError(
+            f"{name} must be a loss.LossVector, such as loss.LossVector(loss_vector_fn, data), got "
+            f"{_validate.shown(losses)}."
+        )
+    return losses
+
+
+def checked(losses: Any, params: Params, *, wide: bool = False) -> LossVector:
+    """Returns `losses` if these are a loss vector and parameters for it.
+
+    With `wide`, parameters must be float32 or wider.
+
+    Raises:
+        TypeError, ValueError: if they are not.
+    """
+    checked_kind(losses)
+    _validate.floating_params(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if wide and jnp.finfo(jnp.result_type(leaf)).bits < 32:
+            raise TypeError(
+                f"{_validate.place('params', path)} must be float32 or float64, got "
+                f"{jnp.result_type(leaf)}: small moves would be rounded away."
+            )
+    return losses
+
+
+def per_example(loss_fn: Callable[[Params, Example], Float[Array, ""]]) -> LossVectorFn:
+    """Turns the loss of one example into the losses of a batch.
+
+    Args:
+        loss_fn: maps ``(params, example)`` to a scalar, where an example is the data without its
+          leading axis.
+
+    Returns:
+        A loss vector function: ``jax.vmap`` of `loss_fn` over the examples.
+
+    Raises:
+        TypeError: if `loss_fn` is not a function.
+        ValueError: when traced, if `loss_fn` does not return a scalar.
+
+    Example:
+        >>> from msgd_jax import loss
+        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
+        >>> losses(jnp.asarray(1.0), jnp.asarray([0.0, 1.0, 3.0]))
+        Array([1., 0., 4.], dtype=float32)
+    """
+    _validate.function("loss_fn", loss_fn)
+
+    def loss_vector_fn(params: Params, batch: Batch) -> Float[Array, " batch"]:
+        losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
+        if not isinstance(losses, jax.Array) or losses.ndim != 1:
+            got = jax.tree.map(lambda x: x.shape[1:], losses)
+            raise ValueError(f"loss_fn must return a scalar for one example, got shape {got}.")
+        return losses
+
+    return loss_vector_fn
+
+
+def sum_over_examples(
+    of_batch: Callable[[Params, Batch, Float[Array, " B"]], PyTree],
+    params: Params,
+    data: Data,
+    *,
+    microbatch_size: PositiveInt | None = None,
+    sharding: NamedSharding | None = None,
+    num_examples: PositiveInt | None = None,
+) -> PyTree:
+    """Adds up anything over the examples, in micro-batches: what an evaluation counts, say.
+
+    Called eagerly in micro-batches or spread, it compiles anew on each call: put it under `jax.jit`
+    to call it again.
+
+    Args:
+        of_batch: ``of_batch(params, batch, weights)`` returns a pytree of floating-point arrays,
+            the sums over a batch of B examples with their weights, [B]: 1, or 0 where an example
+            only fills up a micro-batch or a device.
+        params: any pytree that `of_batch` needs besides the examples.
+        data: a pytree of arrays [N, ...].
+        microbatch_size: examples in one pass, on each device; None for all of them at once.
+        sharding: how the examples are spread over devices, as in `weighted_value_and_grad`.
+        num_examples: N, where the data were filled up for the devices.
+
+    Returns:
+        The sums over all examples, in float32 or wider.
+
+    Raises:
+        TypeError, ValueError: if `of_batch` is not a function, and as `LossVector` on the others.
+
+    Example:
+        >>> from msgd_jax import loss
+        >>> x = jnp.asarray([0.0, 1.0, 3.0, 4.0])
+        >>> count = lambda threshold, batch, weights: weights @ (batch > threshold)
+        >>> float(loss.sum_over_examples(count, 0.5, x, microbatch_size=3))
+        3.0
+    """
+    _validate.function("of_batch", of_batch)
+    microbatch_size = _gradients.check_arguments(of_batch, microbatch_size, sharding)
+    length = _validate.leading_axis("data", data)
+    size = length if num_examples is None else int(num_examples)
+    _walker.check_length(size, length, sharding)
+
+    def one_batch(
+        params: Params, batch: Batch, weights: Float[Array, " B"], aux: Any
+    ) -> _walker.Terms:
+        sums = of_batch(params, batch, weights)
+        return _walker.Terms((), jax.tree.map(_wide, sums), aux)
+
+    def total(params: Params, data: Data) -> PyTree:
+        def one_each() -> tuple[Array, None]:
+            return jnp.ones(size, jnp.float32), None
+
+        examples = _walker.weighted_examples(data, one_each, (), sharding)
+        (_, sums), _ = _walker.sums(one_batch, microbatch_size, sharding)(
+            params, examples, (), None
+        )
+        return sums
+
+    one_pass = sharding is None and (microbatch_size is None or microbatch_size >= length)
+    return _programs.compiled_if(not one_pass, total)(params, data)
+
+
+def _wide(values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """In float32 or wider."""
+    values = jnp.asarray(values)
+    return values.astype(_dtypes.accumulator(values.dtype))
+
+
+def _losses_of_batch(
+    loss_vector_fn: LossVectorFn, params: Params, batch: Batch
+) -> Float[Array, " B"]:
+    losses = loss_vector_fn(params, batch)
+    _validate.loss_vector(losses, _validate.leading_axis("batch", batch))
+    return _wide(losses)
+
+
+def _slopes_of_batch(
+    loss_vector_fn: LossVectorFn, at: tuple[Params, Gradients], batch: Batch
+) -> Float[Array, " B"]:
+    params, direction = at
+    losses_of = functools.partial(_losses_of_batch, loss_vector_fn, batch=batch)
+    return jax.jvp(losses_of, (params,), (direction,))[1]
+
+
+def _gradients_of_batch(
+    loss_vector_fn: LossVectorFn, params: Params, batch: Batch
+) -> PerExampleGradients:
+    """The gradient of each loss, from batches of one example."""
+
+    def one_gradient(example: Example) -> Gradients:
+        alone = jax.tree.map(lambda x: x[None], example)
+
+        def loss_of_one(params: Params) -> Float[Array, ""]:
+            losses = loss_vector_fn(params, alone)
+            _validate.loss_vector(losses, 1)
+            return losses[0]
+
+        # An example may use a parameter many times, as a text does a word: summed in float32.
+        return jax.grad(_narrow.wide_sums(loss_of_one, params)[0])(params)
+
+    return jax.vmap(one_gradient)(batch)
