@@ -108,7 +108,7 @@ class Exchangeable:
         """The covariance of a sum of uncorrelated vectors."""
         return Exchangeable(self.diagonal + other.diagonal, self.off_diagonal + other.off_diagonal)
 
-    def __rmul__(self, factor: float) -> "Exchangeable":
+    def __rmul__(self, factor: float | int) -> "Exchangeable":
         """The covariance of a vector that is multiplied by the root of a number."""
         return Exchangeable(factor * self.diagonal, factor * self.off_diagonal)
 
