@@ -107,7 +107,7 @@ def multiplicative_noise(
       it there is nothing to accumulate, which is an error: use `microbatch_size` for memory. The
       same holds for ``apply_if_finite``, ``conditionally_transform``, ``lookahead`` and ``sam``:
       ``with_noise(optax.apply_if_finite(optax.adam(1e-3), 5), noise, key)``.
-    * ``optax.inject_hyperparams(msgd, static_args=("noise", "key"))``.
+    * ``optax.inject_hyperparams(msgd, static_args=("law", "key"))``.
 
     Models with mutable statistics need `train` or `loss.weighted_value_and_grad` instead. The
     program of eager calls is kept for the last `loss_vector_fn`.

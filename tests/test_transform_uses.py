@@ -155,7 +155,7 @@ def test_aggregator_in_optax_process():
 
 
 def test_injected_learning_rate_can_be_changed():
-    make = optax.inject_hyperparams(transform.msgd, static_args=("noise", "key"))
+    make = optax.inject_hyperparams(transform.msgd, static_args=("law", "key"))
     tx = make(learning_rate=0.1, law=NOISE, key=fresh_key())
     state = tx.init(PROBLEM.params)
     small, _ = fast_update(tx, state, PROBLEM.params)

@@ -68,7 +68,7 @@ TRANSFORMS: dict[str, Row] = {
         aggregated_update,
     ),
     "injected": Row(
-        lambda key: optax.inject_hyperparams(transform.msgd, static_args=("noise", "key"))(
+        lambda key: optax.inject_hyperparams(transform.msgd, static_args=("law", "key"))(
             learning_rate=optax.linear_schedule(0.1, 0.0, 100), law=NOISE, key=key, momentum=0.9
         ),
         fast_update,
