@@ -1,6 +1,7 @@
 """One setting for every test: 8 CPU devices, no silent broadcasting, checked key reuse."""
 
 import os
+import pathlib
 
 # Before jax starts: several devices on one machine, for the tests of sharding.
 os.environ["XLA_FLAGS"] = (
@@ -21,6 +22,15 @@ collect_ignore = ["clients"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # jax 0.9 takes the second step with a key for its reuse where meshes are explicit or data streamed.
 jax.config.update("jax_debug_key_reuse", jax.__version_info__ >= (0, 10))
+
+
+def pytest_collection_modifyitems(items):
+    """Marks as slow what `slow_cases.txt` lists: cases of tests of which others always run."""
+    text = (pathlib.Path(__file__).parent / "slow_cases.txt").read_text()
+    listed = set(text.splitlines())
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
