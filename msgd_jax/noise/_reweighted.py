@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _validate
 from msgd_jax._values import bound
-from msgd_jax.noise._algebra import _at, _check_law
+from msgd_jax.noise._algebra import check_law, weights_at
 from msgd_jax.noise._types import MNoise, Weights
 
 Factors = Callable[[Int[Array, " support"], Int[Array, ""]], Float[Array, " support"]]
@@ -46,7 +46,7 @@ def reweighted(law: MNoise, factors: Any) -> MNoise:
         >>> (6 * balanced.sample(jax.random.key(0), 0).values).tolist()
         [1.0, 1.0, 1.0, 3.0]
     """
-    _check_law("law", law)
+    check_law("law", law)
     if callable(factors):
         own: Any = factors
         name = getattr(factors, "__name__", type(factors).__name__)
@@ -105,7 +105,7 @@ def _draw(law: MNoise, factors: Factors, key: Key[Array, ""]) -> Weights:
 
 
 def _draw_at(law: MNoise, factors: Factors, key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
-    return _times(_at(law, key, step), factors, step)
+    return _times(weights_at(law, key, step), factors, step)
 
 
 def _times(weights: Weights, factors: Factors, step: Int[Array, ""]) -> Weights:
