@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+from jax.tree_util import KeyPath
 from jaxtyping import Array, Float, Key
 
 from msgd_jax import _dtypes, _validate
@@ -200,3 +201,26 @@ def unmasked(loss_vector_fn: LossVectorFn, full_params: Params) -> LossVectorFn:
         return loss_vector_fn(merged, batch)
 
     return of_visible
+
+
+def check_per_example(updates: Updates, params: Params, num_examples: int) -> None:
+    """Raises ValueError unless these are gradients like `params` with an axis of N in front."""
+    _validate.passed_to_update("aggregate_per_example", params=params)
+    given, expected = (len(jax.tree.leaves(tree)) for tree in (updates, params))
+    if given != expected:
+        raise ValueError(
+            "aggregate_per_example needs updates that are gradients like params, with an axis of "
+            f"{num_examples} examples in front, got {given} leaves instead of {expected}."
+        )
+
+    def check(path: KeyPath, update: Array, param: Array) -> None:
+        expected = (num_examples, *jnp.shape(param))
+        if jnp.shape(update) != expected:
+            raise ValueError(
+                f"aggregate_per_example needs one gradient per example, shape {expected} at "
+                f"{_validate.place('updates', path)}, got {jnp.shape(update)}. A gradient that is "
+                "averaged already has no examples left to weigh (optax.MultiSteps around the "
+                "aggregator averages them too: chain it behind)."
+            )
+
+    jax.tree_util.tree_map_with_path(check, updates, params)

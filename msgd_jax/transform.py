@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from jax.tree_util import KeyPath
 from jaxtyping import Array, Float, Int, Key
 from optax.experimental import aggregating
 
@@ -268,7 +267,7 @@ def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggre
         updates: Updates, state: Any, params: Params = None, **extra_args: Any
     ) -> tuple[Updates, AggregateState]:
         del extra_args
-        _check_per_example(updates, params, law.num_examples)
+        _optimizers.check_per_example(updates, params, law.num_examples)
         weights = law.sample(state.key, state.step)
 
         def weighted_sum(gradients: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -389,25 +388,3 @@ def _noisy_gradient(
 def _check_law_and_key(law: MNoise, key: Key[Array, ""]) -> None:
     _laws.drawable("law", law)
     _validate.prng_key("key", key)
-
-
-def _check_per_example(updates: Updates, params: Params, num_examples: int) -> None:
-    _validate.passed_to_update("aggregate_per_example", params=params)
-    given, expected = (len(jax.tree.leaves(tree)) for tree in (updates, params))
-    if given != expected:
-        raise ValueError(
-            "aggregate_per_example needs updates that are gradients like params, with an axis of "
-            f"{num_examples} examples in front, got {given} leaves instead of {expected}."
-        )
-
-    def check(path: KeyPath, update: Array, param: Array) -> None:
-        expected = (num_examples, *jnp.shape(param))
-        if jnp.shape(update) != expected:
-            raise ValueError(
-                f"aggregate_per_example needs one gradient per example, shape {expected} at "
-                f"{_validate.place('updates', path)}, got {jnp.shape(update)}. A gradient that is "
-                "averaged already has no examples left to weigh (optax.MultiSteps around the "
-                "aggregator averages them too: chain it behind)."
-            )
-
-    jax.tree_util.tree_map_with_path(check, updates, params)

@@ -1,6 +1,10 @@
-"""The tables that the SDE experiment prints."""
+"""The tables that the SDE experiment prints, and what it records."""
 
+import math
 from typing import Any
+
+import jax
+import numpy as np
 
 from msgd_jax import sde
 
@@ -56,3 +60,21 @@ def network_table(networks: list[dict[str, Any]]) -> str:
             end, relative = values[-1], values[-1] / part["displacement"][-1]
             lines.append(f"{name:<28}{part['learning_rate']:>9g}{end:>21.4g}{relative:>10.2%}")
     return "\n".join(lines)
+
+
+def record(sweep: sde.ErrorSweep) -> dict[str, Any]:
+    """Numbers that JSON has: where nothing is random there is no chi-square."""
+    fit = sweep.order_fit
+    quality = {"chi_square": fit.chi_square, "p_value": fit.p_value}
+    return {
+        "learning_rates": sweep.learning_rates.tolist(),
+        "errors": sweep.errors.tolist(),
+        "standard_errors": sweep.standard_errors.tolist(),
+        "order": fit.slope._asdict(),
+        **{name: value if math.isfinite(value) else None for name, value in quality.items()},
+    }
+
+
+def as_json(part: Any) -> dict[str, Any]:
+    """A named tuple whose arrays are lists."""
+    return jax.tree.map(lambda x: x.tolist() if isinstance(x, np.ndarray) else x, part._asdict())

@@ -5,7 +5,6 @@ Every part returns plain numbers; `sde_figures` draws them, and `run` writes bot
 
 import functools
 import itertools
-import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -81,7 +80,7 @@ def strong(config: SDEConfig) -> Iterator[dict[str, Any]]:
             key=jax.random.key(config.seed), iterate=case.iterate,
             scheme=sde.Scheme(order=case.order),
         )  # fmt: skip
-        row = {"label": case.label, "expected": case.expected, **_record(sweep)}
+        row = {"label": case.label, "expected": case.expected, **_sde_tables.record(sweep)}
         if case.expected == 1:
             model = sweep.error_model
             row |= {"deterministic": model.deterministic._asdict(), "noise": model.noise._asdict()}
@@ -125,7 +124,8 @@ def weak(config: SDEConfig) -> Iterator[dict[str, Any]]:
             key=jax.random.key(config.seed), iterate=sgd, scheme=sde.Scheme(order=case.order),
         )  # fmt: skip
         group = "sampled: logistic regression, g = L"
-        yield {"group": group, "label": case.label, "expected": case.expected, **_record(sweep)}
+        named = {"group": group, "label": case.label, "expected": case.expected}
+        yield named | _sde_tables.record(sweep)
 
 
 class Paths(NamedTuple):
@@ -379,27 +379,10 @@ def _weak_part(config: SDEConfig, folder: pathlib.Path) -> Any:
 def _paths_part(config: SDEConfig, folder: pathlib.Path) -> Any:
     plane = [paths(config, rate) for rate in (0.2, 0.05)]
     _sde_figures.plot_paths(two_wells(), plane, folder / "paths.png")
-    return [_as_json(part) for part in plane]
+    return [_sde_tables.as_json(part) for part in plane]
 
 
 def _network_part(config: SDEConfig, dataset: data.Dataset, folder: pathlib.Path) -> Any:
     networks = list(network(config, dataset))
     _sde_figures.plot_network(networks, config, folder / "network.png")
-    return [_as_json(part) for part in networks]
-
-
-def _record(sweep: sde.ErrorSweep) -> dict[str, Any]:
-    """Numbers that JSON has: where nothing is random there is no chi-square."""
-    fit = sweep.order_fit
-    quality = {"chi_square": fit.chi_square, "p_value": fit.p_value}
-    return {
-        "learning_rates": sweep.learning_rates.tolist(),
-        "errors": sweep.errors.tolist(),
-        "standard_errors": sweep.standard_errors.tolist(),
-        "order": fit.slope._asdict(),
-        **{name: value if math.isfinite(value) else None for name, value in quality.items()},
-    }
-
-
-def _as_json(part: Any) -> dict[str, Any]:
-    return jax.tree.map(lambda x: x.tolist() if isinstance(x, np.ndarray) else x, part._asdict())
+    return [_sde_tables.as_json(part) for part in networks]

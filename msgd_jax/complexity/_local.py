@@ -37,9 +37,8 @@ class LocalComplexity(NamedTuple):
             the supremum; None without a smoothness constant.
         last_gain: what the last step of the best ascent added, relative to `draws`, [draws].
         gap: the most that a linear function could gain from where the best ascent ended,
-            relative to `draws`, [draws]: 0 at a stationary point, and where the objective is
-            concave, `draws` is at most this share too low. Infinite where nothing was found
-            (`draws` is 0) though there is a slope.
+            relative to `draws`, [draws]: 0 at a stationary point; where the objective is concave,
+            `draws` is at most this share too low. Infinite where `draws` is 0 on a slope.
         agreeing: how many of the ascents with the best one's sign came within 1 % of it, [draws]:
             from 1, itself, to `num_starts`.
         num_starts: ascents of each sign.
@@ -102,12 +101,10 @@ def local_complexity(
     random on the sphere. What is found is a lower bound; `first_order`, `upper` and the ascents'
     `last_gain`, `gap` and `agreeing` of the result say how good.
 
-    An ascent costs ``num_steps + 2`` forward and backward passes and one forward pass more over the
-    N examples (over b, for `rademacher` on subsets). What all losses have in common is taken out
-    before they are summed, so that a large constant in them costs no digits.
+    An ascent costs ``num_steps + 2`` forward and backward passes and a forward pass over the N
+    examples (b, for `rademacher` on subsets). A constant in all losses costs no digits.
 
-    Everything is compiled anew on each call and freed after it: what the loss function takes from
-    outside is read on each call. To call it again and again (along a training run, say), put it
+    Everything is compiled anew on each call and freed after it. To call it again and again, put it
     under `jax.jit`, as any function of `losses`, `params` and `key`.
 
     Args:

@@ -13,6 +13,9 @@ covariance matrix, nothing larger than the gradient itself.
 """
 
 from msgd_jax._typing import LossVectorFn
+from msgd_jax.loss._checks import checked as checked
+from msgd_jax.loss._checks import checked_kind as checked_kind
+from msgd_jax.loss._examples import per_example, sum_over_examples
 from msgd_jax.loss._gradients import (
     drawn_value_and_grad as drawn_value_and_grad,
 )
@@ -21,9 +24,7 @@ from msgd_jax.loss._gradients import (
     weighted_value_and_grad,
     weighted_values_and_grads,
 )
-from msgd_jax.loss._vector import LossVector, per_example, sum_over_examples
-from msgd_jax.loss._vector import checked as checked
-from msgd_jax.loss._vector import checked_kind as checked_kind
+from msgd_jax.loss._vector import LossVector
 
 __all__ = [
     "LossVector",

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from msgd_jax import _dtypes, _narrow, _programs, _validate
+from msgd_jax import _dtypes, _programs, _validate
 from msgd_jax._typing import (
     Batch,
     Data,
-    Example,
     Gradients,
     LossVectorFn,
     Params,
@@ -24,6 +23,12 @@ from msgd_jax._typing import (
     ValueAndGradOfData,
 )
 from msgd_jax.loss import _gradients, _walker
+from msgd_jax.loss._examples import (
+    gradients_of_batch,
+    losses_of_batch,
+    slopes_of_batch,
+    sum_over_examples,
+)
 from msgd_jax.noise import Weights
 
 
@@ -302,7 +307,7 @@ class LossVector:
             given: tuple[Params, ...], batch: Batch, weights: Float[Array, " B"]
         ) -> PyTree:
             params, *rest = given
-            return of_batch(_gradients_of_batch(loss_vector_fn, params, batch), weights, *rest)
+            return of_batch(gradients_of_batch(loss_vector_fn, params, batch), weights, *rest)
 
         return self.sum_over(one_batch, (params, *rest))
 
@@ -310,14 +315,9 @@ class LossVector:
         self, of_batch: Callable[[Params, Batch, Float[Array, " B"]], PyTree], params: Params
     ) -> PyTree:
         """`sum_over_examples` of the data, in the micro-batches and places of this loss vector."""
-        return sum_over_examples(
-            of_batch,
-            params,
-            self.data,
-            microbatch_size=self.microbatch_size,
-            sharding=self.sharding,
-            num_examples=self.num_examples,
-        )
+        places = {"sharding": self.sharding, "num_examples": self.num_examples}
+        size = self.microbatch_size
+        return sum_over_examples(of_batch, params, self.data, microbatch_size=size, **places)
 
     # Weights --------------------------------------------------------------------------------------
 
@@ -350,15 +350,15 @@ class LossVector:
 
     @functools.cached_property
     def _losses(self) -> Callable[[Params, Data], Float[Array, " N"]]:
-        return self._map(functools.partial(_losses_of_batch, self.loss_vector_fn))
+        return self._map(functools.partial(losses_of_batch, self.loss_vector_fn))
 
     @functools.cached_property
     def _slopes(self) -> Callable[[tuple[Params, Gradients], Data], Float[Array, " N"]]:
-        return self._map(functools.partial(_slopes_of_batch, self.loss_vector_fn))
+        return self._map(functools.partial(slopes_of_batch, self.loss_vector_fn))
 
     @functools.cached_property
     def _gradient_matrix(self) -> Callable[[Params, Data], PerExampleGradients]:
-        return self._map(functools.partial(_gradients_of_batch, self.loss_vector_fn))
+        return self._map(functools.partial(gradients_of_batch, self.loss_vector_fn))
 
     @functools.cached_property
     def _value_and_grad(self) -> ValueAndGradOfData:
@@ -396,168 +396,3 @@ class LossVector:
             return mapped(params, data, size)
 
         return _programs.compiled_if(True, first)
-
-
-def checked_kind(losses: Any, name: str = "losses") -> LossVector:
-    """Returns `losses` if these are a loss vector; raises TypeError."""
-    if not isinstance(losses, LossVector):
-        raise TypeError(
-            f"{name} must be a loss.LossVector, such as loss.LossVector(loss_vector_fn, data), got "
-            f"{_validate.shown(losses)}."
-        )
-    return losses
-
-
-def checked(losses: Any, params: Params, *, wide: bool = False) -> LossVector:
-    """Returns `losses` if these are a loss vector and parameters for it.
-
-    With `wide`, parameters must be float32 or wider.
-
-    Raises:
-        TypeError, ValueError: if they are not.
-    """
-    checked_kind(losses)
-    _validate.floating_params(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if wide and jnp.finfo(jnp.result_type(leaf)).bits < 32:
-            raise TypeError(
-                f"{_validate.place('params', path)} must be float32 or float64, got "
-                f"{jnp.result_type(leaf)}: small moves would be rounded away."
-            )
-    return losses
-
-
-def per_example(loss_fn: Callable[[Params, Example], Float[Array, ""]]) -> LossVectorFn:
-    """Turns the loss of one example into the losses of a batch.
-
-    Args:
-        loss_fn: maps ``(params, example)`` to a scalar, where an example is the data without its
-          leading axis.
-
-    Returns:
-        A loss vector function: ``jax.vmap`` of `loss_fn` over the examples.
-
-    Raises:
-        TypeError: if `loss_fn` is not a function.
-        ValueError: when traced, if `loss_fn` does not return a scalar.
-
-    Example:
-        >>> from msgd_jax import loss
-        >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
-        >>> losses(jnp.asarray(1.0), jnp.asarray([0.0, 1.0, 3.0]))
-        Array([1., 0., 4.], dtype=float32)
-    """
-    _validate.function("loss_fn", loss_fn)
-
-    def loss_vector_fn(params: Params, batch: Batch) -> Float[Array, " batch"]:
-        losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
-        if not isinstance(losses, jax.Array) or losses.ndim != 1:
-            got = jax.tree.map(lambda x: x.shape[1:], losses)
-            raise ValueError(f"loss_fn must return a scalar for one example, got shape {got}.")
-        return losses
-
-    return loss_vector_fn
-
-
-def sum_over_examples(
-    of_batch: Callable[[Params, Batch, Float[Array, " B"]], PyTree],
-    params: Params,
-    data: Data,
-    *,
-    microbatch_size: PositiveInt | None = None,
-    sharding: NamedSharding | None = None,
-    num_examples: PositiveInt | None = None,
-) -> PyTree:
-    """Adds up anything over the examples, in micro-batches: what an evaluation counts, say.
-
-    Called eagerly in micro-batches or spread, it compiles anew on each call: put it under `jax.jit`
-    to call it again.
-
-    Args:
-        of_batch: ``of_batch(params, batch, weights)`` returns a pytree of floating-point arrays,
-            the sums over a batch of B examples with their weights, [B]: 1, or 0 where an example
-            only fills up a micro-batch or a device.
-        params: any pytree that `of_batch` needs besides the examples.
-        data: a pytree of arrays [N, ...].
-        microbatch_size: examples in one pass, on each device; None for all of them at once.
-        sharding: how the examples are spread over devices, as in `weighted_value_and_grad`.
-        num_examples: N, where the data were filled up for the devices.
-
-    Returns:
-        The sums over all examples, in float32 or wider.
-
-    Raises:
-        TypeError, ValueError: if `of_batch` is not a function, and as `LossVector` on the others.
-
-    Example:
-        >>> from msgd_jax import loss
-        >>> x = jnp.asarray([0.0, 1.0, 3.0, 4.0])
-        >>> count = lambda threshold, batch, weights: weights @ (batch > threshold)
-        >>> float(loss.sum_over_examples(count, 0.5, x, microbatch_size=3))
-        3.0
-    """
-    _validate.function("of_batch", of_batch)
-    microbatch_size = _gradients.check_arguments(of_batch, microbatch_size, sharding)
-    length = _validate.leading_axis("data", data)
-    size = length if num_examples is None else int(num_examples)
-    _walker.check_length(size, length, sharding)
-
-    def one_batch(
-        params: Params, batch: Batch, weights: Float[Array, " B"], aux: Any
-    ) -> _walker.Terms:
-        sums = of_batch(params, batch, weights)
-        return _walker.Terms((), jax.tree.map(_wide, sums), aux)
-
-    def total(params: Params, data: Data) -> PyTree:
-        def one_each() -> tuple[Array, None]:
-            return jnp.ones(size, jnp.float32), None
-
-        examples = _walker.weighted_examples(data, one_each, (), sharding)
-        (_, sums), _ = _walker.sums(one_batch, microbatch_size, sharding)(
-            params, examples, (), None
-        )
-        return sums
-
-    one_pass = sharding is None and (microbatch_size is None or microbatch_size >= length)
-    return _programs.compiled_if(not one_pass, total)(params, data)
-
-
-def _wide(values: Float[Array, "..."]) -> Float[Array, "..."]:
-    """In float32 or wider."""
-    values = jnp.asarray(values)
-    return values.astype(_dtypes.accumulator(values.dtype))
-
-
-def _losses_of_batch(
-    loss_vector_fn: LossVectorFn, params: Params, batch: Batch
-) -> Float[Array, " B"]:
-    losses = loss_vector_fn(params, batch)
-    _validate.loss_vector(losses, _validate.leading_axis("batch", batch))
-    return _wide(losses)
-
-
-def _slopes_of_batch(
-    loss_vector_fn: LossVectorFn, at: tuple[Params, Gradients], batch: Batch
-) -> Float[Array, " B"]:
-    params, direction = at
-    losses_of = functools.partial(_losses_of_batch, loss_vector_fn, batch=batch)
-    return jax.jvp(losses_of, (params,), (direction,))[1]
-
-
-def _gradients_of_batch(
-    loss_vector_fn: LossVectorFn, params: Params, batch: Batch
-) -> PerExampleGradients:
-    """The gradient of each loss, from batches of one example."""
-
-    def one_gradient(example: Example) -> Gradients:
-        alone = jax.tree.map(lambda x: x[None], example)
-
-        def loss_of_one(params: Params) -> Float[Array, ""]:
-            losses = loss_vector_fn(params, alone)
-            _validate.loss_vector(losses, 1)
-            return losses[0]
-
-        # An example may use a parameter many times, as a text does a word: summed in float32.
-        return jax.grad(_narrow.wide_sums(loss_of_one, params)[0])(params)
-
-    return jax.vmap(one_gradient)(batch)

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import data, training
 from experiments.__main__ import main
+from experiments.theory import _complexity_tables
 from experiments.theory import complexity as complexity_experiment
 from experiments.theory.config import ComplexityConfig
 from experiments.training.algorithms import NoiseSettings
@@ -79,7 +80,7 @@ def test_theorem1_and_the_regulariser(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
 
     affine, spike = results["theorem1"]
-    assert set(affine["inequalities"]) == set(complexity_experiment.COLUMNS)
+    assert set(affine["inequalities"]) == set(_complexity_tables.COLUMNS)
     assert set(spike["inequalities"]) == {"without", "with", "with, corrected"}
     verdicts = {name: found["violated"] for name, found in spike["inequalities"].items()}
     assert verdicts == {"without": False, "with": True, "with, corrected": False}

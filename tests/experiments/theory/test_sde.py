@@ -126,7 +126,7 @@ def test_network(tmp_path, monkeypatch, capsys):
     _sde_figures.plot_network([coarse, fine], config, tmp_path / "network.png")
     assert (tmp_path / "network.png").stat().st_size > 10_000
     assert "M-SGD-Fisher, own draws" in _sde_tables.network_table(
-        [sde_experiment._as_json(part) for part in (coarse, fine)]
+        [_sde_tables.as_json(part) for part in (coarse, fine)]
     )
 
 

@@ -1,0 +1,39 @@
+"""Checks of a loss vector, for all that takes one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from msgd_jax import _validate
+from msgd_jax._typing import Params
+from msgd_jax.loss._vector import LossVector
+
+
+def checked_kind(losses: Any, name: str = "losses") -> LossVector:
+    """Returns `losses` if these are a loss vector; raises TypeError."""
+    if not isinstance(losses, LossVector):
+        raise TypeError(
+            f"{name} must be a loss.LossVector, such as loss.LossVector(loss_vector_fn, data), got "
+            f"{_validate.shown(losses)}."
+        )
+    return losses
+
+
+def checked(losses: Any, params: Params, *, wide: bool = False) -> LossVector:
+    """Returns `losses` if these are a loss vector and parameters for it.
+
+    With `wide`, parameters must be float32 or wider.
+
+    Raises:
+        TypeError, ValueError: if they are not.
+    """
+    checked_kind(losses)
+    _validate.floating_params(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if wide and jnp.finfo(jnp.result_type(leaf)).bits < 32:
+            raise TypeError(
+                f"{_validate.place('params', path)} must be float32 or float64, got "
+                f"{jnp.result_type(leaf)}: small moves would be rounded away."
+            )
+    return losses
