@@ -75,7 +75,13 @@ def test_the_sdist_has_the_whole_and_builds_the_same_wheel(package, tmp_path):
     with tarfile.open(package.sdist) as files:
         files.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
-    for name in ("tests/noises.py", "docs/index.md", "README.md", "CHANGELOG.md", "Makefile"):
+    for name in (
+        "tests/support/noises.py",
+        "docs/index.md",
+        "README.md",
+        "CHANGELOG.md",
+        "Makefile",
+    ):
         assert (source / name).is_file(), name
     build(source, tmp_path / "dist", "wheel")
     (wheel,) = (tmp_path / "dist").glob("*.whl")

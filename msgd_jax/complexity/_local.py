@@ -18,8 +18,7 @@ from msgd_jax.complexity import _ascent, _multipliers
 from msgd_jax.complexity._ascent import Ascent
 from msgd_jax.noise import MNoise, Weights
 
-# Two ascents agree if their heights differ by less than this share.
-AGREEMENT = 0.01
+AGREEMENT = 0.01  # two ascents agree if their heights differ by less than this share
 
 
 class LocalComplexity(NamedTuple):

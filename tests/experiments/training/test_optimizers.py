@@ -9,7 +9,7 @@ import pytest
 from experiments.training import _optimizers
 from experiments.training.algorithms import NoiseSettings
 from experiments.training.config import TrainConfig
-from tests import problems
+from tests.support import problems
 
 PROBLEM = problems.regression()
 

@@ -1,0 +1,1 @@
+"""Tests of the library, in rooms as the library is."""

@@ -1,0 +1,253 @@
+"""The weighted loss: gradients against dense float64 algebra, micro-batches, statistics."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from msgd_jax import loss, noise
+from tests.support.noises import ROWS
+from tests.support.problems import Regression, loss_vector_fn, regression
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+
+def dense_gradient(problem: Regression, weights: noise.Weights) -> dict[str, np.ndarray]:
+    """The product G . W with the dense gradient matrix, in numpy's float64."""
+    w = np.zeros(weights.num_examples)
+    indices = np.arange(weights.num_examples) if weights.indices is None else weights.indices
+    np.add.at(w, np.asarray(indices), np.asarray(weights.values, np.float64))
+    gradients = problem.gradient_matrix()
+    return {name: np.tensordot(w, g, axes=1) for name, g in gradients.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "microbatch_size"),
+    [
+        *((name, size) for name in ROWS for size in (None, 7)),
+        *(("cov", size) for size in (1, 50, 100, 1000)),
+    ],
+)
+def test_gradient_is_the_dense_product(name, microbatch_size, x64):
+    problem = regression(dtype=jnp.float64)
+    law = ROWS[name].make(100, 10, dtype=jnp.float64)
+    weights = law.sample(jax.random.key(1), 0)
+    f = loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=microbatch_size)
+    value, grads = jax.jit(f)(problem.params, problem.data, weights)
+    expected = dense_gradient(problem, weights)
+    for leaf in expected:
+        np.testing.assert_allclose(grads[leaf], expected[leaf], rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(value, problem.losses() @ np.asarray(weights.dense()), rtol=1e-12)
+
+
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.given(n=st.integers(1, 30), microbatch_size=st.integers(1, 35))
+def test_micro_batches_that_do_not_divide(n, microbatch_size):
+    problem = regression(n)
+    weights = noise.fisher(n, 1).sample(jax.random.key(1), 0)
+    f = loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=microbatch_size)
+    _, grads = f(problem.params, problem.data, weights)
+    expected = dense_gradient(problem, weights)
+    bound = {k: np.abs(v).sum(0) for k, v in problem.gradient_matrix().items()}
+    for leaf in expected:  # n additions in float32, weights of order one
+        tolerance = 2.0**-22 * n * np.abs(np.asarray(weights.values)).max() * bound[leaf] + 1e-7
+        assert (np.abs(grads[leaf] - expected[leaf]) <= tolerance).all()
+
+
+def test_gd_is_the_gradient_of_the_mean_loss(x64):
+    problem = regression(dtype=jnp.float64)
+    weights = noise.gd(100, dtype=jnp.float64).sample(jax.random.key(0), 0)
+    f = loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=30)
+    value, grads = f(problem.params, problem.data, weights)
+    mean_loss = lambda params: loss_vector_fn(params, problem.data).mean()  # noqa: E731
+    expected_value, expected = jax.value_and_grad(mean_loss)(problem.params)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-13)
+    for leaf in expected:
+        np.testing.assert_allclose(grads[leaf], expected[leaf], rtol=1e-12)
+
+
+def test_sparse_weights_compute_only_their_examples():
+    sizes = []
+
+    def recording(params, batch):
+        sizes.append(batch["x"].shape[0])
+        return loss_vector_fn(params, batch)
+
+    problem = regression()
+    f = loss.weighted_value_and_grad(recording)
+    f(problem.params, problem.data, noise.sgd(100, 3).sample(jax.random.key(0), 0))
+    assert set(sizes) == {3}
+
+
+def test_bfloat16_models_accumulate_in_float32():
+    """1,024 micro-batches that each add 1/1024: in bfloat16 the sum would stall at 1/4."""
+    n = 1024
+    params, data = jnp.ones((), jnp.bfloat16), jnp.ones(n, jnp.bfloat16)
+    f = loss.weighted_value_and_grad(lambda p, x: p * x, microbatch_size=1)
+    weights = noise.gd(n).sample(jax.random.key(0), 0)
+    value, grads = f(params, data, weights)
+    assert grads.dtype == jnp.bfloat16
+    assert float(grads) == 1.0
+    assert value.dtype == jnp.float32
+    assert float(value) == 1.0
+    stalled = jnp.zeros((), jnp.bfloat16)
+    for _ in range(n):
+        stalled += jnp.bfloat16(1 / n)
+    assert float(stalled) < 0.5
+
+
+def test_losses_are_summed_in_float32():
+    """4,096 losses of one, in bfloat16: their plain bfloat16 sum of 1/4096 would be far off."""
+    n = 4096
+    losses = lambda p, x: p * x  # noqa: E731
+    weights = noise.fisher(n, 1).sample(jax.random.key(0), 0)
+    f = loss.weighted_value_and_grad(losses)
+    value, _ = f(jnp.ones((), jnp.bfloat16), jnp.ones(n, jnp.bfloat16), weights)
+    exact = np.asarray(weights.values, np.float64).sum()
+    assert abs(float(value) - exact) < n * 2.0**-24 * np.abs(np.asarray(weights.values)).sum()
+
+
+def test_statistics_go_through_the_ghost_batches_in_order():
+    """A running mean over ghost batches of 4, 4 and 2 + 2 (padded from the front), by hand."""
+    x = jnp.arange(10.0)
+
+    def normalised(params, batch, running):
+        mean = batch.mean()
+        return params * (batch - mean) ** 2, 0.5 * running + 0.5 * mean
+
+    f = loss.weighted_value_and_grad(normalised, microbatch_size=4, has_aux=True)
+    weights = noise.gd(10).sample(jax.random.key(0), 0)
+    (value, running), grads = jax.jit(f)(jnp.ones(()), x, weights, jnp.zeros(()))
+    ghosts = [np.array([0, 1, 2, 3]), np.array([4, 5, 6, 7]), np.array([8, 9, 0, 1])]
+    expected, total = 0.0, 0.0
+    for ghost, real in zip(ghosts, (4, 4, 2), strict=True):
+        expected = 0.5 * expected + 0.5 * ghost.mean()
+        total += ((ghost - ghost.mean()) ** 2)[:real].sum() / 10
+    np.testing.assert_allclose(running, expected, rtol=1e-6)
+    np.testing.assert_allclose([value, grads], [total, total], rtol=1e-6)
+
+
+def test_statistics_without_micro_batches():
+    f = loss.weighted_value_and_grad(lambda p, x, aux: (p * x, aux + x.sum()), has_aux=True)
+    weights = noise.gd(4).sample(jax.random.key(0), 0)
+    (value, aux), grads = f(jnp.ones(()), jnp.arange(4.0), weights, jnp.ones(()))
+    assert (float(value), float(aux), float(grads)) == (1.5, 7.0, 1.5)
+
+
+def test_under_vmap_and_scan():
+    problem = regression()
+    law = noise.sparse_cov(100, 10, support_size=20)
+    f = loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=8)
+    gradient = lambda step: f(problem.params, problem.data, law.sample(jax.random.key(0), step))[1]  # noqa: E731
+    mapped = jax.vmap(gradient)(jnp.arange(3))
+    _, scanned = jax.lax.scan(lambda c, step: (c, gradient(step)), None, jnp.arange(3))
+    for i in range(3):
+        single = gradient(i)
+        for many in (mapped, scanned):
+            np.testing.assert_allclose(many["w"][i], single["w"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 24])
+def test_data_sharded_over_devices(microbatch_size):
+    """Eight devices, parameters replicated: the dense product to float32 rounding."""
+    problem = regression(104)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    data = jax.device_put(problem.data, NamedSharding(mesh, PartitionSpec("data")))
+    params = jax.device_put(problem.params, NamedSharding(mesh, PartitionSpec()))
+    f = loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=microbatch_size)
+    for law in (noise.cov(104, 8), noise.sparse_fisher(104, 8, support_size=40)):
+        weights = law.sample(jax.random.key(1), 0)
+        _, grads = jax.jit(f)(params, data, weights)
+        for leaf, expected in dense_gradient(problem, weights).items():
+            np.testing.assert_allclose(grads[leaf], expected, rtol=1e-4, atol=1e-5)
+            assert len(grads[leaf].sharding.device_set) == 8
+
+
+@pytest.mark.usefixtures("user_errors")
+class TestBadInput:
+    def setup_method(self):
+        self.problem = regression(10)
+        self.weights = noise.gd(10).sample(jax.random.key(0), 0)
+
+    def call(self, fn=loss_vector_fn, params=None, data=None, weights=None, **kwargs):
+        params = self.problem.params if params is None else params
+        data = self.problem.data if data is None else data
+        weights = self.weights if weights is None else weights
+        return loss.weighted_value_and_grad(fn, **kwargs)(params, data, weights)
+
+    @pytest.mark.parametrize("microbatch_size", [None, 5])
+    def test_scalar_loss(self, microbatch_size):
+        with pytest.raises(
+            ValueError, match=r"one loss per example, shape \(\d+,\), got shape \(\)"
+        ):
+            self.call(lambda p, d: loss_vector_fn(p, d).mean(), microbatch_size=microbatch_size)
+
+    def test_matrix_of_losses(self):
+        with pytest.raises(ValueError, match=r"shape \(10,\), got shape \(10, 1\)"):
+            self.call(lambda p, d: loss_vector_fn(p, d)[:, None])
+
+    def test_integer_losses(self):
+        with pytest.raises(TypeError, match="floating-point losses, got int32"):
+            self.call(lambda p, d: jnp.arange(10))
+
+    def test_a_tuple_without_has_aux(self):
+        with pytest.raises(TypeError, match="array of losses, got tuple"):
+            self.call(lambda p, d: (loss_vector_fn(p, d), 0))
+
+    def test_loss_of_one_example_that_is_no_scalar(self):
+        f = loss.per_example(lambda p, e: e["x"] * p["w"])
+        with pytest.raises(ValueError, match=r"scalar for one example, got shape \(5,\)"):
+            f(self.problem.params, self.problem.data)
+
+    def test_integer_params(self):
+        params = {"w": jnp.ones(5), "b": jnp.ones((), jnp.int32)}
+        with pytest.raises(TypeError, match=r"params\['b'\] must be floating point.*int32"):
+            self.call(params=params)
+
+    def test_no_params(self):
+        with pytest.raises(ValueError, match="params has no leaves"):
+            self.call(params={})
+
+    def test_ragged_data(self):
+        data = {"x": jnp.ones((10, 5)), "y": jnp.ones(9)}
+        with pytest.raises(ValueError, match=r"share the leading axis.*10.*9"):
+            self.call(data=data)
+
+    def test_scalar_data_leaf(self):
+        with pytest.raises(ValueError, match=r"data\['y'\] is a scalar"):
+            self.call(data={"x": jnp.ones((10, 5)), "y": jnp.ones(())})
+
+    def test_weights_for_another_number_of_examples(self):
+        for law in (noise.gd(11), noise.sgd(11, 3)):
+            with pytest.raises(ValueError, match=r"num_examples = 11.*10 examples"):
+                self.call(weights=law.sample(jax.random.key(0), 0))
+
+    def test_weights_of_the_wrong_length(self):
+        with pytest.raises(ValueError, match=r"must have shape \(10,\).*got \(9,\)"):
+            self.call(weights=noise.Weights(jnp.ones(9), None, 10))
+        indices = jnp.arange(3)
+        with pytest.raises(ValueError, match="same length"):
+            self.call(weights=noise.Weights(jnp.ones(4), indices, 10))
+
+    def test_weights_that_are_a_plain_array(self):
+        with pytest.raises(TypeError, match=r"noise\.Weights, got ndarray"):
+            self.call(weights=np.ones(10))
+
+    @pytest.mark.parametrize("size", [0, -3])
+    def test_microbatch_size(self, size):
+        with pytest.raises(ValueError, match=f"microbatch_size must be at least 1, got {size}"):
+            self.call(microbatch_size=size)
+
+    def test_loss_vector_fn_that_is_no_function(self):
+        with pytest.raises(TypeError, match="loss_vector_fn must be a function"):
+            loss.weighted_value_and_grad(None)
+
+    def test_statistics_that_change_their_shape(self):
+        f = loss.weighted_value_and_grad(
+            lambda p, d, aux: (loss_vector_fn(p, d), jnp.ones(2)), has_aux=True
+        )
+        with pytest.raises(ValueError, match="aux with the structure, shapes and dtypes"):
+            f(self.problem.params, self.problem.data, self.weights, jnp.ones(3))

@@ -1,0 +1,111 @@
+"""The laws of the M-noises: Monte Carlo moments against the stated ones, and near misses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msgd_jax import noise
+from tests.support.noises import ROWS, cases, spared
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+KEY = jax.random.key(20240229)
+NUM_DRAWS = 40_000
+Z = 4.5  # two-sided 6.8e-6 for each statistic; about 120 of them below: 0.1 % in all
+
+
+@functools.cache
+def draws(name: str, n: int, b: int) -> np.ndarray:
+    """NUM_DRAWS weight vectors, [NUM_DRAWS, N] in float64, drawn in float32."""
+    law = ROWS[name].make(n, b)
+    sample = jax.jit(jax.vmap(lambda step: law.sample(jax.random.fold_in(KEY, step), step).dense()))
+    return np.asarray(sample(jnp.arange(NUM_DRAWS)), np.float64)
+
+
+def z_scores(w: np.ndarray, covariance: noise.Exchangeable) -> dict[str, float]:
+    """How many standard errors the sample moments are from the stated ones.
+
+    Every draw gives one number for each moment (pooled over exchangeable entries); their standard
+    error comes from the spread over draws. Rounding of float32 weights is allowed for on top.
+    """
+    n = w.shape[1]
+    deviation = w - 1 / n
+    squares = (deviation**2).mean(1)
+    statistics = {"mean": (deviation.mean(1), 0.0), "diagonal": (squares, covariance.diagonal)}
+    if n > 1:
+        products = (deviation.sum(1) ** 2 - (deviation**2).sum(1)) / (n * (n - 1))
+        statistics["off_diagonal"] = (products, covariance.off_diagonal)
+    rounding = 1e-6 * max(1 / n**2, covariance.diagonal)
+    scores = {}
+    for name, (values, expected) in statistics.items():
+        allowed = rounding if name != "mean" else 1e-6 / n
+        error = max(abs(values.mean() - expected) - allowed, 0.0)
+        spread = values.std(ddof=1) / np.sqrt(len(values))
+        scores[name] = error / spread if error > 0 else 0.0
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "b"),
+    [
+        *spared(cases((1, 1), (100, 10))),
+        # Few enough examples to be enumerated, which other tests do.
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in cases((7, 3))),
+    ],
+)
+def test_moments_agree_with_monte_carlo(name, n, b):
+    scores = z_scores(draws(name, n, b), ROWS[name].make(n, b).covariance)
+    assert max(scores.values()) < Z, scores
+
+
+@pytest.mark.parametrize(("name", "n", "b"), cases((7, 3), (100, 10)))
+def test_every_entry_has_its_moments(name, n, b):
+    """No entry and no pair of entries is special: entrywise z, Bonferroni over n^2 entries."""
+    w = draws(name, n, b)
+    covariance = ROWS[name].make(n, b).covariance
+    deviation = w - 1 / n
+    error = deviation.T @ deviation / len(w) - covariance.matrix(n)
+    variance = (deviation**2).T @ (deviation**2) / len(w) - (deviation.T @ deviation / len(w)) ** 2
+    spread = np.sqrt(np.maximum(variance, 0) / len(w)) + 1e-7 * max(1 / n**2, covariance.diagonal)
+    # At most 10^4 entries with z = 6.2 each (5.6e-10): below 1e-5 for a noise.
+    assert np.abs(error / spread).max() < 6.2
+    mean_spread = np.sqrt(covariance.diagonal / len(w)) + 1e-7 / n
+    assert np.abs(deviation.mean(0) / mean_spread).max() < 5.5
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "gd"])
+def test_wrong_variances_are_rejected(name):
+    stated = ROWS[name].make(100, 10).covariance
+    for factor in (0.95, 1.05):
+        wrong = noise.Exchangeable(stated.diagonal * factor, stated.off_diagonal)
+        assert z_scores(draws(name, 100, 10), wrong)["diagonal"] > Z
+
+
+def test_near_misses_of_the_paper_are_rejected():
+    # Section 5.2 prints Bernoulli weights 1/N + 1/b and 1/N: their mean is 2/N.
+    printed = draws("bernoulli", 100, 10) + 1 / 100
+    assert z_scores(printed, noise.bernoulli(100, 10).covariance)["mean"] > Z
+    # Without Bessel's correction [Cov-m] is too small by (m-1)N/(m(N-1)).
+    naive = noise.Exchangeable(*(x * 49 * 100 / (50 * 99) for x in _pair("estimated_cov")))
+    assert z_scores(draws("estimated_cov", 100, 10), naive)["diagonal"] > Z
+    # Fisher is not centred, and cov is.
+    assert z_scores(draws("fisher", 100, 10), noise.cov(100, 10).covariance)["off_diagonal"] > Z
+    assert z_scores(draws("cov", 100, 10), noise.fisher(100, 10).covariance)["off_diagonal"] > Z
+
+
+def _pair(name: str) -> tuple[float, float]:
+    covariance = ROWS[name].make(100, 10).covariance
+    return covariance.diagonal, covariance.off_diagonal
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "gd"])
+def test_draws_differ_across_steps_keys_and_examples(name):
+    law = ROWS[name].make(100, 10)
+    first, other_step = law.sample(KEY, 0).dense(), law.sample(KEY, 1).dense()
+    other_key = law.sample(jax.random.key(1), 0).dense()
+    assert (first != other_step).any()
+    assert (first != other_key).any()
+    assert np.unique(first).size > 1

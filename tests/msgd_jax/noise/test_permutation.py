@@ -1,0 +1,330 @@
+"""Keyed permutations and shuffled epochs: bijections, uniform, the same everywhere, flat in N."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from msgd_jax import noise
+from msgd_jax._streams import Stream, derive
+from msgd_jax.noise import _permutation
+from tests.msgd_jax.noise.test_exact import agree
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+LARGEST = 2**31 - 1
+
+
+def key() -> jax.Array:
+    return jax.random.key(20240229)
+
+
+# Permutations -------------------------------------------------------------------------------------
+
+
+# Around the size up to which they are sorted, squares and their neighbours, a prime, a power of 2.
+@pytest.mark.parametrize("n", [1, 2, 1024, 1025, 1088, 1089, 1090, 10_007, 65_536])
+def test_whole_permutations(n):
+    values = np.asarray(noise.permute(key(), jnp.arange(n), n))
+    assert values.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(values), np.arange(n))
+    if n > 2:
+        assert (values != np.arange(n)).any()
+
+
+def threefry2x32(key: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """Threefry-2x32 with 20 rounds, in Python integers (Salmon et al. 2011)."""
+    mask = 2**32 - 1
+    schedule = [*key, key[0] ^ key[1] ^ 0x1BD11BDA]
+    x = [(block[i] + schedule[i]) & mask for i in range(2)]
+    rotations = ((13, 15, 26, 6), (17, 29, 16, 24))
+    for group in range(5):
+        for r in rotations[group % 2]:
+            x[0] = (x[0] + x[1]) & mask
+            x[1] = ((x[1] << r) | (x[1] >> (32 - r))) & mask
+            x[1] ^= x[0]
+        x[0] = (x[0] + schedule[(group + 1) % 3]) & mask
+        x[1] = (x[1] + schedule[(group + 2) % 3] + group + 1) & mask
+    return x[0], x[1]
+
+
+def reference(words: list[list[int]], position: int, n: int) -> int:
+    """The Feistel network of the docstring, in Python integers of any size."""
+    side = math.isqrt(n - 1) + 1  # the grid: fewest cells, at most 16 by 9, then nearest a square
+    rows = min(range(-(-3 * side // 4), side + 1), key=lambda r: (r * -(-n // r), -r))
+    columns = -(-n // rows)
+    while True:
+        row, column = divmod(position, columns)
+        for i, key in enumerate(words):
+            half, size = (column, rows) if i % 2 == 0 else (row, columns)
+            high, low = threefry2x32((key[0], key[1]), (half, 0))
+            shift = ((high << 32) + low) % size
+            if i % 2 == 0:
+                row = (row + shift) % rows
+            else:
+                column = (column + shift) % columns
+        position = row * columns + column
+        if position < n:
+            return position
+
+
+def test_the_key_of_a_stream_is_threefry_of_a_counter_that_is_nobody_elses():
+    """The high word spells msgd; jax's own counters have a small number there, as fold_in's 0."""
+    key = jax.random.key(2**40 + 5)
+    words = tuple(map(int, jax.random.key_data(key)))
+    for stream in Stream:
+        own = tuple(map(int, jax.random.key_data(derive(key, stream))))
+        assert own == threefry2x32(words, (int.from_bytes(b"msgd"), int(stream)))
+        folded = tuple(map(int, jax.random.key_data(jax.random.fold_in(key, int(stream)))))
+        assert folded == threefry2x32(words, (0, int(stream)))
+
+
+@pytest.mark.parametrize("n", [1025, 1090, LARGEST])
+def test_against_the_network_in_python_integers(n):
+    own = derive(key(), Stream.PERMUTATION)
+    words = np.asarray(jax.random.bits(own, (12, 2), jnp.uint32)).tolist()
+    some = np.array([0, 1, 2, n // 3, n - 2, n - 1], np.int32)
+    positions = np.arange(n) if n < 2_000 else some  # all: some of them take a second turn
+    expected = [reference(words, int(position), n) for position in positions]
+    values = noise.permute(key(), jnp.asarray(positions), n)
+    np.testing.assert_array_equal(values, expected)
+
+
+@pytest.mark.parametrize("n", [10**6, LARGEST])
+def test_distinct_positions_have_distinct_values(n):
+    """100,000 of a large N: with replacement the chance of no repeat is below 1e-2 (n = 2^31)."""
+    start = n - 100_000
+    values = np.asarray(noise.permute(key(), start + jnp.arange(100_000), n))
+    assert np.unique(values).size == 100_000
+    assert 0 <= values.min() <= values.max() < n
+
+
+NUM_KEYS = 20_000
+
+
+def images(n: int, positions: list[int]) -> np.ndarray:
+    """What NUM_KEYS permutations have at some positions, [NUM_KEYS, positions]."""
+    keys = jax.random.split(key(), NUM_KEYS)
+    draw = jax.jit(jax.vmap(lambda k: noise.permute(k, jnp.array(positions), n)))
+    return np.asarray(draw(keys))
+
+
+@pytest.mark.parametrize("n", [50, 1025, 10**6, LARGEST])
+def test_singles_and_pairs_are_uniform(n):
+    """Chi-square over keys, on bins that split [0, N) evenly: each p above 1e-5 (8 a size)."""
+    positions = [0, 1, n // 2, n - 1]
+    values = images(n, positions)
+    for column in values.T:
+        assert uniformity(column, n, 25) > 1e-5
+    bins = np.minimum(values.astype(np.int64) * 5 // n, 4)
+    shares = np.bincount(np.minimum(np.arange(n) * 5 // n, 4)) if n < 2000 else np.full(5, n / 5)
+    for i, j in ((0, 1), (0, 3), (1, 2), (2, 3)):
+        counts = np.bincount(bins[:, i] * 5 + bins[:, j], minlength=25)
+        pairs = np.outer(shares, shares) - np.diag(shares)  # without replacement
+        expected = (pairs / (n * (n - 1))).ravel() * NUM_KEYS
+        assert scipy.stats.chisquare(counts, expected).pvalue > 1e-5
+
+
+def uniformity(values: np.ndarray, n: int, bins: int) -> float:
+    """The p-value of a chi-square test; bins as even as N allows."""
+    edges = np.arange(bins + 1) * n // bins
+    counts = np.histogram(values, edges)[0]
+    return scipy.stats.chisquare(counts, np.diff(edges) / n * len(values)).pvalue
+
+
+def test_neighbours_within_one_permutation_are_uniform():
+    """Chi-square on pairs of adjacent values of one long stretch: 2,500 bins, 200,000 pairs."""
+    n = 10**9
+    values = np.asarray(noise.permute(key(), jnp.arange(400_000), n)).reshape(-1, 2)
+    bins = values.astype(np.int64) * 50 // n
+    counts = np.bincount(bins[:, 0] * 50 + bins[:, 1], minlength=2_500)
+    assert scipy.stats.chisquare(counts).pvalue > 1e-5
+    steps = np.diff(values[:, 0].astype(np.int64)) % n  # of a counter in disguise: all the same
+    assert uniformity(steps, n, 100) > 1e-5
+
+
+def distance_from_uniform(rows: int, columns: int, rounds: int) -> float:
+    """Total variation between the law of two cells' difference and the uniform one, worst case.
+
+    With random round functions the first cell is uniform after two rounds, and the difference of
+    two cells is a Markov chain: adding F to the rows makes their difference uniform where the
+    columns differ, and leaves it where they do not; then the other way round.
+    """
+    worst = 0.0
+    for start in ((0, 1), (1, 0), (1, 1)):
+        law = np.zeros((rows, columns))
+        law[start] = 1
+        for i in range(rounds):
+            if i % 2 == 0:
+                law[:, 1:] = law[:, 1:].mean(0)
+            else:
+                law[1:] = law[1:].mean(1, keepdims=True)
+        uniform = np.full((rows, columns), 1 / (rows * columns - 1))
+        uniform[0, 0] = 0
+        worst = max(worst, np.abs(law - uniform).sum() / 2)
+    return worst
+
+
+@pytest.mark.parametrize("n", [1025, 1089, 5000])
+def test_enough_rounds_for_pairs(n):
+    """The figure in the docstring; on grids of more cells than N the walk only forgets more."""
+    grid = _permutation._grid(n)
+    assert grid.rows * grid.columns >= n
+    assert distance_from_uniform(*grid, _permutation.ROUNDS) < 1e-7
+    assert distance_from_uniform(*grid, 4) > 1e-4  # four rounds would be too few
+
+
+@pytest.mark.parametrize("n", [1000, 10**6])
+def test_the_same_under_jit_vmap_and_on_eight_devices(n):
+    positions = jnp.arange(64, dtype=jnp.int32)
+    expected = np.asarray(noise.permute(key(), positions, n))
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    sharded = NamedSharding(mesh, PartitionSpec("data"))
+
+    def draw(positions):
+        return noise.permute(key(), positions, n)
+
+    one_by_one = jax.vmap(draw)(positions)
+    on_eight = jax.jit(draw, out_shardings=sharded)(jax.device_put(positions, sharded))
+    halves = jnp.concatenate([draw(positions[:32]), draw(positions[32:])])
+    for values in (jax.jit(draw)(positions), one_by_one, on_eight, halves):
+        np.testing.assert_array_equal(values, expected)
+
+
+def test_memory_does_not_grow_with_n():
+    """What the compiled draw of 100 indices needs, up to the largest N."""
+
+    def temporaries(n: int) -> int:
+        draw = jax.jit(noise.sgd(n, 100).sample)
+        analysis = draw.lower(key(), 0).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    small = temporaries(2_000)
+    assert temporaries(LARGEST) <= 1.1 * small
+    assert small < 100 * 4 * 200  # a few dozen words for each index
+
+
+# Shuffled epochs ----------------------------------------------------------------------------------
+
+
+def epoch(law: noise.MNoise, first_step: int, num_steps: int) -> np.ndarray:
+    steps = first_step + jnp.arange(num_steps)
+    sample = jax.jit(jax.vmap(lambda step: law.sample(key(), step).indices))
+    return np.asarray(sample(steps))
+
+
+@pytest.mark.parametrize(("n", "b"), [(1, 1), (24, 4), (24, 24), (1200, 100), (4800, 1)])
+def test_batches_of_an_epoch_partition_the_examples(n, b):
+    law = noise.random_reshuffling(n, b)
+    first, second = (epoch(law, k * n // b, n // b) for k in (0, 1))
+    for batches in (first, second):
+        np.testing.assert_array_equal(np.sort(batches.ravel()), np.arange(n))
+    if n > 1:
+        assert (first != second).any()
+
+
+def test_remainders_are_dropped_and_others_each_time():
+    law = noise.random_reshuffling(10, 4, drop_remainder=True)
+    left_out = set()
+    for batches in epoch(law, 0, 200).reshape(100, 8):  # one example in all: 10 * 0.8^100
+        assert np.unique(batches).size == 8
+        left_out |= set(range(10)) - set(batches.tolist())
+    assert left_out == set(range(10))
+
+
+def test_steps_up_to_the_largest_integer():
+    law = noise.random_reshuffling(10**9, 1000)
+    indices = np.asarray(law.sample(key(), LARGEST).indices)
+    assert np.unique(indices).size == 1000
+    assert 0 <= indices.min() <= indices.max() < 10**9
+
+
+@pytest.mark.parametrize(("n", "b"), [(1, 1), (2, 1), (4, 2), (5, 2), (6, 2)])
+def test_covariances_between_steps_are_exact(n, b):
+    """Against enumeration over all orders of N examples, in rational arithmetic."""
+    law = noise.random_reshuffling(n, b, drop_remainder=True)
+    orders = list(itertools.permutations(range(n)))
+    epoch_length = n // b
+    for s, t in itertools.product(range(2 * epoch_length), repeat=2):
+        same, different = Fraction(0), Fraction(0)
+        if s // epoch_length == t // epoch_length:
+            for order in orders:
+                one, other = ([i in order[k * b : (k + 1) * b] for i in range(n)]
+                              for k in (s % epoch_length, t % epoch_length))  # fmt: skip
+                same += Fraction(one[0] * other[0], b**2 * len(orders))
+                different += Fraction(one[0] * other[-1] if n > 1 else 0, b**2 * len(orders))
+            exact = same - Fraction(1, n**2), different - Fraction(1, n**2) if n > 1 else different
+        else:
+            exact = same, different  # epochs are independent
+        assert agree(law.covariance_between(s, t), exact)
+
+
+def test_covariances_between_steps_are_those_of_the_draws():
+    """20,000 keys; entries pooled within each draw; |z| < 4.5 (6.8e-6 each)."""
+    n, b, num_keys = 12, 3, 20_000
+    law = noise.random_reshuffling(n, b)
+    sample = jax.jit(jax.vmap(lambda k: jnp.stack([law.sample(k, t).dense() for t in (0, 1, 5)])))
+    w = np.asarray(sample(jax.random.split(key(), num_keys)), np.float64) - 1 / n
+    for i, j, steps in ((0, 1, (0, 1)), (1, 2, (1, 5))):
+        stated = law.covariance_between(*steps)
+        products = w[:, i] * w[:, j]
+        both = w[:, i].sum(1) * w[:, j].sum(1)
+        diagonal, off_diagonal = products.mean(1), (both - products.sum(1)) / (n * (n - 1))
+        for values, expected in ((diagonal, stated.diagonal), (off_diagonal, stated.off_diagonal)):
+            error = abs(values.mean() - expected)
+            assert error < 4.5 * values.std() / np.sqrt(num_keys) + 1e-9
+
+
+def test_noises_of_independent_steps_have_no_covariance_between_them():
+    law = noise.fisher(10, 2)
+    assert law.covariance_between(3, 3) == law.covariance
+    assert law.covariance_between(3, 4) == noise.Exchangeable(0.0, 0.0)
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("user_errors")
+class TestBadInput:
+    def test_more_examples_than_indices(self):
+        for make in (noise.gd, lambda n: noise.sgd(n, 8), lambda n: noise.fisher(n, 8),
+                     lambda n: noise.permute(key(), jnp.arange(3), n)):  # fmt: skip
+            with pytest.raises(ValueError, match=r"at most 2\^31 - 1 = 2147483647, .*int32.*got"):
+                make(2**31)
+
+    @pytest.mark.parametrize("position", [-1, 10])
+    def test_positions_outside(self, position):
+        with pytest.raises(ValueError, match=rf"positions must be in \[0, 10\), got .*{position}"):
+            noise.permute(key(), jnp.array([position, 3]), 10)
+
+    def test_positions_must_be_integers(self):
+        with pytest.raises(TypeError, match="positions must be an integer, got an array"):
+            noise.permute(key(), jnp.ones(3), 10)
+
+    def test_untyped_key(self):
+        with pytest.raises(TypeError, match="key must be a typed PRNG key"):
+            noise.permute(jnp.zeros(2, jnp.uint32), jnp.arange(3), 10)
+
+    def test_a_remainder_that_nobody_asked_to_drop(self):
+        with pytest.raises(ValueError, match=r"must divide num_examples = 10, got 4, .* 2"):
+            noise.random_reshuffling(10, 4)
+
+    def test_steps_of_covariances(self):
+        with pytest.raises(ValueError, match="other must be at least 0, got -1"):
+            noise.gd(3).covariance_between(0, -1)
+
+    def test_svag_needs_independent_steps(self):
+        with pytest.raises(ValueError, match="base must have independent steps, got random_resh"):
+            noise.svag(noise.random_reshuffling(10, 5), 2)
+
+    def test_a_law_of_dependent_steps_needs_both_functions(self):
+        law = noise.sgd(3, 1)
+        with pytest.raises(ValueError, match="draw_at and between must be given together"):
+            noise.MNoise("mine", 3, 1, law.covariance, law.draw, draw_at=law.sample)

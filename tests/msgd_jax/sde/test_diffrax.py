@@ -1,0 +1,315 @@
+"""The SDE through diffrax: the same increments, the same path; Itô and Stratonovich."""
+
+import functools
+import inspect
+import math
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.theory.sde_problems import logistic
+from msgd_jax import covariance, loss, noise, sde
+from tests.support.problems import loss_vector_fn, of_sde, regression
+
+# diffrax's tree of Brownian increments reads a key twice, on branches of which one is taken.
+pytestmark = pytest.mark.usefixtures("unchecked_key_reuse")
+
+N, B, ETA = 20, 4, 0.2
+LAW = noise.cov(N, B)
+
+
+def motion():
+    return diffrax.VirtualBrownianTree(0.0, 1.0, tol=2**-10, shape=(N,), key=jax.random.key(2))
+
+
+@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
+    problem, key = logistic(N, dtype=jnp.float64), jax.random.key(0)
+    law = noise.cov(N, B, dtype=jnp.float64)
+    steps, substeps = 5, 4
+    increments = jnp.concatenate([
+        sde.brownian_increments(key, step, N, substeps=substeps, dtype=jnp.float64)
+        for step in range(steps)
+    ])  # fmt: skip
+    path = jnp.concatenate([jnp.zeros((1, N)), math.sqrt(ETA) * jnp.cumsum(increments, 0)])
+    times = ETA / substeps * jnp.arange(steps * substeps + 1)
+    terms = sde.diffrax_terms(
+        law,
+        diffrax.LinearInterpolation(times, path),
+        diffrax.Euler(),
+        learning_rate=ETA,
+        order=order,
+    )
+    solution = diffrax.diffeqsolve(
+        terms,
+        diffrax.Euler(),
+        0.0,
+        times[-1],
+        dt0=None,
+        y0=problem.params,
+        args=loss.LossVector(problem.loss_vector_fn, problem.data),
+        stepsize_controller=diffrax.StepTo(times),
+        saveat=diffrax.SaveAt(ts=ETA * jnp.arange(steps + 1)),
+    )
+    ours = of_sde(
+        sde.euler_maruyama,
+        *problem,
+        law,
+        learning_rate=ETA,
+        num_steps=steps,
+        key=key,
+        substeps=substeps,
+        save_at=range(steps + 1),
+        order=order,
+    )
+    # Of order 2 our drift is Heun's: the two agree up to the difference of the methods.
+    tolerance = 1e-10 if order == 1 else 0.03
+    np.testing.assert_allclose(solution.ys, ours.params, rtol=tolerance)
+    if order == 2:
+        assert np.abs(np.asarray(solution.ys - ours.params)).max() > 1e-6
+
+
+def every_solver():
+    """All solvers that diffrax exports and that can be made, also those that it will add."""
+    classes = [value for value in vars(diffrax).values() if inspect.isclass(value)]
+    concrete = [
+        value for value in classes
+        if issubclass(value, diffrax.AbstractSolver) and not value.__name__.startswith("Abstract")
+    ]  # fmt: skip
+    inner = {"HalfSolver": (diffrax.EulerHeun(),), "SemiImplicitEuler": ()}
+    return {value.__name__: value(*inner.get(value.__name__, ())) for value in concrete}
+
+
+SOLVERS = every_solver()
+ITO = {"Euler", "ItoMilstein"}
+STRATONOVICH = {
+    "EulerHeun", "GeneralShARK", "HalfSolver", "Heun", "Midpoint", "Ralston", "ReversibleHeun",
+    "SPaRK", "SlowRK", "StratonovichMilstein",
+}  # fmt: skip
+QUICK = {"EulerHeun", "ItoMilstein", "ReversibleHeun"}
+
+
+def saddle(params, batch):
+    """Two parameters, noise that depends on them: Itô's and Stratonovich's solutions differ."""
+    a, b = params["a"], params["b"]
+    return batch[:, 0] * jnp.tanh(a) * jnp.cos(b) + batch[:, 1] * jnp.sin(a + b)
+
+
+SADDLE = {"a": jnp.array(0.5), "b": jnp.array(-0.3)}
+SADDLE_DATA = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)), jnp.float32)
+SADDLE_LOSSES = loss.LossVector(saddle, SADDLE_DATA)
+
+
+def tree(key, size=4):
+    return diffrax.VirtualBrownianTree(
+        0.0, 1.0, tol=2**-12, shape=(size,), key=key, levy_area=diffrax.SpaceTimeLevyArea
+    )
+
+
+def ends(solver, terms_for=None, paths=16):
+    """theta(T = 1) against the step, on the same paths for all solvers: [paths, 2]."""
+
+    def one(key, step):
+        terms = sde.diffrax_terms(
+            noise.fisher(4, 1), tree(key), terms_for or solver, learning_rate=1.0
+        )
+        solution = diffrax.diffeqsolve(
+            terms,
+            solver,
+            0.0,
+            1.0,
+            dt0=step,
+            y0=SADDLE,
+            args=SADDLE_LOSSES,
+            adjoint=diffrax.DirectAdjoint(),
+        )
+        assert solution.ys is not None
+        return jnp.stack([solution.ys["a"][-1], solution.ys["b"][-1]])
+
+    keys = jax.random.split(jax.random.key(1), paths)
+    run = jax.jit(lambda step: jax.lax.map(lambda key: one(key, step), keys))
+    return lambda step: np.asarray(run(step), np.float64)
+
+
+@functools.cache
+def ito():
+    """The Itô solution on these paths, by Euler's method."""
+    return ends(diffrax.Euler())(1 / 2048)
+
+
+def distance(one, other):
+    """Root mean square over paths."""
+    return math.sqrt(((one - other) ** 2).sum(1).mean())
+
+
+@pytest.mark.filterwarnings("error:.*not marked as converging")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in QUICK else pytest.mark.slow)
+        for n in sorted(ITO | STRATONOVICH)
+    ],
+)
+def test_every_solver_finds_the_solution_of_ito(name):
+    """With the terms made for it, the distance to a fine Euler path shrinks with the step.
+
+    All are of strong order 1/2 or more; Euler's own error at 1/2048 is about 0.015.
+    """
+    run = ends(SOLVERS[name])
+    coarse, fine = distance(run(1 / 4), ito()), distance(run(1 / 128), ito())
+    assert fine < 0.07
+    assert fine < 0.5 * coarse
+
+
+def test_terms_for_the_other_kind_have_another_solution():
+    """The near miss: however fine the steps, Heun with Euler's terms ends elsewhere."""
+    wrong = ends(diffrax.EulerHeun(), terms_for=diffrax.Euler())
+    assert distance(wrong(1 / 128), ito()) > 0.2
+
+
+@pytest.mark.usefixtures("user_errors")
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_works_or_is_refused_before_diffrax_does(name):
+    make = functools.partial(
+        sde.diffrax_terms,
+        noise.fisher(4, 1),
+        tree(jax.random.key(0)),
+        SOLVERS[name],
+        learning_rate=1.0,
+    )
+    if name in ITO | STRATONOVICH:
+        make()
+        return
+    with pytest.raises(ValueError, match=f"solver must not be {name}: .*Use diffrax") as refused:
+        make()
+    assert len(str(refused.value)) <= 400
+
+
+@pytest.mark.parametrize(
+    "law", [LAW, pytest.param(noise.fisher(N, B), marks=pytest.mark.slow)], ids=["cov", "fisher"]
+)
+def test_stratonovich_drift_against_dense_algebra(x64, law):
+    """-grad L - eta/4 grad tr(C C^T), the trace of a dense covariance differentiated by jax."""
+    problem = logistic(N, dtype=jnp.float64)
+
+    def trace(params):
+        losses = loss.LossVector(problem.loss_vector_fn, problem.data)
+        return jnp.trace(covariance.noise_covariance(losses, params, law))
+
+    expected = of_sde(sde.drift, *problem) - ETA / 4 * jax.grad(trace)(problem.params)
+    for microbatch_size in (None, 7):
+        losses = loss.LossVector(
+            problem.loss_vector_fn, problem.data, microbatch_size=microbatch_size
+        )
+        terms = sde.diffrax_terms(law, motion(), diffrax.Heun(), learning_rate=ETA)
+        got = terms.terms[0].vf(0.0, problem.params, losses)
+        np.testing.assert_allclose(got, expected, rtol=1e-10)
+
+
+def test_adaptive_steps_and_saving():
+    """A pytree of parameters; `SaveAt` and step size control are diffrax's own."""
+    problem = regression(N)
+    terms = sde.diffrax_terms(LAW, motion(), diffrax.Heun(), learning_rate=ETA)
+
+    @jax.jit
+    def solve(tolerance):
+        return diffrax.diffeqsolve(
+            terms,
+            diffrax.Heun(),
+            0.0,
+            1.0,
+            dt0=0.1,
+            y0=problem.params,
+            args=loss.LossVector(loss_vector_fn, problem.data),
+            saveat=diffrax.SaveAt(ts=jnp.linspace(0, 1, 5)),
+            stepsize_controller=diffrax.PIDController(rtol=0, atol=tolerance),
+        )
+
+    coarse, fine = solve(1e-2), solve(1e-4)
+    assert coarse.ys is not None
+    assert fine.ys is not None
+    assert fine.ys["w"].shape == (5, 5)
+    assert fine.stats["num_accepted_steps"] > 2 * coarse.stats["num_accepted_steps"]
+    np.testing.assert_allclose(fine.ys["w"][0], problem.params["w"])
+    np.testing.assert_allclose(coarse.ys["w"][-1], fine.ys["w"][-1], atol=0.02)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 7])
+def test_the_diffusion_as_a_product_and_as_a_matrix(x64, microbatch_size):
+    """Solvers take either: one backward pass, or C, a column for each example."""
+    problem = regression(N, dtype=jnp.float64)
+    terms = sde.diffrax_terms(LAW, motion(), diffrax.Euler(), learning_rate=ETA)
+    losses = loss.LossVector(loss_vector_fn, problem.data, microbatch_size=microbatch_size)
+    diffusion = terms.terms[1]
+    vector = jax.random.normal(jax.random.key(4), (N,), jnp.float64)
+    expected = of_sde(sde.diffusion, loss_vector_fn, problem.params, problem.data, LAW, vector)
+    matrix = diffusion.vf(0.0, problem.params, losses)
+    assert matrix["w"].shape == (5, N)
+    for got in (
+        diffusion.vf_prod(0.0, problem.params, losses, vector),
+        diffusion.prod(matrix, vector),
+    ):
+        for name in expected:
+            np.testing.assert_allclose(got[name], math.sqrt(ETA) * expected[name], rtol=1e-10)
+
+
+def test_learning_rates_share_a_program():
+    """The rate is an array of the terms: diffrax compiles once for a sweep."""
+    traces = []
+
+    def losses(params, batch):
+        traces.append(None)
+        return saddle(params, batch)
+
+    law = noise.fisher(4, 1)
+    for rate in (0.1, 0.2, 0.3):
+        terms = sde.diffrax_terms(law, tree(jax.random.key(0)), diffrax.Euler(), learning_rate=rate)
+        args = loss.LossVector(losses, SADDLE_DATA)
+        diffrax.diffeqsolve(terms, diffrax.Euler(), 0.0, 1.0, dt0=0.5, y0=SADDLE, args=args)
+        count = len(traces) if rate == 0.1 else count
+    assert len(traces) == count
+
+
+@pytest.mark.usefixtures("user_errors")
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"learning_rate": 0}, ValueError, "learning_rate must be finite and above 0, got 0"),
+        ({"order": 3}, ValueError, "order must be between 1 and 2"),
+        ({"solver": diffrax.Heun}, TypeError, "solver must be a diffrax solver, .* the class Heun"),
+        ({"solver": "Heun"}, TypeError, "solver must be a diffrax solver, .* got 'Heun'"),
+        (
+            {"solver": diffrax.HalfSolver(diffrax.Dopri5())},
+            ValueError,
+            "solver must not be Dopri5: .* ordinary differential equations",
+        ),
+        (
+            {"solver": diffrax.SPaRK()},
+            ValueError,
+            r"control .* levy_area=diffrax\.SpaceTimeLevyArea for SPaRK, got a VirtualBrownianTree",
+        ),
+        ({"control": jax.random.key(0)}, TypeError, "control must be a diffrax path"),
+        ({"law": noise.random_reshuffling(N, B)}, ValueError, "law must have independent"),
+        ({"law": "cov"}, TypeError, r"law must be a noise\.MNoise"),
+    ],
+)
+def test_bad_input(change, error, message):
+    good = {"law": LAW, "control": motion(), "solver": diffrax.Euler(), "learning_rate": ETA}
+    with pytest.raises(error, match=message):
+        sde.diffrax_terms(**{**good, **change})
+
+
+@pytest.mark.usefixtures("user_errors")
+def test_a_control_of_another_size_is_named():
+    problem = regression(N)
+    terms = sde.diffrax_terms(LAW, tree(jax.random.key(0), 7), diffrax.Euler(), learning_rate=ETA)
+    solve = functools.partial(
+        diffrax.diffeqsolve, terms, diffrax.Euler(), 0.0, 1.0, dt0=0.5, y0=problem.params
+    )
+    with pytest.raises(ValueError, match=r"control must have increments of shape \(20,\).*\(7,\)"):
+        solve(args=loss.LossVector(loss_vector_fn, problem.data))
+    with pytest.raises(TypeError, match=r"args must be a loss\.LossVector"):
+        solve(args=problem.data)

@@ -1,0 +1,165 @@
+"""The Brownian path's randomness: apart from the user's, the law's own, in the law's own type."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from msgd_jax import noise, sde, train
+from tests.support.problems import loss_vector_fn, of_sde, regression
+
+N, B = 20, 4
+
+
+def user_draws(key, size):
+    """What a user draws from the same key, who may do with it as they like."""
+    keys = [jax.random.clone(key)]
+    keys += [jax.random.split(jax.random.clone(key), count)[i] for count in (2, 3) for i in (0, 1)]
+    keys += [jax.random.fold_in(jax.random.clone(key), i) for i in (0, 1, 2, 2**31 - 1, 2**32 - 1)]
+    return [jax.random.normal(key, (size,)) for key in keys]
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("size", [1_000, 1_001, 4_096])
+def test_increments_have_nothing_to_do_with_what_the_user_draws(impl, size):
+    """Correlations of independent vectors: |r| < 5/sqrt(N); coarse and fine, of two iterations."""
+    key = jax.random.key(0, impl=impl)
+    theirs = np.stack(user_draws(key, size))
+    ours = [
+        increments
+        for step in (0, 1)
+        for substeps in (1, 4)
+        for increments in sde.brownian_increments(key, step, size, substeps=substeps)
+    ]
+    r = np.corrcoef(np.concatenate([theirs, np.stack(ours)]))[: len(theirs), len(theirs) :]
+    assert np.abs(r).max() < 5 / math.sqrt(size)
+
+
+def test_paths_of_an_error_are_apart_from_draws_of_the_same_key(monkeypatch):
+    """The coarse increments that `strong_error` and `weak_error` simulate, seen on their way."""
+    from msgd_jax.sde import _brownian
+
+    seen = []
+    original = _brownian.brownian_increments
+
+    def watched(key, step, num_examples, **options):
+        increments = original(key, step, num_examples, **options)
+        jax.debug.callback(lambda x: seen.append(np.asarray(x).sum(-2)), increments)
+        return increments
+
+    monkeypatch.setattr(_brownian, "brownian_increments", watched)
+    size, key = 1_000, jax.random.key(0)
+    problem = regression(size)
+    for measure in (sde.strong_error, sde.weak_error):
+        of_sde(
+            measure,
+            loss_vector_fn,
+            problem.params,
+            problem.data,
+            noise.cov(size, B),
+            learning_rates=[0.1],
+            horizon=0.2,
+            num_paths=4,
+            key=key,
+            substeps=2,
+        )
+    jax.effects_barrier()
+    ours = np.concatenate([np.atleast_2d(x) for x in seen])
+    assert len(ours) >= 16
+    own = [sde.brownian_increments(key, step, size)[0] for step in (0, 1)]
+    # The keys of paths are children of the user's key in no number of generations.
+    children = jax.random.split(jax.random.fold_in(jax.random.clone(key), 0), 4)
+    own += [
+        jax.random.normal(
+            jax.random.fold_in(jax.random.split(jax.random.clone(child))[0], step), (size,)
+        )
+        for child in children
+        for step in (0, 1)
+    ]
+    theirs = np.stack([*user_draws(key, size), *own])
+    r = np.corrcoef(np.concatenate([theirs, ours]))[: len(theirs), len(theirs) :]
+    assert np.abs(r).max() < 5 / math.sqrt(size)
+
+
+def test_the_path_of_the_first_iteration_is_not_the_initial_parameters():
+    """The documented recipe: parameters from the key of the run, or from one of its children."""
+    key = jax.random.key(3)
+    weights = noise.fisher(1_000, 10).sample(key, 0).values
+    increments = -math.sqrt(10 * 1_000) * (np.asarray(weights) - 1 / 1_000)
+    np.testing.assert_allclose(
+        sde.brownian_increments(key, 0, 1_000)[0], increments, atol=1e-3
+    )  # the two are the same ...
+    for drawn in user_draws(key, 1_000):  # ... and neither is the user's
+        assert abs(np.corrcoef(drawn, increments)[0, 1]) < 0.16
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("substeps", [1, 8])
+def test_float32_increments_are_the_same_bits_with_x64(impl, substeps):
+    draw = functools.partial(sde.brownian_increments, num_examples=1_000, substeps=substeps)
+    key = jax.random.key(1, impl=impl)
+    narrow = np.asarray(draw(key, 7))
+    for step in (7, np.int64(7), np.uint8(7)):
+        with jax.enable_x64(True):
+            wide = draw(jax.random.key(1, impl=impl), step)
+        assert wide.dtype == jnp.float32
+        np.testing.assert_array_equal(narrow, wide)
+
+
+def trained(problem, law, key, steps, rate):
+    optimizer = optax.sgd(rate)
+    step = train.make_step(loss_vector_fn, optimizer, law)
+    state = train.init(problem.params, optimizer, key)
+    for _ in range(steps):
+        state, _ = step(state, problem.data)
+    return state.params
+
+
+@pytest.mark.parametrize(
+    ("params", "weights", "tolerance"),
+    [
+        (jnp.float64, jnp.float32, 2e-6),
+        (jnp.float64, jnp.float64, 1e-13),
+        (jnp.float32, jnp.float64, 2e-6),
+        (jnp.float32, jnp.float32, 2e-6),
+    ],
+)
+@pytest.mark.parametrize("name", ["fisher", "cov"])
+def test_training_follows_the_path_whatever_the_types(x64, name, params, weights, tolerance):
+    """To the rounding of the narrower type: increments are multiples of 2^-20, or 2^-48."""
+    problem, key = regression(N, dtype=params), jax.random.key(6)
+    law = getattr(noise, name)(N, B, dtype=weights)
+    end = trained(problem, law, key, 10, 0.2)
+    walk = functools.partial(
+        of_sde,
+        sde.euler_maruyama,
+        loss_vector_fn,
+        problem.params,
+        problem.data,
+        learning_rate=0.2,
+        num_steps=10,
+        substeps=1,
+    )
+    path = walk(law, key=key)
+    for leaf, other in zip(jax.tree.leaves(end), jax.tree.leaves(path.last_params), strict=True):
+        assert other.dtype == params
+        np.testing.assert_allclose(leaf, other, atol=tolerance, rtol=0)
+    # The near miss: the path of another key.
+    other = walk(law, key=jax.random.key(7)).last_params
+    assert np.abs(np.asarray(other["w"] - end["w"])).max() > 1e4 * tolerance
+
+
+def test_without_a_law_the_path_has_the_type_of_the_parameters(x64):
+    problem, key = regression(N, dtype=jnp.float64), jax.random.key(6)
+    law = noise.fisher(N, B, dtype=jnp.float64)
+    ends = [
+        of_sde(sde.euler_maruyama, loss_vector_fn, problem.params, problem.data, given,
+            learning_rate=0.2, num_steps=3, key=key, substeps=2,
+        ).last_params["w"]
+        for given in (law, law.covariance)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(*ends)

@@ -1,0 +1,176 @@
+"""Programs belong to what the user holds: nothing is compiled twice, and nothing stays behind."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from msgd_jax import loss, noise, train, transform
+from tests.support.noises import ROWS, spared
+from tests.support.programs import compilations, growth, live_bytes
+
+KEY = jax.random.key(0)
+SIZE = 2000  # permutations of more than 1,024 are walked
+FEW = 200
+CAPTURED = 8 << 20  # bytes of the array in each fresh loss
+
+
+def fresh_loss(seed=0.0):
+    """A loss of its own, with an array of its own in it."""
+    held = jnp.full(CAPTURED // 4, seed, jnp.float32)
+    return lambda params, batch: (params - batch) ** 2 + held[0]
+
+
+def fresh_data(seed=0, size=SIZE):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=size).astype(np.float32))
+
+
+def spread():
+    return jax.NamedSharding(jax.make_mesh((2,), ("data",)), jax.P("data"))
+
+
+def update(optimizer, losses, data):
+    state = optimizer.init(jnp.ones(()))
+    return optimizer.update((), state, jnp.ones(()), loss_vector_fn=losses, data=data)[0]
+
+
+def draws(law, count=3):
+    return jax.vmap(law.sample, in_axes=(None, 0))(KEY, jnp.arange(count))
+
+
+LAW = noise.sparse_cov(SIZE, 50, support_size=200)
+STATISTICS = jnp.zeros(())
+
+
+def with_statistics(losses):
+    return lambda params, batch, aux: (losses(params, batch), aux + 1)
+
+
+# What is called, made anew of a loss, a law and data.
+CALLS = {
+    "noise.MNoise.sample": lambda losses, law, data: law.sample(KEY, 3),
+    "noise.permute": lambda losses, law, data: noise.permute(KEY, jnp.arange(50), SIZE),
+    "loss.weighted_value_and_grad": lambda losses, law, data: loss.weighted_value_and_grad(losses)(
+        jnp.ones(()), data, law.sample(KEY, 0)
+    ),
+    "in micro-batches": lambda losses, law, data: loss.weighted_value_and_grad(
+        losses, microbatch_size=100
+    )(jnp.ones(()), data, law.sample(KEY, 0)),
+    "spread": lambda losses, law, data: loss.weighted_value_and_grad(losses, sharding=spread())(
+        jnp.ones(()), data, law.sample(KEY, 0)
+    ),
+    "loss.noisy_value_and_grad": lambda losses, law, data: loss.noisy_value_and_grad(
+        with_statistics(losses), law, has_aux=True, microbatch_size=100
+    )(jnp.ones(()), data, KEY, 0, STATISTICS),
+    "loss.weighted_values_and_grads": lambda losses, law, data: loss.weighted_values_and_grads(
+        losses, microbatch_size=100
+    )(jnp.ones(()), data, draws(law)),
+    "transform.multiplicative_noise": lambda losses, law, data: update(
+        transform.multiplicative_noise(law, KEY, microbatch_size=100), losses, data
+    ),
+    "transform.msgd": lambda losses, law, data: update(
+        transform.msgd(0.1, law, KEY, microbatch_size=100), losses, data
+    ),
+    "train.make_loop": lambda losses, law, data: train.make_loop(
+        train.make_step(losses, optax.sgd(0.1), law), max_steps=3
+    )(train.init(jnp.ones(()), optax.sgd(0.1), KEY), data, 2),
+}
+
+
+def call(name, seed):
+    law = noise.sparse_cov(FEW, 5, support_size=50)  # quick to compile
+    return CALLS[name](fresh_loss(float(seed)), law, fresh_data(seed, FEW))
+
+
+# The others are made of the same pieces.
+QUICK = ("noise.MNoise.sample", "in micro-batches", "transform.msgd", "train.make_loop")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CALLS]
+)
+def test_arrays_of_earlier_calls_are_gone(name):
+    """Fresh losses of 8 MB each, with fresh data and a fresh law: none of them stays."""
+    call(name, 0)
+    before = live_bytes()
+    for seed in range(1, 4):
+        call(name, seed)
+    assert live_bytes() - before < CAPTURED / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLS)
+def test_a_hundred_calls_leave_nothing_behind(name):
+    memory, maps = growth(lambda seed: call(name, seed))
+    assert memory < 60, "MiB that are never freed"
+    assert maps < 100, "memory maps that are never freed"
+
+
+# Eager calls --------------------------------------------------------------------------------------
+
+
+def eager_functions():
+    """Functions that a user has made once, and calls again without jit."""
+    losses, data = fresh_loss(), fresh_data()
+    weights, dense = LAW.sample(KEY, 0), noise.cov(SIZE, 50).sample(KEY, 0)
+    micro = loss.weighted_value_and_grad(losses, microbatch_size=100)
+    sharded = loss.weighted_value_and_grad(losses, sharding=spread())
+    of_step = loss.noisy_value_and_grad(
+        with_statistics(losses), noise.cov(SIZE, 50), has_aux=True, microbatch_size=100
+    )
+    many = loss.weighted_values_and_grads(losses, microbatch_size=100)
+    stacked = draws(LAW)
+    optimizer = transform.multiplicative_noise(LAW, KEY, microbatch_size=100)
+    one = jnp.ones(())
+    return {
+        "permute": lambda step: noise.permute(jax.random.key(step), jnp.arange(50), SIZE),
+        "micro-batches": lambda step: micro(one, data, weights),
+        "micro-batches of a dense law": lambda step: micro(one, data, dense),
+        "spread": lambda step: sharded(one, data, weights),
+        "a step with statistics": lambda step: of_step(one, data, KEY, step, STATISTICS),
+        "many draws": lambda step: many(one, data, stacked),
+        "multiplicative_noise": lambda step: update(optimizer, losses, data),
+    }
+
+
+@pytest.mark.parametrize("name", eager_functions())
+def test_a_second_eager_call_compiles_nothing(name):
+    function = eager_functions()[name]
+    function(0)
+    with compilations() as compiled:
+        function(1)
+    assert not compiled
+
+
+@pytest.mark.parametrize("name", spared(list(ROWS)))
+def test_a_second_draw_compiles_nothing(name):
+    law = ROWS[name].make(1500, 30)
+    law.sample(KEY, 0)
+    with compilations() as compiled:
+        law.sample(KEY, 1)
+        law.sample(jax.random.key(1), np.int64(2))
+    assert not compiled
+
+
+def test_the_counter_counts():
+    with compilations() as compiled:
+        jax.jit(lambda x: x + 1)(1.0)
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 100}], ids=str)
+def test_under_jit_a_changed_global_is_seen_by_a_new_jit(options):
+    """What a loss reads besides its arguments is read when it is traced: by the user's own jit."""
+    factor = [1.0]
+
+    def losses(params, batch):
+        return factor[0] * (params - batch) ** 2
+
+    of_weights = loss.weighted_value_and_grad(losses, **options)
+    data, weights = fresh_data(), noise.gd(SIZE).sample(KEY, 0)
+    values = []
+    for factor[0] in (1.0, 3.0):
+        step = jax.jit(lambda *args: of_weights(*args))
+        values.append(float(step(jnp.ones(()), data, weights)[0]))
+    np.testing.assert_allclose(values[1], 3 * values[0], rtol=1e-5)

@@ -1,0 +1,399 @@
+"""Examples spread over devices: the same weights bit for bit, the same gradients to rounding."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from msgd_jax import loss, noise, sharding, train, transform
+from msgd_jax._streams import Stream, derive
+from tests.support.noises import ROWS
+from tests.support.problems import Regression, loss_vector_fn, regression
+
+KEY = jax.random.key(314)
+N = 1003  # divided by none of the numbers of devices
+
+
+def spread(num_devices: int, mode: AxisType = AxisType.Auto, **other: int) -> NamedSharding:
+    """Examples over an axis "data" of so many devices, the mesh's other axes behind it."""
+    sizes = (num_devices, *other.values())
+    devices = jax.devices()[: int(np.prod(sizes))]
+    mesh = jax.make_mesh(sizes, ("data", *other), axis_types=(mode,) * len(sizes), devices=devices)
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def assert_same_bits(a: jax.Array, b: jax.Array) -> None:
+    assert a.dtype == b.dtype
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+# The weights --------------------------------------------------------------------------------------
+
+
+def weights_used(law: noise.MNoise, step: int, **settings) -> jax.Array:
+    """The weight vector itself, as the gradient of L_i = theta_i: one product 1 W_i each."""
+    f = loss.noisy_value_and_grad(lambda theta, i: theta[i], law, **settings)
+    examples = jnp.arange(law.num_examples)
+    return jax.jit(f)(jnp.ones(law.num_examples), examples, KEY, step)[1]
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_eight_devices_use_the_bits_of_one(name):
+    """Rows that fill up the parts get weight 0: nothing is added to the last example's weight."""
+    law = ROWS[name].make(N, 16)  # multiples of 1/16 add up exactly, in any order
+    assert_same_bits(weights_used(law, 3, sharding=spread(8)), law.sample(KEY, 3).dense())
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "mode"),
+    [*((number, AxisType.Auto) for number in (1, 2, 4, 8)), (8, AxisType.Explicit),
+     *(pytest.param(n, AxisType.Explicit, marks=pytest.mark.slow) for n in (1, 2, 4))],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["cov", "bernoulli", "sparse_cov"])
+def test_any_devices_use_the_bits_of_one(name, num_devices, mode):
+    law = ROWS[name].make(N, 16)
+    used = weights_used(law, 5, sharding=spread(num_devices, mode), microbatch_size=60)
+    assert_same_bits(used, law.sample(KEY, 5).dense())
+
+
+@pytest.mark.parametrize(
+    "mode", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", ["fisher", "cov", "bernoulli", "rademacher"])
+def test_each_device_draws_its_part_only(name, mode):
+    """No array as long as N in the program of a device, and none that is gathered."""
+    law, rows = ROWS[name].make(N, 8), spread(8, mode)
+    data = sharding.shard_examples(regression(N).data, rows)
+    f = loss.noisy_value_and_grad(loss_vector_fn, law, sharding=rows)
+    program = jax.jit(f).lower(regression().params, data, KEY, 3).compile().as_text() or ""
+    lengths = {int(n) for n in re.findall(r"\b[fsu]32\[(\d+)", program)}
+    assert 126 in lengths  # 1,008 rows in 8 parts
+    assert max(lengths) == 126
+    assert "all-gather" not in program
+
+
+def test_as_many_examples_as_devices_and_fewer():
+    for n in (1, 3, 8):
+        assert_same_bits(
+            weights_used(noise.gd(n), 0, sharding=spread(8)), noise.gd(n).sample(KEY, 0).values
+        )
+
+
+# The gradients ------------------------------------------------------------------------------------
+
+
+def assert_is_dense_gradient(problem: Regression, weights: noise.Weights, value, grads) -> None:
+    """Against the dense product in float64.
+
+    A float32 sum of n terms is off by at most (n - 1) u times the sum of their sizes, in whatever
+    order, u = 2^-24; 32 u more for the terms themselves (a dot product of 5, a sigmoid, a product).
+    Leaving out one example of 1,003 is some ten times more.
+    """
+    w = np.abs(np.asarray(weights.dense(), np.float64))
+    unit = (len(w) + 32) * 2.0**-24
+    exact, sizes = np.asarray(weights.dense(), np.float64), {}
+    for leaf, matrix in problem.gradient_matrix().items():
+        sizes[leaf] = np.tensordot(w, np.abs(matrix), 1)
+        error = np.abs(np.asarray(grads[leaf], np.float64) - np.tensordot(exact, matrix, 1))
+        assert (error <= unit * sizes[leaf]).all()
+    losses = problem.losses()
+    assert abs(float(value) - exact @ losses) <= unit * (w @ losses)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "microbatch_size"),
+    [(1, None), (2, 50), (4, None), (8, 50),
+     *(pytest.param(*pair, marks=pytest.mark.slow)
+       for pair in ((1, 50), (2, None), (4, 50), (8, None)))],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["cov", "sgd", pytest.param("sparse_fisher", marks=pytest.mark.slow)]
+)
+def test_gradients(name, num_devices, microbatch_size):
+    problem, law = regression(N), ROWS[name].make(N, 400)
+    f = loss.noisy_value_and_grad(
+        loss_vector_fn, law, microbatch_size=microbatch_size, sharding=spread(num_devices)
+    )
+    value, grads = jax.jit(f)(problem.params, problem.data, KEY, 2)
+    assert_is_dense_gradient(problem, law.sample(KEY, 2), value, grads)
+    assert len(grads["w"].sharding.device_set) == num_devices
+
+
+def test_weights_given_and_many_draws():
+    problem, rows = regression(N), spread(8)
+    law = noise.sparse_cov(N, 30, support_size=60)
+    weights = law.sample(KEY, 0)
+    f = loss.weighted_value_and_grad(loss_vector_fn, sharding=rows)
+    assert_is_dense_gradient(problem, weights, *f(problem.params, problem.data, weights))
+    many = jax.vmap(law.sample, (None, 0))(KEY, jnp.arange(3))
+    f = loss.weighted_values_and_grads(loss_vector_fn, sharding=rows, microbatch_size=40)
+    values, grads = f(problem.params, sharding.shard_examples(problem.data, rows), many)
+    for k in range(3):
+        one = jax.tree.map(lambda leaf, k=k: leaf[k], (values, grads))
+        assert_is_dense_gradient(problem, law.sample(KEY, k), *one)
+
+
+def test_two_axes_of_a_mesh():
+    rows = spread(2, fsdp=2, model=2)
+    rows = NamedSharding(rows.mesh, PartitionSpec(("data", "fsdp")))
+    problem, law = regression(N), noise.cov(N, 8)
+    data = sharding.shard_examples(problem.data, rows)
+    assert data["x"].addressable_shards[0].data.shape == (251, 5)
+    f = loss.noisy_value_and_grad(loss_vector_fn, law, sharding=rows)
+    assert_is_dense_gradient(problem, law.sample(KEY, 1), *f(problem.params, data, KEY, 1))
+
+
+def test_narrow_parameters_are_summed_in_float32():
+    """bfloat16 gradients of 8 devices: one rounding of the float32 sum, not eight."""
+    rows, ones = spread(8), jnp.ones((), jnp.bfloat16)
+    examples = jnp.array([256.0] + [1.0] * 7)  # 256 + 1 is 256 in bfloat16
+    f = loss.weighted_value_and_grad(lambda theta, x: theta.astype(jnp.float32) * x, sharding=rows)
+    weights = noise.Weights(jnp.ones(8), None, 8)
+    _, grads = f(ones, examples, weights)
+    assert grads.dtype == jnp.bfloat16
+    assert float(grads) == float(jnp.bfloat16(263.0)) == 264.0
+    # On CPU XLA widens reductions by itself: that we ask for it shows in the program given to it.
+    program = jax.jit(lambda theta: f(theta, examples, weights)).lower(ones).as_text()
+    reduced = re.findall(r"all_reduce.*?\^bb0\(%\w+: tensor<(\w+)>", program, re.DOTALL)
+    assert set(reduced) == {"f32"}
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 5, 25])
+def test_one_reduction_a_step(microbatch_size):
+    """Of the gradients and the value together, whatever the number of micro-batches."""
+    rows = spread(8)
+    data = sharding.shard_examples(regression(N).data, rows)
+    f = loss.noisy_value_and_grad(
+        loss_vector_fn, noise.fisher(N, 8), microbatch_size=microbatch_size, sharding=rows
+    )
+    program = jax.jit(f).lower(regression().params, data, KEY, 3).compile().as_text() or ""
+    assert len(re.findall(r" all-reduce(?:-start)?\(", program)) == 1
+    others = r" (?:all-gather|all-to-all|collective-permute|reduce-scatter)\("
+    assert not re.findall(others, program)
+
+
+def test_statistics_are_averaged_and_counters_agree():
+    def of_batch(theta, x, aux):
+        mean, calls = aux
+        return theta * x, (0.5 * mean + 0.5 * x.mean(), calls + 1)
+
+    x = jnp.arange(16.0)
+    f = loss.noisy_value_and_grad(
+        of_batch, noise.gd(16), microbatch_size=2, has_aux=True, sharding=spread(4)
+    )
+    (_, (mean, calls)), _ = f(jnp.ones(()), x, KEY, 0, (jnp.float32(8.0), jnp.int32(3)))
+    order = derive(KEY, Stream.ORDER, 0)  # each device has one of its own
+    per_device = []
+    for part, own in enumerate(np.split(np.arange(16.0), 4)):
+        visited = own[noise.permute(jax.random.fold_in(order, part), np.arange(4), 4)]
+        first, second = visited[:2].mean(), visited[2:].mean()
+        per_device.append(0.25 * 8 + 0.25 * first + 0.5 * second)
+    assert float(mean) == np.mean(per_device)
+    assert int(calls) == 5
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def train_state(law, rows=None, params=None, optimizer=None, **settings):
+    problem = regression(N)
+    optimizer = optimizer or optax.sgd(0.5, momentum=0.9)
+    state = train.init(params or problem.params, optimizer, KEY)
+    step = train.make_step(loss_vector_fn, optimizer, law, sharding=rows, **settings)
+    data = problem.data if rows is None else sharding.shard_examples(problem.data, rows)
+    return state, train.make_loop(step, max_steps=10), data
+
+
+def test_training_resumes_on_another_number_of_devices():
+    """Five steps on 8 devices, five on 2: ten on one, but for rounding."""
+    law = noise.cov(N, 20)
+    state, loop, data = train_state(law)
+    expected, metrics = loop(state, data, 10)
+    state, loop, data = train_state(law, spread(8), microbatch_size=60)
+    state, first = loop(state, data, 5)
+    assert len(state.params["w"].sharding.device_set) == 8
+    _, loop, data = train_state(law, spread(2))
+    state, second = loop(jax.device_get(state), data, 5)
+    assert int(state.step) == 10
+    losses = np.concatenate([first.loss, second.loss])
+    np.testing.assert_allclose(losses, metrics.loss, rtol=1e-4)
+    np.testing.assert_allclose(state.params["w"], expected.params["w"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_parameters_spread_over_the_examples_axis(mode):
+    """A layout as of FSDP comes back as it was, optimizer's state included."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(N, 8)).astype(np.float32)
+    params = {"w": rng.normal(size=(8, 16)).astype(np.float32), "v": np.ones(16, np.float32)}
+
+    def losses(p, x):
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
+    law, optimizer, results = noise.cov(N, 20), optax.adam(0.01), []
+    rows = spread(8, mode)
+    layout = {
+        "w": NamedSharding(rows.mesh, PartitionSpec("data")),
+        "v": NamedSharding(rows.mesh, PartitionSpec()),
+    }
+    for sharded in (None, rows):
+        place = params if sharded is None else jax.device_put(params, layout)
+        state = train.init(place, optimizer, KEY)
+        step = train.make_step(losses, optimizer, law, sharding=sharded)
+        examples = x if sharded is None else sharding.shard_examples(x, rows)
+        results.append(train.make_loop(step, max_steps=5)(state, examples, 5)[0])
+    one, many = results
+    for tree in (many.params, many.opt_state[0].mu):
+        for leaf in tree:
+            assert tree[leaf].sharding.is_equivalent_to(layout[leaf], tree[leaf].ndim)
+    assert many.params["w"].addressable_shards[0].data.shape == (1, 16)
+    # Adam divides by the root of squares: of relative errors in the gradient, a few remain.
+    np.testing.assert_allclose(many.params["w"], one.params["w"], rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_spread_over_another_axis():
+    rows = spread(4, model=2)
+    problem = regression(N, dim=6)
+    layout = {"w": PartitionSpec("model"), "b": PartitionSpec()}
+    layout = {k: NamedSharding(rows.mesh, spec) for k, spec in layout.items()}
+    law = noise.cov(N, 20)
+    f = loss.noisy_value_and_grad(loss_vector_fn, law, sharding=rows)
+    params = jax.device_put(problem.params, layout)
+    value, grads = jax.jit(f)(params, sharding.shard_examples(problem.data, rows), KEY, 4)
+    assert_is_dense_gradient(problem, law.sample(KEY, 4), value, grads)
+    assert grads["w"].sharding.is_equivalent_to(layout["w"], 1)
+
+
+def test_optax_transformation_and_seeds_at_once():
+    problem, law, rows = regression(N), noise.cov(N, 20), spread(8)
+    data = sharding.shard_examples(problem.data, rows)
+    updates = []
+    for sharded, examples in ((None, problem.data), (rows, data)):
+
+        def of_seed(key, sharded=sharded, examples=examples):
+            optimizer = transform.msgd(0.5, law, key, sharding=sharded)
+            state = optimizer.init(problem.params)
+            extra = {"loss_vector_fn": loss_vector_fn, "data": examples}
+            return optimizer.update((), state, problem.params, **extra)[0]
+
+        updates.append(jax.jit(jax.vmap(of_seed))(jax.random.split(jax.random.key(9), 3)))
+    np.testing.assert_allclose(updates[1]["w"], updates[0]["w"], rtol=1e-4, atol=1e-6)
+    assert np.unique(updates[1]["b"]).size == 3
+
+
+# Placing examples ---------------------------------------------------------------------------------
+
+
+def test_examples_are_filled_up_with_the_last():
+    rows = spread(8)
+    images = np.arange(10 * 2, dtype=np.uint8).reshape(10, 2)
+    placed = sharding.shard_examples({"x": images, "y": np.arange(10.0)}, rows)
+    expected = np.concatenate([images, np.repeat(images[-1:], 6, axis=0)])
+    np.testing.assert_array_equal(placed["x"], expected)
+    assert placed["x"].dtype == np.uint8
+    assert placed["y"].dtype == np.float32  # jax's default
+    assert [s.data.shape for s in placed["x"].addressable_shards] == [(2, 2)] * 8
+    one = sharding.shard_examples(jnp.ones((1, 3)), rows)
+    np.testing.assert_array_equal(one, np.ones((8, 3)))
+
+
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_are_examples_too(mode, impl):
+    """In equal parts, filled up with the last; a loss draws from them what it draws from one."""
+    rows, keys = spread(8, mode), jax.random.split(jax.random.key(5, impl=impl), 10)
+    placed = sharding.shard_examples({"key": keys, "y": np.arange(10.0)}, rows)["key"]
+    assert placed.dtype == keys.dtype
+    words = np.asarray(jax.random.key_data(jax.random.clone(keys)))
+    expected = np.concatenate([words, np.repeat(words[-1:], 6, axis=0)])
+    np.testing.assert_array_equal(jax.random.key_data(jax.random.clone(placed)), expected)
+    assert [part.data.shape for part in placed.addressable_shards] == [(2,)] * 8
+    assert placed.sharding.is_equivalent_to(rows, 1)
+
+
+@pytest.mark.usefixtures("unchecked_key_reuse")  # in runs
+@pytest.mark.parametrize("microbatch_size", [None, 3])
+def test_a_loss_draws_from_keys_that_are_spread(microbatch_size):
+    keys, law = jax.random.split(jax.random.key(5), 50), noise.cov(50, 10)
+    losses = loss.per_example(lambda theta, key: theta * jax.random.normal(key))
+    values = []
+    for rows in (None, spread(8)):
+        data = keys if rows is None else sharding.shard_examples(keys, rows)
+        f = loss.noisy_value_and_grad(losses, law, microbatch_size=microbatch_size, sharding=rows)
+        values.append(jax.jit(f)(jnp.ones(()), data, KEY, 0)[1])
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
+
+
+def test_each_part_is_read_once_and_alone():
+    class Counted:
+        """Rows of a file, say."""
+
+        shape, dtype, ndim = (1001,), np.dtype(np.float32), 1
+
+        def __init__(self):
+            self.reads = []
+
+        def __getitem__(self, rows):
+            self.reads.append((rows.start, rows.stop))
+            return np.arange(rows.start, rows.stop, dtype=np.float32)
+
+    source = Counted()
+    placed = sharding.shard_examples(source, spread(4))
+    np.testing.assert_array_equal(placed, np.minimum(np.arange(1004), 1000))
+    assert sorted(source.reads) == [(0, 251), (251, 502), (502, 753), (753, 1001)]
+
+
+@pytest.mark.usefixtures("user_errors")
+class TestBadInput:
+    problem = regression(10)
+
+    def test_axis_that_the_mesh_does_not_have(self):
+        with pytest.raises(ValueError, match="batch"):  # by jax: named, with what there is
+            NamedSharding(spread(8).mesh, PartitionSpec("batch"))
+
+    @pytest.mark.parametrize(
+        "spec", [PartitionSpec(), PartitionSpec(None, "data"), PartitionSpec("data", "model")]
+    )
+    def test_other_axes_than_that_of_the_examples(self, spec):
+        rows = NamedSharding(spread(4, model=2).mesh, spec)
+        for call in (
+            lambda: loss.weighted_value_and_grad(loss_vector_fn, sharding=rows),
+            lambda: loss.weighted_values_and_grads(loss_vector_fn, sharding=rows),
+            lambda: train.make_step(loss_vector_fn, optax.sgd(1), noise.gd(10), sharding=rows),
+            lambda: transform.multiplicative_noise(noise.gd(10), KEY, sharding=rows),
+            lambda: sharding.shard_examples(self.problem.data, rows),
+        ):
+            with pytest.raises(ValueError, match="sharding must spread the leading axis"):
+                call()
+
+    def test_no_sharding(self):
+        with pytest.raises(TypeError, match="sharding must be a jax"):
+            loss.weighted_value_and_grad(loss_vector_fn, sharding=PartitionSpec("data"))
+        with pytest.raises(TypeError, match="sharding must be a jax"):
+            sharding.shard_examples(self.problem.data, None)
+
+    def test_data_of_another_length(self):
+        f = loss.weighted_value_and_grad(loss_vector_fn, sharding=spread(8))
+        weights = noise.gd(9).sample(KEY, 0)
+        with pytest.raises(ValueError, match=r"num_examples = 9 \(16 when filled up .* has 10"):
+            f(self.problem.params, self.problem.data, weights)
+
+    def test_keys_in_statistics(self):
+        f = loss.noisy_value_and_grad(
+            lambda p, d, aux: (loss_vector_fn(p, d), aux),
+            noise.gd(10),
+            has_aux=True,
+            sharding=spread(2),
+        )
+        with pytest.raises(TypeError, match=r"aux must be numbers .* PRNG keys"):
+            f(self.problem.params, self.problem.data, KEY, 0, jax.random.key(1))
+
+    def test_keys_that_are_not(self):
+        with pytest.raises(TypeError, match="key must be a typed PRNG key"):
+            sharding.check_key_agrees("key", 3)
+        with pytest.raises(TypeError, match=r"law must be a noise\.MNoise"):
+            loss.noisy_value_and_grad(loss_vector_fn, "sgd")

@@ -1,0 +1,81 @@
+"""Mistakes in training: each message names the argument and what is wrong, and is short."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+from msgd_jax import noise, train, transform
+from tests.msgd_jax.test_train import LOOP, PROBLEM, SGD, STEP, init, one_step, start
+from tests.support.problems import loss_vector_fn
+
+DEEP = {f"layer_{i}": {"mean": jnp.zeros(3), "var": jnp.ones(3)} for i in range(40)}
+MODEL = eqx.nn.MLP(2, 1, 4, 2, key=jax.random.key(0))
+ADVERSARY = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+MSGD = transform.msgd(0.1, noise.gd(100), jax.random.key(1))
+
+
+def narrower(params, batch, aux):
+    new = jax.tree.map(lambda x: x, aux)
+    new["layer_31"]["var"] = aux["layer_31"]["var"].astype(jnp.bfloat16)
+    return loss_vector_fn(params, batch), new
+
+
+# The argument's name, a call, and what is said to be wrong with it.
+MISTAKES: list[tuple[str, Any, str]] = [
+    ("params['f']", lambda: init({"f": jnp.tanh, "w": jnp.ones(2)}), "equinox.partition"),
+    ("params", lambda: init(MODEL), "equinox.is_inexact_array"),
+    ("params['s']", lambda: init({"s": "float32"}), "'float32' of type str"),
+    ("params", lambda: init(np.array(["a", "b"])), "got <U1"),
+    ("params", lambda: init({}), "no leaves"),
+    ("params['" + "x" * 20, lambda: init({"x" * 500: 1}), "must be floating point"),
+    ("optimizer", lambda: init(optimizer=optax.adam), "must be an optax.GradientTransformation"),
+    ("optimizer", lambda: init(optimizer="adam" * 100), "'adamadam"),
+    ("optimizer", lambda: train.make_step(loss_vector_fn, optax.adam, noise.gd(3)), "<function"),
+    ("key", lambda: init(key=jax.random.PRNGKey(0)), "wrap_key_data"),
+    ("aux['f']", lambda: init(aux={"f": jnp.tanh}), "must be an array"),
+    ("optimizer.init(params)", lambda: init(optimizer=optax.GradientTransformation(
+        lambda params: {"name": "a string"}, SGD.update)), "['name'] must be an array"),
+    ("max_steps", lambda: train.make_loop(STEP, max_steps=2**31), "between 1 and 2147483647"),
+    ("max_steps", lambda: train.make_loop(STEP, max_steps=2.0), "must be an integer, got 2.0"),
+    ("step", lambda: train.make_loop(3, max_steps=2), "must be a function, got 3"),
+    ("num_steps", lambda: LOOP(start(), PROBLEM.data, np.zeros(2000)), "shape (2000,)"),
+    ("num_steps", lambda: LOOP(start(), PROBLEM.data, True), "True of type bool"),
+    ("microbatch_size", lambda: one_step(microbatch_size=np.uint8(0)), "at least 1"),
+    ("loss_vector_fn", lambda: one_step(losses="x" * 999), "must be a function"),
+    ("aux", lambda: one_step(losses=narrower, aux=DEEP, has_aux=True),
+     "given float32[3] at aux['layer_31']['var'], returned bfloat16[3]"),
+    ("aux", lambda: one_step(losses=lambda p, b, a: (loss_vector_fn(p, b), {**a, "new": a["a"]}),
+                             aux={"a": jnp.ones(2)}, has_aux=True), "given 1 leaves, returned 2"),
+    ("aux", lambda: one_step(losses=lambda p, b, a: (loss_vector_fn(p, b), tuple(a)),
+                             aux=[jnp.ones(2)] * 200, has_aux=True), "returned PyTreeDef"),
+    ("aux", lambda: one_step(losses=lambda p, b, a: (loss_vector_fn(p, b), {"b": a["a"]}),
+                             aux={"a": jnp.ones(2)}, has_aux=True), "float32[2] at aux['b']"),
+    ("data['t']", lambda: one_step(data={"t": "text"}), "must be an array"),
+    ("data['t']", lambda: one_step(data={"t": np.array(["a"])}), "numbers or PRNG keys"),
+    ("data['f']", lambda: one_step(data={"f": jnp.tanh}), "must be an array"),
+    ("data", lambda: one_step(data={f"leaf_{i}" * 9: np.ones(3 + i) for i in range(99)}),
+     "got 3 at"),
+    ("train.make_step", lambda: one_step(MSGD), "the optimizer alone"),
+    ("train.make_step", lambda: one_step(optax.apply_if_finite(MSGD, 3)), "the optimizer alone"),
+    ("train.make_step", lambda: one_step(
+        optax.conditionally_transform(MSGD, lambda step: jnp.asarray(step) >= 0)),
+     "the optimizer alone"),
+    ("with_noise", lambda: one_step(optax.contrib.sam(MSGD, ADVERSARY)), "sam"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("user_errors")
+@pytest.mark.parametrize(("name", "call", "wrong"), MISTAKES, ids=[m[2] for m in MISTAKES])
+def test_messages_name_the_argument_and_are_short(name, call, wrong):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    message = str(caught.value).split("\n-----")[0]  # jax says below where it hid frames
+    assert name in message
+    assert wrong in message
+    assert len(message) <= 400

@@ -1,0 +1,1 @@
+"""What several test files share: problems, tables of laws and transformations, programs."""
