@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msgd_jax import noise, sde
-from tests.msgd_jax.sde.test_sde import quadratic
+from tests.library.sde.test_sde import quadratic
 from tests.support.problems import of_sde
 
 

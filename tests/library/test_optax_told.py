@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from msgd_jax import loss, noise, train, transform
-from tests.msgd_jax.test_optax import DATA, KEY, LAW, LOSSES, PARAMS, SGD, losses_at
+from tests.library.test_optax import DATA, KEY, LAW, LOSSES, PARAMS, SGD, losses_at
 
 NOISY = noise.fisher(8, 2)  # much noise: with the weights of another step all would be different
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from msgd_jax import noise, train
-from tests.msgd_jax.test_train import PROBLEM
+from tests.library.test_train import PROBLEM
 from tests.support.problems import loss_vector_fn
 
 N, B = 6, 2

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from msgd_jax import loss, noise, sde
-from tests.msgd_jax.sde.test_errors import COV, LOGISTIC
+from tests.library.sde.test_errors import COV, LOGISTIC
 from tests.support.problems import of_sde
 
 

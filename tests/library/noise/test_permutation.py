@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from msgd_jax import noise
 from msgd_jax._streams import Stream, derive
 from msgd_jax.noise import _permutation
-from tests.msgd_jax.noise.test_exact import agree
+from tests.library.noise.test_exact import agree
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

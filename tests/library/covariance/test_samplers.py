@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msgd_jax import covariance, noise
-from tests.msgd_jax.test_streams import IMPLEMENTATIONS, INTEGERS, correlations
+from tests.library.test_streams import IMPLEMENTATIONS, INTEGERS, correlations
 from tests.support.problems import linear
 
 DENSE = {

@@ -16,7 +16,7 @@ import pytest
 
 from experiments.training import runs
 from msgd_jax import noise, train
-from tests.msgd_jax.test_sharding import assert_is_dense_gradient
+from tests.library.test_sharding import assert_is_dense_gradient
 from tests.support import process_worker
 from tests.support.noises import ROWS
 from tests.support.problems import loss_vector_fn, regression

@@ -11,7 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from msgd_jax import covariance, loss, noise
-from tests.msgd_jax.covariance.test_covariance import by_hand, close, dense
+from tests.library.covariance.test_covariance import by_hand, close, dense
 from tests.support import problems
 from tests.support.programs import compilations, live_bytes, resources
 

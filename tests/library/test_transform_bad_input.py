@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from msgd_jax import loss, noise, transform
-from tests.msgd_jax.test_transform_uses import MASK
+from tests.library.test_transform_uses import MASK
 from tests.support.problems import loss_vector_fn
 from tests.support.transforms import (
     NOISE,

@@ -7,7 +7,7 @@ import pytest
 
 from msgd_jax import complexity, loss, noise
 from msgd_jax.complexity._theorem1 import _inequality
-from tests.msgd_jax.test_streams import DRAWN, INTEGERS, correlations
+from tests.library.test_streams import DRAWN, INTEGERS, correlations
 from tests.support.affine import of_problem, penalty_of
 
 KEY = jax.random.key(11)

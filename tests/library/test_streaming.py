@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from msgd_jax import noise, sharding, streaming, train
-from tests.msgd_jax.test_train import identical
+from tests.library.test_train import identical
 from tests.support.problems import Regression, loss_vector_fn, regression
 
 N, STEPS = 203, 12

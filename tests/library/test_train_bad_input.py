@@ -11,7 +11,7 @@ import optax.contrib
 import pytest
 
 from msgd_jax import noise, train, transform
-from tests.msgd_jax.test_train import LOOP, PROBLEM, SGD, STEP, init, one_step, start
+from tests.library.test_train import LOOP, PROBLEM, SGD, STEP, init, one_step, start
 from tests.support.problems import loss_vector_fn
 
 DEEP = {f"layer_{i}": {"mean": jnp.zeros(3), "var": jnp.ones(3)} for i in range(40)}
