@@ -214,16 +214,29 @@ def test_noise_is_a_static_argument():
 
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
+    # Those whose batch size is but a scale take any number above 0.
+    SCALED = ("fisher", "cov", "rademacher", "estimated_fisher", "estimated_cov", "student_t",
+              "scaled", "coloured")  # fmt: skip
+
     @pytest.mark.parametrize("name", [name for name in ROWS if name != "gd"])
     @pytest.mark.parametrize("batch_size", [0, -1, 8])
     def test_batch_size_out_of_range(self, name, batch_size):
-        with pytest.raises(ValueError, match=f"between 1 and 7, got {batch_size}"):
+        if name in self.SCALED and batch_size > 0:
+            assert ROWS[name].make(7, batch_size).num_examples == 7
+            return
+        allowed = "finite and above 0" if name in self.SCALED else "between 1 and 7"
+        with pytest.raises(ValueError, match=f"{allowed}, got {batch_size}"):
             ROWS[name].make(7, batch_size)
+
+    @pytest.mark.parametrize("value", [True, "3", None])
+    def test_sizes_must_be_numbers(self, value):
+        with pytest.raises(TypeError, match="batch_size must be a number"):
+            noise.fisher(7, value)
 
     @pytest.mark.parametrize("value", [2.0, True, "3", None, np.float32(2)])
     def test_sizes_must_be_integers(self, value):
         with pytest.raises(TypeError, match="batch_size must be an integer"):
-            noise.fisher(7, value)
+            noise.sgd(7, value)
         with pytest.raises(TypeError, match="num_examples must be an integer"):
             noise.gd(value)
 
