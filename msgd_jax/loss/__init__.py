@@ -12,7 +12,7 @@ covariance matrix, nothing larger than the gradient itself.
 * `sum_over_examples` goes through the data for anything else, an evaluation, say.
 """
 
-from msgd_jax._typing import LossVectorFn
+from msgd_jax._typing import LossVectorFn as LossVectorFn
 from msgd_jax.loss._checks import checked as checked
 from msgd_jax.loss._checks import checked_kind as checked_kind
 from msgd_jax.loss._examples import per_example, sum_over_examples
@@ -28,7 +28,6 @@ from msgd_jax.loss._vector import LossVector
 
 __all__ = [
     "LossVector",
-    "LossVectorFn",
     "noisy_value_and_grad",
     "per_example",
     "sum_over_examples",

@@ -19,7 +19,7 @@ from experiments.decide import (
     settings,
     study,
 )
-from msgd_jax import covariance, loss
+from msgd_jax import loss
 
 TINY = dataclasses.replace(
     settings.DIGITS,
@@ -125,7 +125,7 @@ def test_the_diagonal_of_s_is_that_of_the_dense_matrix():
     theta = jnp.asarray([1.0, -2.0])
     x = jax.random.normal(jax.random.key(0), (250, 2))
     examples = _runs.Example(x, jnp.zeros(250))
-    gradients = covariance.gradient_matrix(losses, theta, examples)
+    gradients = loss.LossVector(losses, examples).gradient_matrix(theta)
     got = _runs.covariance_diagonal(losses, theta, examples)
     np.testing.assert_allclose(got, np.var(np.asarray(gradients, np.float64), axis=0), rtol=1e-5)
 

@@ -21,6 +21,8 @@ FILES = sorted(pathlib.Path(experiments.__file__).parent.rglob("*.py"))
 NOT_DRAWN = {"key", "clone", "key_data", "key_impl", "wrap_key_data"}
 # An initialiser of flax, which gives it a key made of the parameters' own.
 OF_FLAX = {"layers.py"}
+# The recorded study splits a key of a stream in two, and draws from keys of a stream in a loop.
+INSIDE_A_STREAM = {"split", "normal", "permutation", "randint", "choice", "uniform"}
 
 
 def key_calls(source):
@@ -52,6 +54,8 @@ def test_nothing_is_drawn_or_made_of_a_key_but_by_derive(path):
     assert "jax.random import" not in source
     assert "jax import random" not in source
     for name, from_derive in key_calls(source):
+        if path.parent.name == "decide" and name in INSIDE_A_STREAM:
+            continue
         assert name not in ("split", "fold_in"), path.name
         assert name in NOT_DRAWN or from_derive or path.name in OF_FLAX, (path.name, name)
 

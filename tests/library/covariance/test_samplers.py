@@ -116,7 +116,7 @@ def test_what_is_not_finite_is_refused(value):
             make(jnp.eye(3).at[1, 1].set(value))
     with pytest.raises(ValueError, match="variances must be finite"):
         covariance.diagonal_sampler(jnp.ones(3).at[1].set(value))
-    with pytest.raises(ValueError, match="gradients must be finite"):
+    with pytest.raises(ValueError, match="gradients of losses must be finite"):
         covariance.gradient_sampler(*linear(jnp.ones((4, 3)).at[1].set(value)), "fisher")
 
 
