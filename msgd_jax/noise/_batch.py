@@ -20,9 +20,8 @@ class BatchLaw:
     """What law the weights of a loaded batch have, whatever its size; made by `batch_cov` and kin.
 
     The batch itself is random, and part of the noise: what its weights add is less. `of` gives the
-    law of the weights of B examples, an `MNoise` of B examples with mean 1/B. `train`, `transform`
-    and `loss` take a `BatchLaw` where they take a law, and ask it for the number of examples that
-    they are given: a smaller last batch has the scale of its own size.
+    law of the weights of B examples, an `MNoise` of B examples with mean 1/B. Give that to `train`,
+    `transform` and `loss`; a smaller last batch has a law of its own, with the scale of its size.
 
     Attributes:
         num_examples: N, how many examples the loader draws from; None for a stream.
