@@ -11,8 +11,7 @@ Law = MNoise | Exchangeable
 
 def drawable(name: str, law: Any) -> MNoise:
     """Returns `law` if weights can be drawn from it; raises TypeError."""
-    if not isinstance(law, MNoise):
-        raise TypeError(f"{name} must be a noise.MNoise, got {_validate.shown(law)}.")
+    _validate.instance(name, law, MNoise, "noise.MNoise")
     return law
 
 

@@ -76,10 +76,22 @@ def shown(value: Any) -> str:
     return text if value is None else f"{text} of type {type(value).__name__}"
 
 
-def finite_nonnegative(name: str, value: Any) -> float:
-    """Returns `value` as a finite float >= 0; raises TypeError or ValueError."""
+def instance(name: str, value: Any, kind: type, called: str) -> None:
+    """Raises TypeError unless `value` is one of a class, which users know by the name `called`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {called}, got {shown(value)}.")
+
+
+def real(name: str, value: Any) -> float:
+    """Returns `value` as a float, finite or not; raises TypeError unless it is a real number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {shown(value)}.")
+    return float(value)
+
+
+def finite_nonnegative(name: str, value: Any) -> float:
+    """Returns `value` as a finite float >= 0; raises TypeError or ValueError."""
+    real(name, value)
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be finite and at least 0, got {value}.")
     return float(value)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 
 from msgd_jax import _validate
 from msgd_jax._values import bound
-from msgd_jax.noise._types import Exchangeable, MNoise, Weights
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights, is_sparse, weights_of_step
 
 Scale = float | int | np.generic | Float[Array, ""] | Callable[[Int[Array, ""]], Any]
 
@@ -50,42 +50,26 @@ def scaled(law: MNoise, scale: Scale) -> MNoise:
         >>> annealed.covariance_between(1000, 1000).diagonal
         0.0
     """
-    check_law("law", law)
+    _validate.instance("law", law, MNoise, "noise.MNoise")
     if callable(scale):
         _validate.nonnegative_scalar("scale(0)", scale(jnp.zeros((), jnp.int32)))
-        name = f"scaled({law.name}, {getattr(scale, '__name__', type(scale).__name__)})"
-        return MNoise(
-            name,
-            law.num_examples,
-            law.num_examples,
-            None,
-            # One draw by itself has no step: it is the first one's.
-            bound(_scheduled_draw, law, scale),
-            bound(_scheduled_draw_at, law, scale),
-            bound(_scheduled_between, law, scale),
-        )
-    _validate.nonnegative_scalar("scale", scale)
-    factor = scale if isinstance(scale, Tracer) else float(scale)
-    if not isinstance(factor, Tracer) and factor == 1:
-        return dataclasses.replace(law, name=f"scaled({law.name}, 1)")
-    shown = "traced" if isinstance(scale, Tracer) else f"{factor:g}"
-    moments = None
-    if law.moments is not None and not isinstance(factor, Tracer):
-        moments = factor**2 * law.moments
-    draw_at = between = None
-    if law.draw_at is not None:
-        draw_at = bound(_scaled_draw_at, law, factor)
-        if law.between is not None and not isinstance(factor, Tracer):
-            between = bound(_scaled_between, law, factor**2)
-    return MNoise(
-        f"scaled({law.name}, {shown})",
-        law.num_examples,
-        law.num_examples,
-        moments,
-        bound(_scaled_draw, law, factor),
-        draw_at,
-        between,
-    )
+        shown = getattr(scale, "__name__", type(scale).__name__)
+    else:
+        _validate.nonnegative_scalar("scale", scale)
+        scale = scale if isinstance(scale, Tracer) else float(scale)
+        if isinstance(scale, float) and scale == 1:
+            return dataclasses.replace(law, name=f"scaled({law.name}, 1)")
+        shown = f"{scale:g}" if isinstance(scale, float) else "traced"
+    moments = draw_at = between = None
+    if law.moments is not None and isinstance(scale, float):
+        moments = scale**2 * law.moments
+    if callable(scale) or law.draw_at is not None:
+        draw_at = bound(_scaled_draw_at, law, scale)
+        if callable(scale) or (law.between is not None and isinstance(scale, float)):
+            between = bound(_scaled_between, law, scale)
+    n = law.num_examples
+    draw = bound(_scaled_draw, law, scale)
+    return MNoise(f"scaled({law.name}, {shown})", n, n, moments, draw, draw_at, between)
 
 
 def sum_of(*laws: MNoise) -> MNoise:
@@ -109,7 +93,7 @@ def sum_of(*laws: MNoise) -> MNoise:
         True
     """
     n = _check_laws(laws)
-    moments = _combined(laws, [1.0] * len(laws))
+    moments = _moments(laws, [1.0] * len(laws))
     draw_at = between = None
     if any(law.draw_at is not None for law in laws):
         draw_at = bound(_sum_draw_at, laws)
@@ -152,7 +136,7 @@ def mixture(laws: Sequence[MNoise], probabilities: Any) -> MNoise:
             f"1, got {_validate.shown(list(probabilities))}."
         )
     shares = tuple(float(share) for share in shares / shares.sum())
-    moments = _combined(laws, shares)
+    moments = _moments(laws, shares)
     sparse = all(is_sparse(law) for law in laws)
     size = max(law.support_size for law in laws) if sparse else n
     pairs = ", ".join(f"{share:g} {law.name}" for share, law in zip(shares, laws, strict=True))
@@ -165,9 +149,7 @@ def mixture(laws: Sequence[MNoise], probabilities: Any) -> MNoise:
 
 def weights_at(law: MNoise, key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
     """What a law draws for a step from the key of its stream, as `MNoise.sample` does."""
-    if law.draw_at is not None:
-        return law.draw_at(key, step)
-    return law.draw(jax.random.fold_in(key, step))
+    return weights_of_step(law.draw, law.draw_at, key, step)
 
 
 def _stretched(weights: Weights, scale: Any) -> Weights:
@@ -177,22 +159,20 @@ def _stretched(weights: Weights, scale: Any) -> Weights:
     return Weights((1 - scale) / weights.num_examples + scale * values, None, weights.num_examples)
 
 
-def _scaled_draw(law: MNoise, scale: Any, key: Key[Array, ""]) -> Weights:
-    return _stretched(law.draw(key), scale)
+def _at(scale: Scale, step: Int[Array, ""]) -> Any:
+    """The scale of a step."""
+    return scale(step) if callable(scale) else scale
 
 
-def _scaled_draw_at(law: MNoise, scale: Any, key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
-    return _stretched(weights_at(law, key, step), scale)
+def _scaled_draw(law: MNoise, scale: Scale, key: Key[Array, ""]) -> Weights:
+    # One draw by itself has no step: by a schedule it is the first one's.
+    return _stretched(law.draw(key), _at(scale, jnp.zeros((), jnp.int32)))
 
 
-def _scheduled_draw(law: MNoise, schedule: Callable[..., Any], key: Key[Array, ""]) -> Weights:
-    return _stretched(law.draw(key), schedule(jnp.zeros((), jnp.int32)))
-
-
-def _scheduled_draw_at(
-    law: MNoise, schedule: Callable[..., Any], key: Key[Array, ""], step: Int[Array, ""]
+def _scaled_draw_at(
+    law: MNoise, scale: Scale, key: Key[Array, ""], step: Int[Array, ""]
 ) -> Weights:
-    return _stretched(weights_at(law, key, step), schedule(step))
+    return _stretched(weights_at(law, key, step), _at(scale, step))
 
 
 def _sum_draw(laws: tuple[MNoise, ...], key: Key[Array, ""]) -> Weights:
@@ -206,11 +186,16 @@ def _sum_draw_at(laws: tuple[MNoise, ...], key: Key[Array, ""], step: Int[Array,
 
 
 def _summed(draws: list[Weights]) -> Weights:
+    return combined(draws, [1.0] * len(draws), 1.0 - len(draws))
+
+
+def combined(draws: list[Weights], coefficients: Sequence[float], rest: float) -> Weights:
+    """``rest / N`` and the draws times their coefficients, added up; dense."""
     n = draws[0].num_examples
-    values = jax.lax.optimization_barrier([draw.dense() for draw in draws])
-    total = values[0] - (len(draws) - 1) / n
-    for other in values[1:]:
-        total = total + other
+    total = jnp.full(n, rest / n, draws[0].values.dtype)
+    dense = jax.lax.optimization_barrier([draw.dense() for draw in draws])
+    for coefficient, values in zip(coefficients, dense, strict=True):
+        total = total + coefficient * values
     return Weights(total, None, n)
 
 
@@ -242,7 +227,7 @@ def _padded(
 # Covariances --------------------------------------------------------------------------------------
 
 
-def _combined(laws: Sequence[MNoise], factors: Sequence[float]) -> Exchangeable | None:
+def _moments(laws: Sequence[MNoise], factors: Sequence[float]) -> Exchangeable | None:
     """The covariances multiplied and added up; None where a law states none."""
     total = Exchangeable(0.0, 0.0)
     for factor, law in zip(factors, laws, strict=True):
@@ -252,14 +237,8 @@ def _combined(laws: Sequence[MNoise], factors: Sequence[float]) -> Exchangeable 
     return total
 
 
-def _scaled_between(law: MNoise, squared: float, step: int, other: int) -> Exchangeable:
-    return squared * law.covariance_between(step, other)
-
-
-def _scheduled_between(
-    law: MNoise, schedule: Callable[..., Any], step: int, other: int
-) -> Exchangeable:
-    factor = math.prod(float(schedule(jnp.asarray(t, jnp.int32))) for t in (step, other))
+def _scaled_between(law: MNoise, scale: Scale, step: int, other: int) -> Exchangeable:
+    factor = math.prod(float(_at(scale, jnp.asarray(t, jnp.int32))) for t in (step, other))
     return factor * law.covariance_between(step, other)
 
 
@@ -273,17 +252,12 @@ def _sum_between(laws: tuple[MNoise, ...], step: int, other: int) -> Exchangeabl
 # Checks -------------------------------------------------------------------------------------------
 
 
-def check_law(name: str, law: Any) -> None:
-    if not isinstance(law, MNoise):
-        raise TypeError(f"{name} must be a noise.MNoise, got {_validate.shown(law)}.")
-
-
 def _check_laws(laws: Sequence[Any]) -> int:
     """The number of examples that all laws are for."""
     if not laws:
         raise ValueError("laws must hold at least one law, got none.")
     for position, law in enumerate(laws):
-        check_law(f"laws[{position}]", law)
+        _validate.instance(f"laws[{position}]", law, MNoise, "noise.MNoise")
     sizes = [law.num_examples for law in laws]
     if len(set(sizes)) > 1:
         raise ValueError(f"laws must all be for the same number of examples, got {sizes}.")
@@ -295,8 +269,3 @@ def check_independent(law: MNoise) -> None:
         raise ValueError(
             f"law must have independent steps, got {law.name}, whose steps depend on each other."
         )
-
-
-def is_sparse(law: MNoise) -> bool:
-    """Whether its draws list some examples only; computes nothing."""
-    return jax.eval_shape(lambda: law.draw(jax.random.key(0)).indices) is not None

@@ -27,7 +27,6 @@ class BatchLaw:
         num_examples: N, how many examples the loader draws from; None for a stream.
         batch_size: b, the batch size of the SGD whose noise is wanted.
         centred: whether the target is S/b, as that of `cov`, or F/b, as that of `fisher`.
-        replace: whether the examples of a batch are drawn independently of each other.
         matching: what is matched, "total" or "gaussian".
         dtype: of the weights.
     """
@@ -35,7 +34,6 @@ class BatchLaw:
     num_examples: int | None
     batch_size: float | int
     centred: bool
-    replace: bool
     matching: str
     dtype: Any
 
@@ -53,8 +51,6 @@ class BatchLaw:
             return 2 if self.centred else 1
         if self.centred:
             return 1 if b == 1 else max(2, math.ceil(b if n is None else b * n / (n - 1 + b)))
-        if n == 1:
-            return 1
         return max(2, math.ceil(b + 1 if n is None else n * (b + 1) / (n + b)))
 
     def of(self, size: int) -> MNoise:
@@ -69,7 +65,7 @@ class BatchLaw:
         """
         size = _validate.positive_int("the number of examples in a batch", size)
         n, b = self.num_examples, self.batch_size
-        if n is not None and size > n and not self.replace:
+        if n is not None and size > n:
             raise ValueError(
                 f"a batch must have at most num_examples = {n} examples, got {size}: they are "
                 "drawn without replacement."
@@ -82,14 +78,13 @@ class BatchLaw:
             )
         # What is missing: sigma^2 on each example, tau^2 on all of them together.
         rest = 1.0 if n is None else (n - size) / n  # of the variance of the draw of the batch
+        one = 1 if n is None else (n - 1) / n  # for b = 1
         together = 0.0
         if self.matching == "gaussian":
-            one = 1 if n is None else (n - 1) / n
             each = size**2 * one / (b * (size - 1)) if self.centred else size / b
         elif size == 1:  # SGD of batch size 1 as it is
-            each = 0.0 if self.centred else 1 / b
+            each = 0.0
         elif self.centred:
-            one = 1 if n is None else (n - 1) / n
             each = size * (size * one / b - rest) / (size - 1)
         else:
             together = rest / (size - 1)
@@ -173,11 +168,11 @@ def batch_fisher(
 def _batch_law(
     num_examples: Any, batch_size: Any, centred: bool, matching: Any, dtype: Any
 ) -> BatchLaw:
+    # In a stream there are always enough.
     n, b = _pieces.scale(2 if num_examples is None else num_examples, batch_size, smallest=2)
     _validate.one_of("matching", matching, ("total", "gaussian"))
     dtype = _validate.wide_float_dtype("dtype", dtype)
-    stream = num_examples is None
-    return BatchLaw(None if stream else n, b, centred, stream, matching, dtype)
+    return BatchLaw(None if num_examples is None else n, b, centred, matching, dtype)
 
 
 def _draw(

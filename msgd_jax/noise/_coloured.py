@@ -1,7 +1,6 @@
 """Noise that is correlated over steps."""
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ from jaxtyping import Array, Int, Key
 
 from msgd_jax import _validate
 from msgd_jax._values import bound
-from msgd_jax.noise._algebra import check_independent, check_law, is_sparse
-from msgd_jax.noise._types import Exchangeable, MNoise, Weights
+from msgd_jax.noise._algebra import check_independent, combined
+from msgd_jax.noise._types import Exchangeable, MNoise, Weights, is_sparse
 
 
 def coloured(law: MNoise, coefficients: Any) -> MNoise:
@@ -49,7 +48,7 @@ def coloured(law: MNoise, coefficients: Any) -> MNoise:
         >>> [round(law.covariance_between(3, t).diagonal / one, 6) + 0.0 for t in (3, 4, 5)]
         [2.0, -1.0, 0.0]
     """
-    check_law("law", law)
+    _validate.instance("law", law, MNoise, "noise.MNoise")
     check_independent(law)
     c = _numbers("coefficients", coefficients)
     n = law.num_examples
@@ -93,16 +92,11 @@ def _coloured_draw_at(
     parts = [
         law.draw(jax.random.fold_in(key, now - jnp.uint32(lag))) for lag in range(len(coefficients))
     ]
-    n = law.num_examples
     if rest is None:
         values = [c * part.values for c, part in zip(coefficients, parts, strict=True)]
         indices = [part.indices for part in parts if part.indices is not None]
-        return Weights(jnp.concatenate(values), jnp.concatenate(indices), n)
-    total = jnp.full(n, rest / n, parts[0].values.dtype)
-    dense = jax.lax.optimization_barrier([part.dense() for part in parts])
-    for coefficient, values in zip(coefficients, dense, strict=True):
-        total = total + coefficient * values
-    return Weights(total, None, n)
+        return Weights(jnp.concatenate(values), jnp.concatenate(indices), law.num_examples)
+    return combined(parts, coefficients, rest)
 
 
 # Covariances --------------------------------------------------------------------------------------
@@ -129,9 +123,7 @@ def _numbers(name: str, values: Any) -> tuple[float, ...]:
     for position, value in enumerate(values):
         if isinstance(value, np.ndarray | jax.Array) and value.shape == ():
             value = value.item()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name}[{position}] must be a number, got {_validate.shown(value)}.")
-        if not math.isfinite(value):
+        if not math.isfinite(_validate.real(f"{name}[{position}]", value)):
             raise ValueError(f"{name}[{position}] must be finite, got {value}.")
     return tuple(float(value) for value in values)
 

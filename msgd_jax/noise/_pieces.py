@@ -1,7 +1,6 @@
 """The pieces that noises are made of: subsets, centred normals, and the covariances they add."""
 
 import math
-import numbers
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +22,7 @@ def scale(
 ) -> tuple[int, float | int]:
     """Checks smallest <= N and 0 < b, for laws in which b is but the scale of the noise."""
     n = _validate.num_examples("num_examples", num_examples, minimum=smallest)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Real):
-        raise TypeError(f"batch_size must be a number, got {_validate.shown(batch_size)}.")
-    if not 0 < batch_size < math.inf:
+    if not 0 < _validate.real("batch_size", batch_size) < math.inf:
         raise ValueError(f"batch_size must be finite and above 0, got {batch_size}.")
     whole = int(batch_size)
     return n, whole if whole == batch_size else float(batch_size)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _validate
 from msgd_jax._values import bound
-from msgd_jax.noise._algebra import check_law, weights_at
+from msgd_jax.noise._algebra import weights_at
 from msgd_jax.noise._types import MNoise, Weights
 
 Factors = Callable[[Int[Array, " support"], Int[Array, ""]], Float[Array, " support"]]
@@ -46,7 +46,7 @@ def reweighted(law: MNoise, factors: Any) -> MNoise:
         >>> (6 * balanced.sample(jax.random.key(0), 0).values).tolist()
         [1.0, 1.0, 1.0, 3.0]
     """
-    check_law("law", law)
+    _validate.instance("law", law, MNoise, "noise.MNoise")
     if callable(factors):
         own: Any = factors
         name = getattr(factors, "__name__", type(factors).__name__)
@@ -66,8 +66,7 @@ def reweighted(law: MNoise, factors: Any) -> MNoise:
 class _Table:
     """N factors, compared by value."""
 
-    data: bytes
-    dtype: str
+    data: bytes  # float64
 
     @classmethod
     def of(cls, factors: Any, num_examples: int) -> "_Table":
@@ -90,13 +89,13 @@ class _Table:
             raise ValueError(
                 f"factors must have mean 1, got {array.mean():g}: divide them by their mean."
             )
-        return cls(array.tobytes(), array.dtype.str)
+        return cls(array.tobytes())
 
     def __call__(
         self, indices: Int[Array, " support"], step: Int[Array, ""]
     ) -> Float[Array, " support"]:
         del step
-        table = jnp.asarray(np.frombuffer(self.data, self.dtype).astype(np.float32))
+        table = jnp.asarray(np.frombuffer(self.data, np.float64).astype(np.float32))
         return table[indices]
 
 

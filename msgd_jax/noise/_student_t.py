@@ -1,7 +1,6 @@
 """Heavy tails: the covariance of SGD, and multipliers with Student's t distribution."""
 
 import math
-import numbers
 from typing import Any
 
 import jax
@@ -76,8 +75,7 @@ def _uniform(words: UInt32[Array, "2 size"], dtype: jnp.dtype) -> Float[Array, "
 
 
 def _degrees_of_freedom(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"degrees_of_freedom must be a number, got {_validate.shown(value)}.")
+    _validate.real("degrees_of_freedom", value)
     if not math.isfinite(value) or value <= 2:
         raise ValueError(
             "degrees_of_freedom must be finite and above 2, where the variance is finite, got "

@@ -14,7 +14,7 @@ from jaxtyping import Array, Key
 
 from msgd_jax import _validate
 from msgd_jax._values import bound
-from msgd_jax.noise._types import MNoise, Weights
+from msgd_jax.noise._types import MNoise, Weights, is_sparse
 
 
 def svag(base: MNoise, refinement: int) -> MNoise:
@@ -47,8 +47,7 @@ def svag(base: MNoise, refinement: int) -> MNoise:
     Raises:
         TypeError, ValueError: if an argument is not as described.
     """
-    if not isinstance(base, MNoise):
-        raise TypeError(f"base must be a noise.MNoise, got {_validate.shown(base)}.")
+    _validate.instance("base", base, MNoise, "noise.MNoise")
     if base.draw_at is not None:
         raise ValueError(
             f"base must have independent steps, got {base.name}: the two draws of a step would not "
@@ -59,8 +58,7 @@ def svag(base: MNoise, refinement: int) -> MNoise:
     if refinement == 1:
         return dataclasses.replace(base, name=name)
 
-    indices = jax.eval_shape(lambda: base.draw(jax.random.key(0)).indices)  # computes nothing
-    support_size = base.support_size * (1 if indices is None else 2)
+    support_size = base.support_size * (2 if is_sparse(base) else 1)
     moments = None if base.moments is None else refinement * base.moments
     draw = bound(_draw, base.draw, base.num_examples, refinement)
     return MNoise(name, base.num_examples, support_size, moments, draw)

@@ -259,10 +259,22 @@ class MNoise:
         draw, draw_at = self.draw, self.draw_at
 
         def one_step(key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
-            if draw_at is not None:
-                weights = draw_at(derive(key, Stream.WEIGHTS), step)
-            else:
-                weights = draw(derive(key, Stream.WEIGHTS, step))
+            weights = weights_of_step(draw, draw_at, derive(key, Stream.WEIGHTS), step)
             return jax.lax.optimization_barrier(weights)
 
         return jax.jit(one_step)
+
+
+def weights_of_step(
+    draw: Callable[[Key[Array, ""]], Weights],
+    draw_at: Callable[[Key[Array, ""], Int[Array, ""]], Weights] | None,
+    key: Key[Array, ""],
+    step: Int[Array, ""],
+) -> Weights:
+    """What a law of these functions draws for a step, from the key of its stream."""
+    return draw(jax.random.fold_in(key, step)) if draw_at is None else draw_at(key, step)
+
+
+def is_sparse(law: MNoise) -> bool:
+    """Whether its draws list some examples only; computes nothing."""
+    return jax.eval_shape(lambda: law.draw(jax.random.key(0)).indices) is not None
