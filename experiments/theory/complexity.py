@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments import data, figures, terminal, training
 from experiments.theory import _complexity_figures, _complexity_tables
-from experiments.theory.config import ComplexityConfig
+from experiments.theory.config import ComplexityConfig, check_batch_size
 from experiments.training import loop, runs
 from experiments.training.algorithms import NoiseSettings
 from experiments.training.config import AlgorithmName, TrainConfig
@@ -320,7 +320,7 @@ def run(config: ComplexityConfig) -> pathlib.Path:
 def _check(config: ComplexityConfig) -> None:
     """Raises ValueError for batch sizes that the parts cannot have, before anything is loaded."""
     if "regularizer" in config.parts:
-        regularizers(config, data.DATASETS["digits"].sizes[0])
+        check_batch_size(config.batch_size, data.DATASETS["digits"].sizes[0])
     if "trace" in config.parts:
         laws(config, data.DATASETS["fashion_mnist"].sizes[0])
         for algorithm in config.algorithms:

@@ -35,12 +35,16 @@ ComplexityPart = Literal["theorem1", "regularizer", "trace"]
 def _check_sizes(config: Any) -> None:
     if config.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {config.batch_size}.")
-    if config.batch_size > 1000:
-        raise ValueError(f"batch_size must be between 1 and 1000, got {config.batch_size}.")
     if config.microbatch_size is not None and config.microbatch_size < 1:
         raise ValueError(
             f"microbatch_size must be at least 1, or None, got {config.microbatch_size}."
         )
+
+
+def check_batch_size(batch_size: int, num_examples: int) -> None:
+    """Raises ValueError unless this is the size of a mini-batch of so many examples."""
+    if not 1 <= batch_size <= num_examples:
+        raise ValueError(f"batch_size must be between 1 and {num_examples}, got {batch_size}.")
 
 
 def _check_read(config: Any, read_by: Mapping[str, tuple[str, ...]]) -> None:

@@ -16,7 +16,7 @@ import optax
 
 from experiments import data, terminal, training
 from experiments.theory import _sde_figures, _sde_tables, weak_order
-from experiments.theory.config import SDEConfig
+from experiments.theory.config import SDEConfig, check_batch_size
 from experiments.theory.sde_problems import Problem, at_minimum, logistic, two_wells
 from experiments.training import runs
 from msgd_jax import loss, noise, sde, train
@@ -348,9 +348,8 @@ def run(config: SDEConfig) -> pathlib.Path:
         "paths": functools.partial(_paths_part, config),
     }
     if "network" in config.parts:
-        noise.fisher(
-            data.DATASETS["fashion_mnist"].sizes[0], config.batch_size
-        )  # raises before loading
+        # Before anything is loaded.
+        check_batch_size(config.batch_size, data.DATASETS["fashion_mnist"].sizes[0])
         dataset: Any = None
         # Loaded first: it is known at once whether the images are there.
         if not runs.finished_parts("sde", config):
