@@ -207,11 +207,8 @@ def make_program(setting: Setting, shape: Shape, options: Options) -> Program:
 
 def covariance_diagonal(losses: Any, params: Any, examples: Example) -> Any:
     """The diagonal of S, the covariance of the gradients of single examples; like `params`."""
-    n = examples.label.shape[0]
-    size = max(size for size in range(1, min(GRADIENT_ROWS, n) + 1) if n % size == 0)
-    of_one = noise.Exchangeable((n - 1) / n**2, -1 / n**2)  # the weights of one example by chance
-    vector = loss.LossVector(losses, examples, microbatch_size=size)
-    return covariance.diagonal(vector, params, of_one)
+    vector = loss.LossVector(losses, examples, microbatch_size=GRADIENT_ROWS)
+    return covariance.diagonal(vector, params, noise.sgd(vector.num_examples, batch_size=1))
 
 
 def _gaussian(key: Key[Array, ""], step: Array, variances: Any) -> Any:

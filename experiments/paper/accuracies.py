@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from experiments.decide import statistics
 from experiments.training import Evaluation, runs
 
 MARGIN = 0.01
@@ -191,10 +192,7 @@ def equivalence(differences: np.ndarray, margin: float) -> float:
     """
     if differences.size < 2 or np.isnan(differences).any():
         return float("nan")
-    above = stats.ttest_1samp(differences, -margin, alternative="greater")
-    below = stats.ttest_1samp(differences, margin, alternative="less")
-    # A named tuple with more names than SciPy's annotations say.
-    return float(max(np.asarray(above)[1], np.asarray(below)[1]))
+    return statistics.equivalence(differences, np.zeros_like(differences), margin)
 
 
 def write_csv(rows: list[Row], path: pathlib.Path) -> None:
