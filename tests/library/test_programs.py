@@ -8,7 +8,7 @@ import pytest
 
 from msgd_jax import loss, noise, train, transform
 from tests.support.noises import ROWS, spared
-from tests.support.programs import compilations, growth, live_bytes
+from tests.support.programs import assert_arrays_go, assert_nothing_stays, compilations
 
 KEY = jax.random.key(0)
 SIZE = 2000  # permutations of more than 1,024 are walked
@@ -92,19 +92,13 @@ QUICK = ("noise.MNoise.sample", "in micro-batches", "transform.msgd", "train.mak
 )
 def test_arrays_of_earlier_calls_are_gone(name):
     """Fresh losses of 8 MB each, with fresh data and a fresh law: none of them stays."""
-    call(name, 0)
-    before = live_bytes()
-    for seed in range(1, 4):
-        call(name, seed)
-    assert live_bytes() - before < CAPTURED / 2
+    assert_arrays_go(lambda seed: call(name, seed), CAPTURED)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_a_hundred_calls_leave_nothing_behind(name):
-    memory, maps = growth(lambda seed: call(name, seed))
-    assert memory < 60, "MiB that are never freed"
-    assert maps < 100, "memory maps that are never freed"
+    assert_nothing_stays(lambda seed: call(name, seed))
 
 
 # Eager calls --------------------------------------------------------------------------------------

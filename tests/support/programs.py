@@ -49,3 +49,19 @@ def growth(call: Callable[[int], object], times: int = 100) -> tuple[int, int]:
         jax.block_until_ready(call(i))
     more_memory, more_maps = resources()
     return more_memory - memory, more_maps - maps
+
+
+def assert_arrays_go(call: Callable[[int], object], size: int) -> None:
+    """Of calls with fresh arrays of `size` bytes, ``call(0), call(1), ...``, none stays behind."""
+    call(0)
+    before = live_bytes()
+    for i in range(1, 4):
+        call(i)
+    assert live_bytes() - before < size / 2
+
+
+def assert_nothing_stays(call: Callable[[int], object]) -> None:
+    """A hundred calls end with the memory and the maps of ten."""
+    memory, maps = growth(call)
+    assert memory < 60, "MiB that are never freed"
+    assert maps < 100, "memory maps that are never freed"

@@ -11,7 +11,7 @@ import pytest
 import msgd_jax
 from msgd_jax import complexity, loss, noise, sde
 from tests.support.problems import loss_vector_fn, regression
-from tests.support.programs import compilations, growth, live_bytes
+from tests.support.programs import assert_arrays_go, assert_nothing_stays, compilations
 
 KEY = jax.random.key(0)
 N = 13
@@ -181,19 +181,13 @@ def fresh_call(name, seed):
 
 @pytest.mark.parametrize("name", ["losses", "hessian_product"])
 def test_arrays_of_earlier_losses_are_gone(name):
-    fresh_call(name, 0)
-    before = live_bytes()
-    for seed in range(1, 4):
-        fresh_call(name, seed)
-    assert live_bytes() - before < CAPTURED / 2
+    assert_arrays_go(functools.partial(fresh_call, name), CAPTURED)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_hundred_loss_vectors_leave_nothing_behind(name):
-    memory, maps = growth(functools.partial(fresh_call, name))
-    assert memory < 60, "MiB that are never freed"
-    assert maps < 100, "memory maps that are never freed"
+    assert_nothing_stays(functools.partial(fresh_call, name))
 
 
 def test_under_vmap_over_parameters_and_over_data_and_in_a_scan():
