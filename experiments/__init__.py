@@ -6,7 +6,8 @@
     paper/       the paper's figures, and the comparison of many runs
     theory/      the SDE and the local complexities, measured
 
-`commands` and `__main__` are the command line. `figures`, `tables`, `terminal` and `_typing` are
-shared: they stand on nothing of ours, and every room may use them. A room's face, its `__init__`,
-hands out what others use of it; which room may use which other stands in CONTRIBUTING.md.
+`commands` and `__main__` are the command line. `figures`, `records`, `tables`, `terminal` and
+`_typing` are shared: they stand on nothing of ours, and every room may use them. A room's face,
+its `__init__`, hands out what others use of it; which room may use which other stands in
+CONTRIBUTING.md.
 """

@@ -85,7 +85,7 @@ def test_what_is_shared_stands_on_nothing():
 
 
 # Of `experiments`: what every room may use, and what uses all of them.
-COMMON = {"_typing", "figures", "tables", "terminal"}
+COMMON = {"_typing", "figures", "records", "tables", "terminal"}
 COMMAND_LINE = {"__main__", "commands"}
 
 

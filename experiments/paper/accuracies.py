@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from experiments import records
 from experiments.decide import statistics
-from experiments.training import Evaluation, runs
+from experiments.training import Evaluation
 
 MARGIN = 0.01
 AVERAGED = 5  # evaluations at the end
@@ -57,10 +58,10 @@ def of_evaluations(label: str, parts: list[list[Evaluation]]) -> Result:
 
 
 def of_folder(path: pathlib.Path) -> list[Evaluation]:
-    """The evaluations that a run of `train` has logged; raises runs.DamagedRecordError."""
+    """The evaluations that a run of `train` has logged; raises records.DamagedRecordError."""
     file = path / "metrics.jsonl"
     evaluations = []
-    for record in runs.read_lines(file):
+    for record in records.read_lines(file):
         try:
             evaluation = Evaluation.of_record(record)
             values = [v for v in evaluation if isinstance(v, np.ndarray)]
@@ -69,7 +70,7 @@ def of_folder(path: pathlib.Path) -> list[Evaluation]:
                 raise TypeError("its numbers are not one for each seed")
             float(evaluation.seconds)
         except (TypeError, ValueError) as error:
-            raise runs.DamagedRecordError(
+            raise records.DamagedRecordError(
                 f"{file} has no evaluation at step {record['step']}: {str(error)[:120]}"
             ) from None
         evaluations.append(evaluation)
@@ -80,7 +81,7 @@ def of_finished(path: pathlib.Path) -> list[Evaluation]:
     """The same, of a run that has finished: at least one."""
     evaluations = of_folder(path)
     if not evaluations:
-        raise runs.DamagedRecordError(f"{path / 'metrics.jsonl'} has no evaluation")
+        raise records.DamagedRecordError(f"{path / 'metrics.jsonl'} has no evaluation")
     return evaluations
 
 

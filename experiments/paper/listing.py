@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments import tables
+from experiments import records, tables
 from experiments.paper import accuracies
 from experiments.training import runs
 from experiments.training.config import TrainConfig
@@ -47,14 +47,14 @@ def read(root: pathlib.Path) -> list[Entry]:
 def _entry(path: pathlib.Path) -> Entry:
     try:
         return _whole(path)
-    except runs.DamagedRecordError as error:
+    except records.DamagedRecordError as error:
         # The folder is named beside it.
         return Entry(path, "", "damaged", str(error).replace(f"{path}/", ""))
 
 
 def _whole(path: pathlib.Path) -> Entry:
     state = runs.state(path)
-    asked = runs.read_json(path / "config.json")
+    asked = records.read_json(path / "config.json")
     if asked is None:
         files = [file.name for file in path.iterdir() if file.name != ".lock"]
         if not files:
@@ -67,10 +67,10 @@ def _whole(path: pathlib.Path) -> Entry:
     if command not in ("train", "distributed"):
         label = f"{command}: {' '.join(map(str, asked['parts']))}"
         if state == "finished":
-            runs.read_object(path / "summary.json")
+            records.read_object(path / "summary.json")
         return Entry(path, command, state, label=label, draws=draws)
     plan = _plan(path, asked)
-    ended = runs.read_object(path / "summary.json") if state == "finished" else None
+    ended = records.read_object(path / "summary.json") if state == "finished" else None
     entry = Entry(path, command, state, plan=plan, label=plan.algorithm, draws=draws)
     return dataclasses.replace(entry, **_trained(path, ended))
 
@@ -91,7 +91,7 @@ def _plan(path: pathlib.Path, asked: dict[str, Any]) -> TrainConfig:
     try:
         return TrainConfig.of_record(asked)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise runs.DamagedRecordError(
+        raise records.DamagedRecordError(
             f"{path / 'config.json'} is of no run that can be made here: {str(error)[:160]}"
         ) from None
 
@@ -110,7 +110,7 @@ def _trained(path: pathlib.Path, ended: dict[str, Any] | None) -> dict[str, Any]
 def _number(path: pathlib.Path, ended: dict[str, Any] | None, name: str) -> float | None:
     value = (ended or {}).get(name)
     if value is not None and not isinstance(value, (int, float)):
-        raise runs.DamagedRecordError(f"{path / 'summary.json'} has no number for {name}")
+        raise records.DamagedRecordError(f"{path / 'summary.json'} has no number for {name}")
     return value
 
 

@@ -7,7 +7,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-from experiments import figures, terminal
+from experiments import figures, records, terminal
 from experiments.paper import _cost, accuracies, listing
 from experiments.paper.config import FigureConfig, ListConfig, ReportConfig
 from experiments.paper.panels import PANELS
@@ -43,7 +43,7 @@ def figure(config: FigureConfig) -> pathlib.Path:
     text = write_section(folder, f"figure-{config.panel}", title, plans[0], results)
     assumptions = "\n".join(f"* {line}" for line in panel.assumptions)
     text += f"\nOur choices, where the paper is silent:\n\n{assumptions}\n"
-    runs.replace_text(folder / "README.md", text)
+    records.replace_text(folder / "README.md", text)
     print(text)
     return folder
 
@@ -83,9 +83,9 @@ def _check_same_draws(root: pathlib.Path, finished: list[pathlib.Path], some_mis
     old = [path for path in finished if runs.draws(path) != runs.DRAWS]
     if old and (some_missing or len(old) < len(finished)):
         raise ValueError(
-            f"runs must hold runs that can be compared seed by seed, got {runs.brief(root)} with "
-            f"{len(old)} runs of this figure from when a seed drew something else: choose another "
-            "--runs."
+            "runs must hold runs that can be compared seed by seed, got "
+            f"{records.brief(root)} with {len(old)} runs of this figure from when "
+            "a seed drew something else: choose another --runs."
         )
 
 
@@ -138,7 +138,7 @@ def list_runs(config: ListConfig) -> None:
     if entries:
         print(listing.table(entries, config.runs))
     else:
-        print(f"There are no runs in {runs.brief(config.runs)} yet. {_HOW_TO_MAKE_ONE}")
+        print(f"There are no runs in {records.brief(config.runs)} yet. {_HOW_TO_MAKE_ONE}")
 
 
 def report(config: ReportConfig) -> pathlib.Path:
@@ -160,7 +160,7 @@ def report(config: ReportConfig) -> pathlib.Path:
         found = f"; {len(left_out)} other folders (see `list`)" if left_out else ""
         raise ValueError(
             "runs must hold finished runs of `train`, `demo` or `figure`, found none below "
-            f"{runs.brief(config.runs)}{found}. {_HOW_TO_MAKE_ONE}"
+            f"{records.brief(config.runs)}{found}. {_HOW_TO_MAKE_ONE}"
         )
     folder = config.out or config.runs / "report"
     runs.check_writable(folder)
@@ -177,8 +177,8 @@ def report(config: ReportConfig) -> pathlib.Path:
     text = "# Runs\n\n" + "\n".join(sections)
     if left_out:
         text += "\n## Left out\n\n" + "\n".join(left_out) + "\n"
-    runs.replace_text(folder / "report.md", text)
-    runs.replace_text(folder / "report.html", _as_html(text, folder))
+    records.replace_text(folder / "report.md", text)
+    records.replace_text(folder / "report.html", _as_html(text, folder))
     print(f"{folder / 'report.md'} and report.html: {len(sections)} sections.")
     if left_out:
         print("\nLeft out:\n" + "\n".join(left_out))
@@ -277,4 +277,4 @@ def _as_html(text: str, folder: pathlib.Path) -> str:
 def _check_folder(path: pathlib.Path) -> None:
     if not path.is_dir():
         what = "which is no folder" if path.exists() else "which does not exist"
-        raise ValueError(f"runs must be a folder, got {runs.brief(path)}, {what}.")
+        raise ValueError(f"runs must be a folder, got {records.brief(path)}, {what}.")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, figures, terminal, training
+from experiments import data, figures, records, terminal, training
 from experiments.theory import _complexity_figures, _complexity_tables
 from experiments.theory.config import ComplexityConfig, check_batch_size
 from experiments.training import loop, runs
@@ -334,11 +334,11 @@ def _theorem1_part(config: ComplexityConfig, folder: pathlib.Path) -> Any:
 
 
 def _trace_part(config: ComplexityConfig, dataset: data.Dataset, folder: pathlib.Path) -> Any:
-    records = []
+    found = []
     with open(folder / "trace.jsonl", "w", encoding="utf-8") as file:
         for record in trace(config, dataset):
-            records.append(record)
-            file.write(runs.as_line(record))
+            found.append(record)
+            file.write(records.as_line(record))
             file.flush()
-    _complexity_figures.plot_trace(records, config, folder / "trace.png")
-    return records
+    _complexity_figures.plot_trace(found, config, folder / "trace.png")
+    return found

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from experiments import data, figures, models, terminal
+from experiments import data, figures, models, records, terminal
 from experiments.training import runs, trainer
 from experiments.training.algorithms import ALGORITHMS
 from experiments.training.config import TrainConfig
@@ -114,8 +114,9 @@ def run(
         return _Run(config, made, path, None, progress).to_the_end()
     command = "train" if over is None else "distributed"
     folder = runs.RunFolder(path, config, command, data_source=dataset.source)
-    runs.replace_text(
-        path / "train_images.json", runs.as_line({"train_indices": dataset.train_indices.tolist()})
+    records.replace_text(
+        path / "train_images.json",
+        records.as_line({"train_indices": dataset.train_indices.tolist()}),
     )
     try:
         return _Run(config, made, path, folder, progress).to_the_end()
@@ -182,7 +183,7 @@ class _Run:
         if latest is None:
             return state
         if self.folder is not None and not kept:
-            raise runs.DamagedRecordError(
+            raise records.DamagedRecordError(
                 f"{self.path}/metrics.jsonl has no evaluation up to step {latest}, of which "
                 "there is a checkpoint: choose another --out"
             )
@@ -268,13 +269,13 @@ class Checkpoints:
         """The state of a step, laid out over devices as `like` is.
 
         Raises:
-            runs.DamagedRecordError: if it cannot be read.
+            records.DamagedRecordError: if it cannot be read.
         """
         try:
             return self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
         except Exception as error:  # of orbax and of what it is built on, each its own
-            path = runs.brief(f"{self._manager.directory}/{step}")
-            raise runs.DamagedRecordError(
+            path = records.brief(f"{self._manager.directory}/{step}")
+            raise records.DamagedRecordError(
                 f"the checkpoint {path} cannot be read, choose another --out: "
                 f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             ) from error

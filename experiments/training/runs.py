@@ -9,7 +9,7 @@
 
 A folder belongs to one configuration. Unfinished, it goes on from its last checkpoint; finished, it
 is never written to again. Records are read by whoever finds them, so every reader here checks what
-it reads: a file that is cut short, or not ours, is a `DamagedRecordError` that names it.
+it reads: a file that is cut short, or not ours, is a `records.DamagedRecordError` that names it.
 """
 
 import dataclasses
@@ -28,6 +28,8 @@ import filelock
 import jax
 
 import msgd_jax
+from experiments import records
+from experiments.records import brief
 
 DRAWS = 2
 """Raised when the same key and step come to draw something else, streams or data sets. Runs of
@@ -37,10 +39,6 @@ different draws do not go on in each other's folders, nor are they compared seed
 _FREE = ("out", "data_dir", "checkpoint_every")
 _FILES = {"config.json", "metrics.jsonl", "summary.json", "failure.json", ".lock"}
 _NOT_RUNS = {"checkpoints", "tensorboard"}
-
-
-class DamagedRecordError(ValueError):
-    """A file of a run is not what this package writes; the text names it and says what is wrong."""
 
 
 def default_folder(name: str) -> pathlib.Path:
@@ -79,17 +77,6 @@ def check_writable(path: pathlib.Path | None, name: str = "out") -> None:
         ) from None
 
 
-def brief(path: pathlib.Path | str) -> str:
-    """A path in a message, its middle left out where it is long."""
-    text = str(path)
-    return text if len(text) <= 120 else f"{text[:40]} ... {text[-75:]}"
-
-
-def as_line(record: dict[str, Any]) -> str:
-    """One line of JSON."""
-    return json.dumps(record) + "\n"
-
-
 def settings(config: Any) -> dict[str, Any]:
     """What decides the results of a run, as JSON values.
 
@@ -126,7 +113,7 @@ class RunFolder:
         Raises:
             FileExistsError: if the folder exists and is not of the same run, or that has finished,
                 or another process is at it.
-            DamagedRecordError: if what the folder holds cannot be read.
+            records.DamagedRecordError: if what the folder holds cannot be read.
             ValueError: if it cannot be made or written to.
         """
         self.path = path
@@ -141,8 +128,10 @@ class RunFolder:
         except filelock.Timeout:
             raise FileExistsError(f"{brief(path)} is being written by another process.") from None
         if self.is_new or not (path / "config.json").exists():
-            replace_text(path / "config.json", _pretty(_asked(config, command) | details))
-        elif read_object(path / "config.json").get("versions") != versions():
+            records.replace_text(
+                path / "config.json", records.as_text(_asked(config, command) | details)
+            )
+        elif records.read_object(path / "config.json").get("versions") != versions():
             warnings.warn(
                 f"{path} was begun with other versions: what follows may differ in the last bits.",
                 stacklevel=2,
@@ -155,27 +144,27 @@ class RunFolder:
     def log(self, record: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl, on the disk when this returns."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(as_line(record))
+            file.write(records.as_line(record))
             file.flush()
             os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        return read_lines(self.path / "metrics.jsonl")
+        return records.read_lines(self.path / "metrics.jsonl")
 
     def cut_metrics(self, last_step: int) -> list[dict[str, Any]]:
         """Drops the lines after a step, half-written ones too; returns the others."""
         kept = [record for record in self.metrics() if record["step"] <= last_step]
-        replace_text(self.path / "metrics.jsonl", "".join(map(as_line, kept)))
+        records.replace_text(self.path / "metrics.jsonl", "".join(map(records.as_line, kept)))
         return kept
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
-        replace_text(self.path / "summary.json", _pretty(summary))
+        records.replace_text(self.path / "summary.json", records.as_text(summary))
 
     def fail(self, failure: dict[str, Any]) -> None:
         """Writes failure.json."""
-        replace_text(self.path / "failure.json", _pretty(failure))
+        records.replace_text(self.path / "failure.json", records.as_text(failure))
 
 
 def finished(path: pathlib.Path, config: Any, command: str = "train") -> bool:
@@ -183,13 +172,13 @@ def finished(path: pathlib.Path, config: Any, command: str = "train") -> bool:
 
     Raises:
         FileExistsError: if the folder holds something else, or a run that diverged.
-        DamagedRecordError: if what it holds cannot be read.
+        records.DamagedRecordError: if what it holds cannot be read.
     """
     if not path.is_dir() or not any(file.name != ".lock" for file in path.iterdir()):
         return False  # new, or killed before anything was written
     if not (path / "config.json").exists():
         raise _exists(path)
-    record = read_object(path / "config.json")
+    record = records.read_object(path / "config.json")
     found = record.get("command", command)
     if found != command:
         raise FileExistsError(
@@ -206,7 +195,7 @@ def finished(path: pathlib.Path, config: Any, command: str = "train") -> bool:
             "overwritten: choose another --out."
         )
     if (path / "failure.json").exists():
-        step = read_object(path / "failure.json").get("step")
+        step = records.read_object(path / "failure.json").get("step")
         raise FileExistsError(
             f"{brief(path)} holds a run that diverged after {step} steps, and would again: choose "
             "a smaller learning_rate and another --out."
@@ -243,10 +232,12 @@ def run_parts(
             print(f"\n{tables[part](results[part])}", flush=True)
 
     if finished_parts(name, config):
-        results = read_object(path / "summary.json")
+        results = records.read_object(path / "summary.json")
         missing = [part for part in config.parts if part not in results]
         if missing:
-            raise DamagedRecordError(f"{path}/summary.json has no results of {', '.join(missing)}")
+            raise records.DamagedRecordError(
+                f"{path}/summary.json has no results of {', '.join(missing)}"
+            )
         for part in config.parts:
             show(part)
         print(f"\n{path} has finished before: this is its result.")
@@ -254,11 +245,11 @@ def run_parts(
     folder = RunFolder(path, config, name)
     partial = path / "parts.json"
     try:
-        results = read_object(partial) if partial.exists() else {}
+        results = records.read_object(partial) if partial.exists() else {}
         for part in config.parts:
             if part not in results:
                 results[part] = steps[part](path)
-                replace_text(partial, _pretty(results))
+                records.replace_text(partial, records.as_text(results))
             show(part)
         folder.finish(results)
         partial.unlink()
@@ -270,7 +261,7 @@ def run_parts(
 
 def draws(path: pathlib.Path) -> int:
     """Of the run in a folder, what `DRAWS` was."""
-    return read_object(path / "config.json").get("draws", 1)
+    return records.read_object(path / "config.json").get("draws", 1)
 
 
 def finished_parts(name: str, config: Any) -> bool:
@@ -295,9 +286,9 @@ def state(path: pathlib.Path) -> str:
     if (path / "summary.json").exists():
         return "finished"
     if (path / "failure.json").exists():
-        step = read_object(path / "failure.json").get("step")
+        step = records.read_object(path / "failure.json").get("step")
         if not isinstance(step, int):
-            raise DamagedRecordError(f"{path / 'failure.json'} has no step")
+            raise records.DamagedRecordError(f"{path / 'failure.json'} has no step")
         return f"diverged at {step:,}"
     if not (path / ".lock").exists():
         return "stopped"
@@ -308,67 +299,6 @@ def state(path: pathlib.Path) -> str:
         return "running"
     except OSError:  # not ours to lock
         return "unfinished"
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """The contents of a JSON file; None if there is none. Raises DamagedRecordError."""
-    text = _read_text(path)
-    if text is None:
-        return None
-    if not text.strip():
-        raise DamagedRecordError(f"{path} is empty")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DamagedRecordError(f"{path} is not JSON: {error}") from None
-
-
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a file with one JSON object a line; a last line cut short does not count.
-
-    Raises:
-        DamagedRecordError: naming file and line, if one of them is not an object with a step.
-    """
-    text = _read_text(path)
-    records = []
-    for number, line in enumerate((text or "").split("\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise DamagedRecordError(f"{path} is not JSON in line {number}") from None
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise DamagedRecordError(f"{path} has no step in line {number}")
-        records.append(record)
-    return records
-
-
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file, which must be there. Raises DamagedRecordError."""
-    record = read_json(path)
-    if not isinstance(record, dict):
-        raise DamagedRecordError(f"{path} must be a JSON object, got {type(record).__name__}")
-    return record
-
-
-def _read_text(path: pathlib.Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except UnicodeError:
-        raise DamagedRecordError(f"{path} is not text") from None
-    except OSError as error:
-        raise DamagedRecordError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that at any moment it is the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def versions() -> dict[str, str]:
@@ -388,10 +318,6 @@ def _asked(config: Any, command: str) -> dict[str, Any]:
         "versions": versions(),
         "device": str(jax.devices()[0].device_kind),
     }
-
-
-def _pretty(record: dict[str, Any]) -> str:
-    return json.dumps(record, indent=2, default=str) + "\n"
 
 
 def _exists(path: pathlib.Path) -> FileExistsError:

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import records
 from experiments.training import runs
 from msgd_jax import noise, train
 from tests.library.test_sharding import assert_is_dense_gradient
@@ -119,7 +120,7 @@ def of_two(out) -> list[list[str]]:
 
 def losses(out) -> np.ndarray:
     """The training loss at every evaluation."""
-    return np.array([record["train_loss"] for record in runs.read_lines(out / "metrics.jsonl")])
+    return np.array([record["train_loss"] for record in records.read_lines(out / "metrics.jsonl")])
 
 
 def wait_for_lines(path, number: int) -> None:
@@ -147,7 +148,7 @@ def test_one_is_killed_the_other_stops_and_another_number_of_devices_goes_on(tmp
         assert process.returncode == 0, output
     # The same weight vectors at every step: other ones would change losses by some 10 %.
     np.testing.assert_allclose(losses(broken), losses(whole), rtol=1e-4)
-    steps = [record["step"] for record in runs.read_lines(broken / "metrics.jsonl")]
+    steps = [record["step"] for record in records.read_lines(broken / "metrics.jsonl")]
     assert steps == list(range(0, 41, 5))
     ends = [json.loads((out / "summary.json").read_text()) for out in (whole, broken)]
     assert ends[0]["test_accuracy"] == pytest.approx(ends[1]["test_accuracy"], abs=0.02)

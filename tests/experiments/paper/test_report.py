@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import experiments
+from experiments import records
 from experiments.__main__ import main
 from experiments.paper import panels, report
 from experiments.paper.panels import Panel
@@ -55,8 +56,8 @@ def test_a_panel_is_run_drawn_listed_and_reported(tmp_path, small_panel, monkeyp
     finals = [
         value
         for path in folders
-        if runs.read_json(path / "config.json")["algorithm"] == "m-sgd-sparse-cov"
-        for value in runs.read_lines(path / "metrics.jsonl")[-1]["test_accuracy"]
+        if records.read_json(path / "config.json")["algorithm"] == "m-sgd-sparse-cov"
+        for value in records.read_lines(path / "metrics.jsonl")[-1]["test_accuracy"]
     ]
     assert len(finals) == 3
     assert float(rows["[M-SGD-Cov]-100"]["test_accuracy"]) == pytest.approx(np.mean(finals))
@@ -111,13 +112,13 @@ def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
     root = tmp_path / "runs"
     main(["figure", "1a", "--scale", "small", "--runs", str(root)])
     for path in runs.find(root):
-        asked = runs.read_json(path / "config.json")
+        asked = records.read_json(path / "config.json")
         assert (asked["steps"], asked["seeds"], asked["num_train"]) == (10, 2, 200)
         assert asked["noise"]["batch_size"] == 20
-        drawn = runs.read_json(path / "train_images.json")["train_indices"]
+        drawn = records.read_json(path / "train_images.json")["train_indices"]
         assert len(set(drawn)) == 200
         # Fractions of 50 test images.
-        last = np.array(runs.read_lines(path / "metrics.jsonl")[-1]["test_accuracy"]) * 50
+        last = np.array(records.read_lines(path / "metrics.jsonl")[-1]["test_accuracy"]) * 50
         np.testing.assert_allclose(last, np.round(last), atol=1e-3)
     assert "(small scale)" in (root / "figure-1a-small" / "README.md").read_text()
 
@@ -134,9 +135,9 @@ def test_seeds_that_drew_something_else_are_not_mixed_into_a_figure(tmp_path, sm
         folder = runs.RunFolder(report.run_folder(root, plan), plan.resolved())
         folder.log({"step": 20, "seconds": 1.0} | values)
         folder.finish({})
-        record = runs.read_json(folder.path / "config.json")
+        record = records.read_json(folder.path / "config.json")
         del record["draws"]  # as of before they were written down
-        runs.replace_text(folder.path / "config.json", json.dumps(record))
+        records.replace_text(folder.path / "config.json", json.dumps(record))
         folder.close()
     main(["figure", "1a", "--runs", str(root)])
     assert (root / "figure-1a" / "README.md").exists()

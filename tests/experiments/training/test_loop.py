@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import data, terminal, training
+from experiments import data, records, terminal, training
 from experiments.__main__ import main
 from experiments.training import loop, runs
 from experiments.training.config import TrainConfig
@@ -51,8 +51,8 @@ def kill():
 
 def metrics(path):
     """All that was logged, but for the time it took."""
-    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
 def final_params(path):
@@ -94,9 +94,9 @@ def check_same(path, straight):
 def test_a_run_learns_and_keeps_its_record(straight, digits):
     losses = [np.mean(record["train_loss"]) for record in metrics(straight)]
     assert losses[-1] < 0.8 * losses[0]
-    record = runs.read_json(straight / "config.json")
+    record = records.read_json(straight / "config.json")
     assert TrainConfig.of_record(record) == PLAN.resolved()
-    drawn = runs.read_json(straight / "train_images.json")["train_indices"]
+    drawn = records.read_json(straight / "train_images.json")["train_indices"]
     assert drawn == digits.train_indices.tolist()
     names = {p.name for p in straight.iterdir()}
     assert names >= {"config.json", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard"}
@@ -170,9 +170,9 @@ def test_tensorboard_has_every_evaluation_once(tmp_path, digits, monkeypatch):
                 scalars = {k: v for k, v in scalars.items() if k[1] < event.step}
             for value in event.summary.value:
                 scalars[value.tag, event.step] = value.simple_value
-    records = metrics(path)
-    assert len(scalars) == 4 * 2 * len(records)
-    for record in records:
+    evaluations = metrics(path)
+    assert len(scalars) == 4 * 2 * len(evaluations)
+    for record in evaluations:
         for seed in range(2):
             found = scalars[f"test_accuracy/seed_{seed}", record["step"]]
             assert found == pytest.approx(record["test_accuracy"][seed])
@@ -220,7 +220,7 @@ def test_a_finished_run_is_never_written_to(straight, digits):
 
 def test_another_run_is_not_mixed_in(tmp_path):
     runs.RunFolder(tmp_path / "run", PLAN).close()
-    other = TrainConfig.of_record(runs.read_json(tmp_path / "run" / "config.json") | {"seed": 5})
+    other = TrainConfig.of_record(records.read_json(tmp_path / "run" / "config.json") | {"seed": 5})
     with pytest.raises(FileExistsError, match="differs in seed, and results are never overwritten"):
         runs.RunFolder(tmp_path / "run", other)
 
@@ -277,5 +277,7 @@ def test_a_damaged_run_is_named(damage, tmp_path, digits):
             if file.is_file() and file.name != "_CHECKPOINT_METADATA":
                 file.write_bytes(b"")
     wrong = {"checkpoint": "checkpoint .*/20 cannot be read", "metrics": "no evaluation up to"}
-    with pytest.raises(runs.DamagedRecordError, match=wrong.get(damage, "config.json is not JSON")):
+    with pytest.raises(
+        records.DamagedRecordError, match=wrong.get(damage, "config.json is not JSON")
+    ):
         loop.run(PLAN, digits, path, Progress())
