@@ -30,9 +30,10 @@ class Config:
     """Runs all benchmarks; writes summary.md and summary.json beside their folders.
 
     Attributes:
-        only: which; all by default.
-        quick: tiny sizes, to see that they run.
-        out: the folder of the results, which must be new; None for runs/benchmarks-DATE-TIME.
+        only: The benchmarks to run; all of them by default.
+        quick: Whether sizes are tiny, to see that everything runs.
+        out: The folder of the results, which must be new; None stands for
+            runs/benchmarks-DATE-TIME.
     """
 
     only: tuple[str, ...] = NAMES

@@ -42,13 +42,14 @@ class Config(report.Config):
     """One full-batch step: ours against PyTorch's best.
 
     Attributes:
-        repeats: rounds that count, at most.
-        device: where; cuda stands for ROCm too.
-        rows: which rows.
-        seconds: for all rows together; at least three rounds of the most important contestants
-            are measured, even if that takes longer.
-        compile_seconds: the longest that one contestant may take to get ready.
-        full_float32: on a GPU, also the last row with products in full float32, not TF32.
+        repeats: The largest number of rounds that count.
+        device: The device; cuda stands for ROCm too.
+        rows: The rows of the table to measure.
+        seconds: The seconds for all rows together; three rounds of the most important contestants
+            are measured at least, even if that takes longer.
+        compile_seconds: The longest time, in seconds, that one contestant may take to get ready.
+        full_float32: Whether, on a GPU, the last row is measured with products in full float32 too,
+            not only in TF32.
     """
 
     repeats: int = 40
@@ -130,10 +131,14 @@ def main(config: Config) -> list[report.Headline]:
     measured = list(measure(config, chosen))
     headlines = [_headline(found) for found in measured if found.ours() and found.best(TORCH)]
     report.publish(
-        "against_torch", config, [line for found in measured for line in _lines(found)], headlines,
-        functools.partial(_plot, measured), torch=importlib.metadata.version("torch"),
+        "against_torch",
+        config,
+        [line for found in measured for line in _lines(found)],
+        headlines,
+        functools.partial(_plot, measured),
+        torch=importlib.metadata.version("torch"),
         samples=[_record(found) for found in measured],
-    )  # fmt: skip
+    )
     for found in measured:
         for (contestant, allocator), why in found.left_out.items():
             print(f"Left out of {_title(found)}: {contestant} ({allocator}): {why}")

@@ -46,15 +46,22 @@ def main(config: Config) -> list[report.Headline]:
     more = timing.spread(1e3 * (np.array(seconds[OURS]) - np.array(seconds[REFERENCE])))
     rows = [_row(name, seconds[name], packages[name]) for name in IMPORTS]
     headline = report.Headline(
-        "import_time", f"import msgd_jax, more than import {REFERENCE}",
-        f"{more.median:.0f} ms (quartiles {more.low:.0f} to {more.high:.0f})", "<= 50 ms",
+        "import_time",
+        f"import msgd_jax, more than import {REFERENCE}",
+        f"{more.median:.0f} ms (quartiles {more.low:.0f} to {more.high:.0f})",
+        "<= 50 ms",
         more.median <= 50,
-    )  # fmt: skip
+    )
     added = sorted(set(packages[OURS]) - set(packages[REFERENCE]))
     report.publish(
-        "import_time", config, rows, [headline], functools.partial(_plot, seconds),
-        seconds=seconds, packages_added=added,
-    )  # fmt: skip
+        "import_time",
+        config,
+        rows,
+        [headline],
+        functools.partial(_plot, seconds),
+        seconds=seconds,
+        packages_added=added,
+    )
     print(f"Packages that only import msgd_jax pulls in: {', '.join(added)}.")
     return [headline]
 

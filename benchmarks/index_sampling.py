@@ -27,10 +27,11 @@ class Config(report.Config):
     """Indices of a mini-batch without replacement, as N grows.
 
     Attributes:
-        examples: N; two of them are primes, which fill no grid.
-        batch_sizes: b.
-        largest_sorted: the largest N that the baseline is timed at.
-        inner: draws in one measurement of `permute`, which is quicker than a clock is good.
+        examples: The numbers N of examples; two of them are primes, which fill no grid.
+        batch_sizes: The batch sizes b.
+        largest_sorted: The largest N that the baseline is timed at.
+        inner: The number of draws in one measurement of `permute`, which is quicker than a clock
+            can tell.
     """
 
     examples: tuple[int, ...] = (

@@ -23,9 +23,9 @@ class Config(report.Config):
     """K draws at one point: one linearisation against K gradients.
 
     Attributes:
-        examples: N.
-        draws: K; the largest one counts.
-        microbatch_size: examples in one pass, on both sides.
+        examples: The number N of examples.
+        draws: The numbers K of draws; the headline is about the largest.
+        microbatch_size: The number of examples in one pass, on both sides.
     """
 
     examples: int = 1_000
@@ -57,14 +57,20 @@ def main(config: Config) -> list[report.Headline]:
         rows.append(_row(draws, samples[draws]))
     ratio = timing.ratio(samples[config.draws[-1]], SHARED, SEPARATE)
     headline = report.Headline(
-        "many_draws", f"time a draw over a separate gradient's, K = {config.draws[-1]}",
-        f"{ratio.median:.2f} (quartiles {ratio.low:.2f} to {ratio.high:.2f})", "<= 0.75",
+        "many_draws",
+        f"time a draw over a separate gradient's, K = {config.draws[-1]}",
+        f"{ratio.median:.2f} (quartiles {ratio.low:.2f} to {ratio.high:.2f})",
+        "<= 0.75",
         ratio.median <= 0.75,
-    )  # fmt: skip
+    )
     report.publish(
-        "many_draws", config, rows, [headline], functools.partial(_plot, samples),
+        "many_draws",
+        config,
+        rows,
+        [headline],
+        functools.partial(_plot, samples),
         seconds={str(k): {n: v.tolist() for n, v in s.items()} for k, s in samples.items()},
-    )  # fmt: skip
+    )
     return [headline]
 
 

@@ -33,9 +33,10 @@ class Config(report.Config):
     """Peak memory of a full-batch step against N.
 
     Attributes:
-        examples: N, the smallest first.
-        microbatch_size: examples in one pass.
-        measure: measure one N in this process and print it as JSON (what the benchmark calls).
+        examples: The numbers N of examples, the smallest first.
+        microbatch_size: The number of examples in one pass.
+        measure: The one N to measure in this process and to print as JSON, which is how the
+            benchmark calls itself.
     """
 
     repeats: int = 4
@@ -60,10 +61,12 @@ def main(config: Config) -> list[report.Headline]:
     first, last = config.examples[0], config.examples[-1]
     more, more_data = peaks[last] - peaks[first], data[last] - data[first]
     headline = report.Headline(
-        "memory", f"peak memory, N = {first:,} to {last:,}, over the data's own growth",
-        f"{more / more_data:.2f} ({more / MIB:.1f} of {more_data / MIB:.1f} MiB)", "<= 1.1",
+        "memory",
+        f"peak memory, N = {first:,} to {last:,}, over the data's own growth",
+        f"{more / more_data:.2f} ({more / MIB:.1f} of {more_data / MIB:.1f} MiB)",
+        "<= 1.1",
         more <= 1.1 * more_data,
-    )  # fmt: skip
+    )
     plot = functools.partial(_plot, peaks, data)
     report.publish("memory", config, rows, [headline], plot, samples=samples)
     return [headline]

@@ -36,12 +36,12 @@ class Config(report.Config):
     """One draw of gradient noise: ours against the usual ways.
 
     Attributes:
-        parameters: D, along which N is `examples`.
-        examples: N.
-        more_examples: N at D = `few_parameters`, for the growth in N.
-        few_parameters: D of that.
-        limit: seconds that a single draw may take; after that it is extrapolated.
-        budget: seconds for the rounds at one size, of which there are three at least.
+        parameters: The numbers D of parameters, at which N is `examples`.
+        examples: The number N of examples.
+        more_examples: The numbers N of examples at D = `few_parameters`, for the growth in N.
+        few_parameters: The number D of parameters for the growth in N.
+        limit: The seconds that a single draw may take; beyond it, times are extrapolated.
+        budget: The seconds for the rounds at one size, of which there are three at least.
     """
 
     repeats: int = 11
@@ -89,9 +89,13 @@ def main(config: Config) -> list[report.Headline]:
     """Measures, prints, writes; returns the headlines."""
     if config.quick:
         config = dataclasses.replace(
-            config, repeats=2, parameters=(60, 200), more_examples=(60, 120), examples=60,
+            config,
+            repeats=2,
+            parameters=(60, 200),
+            more_examples=(60, 120),
+            examples=60,
             few_parameters=100,
-        )  # fmt: skip
+        )
     rate = machine.matmul_rate(sizes=(256,) if config.quick else (512, 1024, 2048))
     in_d = {
         size: _measure(size, config.examples, config, rate) for size in sorted(config.parameters)
@@ -111,9 +115,14 @@ def main(config: Config) -> list[report.Headline]:
     lenet = None if config.quick else _lenet(config)
     headlines = _headlines(in_d, growth, lenet)
     report.publish(
-        "noise_generation", config, rows, headlines, functools.partial(_plot, in_d),
-        seconds={"D": _plain(in_d), "N": _plain(in_n)}, lenet_seconds=lenet,
-    )  # fmt: skip
+        "noise_generation",
+        config,
+        rows,
+        headlines,
+        functools.partial(_plot, in_d),
+        seconds={"D": _plain(in_d), "N": _plain(in_n)},
+        lenet_seconds=lenet,
+    )
     return headlines
 
 

@@ -27,10 +27,10 @@ class Config(report.Config):
     """Steps with the regulariser against plain steps.
 
     Attributes:
-        examples: N.
-        batch_size: b, whose SGD sets the scale.
-        ascent_steps: the K of each contestant.
-        microbatch_size: examples in one pass.
+        examples: The number N of examples.
+        batch_size: The batch size b, whose SGD sets the scale.
+        ascent_steps: The number K of ascent steps of each contestant.
+        microbatch_size: The number of examples in one pass.
     """
 
     repeats: int = 20
@@ -56,10 +56,13 @@ def main(config: Config) -> list[report.Headline]:
     for steps in config.ascent_steps:
         name = f"in full, {steps} steps of ascent"
         added = complexity.add_local_complexity(
-            law, jax.random.key(2), radius=0.1, scale=scale,
+            law,
+            jax.random.key(2),
+            radius=0.1,
+            scale=scale,
             ascent=complexity.Ascent(num_starts=1, num_steps=steps),
             microbatch_size=config.microbatch_size,
-        )  # fmt: skip
+        )
         contestants[name] = loop(noise.gd(n), added)
         gradients[name] = 2 + 2 * (steps + 1)
     seconds = timing.alternate(contestants, repeats=config.repeats, description="regulariser")
@@ -76,9 +79,13 @@ def main(config: Config) -> list[report.Headline]:
     ]
     headlines = [_headline(name, ratio, gradients[name]) for name, ratio in ratios.items()]
     report.publish(
-        "regularizer", config, rows, headlines, functools.partial(_plot, ratios, gradients),
+        "regularizer",
+        config,
+        rows,
+        headlines,
+        functools.partial(_plot, ratios, gradients),
         seconds={name: values.tolist() for name, values in seconds.items()},
-    )  # fmt: skip
+    )
     return headlines
 
 

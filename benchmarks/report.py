@@ -26,9 +26,10 @@ class Config:
     """What every benchmark can be told.
 
     Attributes:
-        repeats: rounds that count; medians are over them.
-        quick: tiny sizes, to see that it runs.
-        out: the folder of the results, which must be new; None for one named after the benchmark.
+        repeats: The number of rounds that count; medians are over them.
+        quick: Whether sizes are tiny, to see that it runs.
+        out: The folder of the results, which must be new; None stands for one named after the
+            benchmark.
     """
 
     repeats: int = 15

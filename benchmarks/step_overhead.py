@@ -35,14 +35,16 @@ class Config(report.Config):
     """M-SGD steps against plain steps, for every noise.
 
     Attributes:
-        net: lenet, or vgg11 with 16 channels in its first convolution.
-        examples: N.
-        batch_size: b.
-        support_size: B, what a step of the sparse noises computes.
-        microbatch_size: examples in one pass, on both sides; None for all at once.
-        dense_steps: full-batch steps in one sample; more than one where they are quick (GPUs).
-        sparse_steps: mini-batch steps in one sample.
-        seconds: after that no further noises are begun, and what is left out is printed.
+        net: The net: lenet, or vgg11 with 16 channels in its first convolution.
+        examples: The number N of examples.
+        batch_size: The batch size b.
+        support_size: The number B of examples that a step of the sparse noises computes.
+        microbatch_size: The number of examples in one pass, on both sides; None stands for all of
+            them at once.
+        dense_steps: The number of full-batch steps in one sample; more than one where they are
+            quick, as on GPUs.
+        sparse_steps: The number of mini-batch steps in one sample.
+        seconds: The seconds after which no further noises are begun; what is left out is printed.
     """
 
     repeats: int = 60

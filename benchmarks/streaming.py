@@ -33,11 +33,11 @@ class Config(report.Config):
     """Memory and time of training on examples that are read as they are needed.
 
     Attributes:
-        examples: N, for memory.
-        steps: of one measurement.
-        stored: N of the file, for time.
-        measure: measure the memory of one N in this process and print it (what the benchmark
-            calls).
+        examples: The numbers N of examples at which memory is measured.
+        steps: The number of steps of one measurement.
+        stored: The number N of examples in the file with which time is measured.
+        measure: The one N whose memory is measured in this process and printed, which is how the
+            benchmark calls itself.
     """
 
     repeats: int = 5
@@ -88,19 +88,30 @@ def main(config: Config) -> list[report.Headline]:
     ]
     headlines = [
         report.Headline(
-            "streaming", f"peak memory, N = {config.examples[0]:,} to {config.examples[-1]:,}, "
-            "largest over smallest", f"{growth:.2f}", "<= 1.1", growth <= 1.1,
+            "streaming",
+            f"peak memory, N = {config.examples[0]:,} to {config.examples[-1]:,}, "
+            "largest over smallest",
+            f"{growth:.2f}",
+            "<= 1.1",
+            growth <= 1.1,
         ),
         report.Headline(
-            "streaming", f"step on a memory-mapped file over on the device, N = {config.stored:,}",
-            f"{ratio.median:.2f} (quartiles {ratio.low:.2f} to {ratio.high:.2f})", "<= 1.25",
+            "streaming",
+            f"step on a memory-mapped file over on the device, N = {config.stored:,}",
+            f"{ratio.median:.2f} (quartiles {ratio.low:.2f} to {ratio.high:.2f})",
+            "<= 1.25",
             ratio.median <= 1.25,
         ),
-    ]  # fmt: skip
+    ]
     report.publish(
-        "streaming", config, rows, headlines, functools.partial(_plot, peaks), peaks=peaks,
+        "streaming",
+        config,
+        rows,
+        headlines,
+        functools.partial(_plot, peaks),
+        peaks=peaks,
         seconds={name: values.tolist() for name, values in seconds.items()},
-    )  # fmt: skip
+    )
     return headlines
 
 

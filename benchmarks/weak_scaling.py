@@ -24,8 +24,19 @@ from benchmarks import machine, problems, report, timing
 from msgd_jax import noise, sharding, train
 
 KIB = 2**10
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
-         "u64": 8, "f64": 8}  # fmt: skip
+BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +44,11 @@ class Config(report.Config):
     """Steps of M-SGD-Cov on LeNet as devices and examples grow together.
 
     Attributes:
-        devices: k.
-        examples: n, of each device.
-        microbatch_size: examples in one pass, on each device.
-        measure: measure in this process and print JSON (what the benchmark calls).
+        devices: The numbers of devices.
+        examples: The number of examples of each device.
+        microbatch_size: The number of examples in one pass, on each device.
+        measure: Whether to measure in this process and print JSON, which is how the benchmark calls
+            itself.
     """
 
     repeats: int = 10
@@ -68,14 +80,18 @@ def main(config: Config) -> list[report.Headline]:
             "weak_scaling",
             f"step on k devices over one device with the same examples, largest (k = {most})",
             f"{ratios[most].median:.2f} (quartiles {ratios[most].low:.2f} to "
-            f"{ratios[most].high:.2f})", "<= 1.15", ratios[most].median <= 1.15,
+            f"{ratios[most].high:.2f})",
+            "<= 1.15",
+            ratios[most].median <= 1.15,
         ),
         report.Headline(
             "weak_scaling",
             f"bytes a device reduces in a step, k = {last['devices']}, {parameters:,} parameters",
-            f"{last['bytes']:,}", f"<= {4 * parameters + KIB:,}", fits,
+            f"{last['bytes']:,}",
+            f"<= {4 * parameters + KIB:,}",
+            fits,
         ),
-    ]  # fmt: skip
+    ]
     report.publish(
         "weak_scaling", config, rows, headlines, functools.partial(_plot, ratios), measured=measured
     )

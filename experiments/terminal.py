@@ -88,9 +88,13 @@ class Progress(Silent):
         description = f"{self._description}: " if self._description else ""
         if self._bar is None:
             self._bar = tqdm(
-                total=self._total, unit=self._unit, dynamic_ncols=True, file=sys.stderr,
-                desc=description, bar_format=form,
-            )  # fmt: skip
+                total=self._total,
+                unit=self._unit,
+                dynamic_ncols=True,
+                file=sys.stderr,
+                desc=description,
+                bar_format=form,
+            )
             return self._bar
         changed = (self._bar.bar_format, self._bar.desc) != (form, description)
         self._bar.bar_format, self._bar.desc = form, description

@@ -63,13 +63,20 @@ def open_npz(path: str | Path) -> NpzFile:
         images = _images(path, f"x_{name}", arrays[f"x_{name}"])
         labels = _labels(path, f"y_{name}", arrays[f"y_{name}"])
         if len(images) != len(labels):
-            raise _wrong(path, f"x_{name} with {len(images):,} images and y_{name} with "
-                               f"{len(labels):,} labels", "as many images as labels")  # fmt: skip
+            raise _wrong(
+                path,
+                f"x_{name} with {len(images):,} images and y_{name} with {len(labels):,} labels",
+                "as many images as labels",
+            )
         splits[name] = Split(images, labels)
     train, test = splits["train"], splits["test"]
     if train.images.shape[1:] != test.images.shape[1:]:
-        raise _wrong(path, f"x_train with images of shape {train.images.shape[1:]} and x_test with "
-                           f"{test.images.shape[1:]}", "images of one shape")  # fmt: skip
+        raise _wrong(
+            path,
+            f"x_train with images of shape {train.images.shape[1:]} and x_test with "
+            f"{test.images.shape[1:]}",
+            "images of one shape",
+        )
     height, width, channels = train.images.shape[1:]
     return NpzFile(
         name=path.stem,

@@ -2,7 +2,6 @@
 
 import hashlib
 import pathlib
-import zipfile
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, UInt8
 
+from experiments.data import npz
 from experiments.decide.settings import Setting
 from msgd_jax import noise
 from msgd_jax._streams import Stream, derive
@@ -68,12 +68,12 @@ def load(setting: Setting, path: pathlib.Path | None = None) -> Images:
         tested = parts["test" if setting.train_part == "train" else "train"]
     wanted = _IMAGE_SHAPES[setting.net]
     for name, (images, labels) in parts.items():
-        if images.shape[1:] != wanted or images.dtype != np.uint8:
+        if images.shape[1:] != wanted:
             raise ValueError(
-                f"dataset must hold images of shape {list(wanted)} as uint8, got x_{name} of shape "
-                f"{list(images.shape[1:])} as {images.dtype}."
+                f"dataset must hold images of shape {list(wanted)}, got x_{name} of shape "
+                f"{list(images.shape[1:])}."
             )
-        if len(labels) != len(images) or labels.min() < 0 or labels.max() >= _NUM_CLASSES:
+        if labels.max() >= _NUM_CLASSES:
             raise ValueError(f"dataset must have a label from 0 to 9 per image, not so y_{name}.")
     if len(trained[0]) < setting.pool:
         raise ValueError(
@@ -81,9 +81,11 @@ def load(setting: Setting, path: pathlib.Path | None = None) -> Images:
             f"got {len(trained[0]):,}."
         )
     return Images(
-        trained[0][: setting.pool], trained[1][: setting.pool].astype(np.int32),
-        tested[0][: setting.num_test], tested[1][: setting.num_test].astype(np.int32),
-    )  # fmt: skip
+        trained[0][: setting.pool],
+        trained[1][: setting.pool].astype(np.int32),
+        tested[0][: setting.num_test],
+        tested[1][: setting.num_test].astype(np.int32),
+    )
 
 
 def checksum(images: Images) -> str:
@@ -105,19 +107,8 @@ def _digits(pool: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _npz(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {
-                part: (file[f"x_{part}"], file[f"y_{part}"].reshape(-1))
-                for part in ("train", "test")
-            }
-    except FileNotFoundError:
-        raise ValueError(f"dataset must be a .npz file, there is none at {path}.") from None
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"dataset must be a .npz file with x_train, y_train, x_test and y_test, not so {path}: "
-            f"{error}"
-        ) from None
+    splits = npz.open_npz(path).splits
+    return {part: (splits[part].images, splits[part].labels) for part in ("train", "test")}
 
 
 class Sample(NamedTuple):

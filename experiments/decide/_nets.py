@@ -111,9 +111,12 @@ class _Lax:
 
     def conv(self, images: Array, kernel: Array, padding: int) -> Array:
         return jax.lax.conv_general_dilated(
-            images, kernel, (1, 1), ((padding, padding),) * 2,
+            images,
+            kernel,
+            (1, 1),
+            ((padding, padding),) * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )  # fmt: skip
+        )
 
 
 def _vgg11(params: Any, hidden: Array, layout: _Product | _Lax) -> Array:

@@ -16,21 +16,22 @@ class DecideConfig:
     SETTING.md and SETTING.png from all that is recorded. What is recorded is never run again.
 
     Attributes:
-        setting: which of the declared settings.
-        dataset: a .npz file with x_train, y_train, x_test, y_test (Keras' convention); not for the
-            digits, which come with scikit-learn.
-        seeds: first seed and number of seeds; None for those that were declared. The report is
-            about the declared ones alone.
-        contestants: which algorithms to run; none named for all of the setting.
-        convolution: how convolutions are computed: as a product of patches, or by jax.lax.
-        groups: into how many runs the images of a step are divided, each with a kernel gradient of
-            its own; for graphics cards.
-        seeds_at_once: runs side by side, as memory allows.
-        microbatch_size: images of a run in one pass; None for all of a step.
-        calibrate: whether to time both convolutions with 5, 10 and 20 runs side by side first, and
-            use the fastest in place of the four options above.
-        report: whether only the table and figure are drawn again, and nothing is run.
-        out: the folder of the records; made if it is not there.
+        setting: The declared setting to run.
+        dataset: A .npz file with x_train, y_train, x_test and y_test (Keras' convention). The
+            digits take none: they come with scikit-learn.
+        seeds: The first seed and the number of seeds; None stands for those that were declared. The
+            report is about the declared ones alone.
+        contestants: The algorithms to run; if none is named, all those of the setting.
+        convolution: How convolutions are computed: as a product of patches, or by jax.lax.
+        groups: The number of parts into which the images of a step are divided, each with a kernel
+            gradient of its own; meant for graphics cards.
+        seeds_at_once: The number of runs side by side, as memory allows.
+        microbatch_size: The number of images of a run in one pass; None stands for all those of a
+            step.
+        calibrate: Whether to time both convolutions with 5, 10 and 20 runs side by side first, and
+            to use the fastest in place of the four options above.
+        report: Whether only the table and the figure are drawn again, and nothing is run.
+        out: The folder of the records; it is made if it is not there.
     """
 
     setting: Literal["digits", "svhn", "cifar10"] = "digits"

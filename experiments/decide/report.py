@@ -158,11 +158,13 @@ def _adjusted(setting: Setting, table: list[Row]) -> list[Row]:
     equivalences = statistics.holm([row.equivalent for row in inside], len(setting.family))
     adjusted = {
         row.label: dataclasses.replace(
-            row, adjusted_to_sgd=differences[i], adjusted_to_gd=differences[len(inside) + i],
+            row,
+            adjusted_to_sgd=differences[i],
+            adjusted_to_gd=differences[len(inside) + i],
             equivalent=equivalences[i],
         )
         for i, row in enumerate(inside)
-    }  # fmt: skip
+    }
     return [adjusted.get(row.label, row) for row in table]
 
 

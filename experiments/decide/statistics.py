@@ -63,9 +63,12 @@ def difference(values: Values, reference: Values, confidence: float = 0.95) -> D
     test: Any = stats.ttest_1samp(differences, 0.0)
     interval = test.confidence_interval(confidence)
     return Difference(
-        float(differences.mean()), float(interval.low), float(interval.high), float(test.pvalue),
+        float(differences.mean()),
+        float(interval.low),
+        float(interval.high),
+        float(test.pvalue),
         differences.size,
-    )  # fmt: skip
+    )
 
 
 def equivalence(values: Values, reference: Values, margin: float) -> float:
@@ -128,8 +131,9 @@ def share_of_gap(values: Values, gd: Values, sgd: Values, confidence: float = 0.
     """
     closed, gap = _pairs(values, gd), _pairs(sgd, gd)
     if closed.size != gap.size:
-        raise ValueError(f"values and sgd must have one number per seed, got {closed.size}, "
-                         f"{gap.size}.")  # fmt: skip
+        raise ValueError(
+            f"values and sgd must have one number per seed, got {closed.size}, {gap.size}."
+        )
     x, y = closed.mean(), gap.mean()
     covariance = np.cov(closed, gap) / closed.size
     square = stats.t.ppf((1 + confidence) / 2, closed.size - 1) ** 2

@@ -117,9 +117,13 @@ class Study:
         return CONTESTANTS[job.contestant].steps(self.setting) * seconds
 
     def run(
-        self, job: Job, *, deadline: float | None = None, latest_end: float | None = None,
+        self,
+        job: Job,
+        *,
+        deadline: float | None = None,
+        latest_end: float | None = None,
         progress: tqdm | None = None,
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         """Makes and records the missing runs of a job; returns whether all are there now.
 
         Args:
@@ -154,10 +158,16 @@ class Study:
         outcome = self._runner.run(name, seeds, factors=factors, advanced=advanced)
         kept = type(outcome.scores)(*(values[:, :size] for values in outcome.scores))
         _records.add(
-            self.path, self.setting, checksum=self._checksum, contestant=name,
-            seeds=seeds[:size], factors=factors[:size], num_test=self._num_test,
-            outcome=outcome._replace(scores=kept), options=self._runner.options,
-        )  # fmt: skip
+            self.path,
+            self.setting,
+            checksum=self._checksum,
+            contestant=name,
+            seeds=seeds[:size],
+            factors=factors[:size],
+            num_test=self._num_test,
+            outcome=outcome._replace(scores=kept),
+            options=self._runner.options,
+        )
         self._seconds[shape_of(self.setting, name)] = outcome.seconds / outcome.steps[-1]
         self._longest_start = max(self._longest_start, outcome.compile_seconds)
         self._told(

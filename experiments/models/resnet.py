@@ -110,8 +110,14 @@ class ResNet18(Net):
         check_images(images, self.image_shape)
         hidden = nnx.relu(self.norm(self.conv(batch_last(images)), training=training))
         for block in (
-            self.block1, self.block2, self.block3, self.block4, self.block5, self.block6,
-            self.block7, self.block8,
-        ):  # fmt: skip
+            self.block1,
+            self.block2,
+            self.block3,
+            self.block4,
+            self.block5,
+            self.block6,
+            self.block7,
+            self.block8,
+        ):
             hidden = block(hidden, training=training)
         return self.fc(hidden.mean((1, 2)).T)

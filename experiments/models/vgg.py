@@ -75,9 +75,12 @@ class VGG11(Net):
         check_images(images, self.image_shape)
         hidden = batch_last(images)
         stages = (
-            (self.conv1,), (self.conv2,), (self.conv3, self.conv4), (self.conv5, self.conv6),
+            (self.conv1,),
+            (self.conv2,),
+            (self.conv3, self.conv4),
+            (self.conv5, self.conv6),
             (self.conv7, self.conv8),
-        )  # fmt: skip
+        )
         for stage in stages:
             for conv in stage:
                 hidden = nnx.relu(conv(hidden))

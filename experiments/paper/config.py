@@ -21,12 +21,12 @@ class DemoConfig:
     Prints a table, and writes curves.png: test accuracy against iteration.
 
     Attributes:
-        steps: iterations of each algorithm.
-        seeds: runs side by side for each algorithm.
-        learning_rate: eta, the same for all.
-        noise: the numbers the noises are built from.
-        eval_every: steps between two evaluations.
-        out: the folder of the results, which must be new; None for runs/demo-DATE-TIME.
+        steps: The number of iterations of each algorithm.
+        seeds: The number of runs side by side for each algorithm.
+        learning_rate: The learning rate eta, the same for all algorithms.
+        noise: The numbers that the noises are built from.
+        eval_every: The number of iterations between two evaluations.
+        out: The folder of the results, which must be new; None stands for runs/demo-DATE-TIME.
     """
 
     steps: int = 1_000
@@ -70,14 +70,14 @@ class FigureConfig:
     it was stopped. Writes a picture, a table as CSV, and a page, into `out`.
 
     Attributes:
-        panel: which; those with a word in their name are ours.
-        scale: "paper" for the panel in full; "small" for fewer images, channels, steps and seeds,
-            which runs on two cores.
-        seeds: runs of each algorithm; None for the panel's own number.
-        seeds_at_once: how many of them side by side in one process, as memory allows.
-        runs: the folder of the runs.
-        data_dir: where data sets are looked for, and downloaded to.
-        out: the folder of the figure, whose earlier version is replaced; None for
+        panel: The panel; those with a word in their name are not in the paper.
+        scale: "paper" is the panel in full; "small" has fewer images, channels, steps and seeds,
+            and runs on two cores.
+        seeds: The number of runs of each algorithm; None stands for the panel's own.
+        seeds_at_once: The number of runs side by side in one process, as memory allows.
+        runs: The folder of the runs.
+        data_dir: The folder in which data sets are looked for, and to which they are downloaded.
+        out: The folder of the figure, whose earlier version is replaced; None stands for
             runs/figure-PANEL.
     """
 
@@ -101,7 +101,7 @@ class ListConfig:
     """Lists the runs below a folder: their state, how far they are, and their accuracies.
 
     Attributes:
-        runs: the folder.
+        runs: The folder of the runs.
     """
 
     runs: pathlib.Path = pathlib.Path("runs")
@@ -114,8 +114,9 @@ class ReportConfig:
     Runs that differ in nothing but algorithm and noise stand together.
 
     Attributes:
-        runs: the folder.
-        out: the folder of the page, whose earlier version is replaced; None for report in `runs`.
+        runs: The folder of the runs.
+        out: The folder of the page, whose earlier version is replaced; None stands for the folder
+            report in `runs`.
     """
 
     runs: pathlib.Path = pathlib.Path("runs")

@@ -58,8 +58,9 @@ def _results(plans: list[TrainConfig], config: FigureConfig) -> list[accuracies.
         for part, path in paths.items()
         if not (path.exists() and runs.state(path) == "finished")
     ]
-    _check_same_draws(config.runs, [path for part, path in paths.items() if part not in missing],
-                      bool(missing))  # fmt: skip
+    _check_same_draws(
+        config.runs, [path for part, path in paths.items() if part not in missing], bool(missing)
+    )
     for plan in plans:
         loop.check(plan)
     if missing:
@@ -96,9 +97,12 @@ def _groups(plan: TrainConfig, at_once: int) -> Any:
 
 
 def write_section(
-    folder: pathlib.Path, name: str, title: str, plan: TrainConfig,
+    folder: pathlib.Path,
+    name: str,
+    title: str,
+    plan: TrainConfig,
     results: list[accuracies.Result],
-) -> str:  # fmt: skip
+) -> str:
     """Writes NAME.png, NAME.csv, of long runs NAME-averaged.csv; returns their page in Markdown."""
     labels = [result.label for result in results]
     reference = next((label for label in labels if label.startswith("SGD")), labels[0])
@@ -188,10 +192,19 @@ def report(config: ReportConfig) -> pathlib.Path:
 _HOW_TO_MAKE_ONE = "One is made by: python -m experiments demo"
 _OWN = ("algorithm", "noise", "learning_rate_scaling", "regime_adaptation")
 _ORDER = (
-    "gd", "sgd", "sgd-b", "m-sgd-fisher", "m-sgd-cov", "m-sgd-bernoulli", "gd-rademacher",
-    "m-sgd-estimated-fisher", "m-sgd-estimated-cov", "m-sgd-sparse-fisher", "m-sgd-sparse-cov",
+    "gd",
+    "sgd",
+    "sgd-b",
+    "m-sgd-fisher",
+    "m-sgd-cov",
+    "m-sgd-bernoulli",
+    "gd-rademacher",
+    "m-sgd-estimated-fisher",
+    "m-sgd-estimated-cov",
+    "m-sgd-sparse-fisher",
+    "m-sgd-sparse-cov",
     "langevin-diagonal-fisher",
-)  # fmt: skip
+)
 
 
 def _why_left_out(entry: listing.Entry) -> str:

@@ -94,11 +94,18 @@ def _digits_problems(config: ComplexityConfig) -> list[tuple[Any, Any, Any]]:
     losses = training.model_functions("digits_net", digits.max_value).losses
     few = jax.tree.map(lambda x: jnp.asarray(x[:64]), digits.train)
     plan = TrainConfig(
-        algorithm="gd", dataset="digits", steps=300, learning_rate=config.learning_rate,
-        eval_every=300, seed=config.seed, microbatch_size=None,
-    )  # fmt: skip
-    weights = [jax.tree.map(lambda leaf: jnp.copy(leaf[0]), params)
-               for params, _ in training.train_seeds(plan, digits)]  # fmt: skip
+        algorithm="gd",
+        dataset="digits",
+        steps=300,
+        learning_rate=config.learning_rate,
+        eval_every=300,
+        seed=config.seed,
+        microbatch_size=None,
+    )
+    weights = [
+        jax.tree.map(lambda leaf: jnp.copy(leaf[0]), params)
+        for params, _ in training.train_seeds(plan, digits)
+    ]
     return [(losses, params, few) for params in weights]
 
 
@@ -106,9 +113,11 @@ def theorem1_rows(config: ComplexityConfig) -> Iterator[dict[str, Any]]:
     """The ratio of the two sides of each inequality, for every class of losses."""
     for case in terminal.each(settings(config), "Theorem 1", "class"):
         common = {
-            "radius": case.radius, "num_draws": case.num_draws,
-            "key": jax.random.key(config.seed), "ascent": case.ascent,
-        }  # fmt: skip
+            "radius": case.radius,
+            "num_draws": case.num_draws,
+            "key": jax.random.key(config.seed),
+            "ascent": case.ascent,
+        }
         found: dict[str, complexity.Inequality] = {}
         if case.num_draws is not None:
             lower, upper = complexity.gaussian_inequalities(case.losses, case.problem[1], **common)
@@ -180,11 +189,16 @@ def regularizer(config: ComplexityConfig) -> Iterator[dict[str, Any]]:
         for label, (algorithm, extra) in cases.items():
             progress.compiling(label)
             plan = TrainConfig(
-                algorithm=algorithm, dataset="digits", steps=steps,
+                algorithm=algorithm,
+                dataset="digits",
+                steps=steps,
                 learning_rate=config.learning_rate,
-                noise=NoiseSettings(batch_size=config.batch_size), seeds=config.seeds,
-                seed=config.seed, eval_every=max(steps // 4, 1), microbatch_size=None,
-            )  # fmt: skip
+                noise=NoiseSettings(batch_size=config.batch_size),
+                seeds=config.seeds,
+                seed=config.seed,
+                eval_every=max(steps // 4, 1),
+                microbatch_size=None,
+            )
             last = None
             for _, evaluation in training.train_seeds(plan, digits, extra):
                 if last:
@@ -253,11 +267,16 @@ def trace(config: ComplexityConfig, dataset: data.Dataset) -> Iterator[dict[str,
 
 def _traced(config: ComplexityConfig, algorithm: AlgorithmName, dataset: Any) -> TrainConfig:
     return TrainConfig(
-        algorithm=algorithm, dataset=dataset, steps=config.steps,
-        learning_rate=config.learning_rate, eval_every=config.every,
-        noise=NoiseSettings(batch_size=config.batch_size), seeds=config.seeds,
-        seed=config.seed, microbatch_size=config.microbatch_size,
-    )  # fmt: skip
+        algorithm=algorithm,
+        dataset=dataset,
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        eval_every=config.every,
+        noise=NoiseSettings(batch_size=config.batch_size),
+        seeds=config.seeds,
+        seed=config.seed,
+        microbatch_size=config.microbatch_size,
+    )
 
 
 def _measurement(
@@ -268,10 +287,14 @@ def _measurement(
     @jax.jit
     def measure(params: Any, examples: Any) -> dict[str, Any]:
         found = complexity.local_complexity(
-            loss.LossVector(losses, examples, microbatch_size=config.microbatch_size), params, law,
-            radius=config.radius, num_draws=config.trace_draws, key=jax.random.key(config.seed),
+            loss.LossVector(losses, examples, microbatch_size=config.microbatch_size),
+            params,
+            law,
+            radius=config.radius,
+            num_draws=config.trace_draws,
+            key=jax.random.key(config.seed),
             ascent=complexity.Ascent(num_starts=1, num_steps=config.ascent_steps, at_once=1),
-        )  # fmt: skip
+        )
         return {
             "mean": found.mean,
             "standard_error": found.standard_error,

@@ -68,21 +68,24 @@ class SDEConfig:
     and writes pictures and summary.json.
 
     Attributes:
-        parts: what to measure: the strong orders, the weak orders, the paths on the loss of two
-            parameters, the net (which needs FashionMNIST).
-        strong_paths: paths of each strong order, at least 32 for the constant a.
-        weak_paths: paths of each weak order 1 and each side; 4 times as many of each order 2.
-        learning_rate: eta of the net, the largest.
-        halvings: how often it is halved.
-        network_paths: Brownian paths of the net, from the same initial weights.
-        iterations: of the net at the largest learning rate; smaller ones go on for the same time.
-        batch_size: b of M-SGD-Fisher on the net.
-        substeps: of the net's SDE in one iteration, a power of two.
-        points: how often distances are measured on the way.
-        microbatch_size: examples of the net in one pass; None for all at once.
-        seed: of all keys.
-        data_dir: where data sets are looked for, and downloaded to.
-        out: the folder of the results, which must be new; None for runs/sde-DATE-TIME.
+        parts: The measurements to make: the strong orders, the weak orders, the paths on a loss of
+            two parameters, and the net (which needs FashionMNIST).
+        strong_paths: The number of paths of each strong order, at least 32 for the constant a.
+        weak_paths: The number of paths of each weak order 1, on each side; each order 2 takes 4
+            times as many.
+        learning_rate: The largest learning rate eta of the net.
+        halvings: How often the learning rate is halved.
+        network_paths: The number of Brownian paths of the net, all from the same initial weights.
+        iterations: The number of iterations of the net at the largest learning rate; at smaller
+            ones there are more, for the same time.
+        batch_size: The batch size b of M-SGD-Fisher on the net.
+        substeps: The number of substeps of the net's SDE in one iteration, a power of two.
+        points: How often distances are measured on the way.
+        microbatch_size: The number of examples of the net in one pass; None stands for all of them
+            at once.
+        seed: The seed from which all keys come.
+        data_dir: The folder in which data sets are looked for, and to which they are downloaded.
+        out: The folder of the results, which must be new; None stands for runs/sde-DATE-TIME.
     """
 
     parts: tuple[SDEPart, ...] = ("strong", "weak", "paths", "network")
@@ -127,27 +130,30 @@ class ComplexityConfig:
     Prints tables, and writes pictures and summary.json.
 
     Attributes:
-        parts: what to measure: how tight Theorem 1 is, training with the Rademacher regulariser on
-            the digits, the complexities along training on FashionMNIST.
-        draws: multipliers of each complexity in Theorem 1, affine losses; of the net a 300th.
-        regularizer_steps: iterations of training with the regulariser.
-        regularizer_radius: of its ball.
-        regularizer_scale: its factor; None for the one at which its first order has the variance of
-            SGD's noise.
-        algorithms: whose training is traced.
-        steps: iterations of it.
-        every: iterations between two measurements.
-        learning_rate: eta of all training: traced, with the regulariser, and of the net in
-            Theorem 1.
-        batch_size: b of SGD and M-SGD, and of the SGD complexity.
-        radius: of the ball whose complexities are traced.
-        trace_draws: multipliers of each traced complexity.
-        ascent_steps: of the search for each supremum in the trace.
-        seeds: initial weights and noises.
-        seed: the first of them.
-        microbatch_size: examples of LeNet in one pass; None for all at once.
-        data_dir: where data sets are looked for, and downloaded to.
-        out: the folder of the results, which must be new; None for runs/complexity-DATE-TIME.
+        parts: The measurements to make: how tight Theorem 1 is, training with the Rademacher
+            regulariser on the digits, and the complexities along training on FashionMNIST.
+        draws: The number of multipliers of each complexity in Theorem 1 where losses are affine;
+            for the net it is a 300th of that.
+        regularizer_steps: The number of iterations of training with the regulariser.
+        regularizer_radius: The radius of the regulariser's ball.
+        regularizer_scale: The factor of the regulariser; None stands for the one at which its first
+            order has the variance of SGD's noise.
+        algorithms: The algorithms whose training is traced.
+        steps: The number of iterations of traced training.
+        every: The number of iterations between two measurements.
+        learning_rate: The learning rate eta of all training: traced, with the regulariser, and of
+            the net in Theorem 1.
+        batch_size: The batch size b of SGD and M-SGD, and of the SGD complexity.
+        radius: The radius of the ball whose complexities are traced.
+        trace_draws: The number of multipliers of each traced complexity.
+        ascent_steps: The number of steps of the search for each supremum in the trace.
+        seeds: The number of runs, each with its own initial weights and noise.
+        seed: The seed of the first run; those of the other runs count up from it.
+        microbatch_size: The number of examples of LeNet in one pass; None stands for all of them at
+            once.
+        data_dir: The folder in which data sets are looked for, and to which they are downloaded.
+        out: The folder of the results, which must be new; None stands for
+            runs/complexity-DATE-TIME.
     """
 
     parts: tuple[ComplexityPart, ...] = ("theorem1", "regularizer", "trace")

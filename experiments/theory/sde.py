@@ -75,11 +75,14 @@ def strong(config: SDEConfig) -> Iterator[dict[str, Any]]:
     for case in terminal.each(cases, "strong order", "case"):
         start = at_minimum(problem) if case.at_minimum else problem
         sweep = sde.strong_error(
-            start.losses, start.params, case.law,
+            start.losses,
+            start.params,
+            case.law,
             sde.Sweep(RATES, HORIZON, num_paths=config.strong_paths),
-            key=jax.random.key(config.seed), iterate=case.iterate,
+            key=jax.random.key(config.seed),
+            iterate=case.iterate,
             scheme=sde.Scheme(order=case.order),
-        )  # fmt: skip
+        )
         row = {"label": case.label, "expected": case.expected, **_sde_tables.record(sweep)}
         if case.expected == 1:
             model = sweep.error_model
@@ -119,10 +122,14 @@ def weak(config: SDEConfig) -> Iterator[dict[str, Any]]:
         start, rates, horizon = settings[case.order]
         num_paths = config.weak_paths * (4 if case.order == 2 else 1)
         sweep = sde.weak_error(
-            start.losses, start.params, case.law,
+            start.losses,
+            start.params,
+            case.law,
             sde.Sweep(rates, horizon, num_paths, at_once=16_000),
-            key=jax.random.key(config.seed), iterate=sgd, scheme=sde.Scheme(order=case.order),
-        )  # fmt: skip
+            key=jax.random.key(config.seed),
+            iterate=sgd,
+            scheme=sde.Scheme(order=case.order),
+        )
         group = "sampled: logistic regression, g = L"
         named = {"group": group, "label": case.label, "expected": case.expected}
         yield named | _sde_tables.record(sweep)
@@ -151,12 +158,11 @@ def paths(config: SDEConfig, learning_rate: float, horizon: float = 12.0, many: 
     law, sgd = noise.cov(n, b), noise.sgd(n, b, replace=True)
     num_steps = round(horizon / learning_rate)
     options = {"learning_rate": learning_rate, "num_steps": num_steps}
+    at = problem.losses, problem.params, law
 
     def euler(key: Any, substeps: int) -> Any:
-        return sde.euler_maruyama(
-            problem.losses, problem.params, law, key=key, scheme=sde.Scheme(substeps),
-            save_at=range(num_steps + 1), **options,
-        ).params  # fmt: skip
+        scheme, saved = sde.Scheme(substeps), range(num_steps + 1)
+        return sde.euler_maruyama(*at, key=key, scheme=scheme, save_at=saved, **options).params
 
     @jax.jit
     @jax.vmap
@@ -265,10 +271,15 @@ def _walker(
     @jax.jit
     def walk(params: Any, data: Any, key: Any, first_step: Any, num_steps: Any) -> sde.Path:
         return sde.euler_maruyama(
-            loss.LossVector(losses, data, microbatch_size=config.microbatch_size), params, law,
-            learning_rate=rate, key=key, first_step=first_step, num_steps=num_steps,
+            loss.LossVector(losses, data, microbatch_size=config.microbatch_size),
+            params,
+            law,
+            learning_rate=rate,
+            key=key,
+            first_step=first_step,
+            num_steps=num_steps,
             scheme=sde.Scheme(config.substeps),
-        )  # fmt: skip
+        )
 
     return lambda params, key, first, last: walk(params, train_set, key, first, last)
 

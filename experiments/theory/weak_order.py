@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
+import scipy.stats
 from jaxtyping import Complex, Float
 
 from msgd_jax import noise
@@ -195,7 +196,7 @@ def pairs(weights: Float[np.ndarray, "outcomes N"], refinement: int) -> Float[np
 
 def order(abscissae: Sequence[float], errors: Sequence[float]) -> float:
     """The slope of log error against log abscissa."""
-    return float(np.polyfit(np.log(abscissae), np.log(errors), 1)[0])
+    return float(scipy.stats.linregress(np.log(abscissae), np.log(errors)).slope)
 
 
 def table() -> list[dict[str, Any]]:
@@ -218,9 +219,14 @@ def _row(
 ) -> dict[str, Any]:
     errors = [error(x) for x in abscissae]
     return {
-        "group": group, "label": label, "expected": expected, "abscissa": abscissa,
-        "learning_rates": list(abscissae), "errors": errors, "order": order(abscissae, errors),
-    }  # fmt: skip
+        "group": group,
+        "label": label,
+        "expected": expected,
+        "abscissa": abscissa,
+        "learning_rates": list(abscissae),
+        "errors": errors,
+        "order": order(abscissae, errors),
+    }
 
 
 def _regression_rows() -> list[dict[str, Any]]:

@@ -82,9 +82,14 @@ def diagonal_langevin(
         return DiagonalLangevinState(jnp.zeros((), jnp.int32), own, zeros)
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, loss_vector_fn: Any = None,
-        data: Any = None, **_: Any,
-    ) -> tuple[Any, DiagonalLangevinState]:  # fmt: skip
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        loss_vector_fn: Any = None,
+        data: Any = None,
+        **_: Any,
+    ) -> tuple[Any, DiagonalLangevinState]:
         if loss_vector_fn is None:
             raise ValueError(
                 "diagonal_langevin needs loss_vector_fn: losses of single examples, which a net "

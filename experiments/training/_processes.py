@@ -24,11 +24,12 @@ class ProcessesConfig:
     """Which processes train together.
 
     Attributes:
-        coordinator: address and port of process 0, as in ``10.0.0.1:1234``; None for one process,
-            or where jax finds out by itself (Slurm, GKE, TPU pods), with `num_processes` None too.
-        num_processes: how many there are.
-        process_id: which one this is.
-        heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+        coordinator: The address and port of process 0, as in ``10.0.0.1:1234``. None stands for one
+            process, or, with `num_processes` None too, for what jax finds out by itself (Slurm,
+            GKE, TPU pods).
+        num_processes: The number of processes.
+        process_id: The number of this process, from 0.
+        heartbeat_timeout: The seconds without a sign of life after which a process counts as dead.
     """
 
     coordinator: str | None = None
@@ -77,8 +78,8 @@ class DistributedConfig:
     """Trains one algorithm over the devices of all processes.
 
     Attributes:
-        plan: as for `train`, with one seed; `out` has to be a folder that all processes see.
-        processes: which processes train together.
+        plan: What to train, as for `train`, with one seed; all processes must see its folder `out`.
+        processes: The processes that train together.
     """
 
     plan: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(

@@ -13,13 +13,15 @@ class NoiseSettings:
     """The numbers that the noises are built from.
 
     Attributes:
-        batch_size: b, the batch size of SGD, and the scale of every other noise.
-        estimate_size: how many examples [Fisher-b] and [Cov-b] estimate their matrices from.
-        support_size: how many examples a step of [M-SGD-Fisher]-b, [M-SGD-Cov]-b and SGD-b
-            computes; their large batch, called b in the paper too.
-        rademacher_scale: the factor of the Rademacher regulariser; None for the one at which its
-          variances are those of M-SGD-Fisher. (The paper tunes it and does not say to what.)
-        refresh_every: steps for which the diagonal Langevin baseline keeps its variances.
+        batch_size: The batch size b of SGD, which sets the scale of every other noise.
+        estimate_size: The number of examples from which [Fisher-b] and [Cov-b] estimate their
+            matrices.
+        support_size: The number of examples that a step of [M-SGD-Fisher]-b, [M-SGD-Cov]-b and
+            SGD-b computes: their large batch, called b in the paper too.
+        rademacher_scale: The factor of the Rademacher regulariser; None stands for the one at which
+            its variances are those of M-SGD-Fisher. The paper tunes it and does not say to what.
+        refresh_every: The number of steps for which the diagonal Langevin baseline keeps its
+            variances.
     """
 
     batch_size: int = 50

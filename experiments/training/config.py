@@ -49,39 +49,41 @@ class TrainConfig:
     steps, and PyTorch's default initialisation.
 
     Attributes:
-        algorithm: which M-noise.
-        dataset: which images: the name of a data set, or a file of your own, FILE.npz, with the
+        algorithm: The algorithm, by the noise it trains with.
+        dataset: The images: the name of a data set, or a file of your own, FILE.npz, with the
             arrays x_train, y_train, x_test and y_test. Its images may be of any size, grey or in
             colour, with integers from 0 to 255; its labels are integers from 0.
-        model: which net; None for the one that fits the images.
-        width: channels of the net's first layer, the others in proportion; None for the net's own.
-        steps: iterations.
-        learning_rate: eta, before decay and scaling.
-        momentum: 0 for none.
-        weight_decay: factor of the parameters that is added to the noisy gradient.
-        decay_at: iterations at which the learning rate is multiplied by `decay_factor`.
-        decay_factor: see `decay_at`.
-        learning_rate_scaling: how the learning rate of SGD-b grows with its batch size M over b: as
+        model: The net; None stands for the one that fits the images.
+        width: The number of channels of the net's first layer, with the other layers in proportion;
+            None stands for the net's own.
+        steps: The number of iterations.
+        learning_rate: The learning rate eta, before decay and scaling.
+        momentum: The decay rate of heavy-ball momentum; 0 stands for none.
+        weight_decay: The factor with which the parameters are added to the noisy gradient.
+        decay_at: The iterations at which the learning rate is multiplied by `decay_factor`.
+        decay_factor: The factor of the learning rate at each iteration of `decay_at`.
+        learning_rate_scaling: How the learning rate of SGD-b grows with its batch size M over b: as
             its root (Hoffer et al. 2017), linearly, or not at all.
-        regime_adaptation: whether SGD-b makes as many iterations as SGD with b (Hoffer et al.), or,
-            if not, as many epochs: `steps` and `decay_at` are then divided by M/b.
-        augment: whether images are cropped at random, zero-padded by 4 pixels, and flipped.
-        noise: the numbers the noise is built from.
-        seeds: how many runs side by side, each with its own initial weights and noise.
-        seed: of the first run; the others count up from it.
-        data_seed: which images are drawn for training.
-        num_train: how many of the training images are used; None for all.
-        num_test: how many of the test images are used; None for all.
-        eval_every: steps between two evaluations on all training and test images.
-        checkpoint_every: steps after which the next evaluation writes a checkpoint; the last one
-            does in any case.
-        microbatch_size: examples in one pass, and in one ghost batch of a net with batch norm; None
-            for all at once.
-        data_dir: where data sets are looked for, and downloaded to.
-        out: the folder of the run, new or of the same run, which then goes on; None for one named
-            after the run.
-        dataset_sha256: what the file of `dataset` holds, found out when the run begins; None for a
-            data set with a name.
+        regime_adaptation: Whether SGD-b makes as many iterations as SGD with b (Hoffer et al.
+            2017). If not, it makes as many epochs: `steps` and `decay_at` are then divided by M/b.
+        augment: Whether images are padded with 4 pixels of zeros, cropped at random, and flipped.
+        noise: The numbers that the noise is built from.
+        seeds: The number of runs side by side, each with its own initial weights and noise.
+        seed: The seed of the first run; those of the other runs count up from it.
+        data_seed: The seed of the draw of the images to train on.
+        num_train: The number of training images that are used; None stands for all of them.
+        num_test: The number of test images that are used; None stands for all of them.
+        eval_every: The number of iterations between two evaluations on all training and test
+            images.
+        checkpoint_every: The number of iterations after which the next evaluation writes a
+            checkpoint; the last evaluation always does.
+        microbatch_size: The number of examples in one pass, and in one ghost batch of a net with
+            batch norm; None stands for all of them at once.
+        data_dir: The folder in which data sets are looked for, and to which they are downloaded.
+        out: The folder of the run. It is new, or that of the same run, which then goes on; None
+            stands for one named after the run.
+        dataset_sha256: The checksum of the file that `dataset` names, found when the run begins;
+            None for a data set with a name.
     """
 
     algorithm: AlgorithmName = "sgd"

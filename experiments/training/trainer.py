@@ -135,9 +135,13 @@ def make_trainer(
 
     # A transformation keeps its key in the state: here any will do.
     plain_step = train.make_step(
-        functions.losses, optimizer(jax.random.key(0)), law,
-        microbatch_size=config.microbatch_size, has_aux=has_stats, sharding=over,
-    )  # fmt: skip
+        functions.losses,
+        optimizer(jax.random.key(0)),
+        law,
+        microbatch_size=config.microbatch_size,
+        has_aux=has_stats,
+        sharding=over,
+    )
 
     def step(state: train.TrainState, examples: Data) -> tuple[train.TrainState, train.StepMetrics]:
         if config.augment:

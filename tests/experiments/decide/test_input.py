@@ -55,9 +55,16 @@ def test_images_of_a_file_are_taken_the_way_round_that_is_declared(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"x_test": np.zeros((40, 28, 28), np.uint8)}, "x_test of shape"),
+        ({"x_test": np.zeros((40, 28, 28), np.uint8)}, "images of one shape"),
+        (
+            {
+                f"x_{part}": np.zeros((n, 28, 28), np.uint8)
+                for part, n in (("train", 30), ("test", 40))
+            },
+            "x_train of shape",
+        ),
         ({"y_train": np.full(30, 10)}, "not so y_train"),
-        ({"y_train": np.zeros(29, int)}, "not so y_train"),
+        ({"y_train": np.zeros(29, int)}, "as many images as labels"),
         ({"x_test": np.zeros((5, 32, 32, 3), np.uint8), "y_test": np.zeros(5, int)}, "at least"),
     ],
 )
@@ -65,14 +72,14 @@ def test_other_images_are_refused(tmp_path, changed, words):
     setting = dataclasses.replace(settings.SVHN, pool=30, num_train=30)
     with pytest.raises(ValueError, match=words) as error:
         _datasets.load(setting, npz_of(tmp_path / "images.npz", **changed))
-    assert str(error.value).startswith("dataset must")
+    assert "dataset" in str(error.value)
     assert len(str(error.value)) <= 400
 
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     for path in (None, tmp_path / "missing.npz", tmp_path / "text.npz"):
-        with pytest.raises(ValueError, match="dataset must"):
+        with pytest.raises(ValueError, match=r"dataset|npz"):
             _datasets.load(settings.SVHN, path)
     with pytest.raises(ValueError, match="dataset must be left out for digits"):
         _datasets.load(settings.DIGITS, tmp_path / "missing.npz")

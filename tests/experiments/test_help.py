@@ -1,0 +1,29 @@
+"""The texts of ``--help`` are sentences: each option says what it is, in words of its own."""
+
+import dataclasses
+import re
+
+import docstring_parser
+import pytest
+
+from experiments.commands import CONFIGS
+
+
+def texts(config):
+    """The text of every option of a command, nested ones included, by name."""
+    found = {}
+    described = {p.arg_name: p.description for p in docstring_parser.parse(config.__doc__).params}
+    for field in dataclasses.fields(config):
+        found[field.name] = described[field.name]
+        if dataclasses.is_dataclass(field.default_factory):
+            found |= texts(field.default_factory)
+    return found
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_help_is_in_sentences(command):
+    for name, text in texts(CONFIGS[command]).items():
+        words = text.split()
+        assert re.match(r"[A-Z\"]", text), f"{name}: {text}"
+        assert text.endswith("."), f"{name}: {text}"
+        assert len(words) >= 4, f"{name}: {text}"
