@@ -46,7 +46,7 @@ def make(setting: Setting, convolution: Convolution = "product", groups: int = 1
             short sums side by side instead of one long one. Rounding apart, nothing changes.
 
     Raises:
-        ValueError: if an argument is not as described.
+        ValueError: if there is no such convolution, or `groups` is below 1.
     """
     if convolution not in get_args(Convolution):
         raise ValueError(f"convolution must be product or lax, got {convolution!r}.")

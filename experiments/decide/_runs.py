@@ -155,7 +155,7 @@ def make_program(setting: Setting, shape: Shape, options: Options) -> Program:
     """Makes the program of all contestants of a shape.
 
     Raises:
-        ValueError: if options or setting are not as described.
+        ValueError: if there is no such convolution, or `groups` is below 1.
     """
     names = tuple(name for name in setting.contestants if shape_of(setting, name) == shape)
     net = _nets.make(setting, options.convolution, options.groups)

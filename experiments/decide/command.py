@@ -77,8 +77,8 @@ def run(config: DecideConfig) -> pathlib.Path:
     """Runs a setting and draws its report; returns the folder.
 
     Raises:
-        ValueError: if the data set is missing or not as described, or the folder holds records of
-            something else.
+        ValueError: if the data set is missing or holds other images than the setting's, or the
+            folder holds records of something else.
     """
     setting = settings.SETTINGS[config.setting]
     if not config.report:

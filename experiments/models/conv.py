@@ -43,8 +43,8 @@ def conv(images: Images, kernel: Kernel) -> Outputs:
         Array of shape [O, H - h + 1, W - w + 1, B], of the type of `images`.
 
     Raises:
-        ValueError: if the shapes or types are not as described, or the kernel is larger than the
-            images.
+        ValueError: if the arrays do not have four axes each, equal channels and one type, or the
+            kernel is larger than the images.
     """
     _check(images, kernel, smallest_output=1)
     return _by_platform(_conv_as_product, _conv_by_xla)(images, kernel)
@@ -65,8 +65,8 @@ def conv_max_pool(images: Images, kernel: Kernel) -> Outputs:
         Array of shape [O, (H - h + 1) // 2, (W - w + 1) // 2, B], of the type of `images`.
 
     Raises:
-        ValueError: if the shapes or types are not as described, or the images are too small for
-            one window.
+        ValueError: if the arrays do not have four axes each, equal channels and one type, or the
+            images are too small for one window.
     """
     _check(images, kernel, smallest_output=2)
     return _by_platform(_conv_max_pool_as_product, _conv_max_pool_by_xla)(images, kernel)
@@ -84,8 +84,8 @@ def conv_same(images: Images, kernel: Kernel, *, stride: int = 1) -> Outputs:
         Array of shape [O, ceil(H / stride), ceil(W / stride), B], of the type of `images`.
 
     Raises:
-        ValueError: if the shapes or types are not as described, or the kernel is larger than the
-            padded images.
+        ValueError: if the arrays do not have four axes each, equal channels and one type, or the
+            kernel is larger than the padded images.
     """
     if kernel.ndim == 4 and not (kernel.shape[0] % 2 and kernel.shape[1] % 2):
         raise ValueError(f"kernel must have odd height and width, got shape {kernel.shape}.")

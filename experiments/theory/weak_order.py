@@ -196,7 +196,8 @@ def pairs(weights: Float[np.ndarray, "outcomes N"], refinement: int) -> Float[np
 
 def order(abscissae: Sequence[float], errors: Sequence[float]) -> float:
     """The slope of log error against log abscissa."""
-    return float(scipy.stats.linregress(np.log(abscissae), np.log(errors)).slope)
+    slope, *_ = scipy.stats.linregress(np.log(abscissae), np.log(errors))
+    return float(slope)
 
 
 def table() -> list[dict[str, Any]]:

@@ -37,9 +37,9 @@ F = G G^T / N is the empirical Fisher, S = F - grad L grad L^T the gradient cova
 """
 
 from msgd_jax.noise._algebra import mixture, scaled, sum_of
+from msgd_jax.noise._basic import bernoulli, cov, fisher, gd, matching_scale, rademacher, sgd
 from msgd_jax.noise._batch import BatchLaw, batch_cov, batch_fisher
 from msgd_jax.noise._coloured import coloured
-from msgd_jax.noise._full import bernoulli, cov, fisher, gd, matching_scale, rademacher, sgd
 from msgd_jax.noise._permutation import permute
 from msgd_jax.noise._reshuffling import random_reshuffling
 from msgd_jax.noise._reweighted import reweighted

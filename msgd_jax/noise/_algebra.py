@@ -117,7 +117,8 @@ def mixture(laws: Sequence[MNoise], probabilities: Any) -> MNoise:
     Raises:
         TypeError: if one is not a law, or not a number.
         ValueError: if there is none, their numbers of examples differ, the steps of one are not
-            independent, or the probabilities are not as described.
+            independent, or the probabilities are not as many, below 0, or add up to something
+            else than 1.
 
     Example:
         >>> from msgd_jax import noise

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 
 from msgd_jax import _validate
 from msgd_jax._values import bound
-from msgd_jax.noise import _pieces
+from msgd_jax.noise import _building_blocks
 from msgd_jax.noise._types import Exchangeable, MNoise, Weights
 
 
@@ -92,7 +92,7 @@ class BatchLaw:
         each = max(each, 0.0)  # at the smallest size, rounding can go below 0
         if self.centred:
             inside = each * (size - 1) / size / size**2
-            covariance = _pieces.centred_covariance(size, inside)
+            covariance = _building_blocks.centred_covariance(size, inside)
         else:
             covariance = Exchangeable((each + together) / size**2, together / size**2)
         draw = bound(_draw, size, math.sqrt(each), math.sqrt(together), self.centred, self.dtype)
@@ -169,7 +169,9 @@ def _batch_law(
     num_examples: Any, batch_size: Any, centred: bool, matching: Any, dtype: Any
 ) -> BatchLaw:
     # In a stream there are always enough.
-    n, b = _pieces.scale(2 if num_examples is None else num_examples, batch_size, smallest=2)
+    n, b = _building_blocks.scale(
+        2 if num_examples is None else num_examples, batch_size, smallest=2
+    )
     _validate.one_of("matching", matching, ("total", "gaussian"))
     dtype = _validate.wide_float_dtype("dtype", dtype)
     return BatchLaw(None if num_examples is None else n, b, centred, matching, dtype)
@@ -179,9 +181,9 @@ def _draw(
     size: int, each: float, together: float, centred: bool, dtype: Any, key: Key[Array, ""]
 ) -> Weights:
     own_key, common_key = jax.random.split(key)
-    noise = _pieces.normals(own_key, size, dtype)
-    noise = _pieces.centre_normals(noise) if centred else noise
+    noise = _building_blocks.normals(own_key, size, dtype)
+    noise = _building_blocks.centre_normals(noise) if centred else noise
     values = 1 + each * noise
     if together:
-        values = values + together * _pieces.normals(common_key, 1, dtype)
+        values = values + together * _building_blocks.normals(common_key, 1, dtype)
     return Weights(values / size, None, size)

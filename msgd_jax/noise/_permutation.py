@@ -54,7 +54,10 @@ def permute(
         int32 indices in [0, N), of the same shape.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `key` is not a typed PRNG key, or `positions` or `num_examples` are not
+            integers.
+        ValueError: if `key` is an array of keys, or `num_examples` or a position is out of its
+            range.
 
     Example:
         >>> from msgd_jax import noise

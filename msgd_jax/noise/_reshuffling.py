@@ -8,7 +8,7 @@ from jaxtyping import Array, Int, Key
 
 from msgd_jax import _validate
 from msgd_jax._values import bound
-from msgd_jax.noise import _pieces
+from msgd_jax.noise import _building_blocks
 from msgd_jax.noise._permutation import permute
 from msgd_jax.noise._types import Exchangeable, MNoise, Weights
 
@@ -36,7 +36,9 @@ def random_reshuffling(
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `num_examples` or `batch_size` is not an integer.
+        ValueError: if one of them is out of its range, b does not divide N and `drop_remainder` is
+            false, or `dtype` is neither float32 nor float64.
 
     Example:
         >>> from msgd_jax import noise
@@ -46,7 +48,7 @@ def random_reshuffling(
         >>> law.covariance_between(0, 1).diagonal < 0, law.covariance_between(2, 3).diagonal
         (True, 0.0)
     """
-    n, b = _pieces.sizes(num_examples, batch_size)
+    n, b = _building_blocks.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
     if n % b and not drop_remainder:
         raise ValueError(
@@ -58,7 +60,7 @@ def random_reshuffling(
         f"random_reshuffling({n}, {b}, drop_remainder={drop_remainder})",
         n,
         b,
-        _pieces.subset_covariance(n, b),
+        _building_blocks.subset_covariance(n, b),
         bound(_draw, n, b, dtype),
         bound(_draw_at, n, b, steps, dtype),
         bound(_between, n, steps),
@@ -66,7 +68,7 @@ def random_reshuffling(
 
 
 def _draw(n: int, b: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
-    return _weights(n, b, dtype, _pieces.subset(key, n, b))
+    return _weights(n, b, dtype, _building_blocks.subset(key, n, b))
 
 
 def _draw_at(
@@ -83,5 +85,5 @@ def _weights(n: int, b: int, dtype: jnp.dtype, indices: Int[Array, " batch"]) ->
 
 def _between(n: int, steps: int, step: int, other: int) -> Exchangeable:
     if step // steps == other // steps:
-        return _pieces.centred_covariance(n, -1 / n**2)
+        return _building_blocks.centred_covariance(n, -1 / n**2)
     return Exchangeable(0.0, 0.0)

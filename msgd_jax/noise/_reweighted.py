@@ -37,7 +37,8 @@ def reweighted(law: MNoise, factors: Any) -> MNoise:
 
     Raises:
         TypeError: if `law` is not a law or `factors` neither an array of numbers nor a function.
-        ValueError: if the factors are not N numbers as described.
+        ValueError: if there are not N factors, one is below 0 or not finite, or their mean is not
+            1.
 
     Example:
         >>> from msgd_jax import noise

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key, UInt32
 
 from msgd_jax import _validate
 from msgd_jax._values import bound
-from msgd_jax.noise import _pieces
+from msgd_jax.noise import _building_blocks
 from msgd_jax.noise._types import MNoise, Weights
 
 
@@ -39,20 +39,22 @@ def student_t(
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `num_examples` is not an integer, or `batch_size` or `degrees_of_freedom` is
+            not a number.
+        ValueError: if one of them is out of its range, or `dtype` is neither float32 nor float64.
     """
-    n, b = _pieces.scale(num_examples, batch_size)
+    n, b = _building_blocks.scale(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
     nu = _degrees_of_freedom(degrees_of_freedom)
     scale = math.sqrt((nu - 2) / (nu * b * n))
 
-    covariance = _pieces.centred_covariance(n, (n - 1) / (b * n**2))
+    covariance = _building_blocks.centred_covariance(n, (n - 1) / (b * n**2))
     name = f"student_t({n}, {b}, degrees_of_freedom={nu:g})"
     return MNoise(name, n, n, covariance, bound(_draw, n, nu, scale, dtype))
 
 
 def _draw(n: int, nu: float, scale: float, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
-    t = _pieces.centre_symmetric(_variates(key, n, nu, dtype))
+    t = _building_blocks.centre_symmetric(_variates(key, n, nu, dtype))
     return Weights(1 / n + scale * t, None, n)
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Key
 
 from msgd_jax import _validate
 from msgd_jax._values import bound
-from msgd_jax.noise import _pieces
+from msgd_jax.noise import _building_blocks
 from msgd_jax.noise._types import MNoise, Weights
 
 
@@ -28,15 +28,17 @@ def estimated_fisher(
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `num_examples` or `estimate_size` is not an integer, or `batch_size` is not a
+            number.
+        ValueError: if one of them is out of its range, or `dtype` is neither float32 nor float64.
     """
-    n, b = _pieces.scale(num_examples, batch_size)
+    n, b = _building_blocks.scale(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
     m = _validate.positive_int("estimate_size", estimate_size, maximum=n)
     scale = 1 / math.sqrt(b * m)
 
     name = f"estimated_fisher({n}, {b}, estimate_size={m})"
-    covariance = _pieces.normals_covariance(n, m, scale)
+    covariance = _building_blocks.normals_covariance(n, m, scale)
     return MNoise(name, n, n, covariance, bound(_draw_estimated, n, m, scale, False, dtype))
 
 
@@ -56,15 +58,17 @@ def estimated_cov(
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `num_examples` or `estimate_size` is not an integer, or `batch_size` is not a
+            number.
+        ValueError: if one of them is out of its range, or `dtype` is neither float32 nor float64.
     """
-    n, b = _pieces.scale(num_examples, batch_size, smallest=2)
+    n, b = _building_blocks.scale(num_examples, batch_size, smallest=2)
     dtype = _validate.wide_float_dtype("dtype", dtype)
     m = _validate.positive_int("estimate_size", estimate_size, minimum=2, maximum=n)
     scale = math.sqrt((n - 1) / (b * n * (m - 1)))
 
     name = f"estimated_cov({n}, {b}, estimate_size={m})"
-    covariance = _pieces.centred_normals_covariance(n, m, scale)
+    covariance = _building_blocks.centred_normals_covariance(n, m, scale)
     return MNoise(name, n, n, covariance, bound(_draw_estimated, n, m, scale, True, dtype))
 
 
@@ -72,9 +76,9 @@ def _draw_estimated(
     n: int, m: int, scale: float, centred: bool, dtype: jnp.dtype, key: Key[Array, ""]
 ) -> Weights:
     """1/N + scale * eps on a subset of m examples, 1/N elsewhere."""
-    subset, noise = _pieces.subset_and_normals(key, n, m, dtype)
-    noise = _pieces.centre_normals(noise) if centred else noise
-    return Weights(_pieces.scatter(scale * noise, subset, n) + 1 / n, None, n)
+    subset, noise = _building_blocks.subset_and_normals(key, n, m, dtype)
+    noise = _building_blocks.centre_normals(noise) if centred else noise
+    return Weights(_building_blocks.scatter(scale * noise, subset, n) + 1 / n, None, n)
 
 
 def sparse_fisher(
@@ -103,9 +107,11 @@ def sparse_fisher(
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `num_examples`, `batch_size` or `support_size` is not an integer.
+        ValueError: if one of them is out of its range (the error names the smallest support),
+            `matching` is unknown, or `dtype` is neither float32 nor float64.
     """
-    n, b = _pieces.sizes(num_examples, batch_size)
+    n, b = _building_blocks.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
     size = _validate.positive_int("support_size", support_size, maximum=n)
     _validate.one_of("matching", matching, ("total", "gaussian"))
@@ -116,7 +122,7 @@ def sparse_fisher(
         variance = size / b
     scale = math.sqrt(max(variance, 0.0))  # at the smallest support, rounding can go below 0
 
-    covariance = _pieces.subset_covariance(n, size) + _pieces.normals_covariance(
+    covariance = _building_blocks.subset_covariance(n, size) + _building_blocks.normals_covariance(
         n, size, scale / size
     )
     name = f"sparse_fisher({n}, {b}, support_size={size}, matching={matching!r})"
@@ -150,9 +156,11 @@ def sparse_cov(
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `num_examples`, `batch_size` or `support_size` is not an integer.
+        ValueError: if one of them is out of its range (the error names the smallest support),
+            `matching` is unknown, or `dtype` is neither float32 nor float64.
     """
-    n, b = _pieces.sizes(num_examples, batch_size, smallest=2)
+    n, b = _building_blocks.sizes(num_examples, batch_size, smallest=2)
     dtype = _validate.wide_float_dtype("dtype", dtype)
     size = _validate.positive_int("support_size", support_size, minimum=2, maximum=n)
     _validate.one_of("matching", matching, ("total", "gaussian"))
@@ -163,9 +171,9 @@ def sparse_cov(
         variance = size**2 * (n - 1) / (b * n * (size - 1))
     scale = math.sqrt(max(variance, 0.0))  # at the smallest support, rounding can go below 0
 
-    covariance = _pieces.subset_covariance(n, size) + _pieces.centred_normals_covariance(
-        n, size, scale / size
-    )
+    covariance = _building_blocks.subset_covariance(
+        n, size
+    ) + _building_blocks.centred_normals_covariance(n, size, scale / size)
     name = f"sparse_cov({n}, {b}, support_size={size}, matching={matching!r})"
     return MNoise(name, n, size, covariance, bound(_draw_sparse, n, size, scale, True, dtype))
 
@@ -174,8 +182,8 @@ def _draw_sparse(
     n: int, size: int, scale: float, centred: bool, dtype: jnp.dtype, key: Key[Array, ""]
 ) -> Weights:
     """(1 + scale * eps)/B on a subset of B examples, 0 elsewhere."""
-    subset, noise = _pieces.subset_and_normals(key, n, size, dtype)
-    noise = _pieces.centre_normals(noise) if centred else noise
+    subset, noise = _building_blocks.subset_and_normals(key, n, size, dtype)
+    noise = _building_blocks.centre_normals(noise) if centred else noise
     return Weights((1 + scale * noise) / size, subset, n)
 
 

@@ -45,7 +45,8 @@ def svag(base: MNoise, refinement: int) -> MNoise:
         refinement: l, at least 1: how many steps one step of `base` becomes.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `base` is not a law, or `refinement` is not an integer.
+        ValueError: if the steps of `base` are not independent, or `refinement` is below 1.
     """
     _validate.instance("base", base, MNoise, "noise.MNoise")
     if base.draw_at is not None:

@@ -167,7 +167,9 @@ class MNoise:
             where `moments` are.
 
     Raises:
-        TypeError, ValueError: if an attribute is not as described.
+        TypeError: if a number is not an integer, `draw`, `draw_at` or `between` is not a function,
+            or `moments` are neither an `Exchangeable` nor None.
+        ValueError: if a number is below 1, or `draw_at` and `between` do not belong together.
     """
 
     name: str

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from msgd_jax import noise
-from msgd_jax.noise import _pieces, _student_t
+from msgd_jax.noise import _building_blocks, _student_t
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -52,7 +52,7 @@ def test_centring_is_exact_to_rounding_under_heavy_tails(dtype, nu, x64):
     """The mean that is left, against one taken in float64: a small part of what there was."""
     size = 100_003
     values = _student_t._variates(jax.random.key(6), size, nu, jnp.dtype(dtype))
-    centred = np.asarray(jax.jit(_pieces.centre_symmetric)(values), np.float64)
+    centred = np.asarray(jax.jit(_building_blocks.centre_symmetric)(values), np.float64)
     exact = np.asarray(values, np.float64) - np.asarray(values, np.float64).mean()
     unit = np.finfo(dtype).eps
     # Rounding of each difference, and of the mean that is subtracted from all.
@@ -63,7 +63,7 @@ def test_centring_is_exact_to_rounding_under_heavy_tails(dtype, nu, x64):
 def test_centring_bears_one_value_a_million_times_the_others():
     values = jax.random.normal(jax.random.key(7), (1000,)).at[3].set(1e6)
     exact = np.asarray(values, np.float64) - np.asarray(values, np.float64).mean()
-    centred = np.asarray(_pieces.centre_symmetric(values), np.float64)
+    centred = np.asarray(_building_blocks.centre_symmetric(values), np.float64)
     np.testing.assert_allclose(centred, exact, rtol=2e-7, atol=4 * 2.0**-23 * 1e6 / 1000)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 from msgd_jax import _validate
 from msgd_jax._streams import signs
 from msgd_jax._values import bound
-from msgd_jax.noise import _pieces
+from msgd_jax.noise import _building_blocks
 from msgd_jax.noise._types import Exchangeable, MNoise, Weights
 
 
@@ -22,7 +22,8 @@ def gd(num_examples: int, *, dtype: Any = jnp.float32) -> MNoise:
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `num_examples` is not an integer.
+        ValueError: if it is below 1, or `dtype` is neither float32 nor float64.
     """
     n = _validate.num_examples("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -50,7 +51,8 @@ def sgd(
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `num_examples` or `batch_size` is not an integer.
+        ValueError: if one of them is out of its range, or `dtype` is neither float32 nor float64.
 
     Example:
         >>> from msgd_jax import noise
@@ -61,13 +63,13 @@ def sgd(
         >>> law.covariance.diagonal, law.support_size
         (1.9e-05, 50)
     """
-    n, b = _pieces.sizes(num_examples, batch_size)
+    n, b = _building_blocks.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
     covariance = (
-        _pieces.centred_covariance(n, (n - 1) / (b * n**2))
+        _building_blocks.centred_covariance(n, (n - 1) / (b * n**2))
         if replace
-        else _pieces.subset_covariance(n, b)
+        else _building_blocks.subset_covariance(n, b)
     )
     name = f"sgd({n}, {b}, replace={replace})"
     return MNoise(name, n, b, covariance, bound(_draw_sgd, n, b, replace, dtype))
@@ -78,7 +80,7 @@ def _draw_sgd(n: int, b: int, replace: bool, dtype: jnp.dtype, key: Key[Array, "
     if replace:
         indices = jax.random.randint(key, (b,), 0, n, jnp.int32)
     else:
-        indices = _pieces.subset(key, n, b)
+        indices = _building_blocks.subset(key, n, b)
     return Weights(jnp.full(b, 1 / b, dtype), indices, n)
 
 
@@ -94,9 +96,10 @@ def fisher(num_examples: int, batch_size: float | int, *, dtype: Any = jnp.float
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `num_examples` is not an integer, or `batch_size` is not a number.
+        ValueError: if one of them is out of its range, or `dtype` is neither float32 nor float64.
     """
-    n, b = _pieces.scale(num_examples, batch_size)
+    n, b = _building_blocks.scale(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
     covariance = Exchangeable(1 / (b * n), 0.0)
@@ -104,7 +107,7 @@ def fisher(num_examples: int, batch_size: float | int, *, dtype: Any = jnp.float
 
 
 def _draw_fisher(n: int, b: float | int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
-    noise = _pieces.normals(key, n, dtype)
+    noise = _building_blocks.normals(key, n, dtype)
     return Weights(1 / n + noise / math.sqrt(b * n), None, n)
 
 
@@ -120,7 +123,8 @@ def cov(num_examples: int, batch_size: float | int, *, dtype: Any = jnp.float32)
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `num_examples` is not an integer, or `batch_size` is not a number.
+        ValueError: if one of them is out of its range, or `dtype` is neither float32 nor float64.
 
     Example:
         >>> from msgd_jax import noise
@@ -130,15 +134,15 @@ def cov(num_examples: int, batch_size: float | int, *, dtype: Any = jnp.float32)
         >>> noise.cov(1000, 50).covariance == noise.sgd(1000, 50, replace=True).covariance
         True
     """
-    n, b = _pieces.scale(num_examples, batch_size)
+    n, b = _building_blocks.scale(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
-    covariance = _pieces.centred_covariance(n, (n - 1) / (b * n**2))
+    covariance = _building_blocks.centred_covariance(n, (n - 1) / (b * n**2))
     return MNoise(f"cov({n}, {b})", n, n, covariance, bound(_draw_cov, n, b, dtype))
 
 
 def _draw_cov(n: int, b: float | int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
-    noise = _pieces.centre_normals(_pieces.normals(key, n, dtype))
+    noise = _building_blocks.centre_normals(_building_blocks.normals(key, n, dtype))
     return Weights(1 / n + noise / math.sqrt(b * n), None, n)
 
 
@@ -155,9 +159,10 @@ def bernoulli(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `num_examples` or `batch_size` is not an integer.
+        ValueError: if one of them is out of its range, or `dtype` is neither float32 nor float64.
     """
-    n, b = _pieces.sizes(num_examples, batch_size)
+    n, b = _building_blocks.sizes(num_examples, batch_size)
     dtype = _validate.wide_float_dtype("dtype", dtype)
 
     covariance = Exchangeable((n - b) / (b * n**2), 0.0)
@@ -185,7 +190,8 @@ def rademacher(num_examples: int, scale: float, *, dtype: Any = jnp.float32) -> 
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if an argument is not as described.
+        TypeError: if `num_examples` is not an integer, or `scale` is not a number.
+        ValueError: if one of them is out of its range, or `dtype` is neither float32 nor float64.
     """
     n = _validate.num_examples("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
