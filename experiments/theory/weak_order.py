@@ -196,7 +196,7 @@ def pairs(weights: Float[np.ndarray, "outcomes N"], refinement: int) -> Float[np
 
 def order(abscissae: Sequence[float], errors: Sequence[float]) -> float:
     """The slope of log error against log abscissa."""
-    slope, *_ = scipy.stats.linregress(np.log(abscissae), np.log(errors))
+    slope = np.asarray(scipy.stats.linregress(np.log(abscissae), np.log(errors)))[0]
     return float(slope)
 
 
