@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from msgd_jax import _dtypes, _validate
-from msgd_jax._typing import Data, Params, PyTree, Statistics
+from msgd_jax._typing import Data, ModelState, Params, PyTree
 
 
 def check(name: str, sharding: Any) -> NamedSharding | None:
@@ -95,9 +95,9 @@ def spread(function: Callable[..., Any], sharding: NamedSharding | None) -> Call
 
 
 def summed(
-    terms_of: Callable[..., tuple[PyTree, Statistics]], sharding: NamedSharding | None
-) -> Callable[..., tuple[PyTree, Statistics]]:
-    """Adds up ``terms_of(params, examples, aux, order) -> (terms, aux)`` over the devices.
+    terms_of: Callable[..., tuple[PyTree, ModelState]], sharding: NamedSharding | None
+) -> Callable[..., tuple[PyTree, ModelState]]:
+    """Adds up ``terms_of(params, examples, model_state, order)`` over the devices.
 
     Parameters come whole along the mesh axes of the examples, and stay as they are along the
     others. The sum of the terms, in float32 or wider, is the one reduction; statistics are averaged
@@ -108,20 +108,22 @@ def summed(
     names = axes(sharding)
 
     def of_part(
-        params: Params, examples: PyTree, aux: Statistics, order: Any
-    ) -> tuple[PyTree, Statistics]:
-        terms, aux = terms_of(params, examples, aux, order)
+        params: Params, examples: PyTree, model_state: ModelState, order: Any
+    ) -> tuple[PyTree, ModelState]:
+        terms, model_state = terms_of(params, examples, model_state, order)
         terms = jax.tree.map(lambda x: x.astype(_dtypes.accumulator(x.dtype)), terms)
-        return jax.lax.psum(terms, names), jax.tree.map(functools.partial(_agreed, names), aux)
+        return jax.lax.psum(terms, names), jax.tree.map(
+            functools.partial(_agreed, names), model_state
+        )
 
     everywhere, parts = PartitionSpec(), PartitionSpec(sharding.spec[0])
     on_parts = _on_parts(of_part, sharding, (everywhere, parts, everywhere, everywhere), everywhere)
 
     def total(
-        params: Params, examples: PyTree, aux: Statistics, order: Any
-    ) -> tuple[PyTree, Statistics]:
-        params, aux = _whole(sharding, (params, aux))
-        return on_parts(params, examples, aux, order)
+        params: Params, examples: PyTree, model_state: ModelState, order: Any
+    ) -> tuple[PyTree, ModelState]:
+        params, model_state = _whole(sharding, (params, model_state))
+        return on_parts(params, examples, model_state, order)
 
     return jax.jit(total)
 
@@ -205,5 +207,7 @@ def _agreed(names: tuple[str, ...], leaf: Array) -> Array:
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
         return jax.lax.pmean(leaf, names)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        raise TypeError("aux must be numbers when examples are spread over devices, got PRNG keys.")
+        raise TypeError(
+            "model_state must be numbers when examples are spread over devices, got PRNG keys."
+        )
     return jax.lax.pmax(leaf, names)

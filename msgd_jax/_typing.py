@@ -31,7 +31,7 @@ Batch: TypeAlias = Any
 Example: TypeAlias = Any
 """One example: the data without their leading axis."""
 
-Statistics: TypeAlias = Any
+ModelState: TypeAlias = Any
 """Mutable statistics of a model, such as the running means of batch norm: a pytree of arrays."""
 
 OptState: TypeAlias = Any

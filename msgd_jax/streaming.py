@@ -91,7 +91,7 @@ def make_loop(
     source: Source,
     *,
     microbatch_size: PositiveInt | None = None,
-    has_aux: bool = False,
+    has_state: bool = False,
     sharding: NamedSharding | None = None,
     prefetch: PositiveInt = 4,
     num_threads: PositiveInt = 4,
@@ -111,7 +111,7 @@ def make_loop(
         law: a law whose draws list the examples that they use, so not a dense one.
         source: the examples; see `Source`.
         microbatch_size: as in `train.make_step`.
-        has_aux: as in `train.make_step`.
+        has_state: as in `train.make_step`.
         sharding: as in `train.make_step`; it spreads the examples of each step.
         prefetch: steps that are read ahead.
         num_threads: threads that read, a step each.
@@ -152,11 +152,11 @@ def make_loop(
         loss_vector_fn,
         as_read,
         microbatch_size=microbatch_size,
-        has_aux=has_aux,
+        has_state=has_state,
         sharding=sharding,
     )
-    problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
-    step = jax.jit(step_of(of_batch, optimizer, has_aux, problem), donate_argnums=0)
+    problem = {} if has_state else {"loss_vector_fn": loss_vector_fn}
+    step = jax.jit(step_of(of_batch, optimizer, has_state, problem), donate_argnums=0)
 
     def loop(state: TrainState, num_steps: PositiveInt) -> tuple[TrainState, StepMetrics]:
         if not isinstance(state, TrainState):

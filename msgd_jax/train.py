@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _dtypes, _optimizers, _validate
 from msgd_jax import loss as loss_lib
-from msgd_jax._typing import Data, Gradients, OptState, Params, PositiveInt, PyTree, Statistics
+from msgd_jax._typing import Data, Gradients, ModelState, OptState, Params, PositiveInt, PyTree
 from msgd_jax.noise import MNoise
 from msgd_jax.sharding import check_key_agrees
 
@@ -41,14 +41,14 @@ class TrainState(NamedTuple):
     Attributes:
         params: the parameters, any pytree of floating-point arrays.
         opt_state: the state of the optimizer.
-        aux: mutable statistics (batch norm's running ones, say); () where there are none.
+        model_state: mutable statistics (batch norm's running ones, say); () where there are none.
         key: the PRNG key of the run, the same at every step.
         step: steps made so far.
     """
 
     params: Params
     opt_state: OptState
-    aux: Statistics
+    model_state: ModelState
     key: Key[Array, ""]
     step: Int[Array, ""]
 
@@ -74,7 +74,7 @@ def init(
     params: Params,
     optimizer: optax.GradientTransformation,
     key: Key[Array, ""],
-    aux: Statistics = (),
+    model_state: ModelState = (),
 ) -> TrainState:
     """The state before the first step.
 
@@ -87,7 +87,7 @@ def init(
           ``optax.LookaheadParams.init_synced(params)``.
         optimizer: an optax transformation.
         key: a typed PRNG key.
-        aux: mutable statistics of the model, if it has any.
+        model_state: mutable statistics of the model, if it has any.
 
     Raises:
         TypeError: if a parameter is not floating point, `optimizer` is not an optax transformation,
@@ -99,9 +99,9 @@ def init(
     _validate.floating_params(params)
     _validate.optimizer("optimizer", optimizer)
     check_key_agrees("key", key)
-    params, aux = _own("params", params), _own("aux", aux)
+    params, model_state = _own("params", params), _own("model_state", model_state)
     opt_state = _own("optimizer.init(params)", optimizer.init(params))
-    return TrainState(params, opt_state, aux, _own("key", key), jnp.zeros((), jnp.int32))
+    return TrainState(params, opt_state, model_state, _own("key", key), jnp.zeros((), jnp.int32))
 
 
 def _own(name: str, tree: PyTree) -> PyTree:
@@ -125,7 +125,7 @@ def make_step(
     law: MNoise,
     *,
     microbatch_size: PositiveInt | None = None,
-    has_aux: bool = False,
+    has_state: bool = False,
     sharding: NamedSharding | None = None,
 ) -> Callable[[TrainState, Data], tuple[TrainState, StepMetrics]]:
     """One step of M-SGD (Eq. 6) under any optimizer, as a pure function of state and data.
@@ -135,11 +135,11 @@ def make_step(
         optimizer: an optax transformation of the noisy gradient. Those that take more get it, all
           of the same step and so of the same weights W: ``value=`` and ``grad=``; ``value_fn=`` for
           line searches and L-BFGS (``obj_fn=`` for Sophia), L(params) . W at any parameters;
-          ``grad_fn=`` for SAM, its gradient; ``data=`` and, without `has_aux`, ``loss_vector_fn=``.
-          With `has_aux` the functions leave the statistics as they were before the step.
+          ``grad_fn=`` for SAM, its gradient; ``data=``, without `has_state` ``loss_vector_fn=``.
+          With `has_state` the functions leave the statistics as they were before the step.
         law: the law of the weights; its num_examples must be the leading axis of the data.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
-        has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
+        has_state: whether `loss_vector_fn` takes and returns mutable statistics.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
 
     Returns:
@@ -163,19 +163,19 @@ def make_step(
     """
     microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
     value_and_grad = loss_lib.noisy_value_and_grad(
-        loss_vector_fn, law, microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding
+        loss_vector_fn, law, microbatch_size=microbatch_size, has_state=has_state, sharding=sharding
     )
-    problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
-    return step_of(value_and_grad, optimizer, has_aux, problem)
+    problem = {} if has_state else {"loss_vector_fn": loss_vector_fn}
+    return step_of(value_and_grad, optimizer, has_state, problem)
 
 
 def step_of(
     value_and_grad: Callable[..., tuple[Any, Any]],
     optimizer: optax.GradientTransformation,
-    has_aux: bool,
+    has_state: bool,
     problem: dict[str, Any],
 ) -> Callable[[TrainState, Data], tuple[TrainState, StepMetrics]]:
-    """A step along ``value_and_grad(params, data, key, step, aux)``, of `loss`'s kind.
+    """A step along ``value_and_grad(params, data, key, step, model_state)``, of `loss`'s kind.
 
     `problem` is passed on to optimizers that take more than the gradient.
     """
@@ -185,22 +185,22 @@ def step_of(
         key = _optimizers.repeated(state.key)
 
         def at(params: Params) -> tuple[PyTree, Gradients]:
-            return value_and_grad(params, data, key(), state.step, state.aux)
+            return value_and_grad(params, data, key(), state.step, state.model_state)
 
-        def at_fixed_aux(params: Params) -> tuple[Float[Array, ""], Gradients]:
+        def at_fixed_state(params: Params) -> tuple[Float[Array, ""], Gradients]:
             value, grads = at(params)
-            return (value[0] if has_aux else value), grads
+            return (value[0] if has_state else value), grads
 
         value, grads = at(_moving(state.params))
-        value, aux = value if has_aux else (value, state.aux)
-        offers = _optimizers.offers(at_fixed_aux, value, grads)
+        value, model_state = value if has_state else (value, state.model_state)
+        offers = _optimizers.offers(at_fixed_state, value, grads)
         updates, opt_state = update(
             grads, state.opt_state, state.params, **offers, **problem, data=data
         )
         params = optax.apply_updates(state.params, updates)
         metrics = StepMetrics(loss=value, gradient_norm=_dtypes.norm(grads))
-        params, opt_state, aux = jax.tree.map(_strong, (params, opt_state, aux))
-        return TrainState(params, opt_state, aux, state.key, state.step + 1), metrics
+        params, opt_state, model_state = jax.tree.map(_strong, (params, opt_state, model_state))
+        return TrainState(params, opt_state, model_state, state.key, state.step + 1), metrics
 
     return step
 

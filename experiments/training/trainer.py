@@ -127,7 +127,7 @@ def make_trainer(
         seeds = jnp.arange(config.seed, config.seed + config.seeds)
         keys = jax.vmap(jax.random.key)(seeds)
         params = functions.init_params(jax.vmap(lambda k: derive(k, Stream.PARAMETERS))(keys))
-        state = jax.vmap(lambda p, key: train.init(p, optimizer(key), key, aux=stats))(params, keys)
+        state = jax.vmap(lambda p, key: train.init(p, optimizer(key), key, stats))(params, keys)
         if over is None:
             return state
         everywhere = NamedSharding(over.mesh, PartitionSpec())
@@ -136,7 +136,7 @@ def make_trainer(
     # A transformation keeps its key in the state: here any will do.
     plain_step = train.make_step(
         functions.losses, optimizer(jax.random.key(0)), law,
-        microbatch_size=config.microbatch_size, has_aux=has_stats, sharding=over,
+        microbatch_size=config.microbatch_size, has_state=has_stats, sharding=over,
     )  # fmt: skip
 
     def step(state: train.TrainState, examples: Data) -> tuple[train.TrainState, train.StepMetrics]:
@@ -161,11 +161,11 @@ def make_trainer(
     loop = train.make_loop(every_seed, max_steps=config.eval_every)
 
     def evaluate(state: train.TrainState, step: int, seconds: float) -> Evaluation:
-        params, aux = state.params, state.aux
+        params, stats = state.params, state.model_state
         if over is not None:  # the same everywhere: every process evaluates on a device of its own
-            params, aux = jax.device_get((params, aux))
-        train_loss, train_accuracy = functions.evaluate(params, aux, whole_train_set)
-        test_loss, test_accuracy = functions.evaluate(params, aux, test_set)
+            params, stats = jax.device_get((params, stats))
+        train_loss, train_accuracy = functions.evaluate(params, stats, whole_train_set)
+        test_loss, test_accuracy = functions.evaluate(params, stats, test_set)
         return Evaluation(
             step=step,
             train_loss=np.asarray(train_loss),

@@ -100,10 +100,10 @@ def sum_over_examples(
     _walker.check_length(size, length, sharding)
 
     def one_batch(
-        params: Params, batch: Batch, weights: Float[Array, " B"], aux: Any
+        params: Params, batch: Batch, weights: Float[Array, " B"], model_state: Any
     ) -> _walker.Terms:
         sums = of_batch(params, batch, weights)
-        return _walker.Terms((), jax.tree.map(wide, sums), aux)
+        return _walker.Terms((), jax.tree.map(wide, sums), model_state)
 
     def total(params: Params, data: Data) -> PyTree:
         def one_each() -> tuple[Array, None]:

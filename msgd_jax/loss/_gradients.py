@@ -15,10 +15,10 @@ from msgd_jax._typing import (
     Data,
     Gradients,
     LossVectorFn,
+    ModelState,
     Params,
     PositiveInt,
     PyTree,
-    Statistics,
     Step,
     ValueAndGradOfData,
 )
@@ -30,7 +30,7 @@ def weighted_value_and_grad(
     loss_vector_fn: LossVectorFn,
     *,
     microbatch_size: PositiveInt | None = None,
-    has_aux: bool = False,
+    has_state: bool = False,
     sharding: NamedSharding | None = None,
 ) -> ValueAndGradOfData:
     """The value and the gradient of ``loss_vector_fn(params, data) . weights``.
@@ -48,11 +48,11 @@ def weighted_value_and_grad(
     examples in one pass.
 
     With `microbatch_size`, `optax.microbatching` walks through the examples in order, in runs of
-    that many; memory for activations is that of one run, and without `has_aux` nothing else
+    that many; memory for activations is that of one run, and without `has_state` nothing else
     changes but the rounding. If it does not divide the number of examples, the last run is filled
     up with examples from the first, at weight 0.
 
-    With `has_aux`, mutable statistics are carried through the micro-batches: a micro-batch is a
+    With `has_state`, mutable statistics are carried through the micro-batches: a micro-batch is a
     ghost batch. Only here can losses depend on each other, within one ghost batch. The examples
     come in the order of the weights; `noisy_value_and_grad` and `train` draw an order for each
     step, so that dense laws have other ghost batches at each.
@@ -73,20 +73,20 @@ def weighted_value_and_grad(
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B]; with
-          `has_aux`, ``loss_vector_fn(params, batch, aux)`` returns ``(losses, aux)``.
+          `has_state`, ``loss_vector_fn(params, batch, state)`` returns ``(losses, state)``.
         microbatch_size: examples in one pass, on each device; None for all of them at once.
-        has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
+        has_state: whether `loss_vector_fn` takes and returns mutable statistics.
         sharding: how the examples are spread, ``NamedSharding(mesh, PartitionSpec("data"))`` for
           the axis "data" of a mesh; None if they are not.
 
     Returns:
-        ``f(params, data, weights) -> (value, grads)``, or with `has_aux`
-        ``f(params, data, weights, aux) -> ((value, aux), grads)``: `params` is a pytree of
-        floating-point arrays, `data` a pytree of arrays [N, ...], `weights` a `noise.Weights`,
-        `value` a scalar, and `grads` is like `params`. When traced, `f` raises TypeError or
-        ValueError if `params` are not floating point, the leading axes of `data` disagree or are
-        not the weights' num_examples, `loss_vector_fn` does not return [B] floating-point losses,
-        or `aux` comes back with another structure, shape or dtype.
+        ``f(params, data, weights) -> (value, grads)``, or with `has_state`
+        ``f(params, data, weights, model_state) -> ((value, model_state), grads)``: `params` is a
+        pytree of floating-point arrays, `data` a pytree of arrays [N, ...], `weights` a
+        `noise.Weights`, `value` a scalar, and `grads` is like `params`. When traced, `f` raises
+        TypeError or ValueError if `params` are not floating point, the leading axes of `data`
+        disagree or are not the weights' num_examples, `loss_vector_fn` does not return [B]
+        floating-point losses, or `model_state` comes back with another structure, shape or dtype.
 
     Raises:
         TypeError, ValueError: if `loss_vector_fn` is not a function, `microbatch_size` is not a
@@ -103,13 +103,15 @@ def weighted_value_and_grad(
     """
     microbatch_size = check_arguments(loss_vector_fn, microbatch_size, sharding)
 
-    value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_aux, sharding)
+    value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_state, sharding)
 
     def of_weights(
-        params: Params, data: Data, weights: Weights, aux: Statistics = None
+        params: Params, data: Data, weights: Weights, model_state: ModelState = None
     ) -> tuple[PyTree, Gradients]:
         leaves, made_of = jax.tree.flatten(weights)
-        return value_and_grad(params, data, lambda *x: jax.tree.unflatten(made_of, x), leaves, aux)
+        return value_and_grad(
+            params, data, lambda *x: jax.tree.unflatten(made_of, x), leaves, model_state
+        )
 
     return _programs.compiled_if(microbatch_size is not None or sharding is not None, of_weights)
 
@@ -119,14 +121,14 @@ def noisy_value_and_grad(
     law: MNoise,
     *,
     microbatch_size: PositiveInt | None = None,
-    has_aux: bool = False,
+    has_state: bool = False,
     sharding: NamedSharding | None = None,
 ) -> ValueAndGradOfData:
     """`weighted_value_and_grad` at the weights that a law draws for one step (Algorithm 1).
 
-    With `has_aux` and `microbatch_size`, the examples of a step go through the micro-batches in an
-    order that is drawn for (key, step), on each device those that it holds: which examples share a
-    ghost batch changes from step to step, for dense laws as for sparse ones.
+    With `has_state` and `microbatch_size`, the examples of a step go through the micro-batches in
+    an order that is drawn for (key, step), on each device those that it holds: which examples share
+    a ghost batch changes from step to step, for dense laws as for sparse ones.
 
     Where examples are spread over devices, each draws its own part of the weights: what
     ``law.sample(key, step)`` says there, bit for bit.
@@ -135,13 +137,13 @@ def noisy_value_and_grad(
         loss_vector_fn: as in `weighted_value_and_grad`.
         law: the law of the weights; its num_examples must be the leading axis of the data.
         microbatch_size: as in `weighted_value_and_grad`.
-        has_aux: as in `weighted_value_and_grad`.
+        has_state: as in `weighted_value_and_grad`.
         sharding: as in `weighted_value_and_grad`.
 
     Returns:
-        ``f(params, data, key, step) -> (value, grads)``, or with `has_aux`
-        ``f(params, data, key, step, aux) -> ((value, aux), grads)``; raises as that of
-        `weighted_value_and_grad`.
+        ``f(params, data, key, step) -> (value, grads)``, or with `has_state`
+        ``f(params, data, key, step, model_state) -> ((value, model_state), grads)``; raises as that
+        of `weighted_value_and_grad`.
 
     Raises:
         TypeError, ValueError: if `loss_vector_fn` is not a function, `microbatch_size` is not a
@@ -151,7 +153,7 @@ def noisy_value_and_grad(
         loss_vector_fn,
         _laws.drawable("law", law).sample,
         microbatch_size=microbatch_size,
-        has_aux=has_aux,
+        has_state=has_state,
         sharding=sharding,
     )
 
@@ -161,31 +163,31 @@ def drawn_value_and_grad(
     draw: Callable[[Key[Array, ""], Int[Array, ""]], Weights],
     *,
     microbatch_size: PositiveInt | None,
-    has_aux: bool,
+    has_state: bool,
     sharding: NamedSharding | None,
 ) -> ValueAndGradOfData:
     """`noisy_value_and_grad` at the weights ``draw(key, step)``."""
     microbatch_size = check_arguments(loss_vector_fn, microbatch_size, sharding)
-    value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_aux, sharding)
+    value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_state, sharding)
 
     def of_step(
         params: Params,
         data: Data,
         key: Key[Array, ""],
         step: Int[Array, ""],
-        aux: Statistics = None,
+        model_state: ModelState = None,
     ) -> tuple[PyTree, Gradients]:
         # Losses of one ghost batch depend on each other: which examples share one is random.
-        order = derive(key, Stream.ORDER, step) if has_aux else None
-        return value_and_grad(params, data, draw, (key, step), aux, order)
+        order = derive(key, Stream.ORDER, step) if has_state else None
+        return value_and_grad(params, data, draw, (key, step), model_state, order)
 
     compiled = _programs.compiled_if(microbatch_size is not None or sharding is not None, of_step)
 
     def of_checked_step(
-        params: Params, data: Data, key: Key[Array, ""], step: Step, aux: Statistics = None
+        params: Params, data: Data, key: Key[Array, ""], step: Step, model_state: ModelState = None
     ) -> tuple[PyTree, Gradients]:
         _validate.prng_key("key", key)
-        return compiled(params, data, key, _validate.step(step), aux)
+        return compiled(params, data, key, _validate.step(step), model_state)
 
     return of_checked_step
 
@@ -238,7 +240,7 @@ def weighted_values_and_grads(
     draws_per_pass = _validate.positive_int("draws_per_pass", draws_per_pass)
 
     def one_batch(
-        params: Params, batch: Batch, values: Float[Array, "batch draws"], aux: Statistics
+        params: Params, batch: Batch, values: Float[Array, "batch draws"], model_state: ModelState
     ) -> _walker.Terms:
         def losses_of(params: Params) -> Float[Array, " batch"]:
             losses = loss_vector_fn(params, batch)
@@ -258,7 +260,7 @@ def weighted_values_and_grads(
         # One draw at a time is a plain scan, without a `vmap` over one inside.
         at_once = None if draws_per_pass == 1 else draws_per_pass
         totals, grads = jax.lax.map(one_draw, values.T, batch_size=at_once)
-        return _walker.Terms(totals, grads, aux)
+        return _walker.Terms(totals, grads, model_state)
 
     total = _walker.sums(one_batch, microbatch_size, sharding)
 
@@ -283,35 +285,35 @@ def weighted_values_and_grads(
 def _of_drawn(
     loss_vector_fn: LossVectorFn,
     microbatch_size: int | None,
-    has_aux: bool,
+    has_state: bool,
     sharding: NamedSharding | None,
 ) -> ValueAndGradOfData:
-    """``f(params, data, draw, args, aux)``: value and gradient at the weights ``draw(*args)``."""
+    """``f(params, data, draw, args, model_state)``: at the weights ``draw(*args)``."""
 
     def one_batch(
-        params: Params, batch: Batch, values: Float[Array, " batch"], aux: Statistics
+        params: Params, batch: Batch, values: Float[Array, " batch"], model_state: ModelState
     ) -> _walker.Terms:
-        def losses_of(params: Params) -> tuple[Float[Array, " batch"], Statistics]:
-            if has_aux:
-                losses, new_aux = loss_vector_fn(params, batch, aux)
-                _validate.same_kind("loss_vector_fn", "aux", aux, new_aux)
+        def losses_of(params: Params) -> tuple[Float[Array, " batch"], ModelState]:
+            if has_state:
+                losses, new_state = loss_vector_fn(params, batch, model_state)
+                _validate.same_kind("loss_vector_fn", "model_state", model_state, new_state)
             else:
-                losses, new_aux = loss_vector_fn(params, batch), aux
+                losses, new_state = loss_vector_fn(params, batch), model_state
             _validate.loss_vector(losses, values.shape[0])
-            return losses, new_aux
+            return losses, new_state
 
         wide_losses_of, narrow = _narrow.wide_sums(losses_of, params)
         scale = _narrow.scale(values) if narrow else None
 
-        def weighted_loss(params: Params) -> tuple[Float[Array, ""], Statistics]:
-            losses, new_aux = wide_losses_of(params)
+        def weighted_loss(params: Params) -> tuple[Float[Array, ""], ModelState]:
+            losses, new_state = wide_losses_of(params)
             dtype = _dtypes.accumulator(losses.dtype, values.dtype)
             weights = _narrow.scaled(values.astype(dtype), scale)
-            return jnp.sum(losses.astype(dtype) * weights), new_aux
+            return jnp.sum(losses.astype(dtype) * weights), new_state
 
-        (value, new_aux), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
+        (value, new_state), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
         value, grads = _narrow.unscaled((value, grads), scale)
-        return _walker.Terms(value, grads, new_aux)
+        return _walker.Terms(value, grads, new_state)
 
     total = _walker.sums(one_batch, microbatch_size, sharding)
 
@@ -320,7 +322,7 @@ def _of_drawn(
         data: Data,
         draw: Callable[..., Weights],
         args: Sequence[Any],
-        aux: Statistics,
+        model_state: ModelState,
         order: _walker.Order = None,
     ) -> tuple[PyTree, Gradients]:
         _validate.floating_params(params)
@@ -333,9 +335,9 @@ def _of_drawn(
             return jnp.asarray(weights.values), indices
 
         examples = _walker.weighted_examples(data, checked, tuple(args), sharding)
-        (value, grads), aux = total(params, examples, aux, order)
+        (value, grads), model_state = total(params, examples, model_state, order)
         grads = _like(params, grads)
-        return ((value, aux), grads) if has_aux else (value, grads)
+        return ((value, model_state), grads) if has_state else (value, grads)
 
     return value_and_grad
 

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from msgd_jax import _dtypes, _mesh, _validate
-from msgd_jax._typing import Batch, Data, Params, PyTree, Statistics
+from msgd_jax._typing import Batch, Data, ModelState, Params, PyTree
 from msgd_jax.noise import Weights, permute
 
 Order = Key[Array, ""] | None
@@ -33,7 +33,7 @@ class Terms(NamedTuple):
 
     value: PyTree
     grads: PyTree
-    aux: Statistics
+    model_state: ModelState
 
 
 class WeightedExamples(NamedTuple):
@@ -74,23 +74,23 @@ def weighted_examples(
 def sums(
     one_batch: Callable[..., Terms], microbatch_size: int | None, sharding: NamedSharding | None
 ) -> Callable[
-    [Params, WeightedExamples, Statistics, Order], tuple[tuple[PyTree, PyTree], Statistics]
+    [Params, WeightedExamples, ModelState, Order], tuple[tuple[PyTree, PyTree], ModelState]
 ]:
-    """The sum of ``one_batch(params, batch, weights, aux)`` over all examples."""
+    """The sum of ``one_batch(params, batch, weights, model_state)`` over all examples."""
 
     def terms_of(
-        params: Params, examples: WeightedExamples, aux: Statistics, order: Order
-    ) -> tuple[tuple[PyTree, PyTree], Statistics]:
+        params: Params, examples: WeightedExamples, model_state: ModelState, order: Order
+    ) -> tuple[tuple[PyTree, PyTree], ModelState]:
         support = examples.values.shape[0]
         if microbatch_size is None or microbatch_size >= support:
             batch = take(examples.data, examples.indices)
-            terms = one_batch(params, batch, examples.values, aux)
+            terms = one_batch(params, batch, examples.values, model_state)
         else:
             indices, values = _in_order(examples, order, sharding)
             terms = _accumulate(
-                one_batch, params, examples.data, indices, values, aux, microbatch_size
+                one_batch, params, examples.data, indices, values, model_state, microbatch_size
             )
-        return (terms.value, terms.grads), terms.aux
+        return (terms.value, terms.grads), terms.model_state
 
     return _mesh.summed(terms_of, sharding)
 
@@ -142,7 +142,7 @@ def _accumulate(
     data: Data,
     indices: Int[Array, " support"],
     values: Float[Array, "support *draws"],
-    aux: Statistics,
+    model_state: ModelState,
     microbatch_size: int,
 ) -> Terms:
     """Sums `one_batch` over micro-batches in order, the statistics threaded through."""
@@ -156,24 +156,24 @@ def _accumulate(
 
     def add(terms: Any, run: PyTree, _: Any) -> Terms:
         positions, values = run
-        new = one_batch(params, take(data, positions), values, terms.aux)
+        new = one_batch(params, take(data, positions), values, terms.model_state)
         value, grads = jax.tree.map(
             lambda total, term: total + term.astype(total.dtype),
             (terms.value, terms.grads),
             (new.value, new.grads),
         )
-        return Terms(value, grads, new.aux)
+        return Terms(value, grads, new.model_state)
 
     def zero(run: PyTree) -> Terms:
         def first_terms(positions: Array, values: Array) -> Terms:
-            return one_batch(params, take(data, positions), values, aux)
+            return one_batch(params, take(data, positions), values, model_state)
 
         # Totals are float32 or wider, whatever the micro-batches give.
         shapes = jax.eval_shape(first_terms, *run)
         value, grads = jax.tree.map(
             lambda x: jnp.zeros(x.shape, _dtypes.accumulator(x.dtype)), (shapes.value, shapes.grads)
         )
-        return Terms(value, grads, aux)
+        return Terms(value, grads, model_state)
 
     accumulator = optax.microbatching.Accumulator(
         init=zero, update=add, finalize=lambda terms: terms, aggregate=lambda terms: terms
