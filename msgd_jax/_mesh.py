@@ -70,6 +70,10 @@ def fill(values: Shaped[Array, "size *rest"], missing: int) -> Shaped[Array, "fi
     """Repeats the last example: a real one, at which every loss is as finite as elsewhere."""
     if missing == 0:
         return values
+    if jnp.issubdtype(values.dtype, jax.dtypes.prng_key):
+        # As words: the caller's keys stay unused, for jax's checker of keys.
+        words = fill(jax.random.key_data(jax.random.clone(values)), missing)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(values))
     return jnp.concatenate([values, jnp.broadcast_to(values[-1:], (missing, *values.shape[1:]))])
 
 
@@ -95,35 +99,36 @@ def spread(function: Callable[..., Any], sharding: NamedSharding | None) -> Call
 
 
 def summed(
-    terms_of: Callable[..., tuple[PyTree, ModelState]], sharding: NamedSharding | None
-) -> Callable[..., tuple[PyTree, ModelState]]:
-    """Adds up ``terms_of(params, examples, model_state, order)`` over the devices.
+    terms_of: Callable[..., tuple[PyTree, ModelState, PyTree]], sharding: NamedSharding | None
+) -> Callable[..., tuple[PyTree, ModelState, PyTree]]:
+    """Adds up ``terms_of(params, examples, model_state, keys)`` over the devices.
 
-    Parameters come whole along the mesh axes of the examples, and stay as they are along the
-    others. The sum of the terms, in float32 or wider, is the one reduction; statistics are averaged
-    with it.
+    That is ``(terms, model_state, arrays)``. Parameters come whole along the mesh axes of the
+    examples, and stay as they are along the others. The sum of the terms, in float32 or wider, is
+    the one reduction; statistics are averaged with it. The arrays stay on their devices, an axis of
+    devices in front.
     """
     if sharding is None:
         return terms_of
     names = axes(sharding)
 
     def of_part(
-        params: Params, examples: PyTree, model_state: ModelState, order: Any
-    ) -> tuple[PyTree, ModelState]:
-        terms, model_state = terms_of(params, examples, model_state, order)
+        params: Params, examples: PyTree, model_state: ModelState, keys: Any
+    ) -> tuple[PyTree, ModelState, PyTree]:
+        terms, model_state, arrays = terms_of(params, examples, model_state, keys)
         terms = jax.tree.map(lambda x: x.astype(_dtypes.accumulator(x.dtype)), terms)
-        return jax.lax.psum(terms, names), jax.tree.map(
-            functools.partial(_agreed, names), model_state
-        )
+        model_state = jax.tree.map(functools.partial(_agreed, names), model_state)
+        return jax.lax.psum(terms, names), model_state, jax.tree.map(lambda x: x[None], arrays)
 
     everywhere, parts = PartitionSpec(), PartitionSpec(sharding.spec[0])
-    on_parts = _on_parts(of_part, sharding, (everywhere, parts, everywhere, everywhere), everywhere)
+    places = (everywhere, parts, everywhere, everywhere)
+    on_parts = _on_parts(of_part, sharding, places, (everywhere, everywhere, parts))
 
     def total(
-        params: Params, examples: PyTree, model_state: ModelState, order: Any
-    ) -> tuple[PyTree, ModelState]:
+        params: Params, examples: PyTree, model_state: ModelState, keys: Any
+    ) -> tuple[PyTree, ModelState, PyTree]:
         params, model_state = _whole(sharding, (params, model_state))
-        return on_parts(params, examples, model_state, order)
+        return on_parts(params, examples, model_state, keys)
 
     return jax.jit(total)
 
@@ -177,6 +182,15 @@ def like(leaf: Any, value: Array) -> Array:
     if layout.mesh.empty or AxisType.Explicit not in layout.mesh.axis_types:
         return value
     return jax.sharding.reshard(value, layout)
+
+
+def zeros(size: int, like: jax.ShapeDtypeStruct) -> Shaped[Array, "size *shape"]:
+    """Room for so many arrays of a kind, in their layout where that is part of their type."""
+    shape, layout = (size, *like.shape), getattr(like, "sharding", None)
+    if layout is None or AxisType.Explicit not in layout.mesh.axis_types:
+        return jnp.zeros(shape, like.dtype)
+    layout = NamedSharding(layout.mesh, PartitionSpec(None, *layout.spec))
+    return jax.sharding.reshard(jnp.zeros(shape, like.dtype), layout)
 
 
 def _whole(sharding: NamedSharding, tree: PyTree) -> PyTree:

@@ -21,6 +21,7 @@ from optax.experimental import aggregating
 
 from msgd_jax import _dtypes, _laws, _mesh, _optimizers, _validate
 from msgd_jax import loss as loss_lib
+from msgd_jax._streams import repeated
 from msgd_jax._typing import (
     Data,
     DType,
@@ -375,7 +376,7 @@ def _noisy_gradient(
         else:
             value_and_grad = made(loss_vector_fn, (params, data, state))
 
-        key = _optimizers.repeated(state.key)
+        key = repeated(state.key)
 
         def at(params: Params) -> tuple[Float[Array, ""], Gradients]:
             return value_and_grad(params, data, key(), state.step)
