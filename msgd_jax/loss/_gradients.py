@@ -106,6 +106,7 @@ def weighted_value_and_grad(
             axis alone.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from msgd_jax import loss, noise
         >>> losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
         >>> x = jnp.asarray([0.0, 1.0, 3.0, 4.0])
