@@ -1,4 +1,4 @@
-"""Losses with keys of their own: the covariance with dropout, the same keys wherever and whenever."""
+"""Losses with keys: the covariance with dropout, the same keys wherever and whenever."""
 
 import itertools
 
