@@ -67,13 +67,17 @@ def per_example(
         return (losses, _outputs.Outputs(averaged=aux)) if has_aux else losses
 
     # Two functions, so that their signatures say what they take.
-    def with_keys(params: Params, batch: Batch, keys: Key[Array, " B"]) -> Any:
-        return of_batch(params, batch, keys)
+    if has_keys:
 
-    def without_keys(params: Params, batch: Batch) -> Any:
+        def loss_vector_fn_of_keys(params: Params, batch: Batch, keys: Key[Array, " B"]) -> Any:
+            return of_batch(params, batch, keys)
+
+        return loss_vector_fn_of_keys
+
+    def loss_vector_fn(params: Params, batch: Batch) -> Any:
         return of_batch(params, batch)
 
-    return with_keys if has_keys else without_keys
+    return loss_vector_fn
 
 
 def sum_over_examples(

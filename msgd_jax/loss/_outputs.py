@@ -31,8 +31,8 @@ class Outputs(NamedTuple):
         stacked: a pytree of arrays of numbers, of any shapes [...]. What comes back is one per
             micro-batch, [M, ...] in the order in which the micro-batches are visited, with M = 1
             where there are none. Examples spread over D devices have [D, M, ...], each device's
-            own, on that device. Of per-example arrays the last micro-batch also holds the
-            examples that fill it up.
+            own, on that device. Of per-example arrays these also hold the examples that only fill
+            up the last micro-batch or the devices.
     """
 
     averaged: PyTree = ()

@@ -52,7 +52,7 @@ def test_a_loop_reports_outputs_and_what_the_user_adds(settings):
         return {
             "weights": of.weights,
             "moved": of.updates,
-            "norm": optax.global_norm(of.gradient),
+            "norm": optax.tree.norm(of.gradient),
             "theta": of.params,
             "step": of.step,
         }
