@@ -128,7 +128,7 @@ def _first_order(row: Row) -> Any:
         return params * jnp.ones(positions.shape), (count + positions.size, order)
 
     walk = loss.noisy_value_and_grad(
-        note, law(row), microbatch_size=row.microbatch_size, has_aux=True
+        note, law(row), microbatch_size=row.microbatch_size, has_state=True
     )
     positions = jnp.arange(row.num_examples, dtype=jnp.int32)
     seen = (jnp.int32(0), jnp.zeros_like(positions))
@@ -156,12 +156,12 @@ def step(row: Row, microbatch_size: int | None) -> train.StepFn:
         optax.sgd(LEARNING_RATE),
         law(row),
         microbatch_size=microbatch_size,
-        has_aux=row.normalises,
+        has_state=row.normalises,
     )
 
 
 def start(row: Row, params: Any) -> train.TrainState:
     """The state before the first step."""
     params = jax.tree.map(jnp.asarray, params)
-    aux = model(row).init_stats() if row.normalises else ()
-    return train.init(params, optax.sgd(LEARNING_RATE), key(), aux=aux)
+    model_state = model(row).init_stats() if row.normalises else ()
+    return train.init(params, optax.sgd(LEARNING_RATE), key(), model_state=model_state)

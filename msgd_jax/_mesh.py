@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from msgd_jax import _dtypes, _validate
-from msgd_jax._typing import Data, Params, PyTree, Statistics
+from msgd_jax._typing import Data, ModelState, Params, PyTree
 
 
 def check(name: str, sharding: Any) -> NamedSharding | None:
@@ -70,6 +70,10 @@ def fill(values: Shaped[Array, "size *rest"], missing: int) -> Shaped[Array, "fi
     """Repeats the last example: a real one, at which every loss is as finite as elsewhere."""
     if missing == 0:
         return values
+    if jnp.issubdtype(values.dtype, jax.dtypes.prng_key):
+        # As words: the caller's keys stay unused, for jax's checker of keys.
+        words = fill(jax.random.key_data(jax.random.clone(values)), missing)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(values))
     return jnp.concatenate([values, jnp.broadcast_to(values[-1:], (missing, *values.shape[1:]))])
 
 
@@ -95,33 +99,36 @@ def spread(function: Callable[..., Any], sharding: NamedSharding | None) -> Call
 
 
 def summed(
-    terms_of: Callable[..., tuple[PyTree, Statistics]], sharding: NamedSharding | None
-) -> Callable[..., tuple[PyTree, Statistics]]:
-    """Adds up ``terms_of(params, examples, aux, order) -> (terms, aux)`` over the devices.
+    terms_of: Callable[..., tuple[PyTree, ModelState, PyTree]], sharding: NamedSharding | None
+) -> Callable[..., tuple[PyTree, ModelState, PyTree]]:
+    """Adds up ``terms_of(params, examples, model_state, keys)`` over the devices.
 
-    Parameters come whole along the mesh axes of the examples, and stay as they are along the
-    others. The sum of the terms, in float32 or wider, is the one reduction; statistics are averaged
-    with it.
+    That is ``(terms, model_state, arrays)``. Parameters come whole along the mesh axes of the
+    examples, and stay as they are along the others. The sum of the terms, in float32 or wider, is
+    the one reduction; statistics are averaged with it. The arrays stay on their devices, an axis of
+    devices in front.
     """
     if sharding is None:
         return terms_of
     names = axes(sharding)
 
     def of_part(
-        params: Params, examples: PyTree, aux: Statistics, order: Any
-    ) -> tuple[PyTree, Statistics]:
-        terms, aux = terms_of(params, examples, aux, order)
+        params: Params, examples: PyTree, model_state: ModelState, keys: Any
+    ) -> tuple[PyTree, ModelState, PyTree]:
+        terms, model_state, arrays = terms_of(params, examples, model_state, keys)
         terms = jax.tree.map(lambda x: x.astype(_dtypes.accumulator(x.dtype)), terms)
-        return jax.lax.psum(terms, names), jax.tree.map(functools.partial(_agreed, names), aux)
+        model_state = jax.tree.map(functools.partial(_agreed, names), model_state)
+        return jax.lax.psum(terms, names), model_state, jax.tree.map(lambda x: x[None], arrays)
 
     everywhere, parts = PartitionSpec(), PartitionSpec(sharding.spec[0])
-    on_parts = _on_parts(of_part, sharding, (everywhere, parts, everywhere, everywhere), everywhere)
+    places = (everywhere, parts, everywhere, everywhere)
+    on_parts = _on_parts(of_part, sharding, places, (everywhere, everywhere, parts))
 
     def total(
-        params: Params, examples: PyTree, aux: Statistics, order: Any
-    ) -> tuple[PyTree, Statistics]:
-        params, aux = _whole(sharding, (params, aux))
-        return on_parts(params, examples, aux, order)
+        params: Params, examples: PyTree, model_state: ModelState, keys: Any
+    ) -> tuple[PyTree, ModelState, PyTree]:
+        params, model_state = _whole(sharding, (params, model_state))
+        return on_parts(params, examples, model_state, keys)
 
     return jax.jit(total)
 
@@ -177,6 +184,15 @@ def like(leaf: Any, value: Array) -> Array:
     return jax.sharding.reshard(value, layout)
 
 
+def zeros(size: int, like: jax.ShapeDtypeStruct) -> Shaped[Array, "size *shape"]:
+    """Room for so many arrays of a kind, in their layout where that is part of their type."""
+    shape, layout = (size, *like.shape), getattr(like, "sharding", None)
+    if layout is None or AxisType.Explicit not in layout.mesh.axis_types:
+        return jnp.zeros(shape, like.dtype)
+    layout = NamedSharding(layout.mesh, PartitionSpec(None, *layout.spec))
+    return jax.sharding.reshard(jnp.zeros(shape, like.dtype), layout)
+
+
 def _whole(sharding: NamedSharding, tree: PyTree) -> PyTree:
     """Gathers what is spread over the axes of the examples, where layouts are part of types.
 
@@ -205,5 +221,7 @@ def _agreed(names: tuple[str, ...], leaf: Array) -> Array:
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
         return jax.lax.pmean(leaf, names)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        raise TypeError("aux must be numbers when examples are spread over devices, got PRNG keys.")
+        raise TypeError(
+            "model_state must be numbers when examples are spread over devices, got PRNG keys."
+        )
     return jax.lax.pmax(leaf, names)

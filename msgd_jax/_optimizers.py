@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 from jax.tree_util import KeyPath
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from msgd_jax import _dtypes, _validate
 from msgd_jax._typing import (
@@ -73,12 +73,6 @@ def offers(
         "obj_fn": value_fn,
         "grad_fn": grad_fn,
     }
-
-
-def repeated(key: Key[Array, ""]) -> Callable[[], Key[Array, ""]]:
-    """The same key as often as it is asked for: also in loops, where keys may be used once only."""
-    words, implementation = jax.random.key_data(jax.random.clone(key)), jax.random.key_impl(key)
-    return lambda: jax.random.wrap_key_data(words, impl=implementation)
 
 
 def _differentiable(value_and_grad: ValueAndGrad) -> Callable[..., Float[Array, ""]]:
@@ -191,14 +185,14 @@ def unmasked(loss_vector_fn: LossVectorFn, full_params: Params) -> LossVectorFn:
             "loss needs all of them: call update(..., full_params=params)."
         )
 
-    def of_visible(visible: Params, batch: Batch) -> Array:
+    def of_visible(visible: Params, batch: Batch, *rest: Any) -> Any:
         merged = jax.tree.map(
             lambda leaf, full: full if _is_masked(leaf) else leaf,
             visible,
             full_params,
             is_leaf=_is_masked,
         )
-        return loss_vector_fn(merged, batch)
+        return loss_vector_fn(merged, batch, *rest)
 
     return of_visible
 

@@ -18,8 +18,8 @@ def compiled_if(condition: bool, function: Callable[..., Any]) -> Callable[..., 
     compiled = jax.jit(function)
 
     @functools.wraps(function)
-    def either(*args: Any) -> Any:
-        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
-        return function(*args) if traced else compiled(*args)
+    def either(*args: Any, **named: Any) -> Any:
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, named)))
+        return (function if traced else compiled)(*args, **named)
 
     return either

@@ -8,12 +8,13 @@ two draws) concerns nobody else.
 """
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 # The high word of the counter. What jax makes of a key itself has a small number there.
 _TAG = int.from_bytes(b"msgd")
@@ -31,6 +32,7 @@ class Stream(enum.IntEnum):
     MULTIPLIERS = 6  # the vectors v of a local complexity
     COMPLEXITY_DATA = 7  # the examples of a local complexity, where they are random
     ASCENTS = 8  # where the ascents of a local complexity start
+    LOSSES = 9  # what the losses of a step draw themselves: dropout, augmentation, label noise
     # Of the experiments.
     PARAMETERS = 100  # before the first step
     EXAMPLES = 101  # which of a data set a run is trained on
@@ -57,6 +59,17 @@ def derive(key: Key[Array, ""], stream: Stream, *counters: Any) -> Key[Array, ""
     for counter in counters:
         own = jax.random.fold_in(own, counter)
     return own
+
+
+def of_examples(key: Key[Array, ""], examples: Int[Array, " B"]) -> Key[Array, " B"]:
+    """One key per example, a function of the key and of the example's number alone."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, examples)
+
+
+def repeated(key: Key[Array, ""]) -> Callable[[], Key[Array, ""]]:
+    """The same key as often as it is asked for: also in loops, where keys may be used once only."""
+    words, implementation = jax.random.key_data(jax.random.clone(key)), jax.random.key_impl(key)
+    return lambda: jax.random.wrap_key_data(words, impl=implementation)
 
 
 def signs(key: Key[Array, ""], size: int, dtype: jnp.dtype) -> Float[Array, " {size}"]:

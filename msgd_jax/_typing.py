@@ -31,7 +31,7 @@ Batch: TypeAlias = Any
 Example: TypeAlias = Any
 """One example: the data without their leading axis."""
 
-Statistics: TypeAlias = Any
+ModelState: TypeAlias = Any
 """Mutable statistics of a model, such as the running means of batch norm: a pytree of arrays."""
 
 OptState: TypeAlias = Any
@@ -53,11 +53,11 @@ Step: TypeAlias = int | np.integer[Any] | Integer[Array, ""] | Integer[np.ndarra
 """A step: an integer of any type from 0 to 2^31 - 1, or a traced one."""
 
 LossVectorFn: TypeAlias = Callable[..., Any]
-"""``loss_vector_fn(params, batch) -> losses [B]``, or with mutable statistics
-``loss_vector_fn(params, batch, statistics) -> (losses [B], new statistics)``."""
+"""``loss_vector_fn(params, batch) -> losses [B]``; with mutable statistics, keys and extra outputs
+``loss_vector_fn(params, batch[, state][, keys]) -> (losses [B][, state][, aux])``."""
 
 ValueAndGrad: TypeAlias = Callable[[Params], tuple[Float[Array, ""], Gradients]]
 """``f(params) -> (value, gradient)``."""
 
 ValueAndGradOfData: TypeAlias = Callable[..., tuple[Any, Gradients]]
-"""``f(params, data, ...) -> (value, gradient)``; the value is a pair where there are statistics."""
+"""``f(params, data, ...) -> (value, gradient)``; the value in a tuple with state and outputs."""

@@ -22,9 +22,9 @@ from jaxtyping import Array, Int, Key
 
 from msgd_jax import _laws, _mesh, _validate
 from msgd_jax import loss as loss_lib
-from msgd_jax._typing import Batch, Data, Example, PositiveInt
-from msgd_jax.noise import MNoise, Weights
-from msgd_jax.train import StepMetrics, TrainState, step_of
+from msgd_jax._typing import Batch, Data, Example, PositiveInt, PyTree
+from msgd_jax.noise import MNoise
+from msgd_jax.train import StepDetails, StepMetrics, TrainState, step_of
 
 __all__ = ["ArraySource", "BatchSource", "Source", "make_loop"]
 
@@ -91,8 +91,11 @@ def make_loop(
     source: Source,
     *,
     microbatch_size: PositiveInt | None = None,
+    has_state: bool = False,
     has_aux: bool = False,
+    has_keys: bool = False,
     sharding: NamedSharding | None = None,
+    metrics_fn: Callable[[StepDetails], PyTree] | None = None,
     prefetch: PositiveInt = 4,
     num_threads: PositiveInt = 4,
 ) -> Callable[[TrainState, PositiveInt], tuple[TrainState, StepMetrics]]:
@@ -111,8 +114,11 @@ def make_loop(
         law: a law whose draws list the examples that they use, so not a dense one.
         source: the examples; see `Source`.
         microbatch_size: as in `train.make_step`.
+        has_state: as in `train.make_step`.
         has_aux: as in `train.make_step`.
+        has_keys: as in `train.make_step`; an example's key is that of its number in the source.
         sharding: as in `train.make_step`; it spreads the examples of each step.
+        metrics_fn: as in `train.make_step`.
         prefetch: steps that are read ahead.
         num_threads: threads that read, a step each.
 
@@ -145,18 +151,18 @@ def make_loop(
     num_threads = _validate.positive_int("num_threads", num_threads)
     reader = _Reader(law, source, sharding)
 
-    def as_read(key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
-        return Weights(law.sample(key, step).values, None, law.support_size)
-
-    of_batch = loss_lib.drawn_value_and_grad(
+    takes = loss_lib.Takes(has_state, has_aux, has_keys)
+    evaluate = loss_lib.evaluated(
         loss_vector_fn,
-        as_read,
+        law.sample,
+        takes,
         microbatch_size=microbatch_size,
-        has_aux=has_aux,
         sharding=sharding,
+        read=True,
+        reports_weights=metrics_fn is not None,
     )
-    problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
-    step = jax.jit(step_of(of_batch, optimizer, has_aux, problem), donate_argnums=0)
+    one_step = step_of(loss_vector_fn, evaluate, takes, optimizer, metrics_fn)
+    step = jax.jit(one_step, donate_argnums=0)
 
     def loop(state: TrainState, num_steps: PositiveInt) -> tuple[TrainState, StepMetrics]:
         if not isinstance(state, TrainState):

@@ -16,7 +16,7 @@ step::
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,23 @@ from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from msgd_jax import _dtypes, _optimizers, _validate
+from msgd_jax import _dtypes, _laws, _mesh, _optimizers, _validate
 from msgd_jax import loss as loss_lib
-from msgd_jax._typing import Data, Gradients, OptState, Params, PositiveInt, PyTree, Statistics
-from msgd_jax.noise import MNoise
+from msgd_jax._streams import repeated
+from msgd_jax._typing import (
+    Data,
+    Gradients,
+    ModelState,
+    OptState,
+    Params,
+    PositiveInt,
+    PyTree,
+    Updates,
+)
+from msgd_jax.noise import MNoise, Weights
 from msgd_jax.sharding import check_key_agrees
 
-__all__ = ["StepMetrics", "TrainState", "init", "make_loop", "make_step"]
+__all__ = ["StepDetails", "StepMetrics", "TrainState", "init", "make_loop", "make_step"]
 
 
 class TrainState(NamedTuple):
@@ -41,14 +51,14 @@ class TrainState(NamedTuple):
     Attributes:
         params: the parameters, any pytree of floating-point arrays.
         opt_state: the state of the optimizer.
-        aux: mutable statistics (batch norm's running ones, say); () where there are none.
+        model_state: mutable statistics (batch norm's running ones, say); () where there are none.
         key: the PRNG key of the run, the same at every step.
         step: steps made so far.
     """
 
     params: Params
     opt_state: OptState
-    aux: Statistics
+    model_state: ModelState
     key: Key[Array, ""]
     step: Int[Array, ""]
 
@@ -59,10 +69,32 @@ class StepMetrics(NamedTuple):
     Attributes:
         loss: the weighted loss, an unbiased estimate of the mean loss before the step.
         gradient_norm: the Euclidean norm of the noisy gradient, in float32 or wider.
+        aux: the extra outputs of the forward pass, a `loss.Outputs`; () without `has_aux`.
+        extra: what `metrics_fn` returned; () without one.
     """
 
     loss: Float[Array, "*steps"]
     gradient_norm: Float[Array, "*steps"]
+    aux: PyTree = ()
+    extra: PyTree = ()
+
+
+class StepDetails(NamedTuple):
+    """What a step hands to `metrics_fn`; what is not used costs nothing.
+
+    Attributes:
+        weights: the weights W of the step, as they were drawn for it.
+        gradient: the noisy gradient, like the parameters.
+        updates: what the optimizer made of it, to be added to the parameters.
+        params: the parameters before the step.
+        step: its number.
+    """
+
+    weights: Weights
+    gradient: Gradients
+    updates: Updates
+    params: Params
+    step: Int[Array, ""]
 
 
 State = TypeVar("State")
@@ -74,7 +106,7 @@ def init(
     params: Params,
     optimizer: optax.GradientTransformation,
     key: Key[Array, ""],
-    aux: Statistics = (),
+    model_state: ModelState = (),
 ) -> TrainState:
     """The state before the first step.
 
@@ -87,7 +119,7 @@ def init(
           ``optax.LookaheadParams.init_synced(params)``.
         optimizer: an optax transformation.
         key: a typed PRNG key.
-        aux: mutable statistics of the model, if it has any.
+        model_state: mutable statistics of the model, if it has any.
 
     Raises:
         TypeError: if a parameter is not floating point, `optimizer` is not an optax transformation,
@@ -99,9 +131,9 @@ def init(
     _validate.floating_params(params)
     _validate.optimizer("optimizer", optimizer)
     check_key_agrees("key", key)
-    params, aux = _own("params", params), _own("aux", aux)
+    params, model_state = _own("params", params), _own("model_state", model_state)
     opt_state = _own("optimizer.init(params)", optimizer.init(params))
-    return TrainState(params, opt_state, aux, _own("key", key), jnp.zeros((), jnp.int32))
+    return TrainState(params, opt_state, model_state, _own("key", key), jnp.zeros((), jnp.int32))
 
 
 def _own(name: str, tree: PyTree) -> PyTree:
@@ -125,30 +157,40 @@ def make_step(
     law: MNoise,
     *,
     microbatch_size: PositiveInt | None = None,
+    has_state: bool = False,
     has_aux: bool = False,
+    has_keys: bool = False,
     sharding: NamedSharding | None = None,
+    metrics_fn: Callable[[StepDetails], PyTree] | None = None,
 ) -> Callable[[TrainState, Data], tuple[TrainState, StepMetrics]]:
     """One step of M-SGD (Eq. 6) under any optimizer, as a pure function of state and data.
 
     Args:
         loss_vector_fn: as in `loss.weighted_value_and_grad`.
         optimizer: an optax transformation of the noisy gradient. Those that take more get it, all
-          of the same step and so of the same weights W: ``value=`` and ``grad=``; ``value_fn=`` for
-          line searches and L-BFGS (``obj_fn=`` for Sophia), L(params) . W at any parameters;
-          ``grad_fn=`` for SAM, its gradient; ``data=`` and, without `has_aux`, ``loss_vector_fn=``.
-          With `has_aux` the functions leave the statistics as they were before the step.
+          of the same step and so of the same weights W and the same keys: ``value=`` and ``grad=``;
+          ``value_fn=`` for line searches and L-BFGS (``obj_fn=`` for Sophia), L(params) . W at any
+          parameters; ``grad_fn=`` for SAM, its gradient; ``data=``, and ``loss_vector_fn=`` where
+          that is a function of (params, batch) that returns losses alone. With `has_state` the
+          functions leave the statistics as they were before the step.
         law: the law of the weights; its num_examples must be the leading axis of the data.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
-        has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
+        has_state: whether `loss_vector_fn` takes and returns mutable statistics, which the state
+          keeps as `model_state`.
+        has_aux: whether it returns extra outputs, a `loss.Outputs`, which the metrics report.
+        has_keys: whether it takes a key per example; it is that of (key of the run, step, example).
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
+        metrics_fn: ``metrics_fn(details)`` returns a pytree of arrays that the metrics report as
+          `extra`, of a `StepDetails`: ``lambda of: {"indices": of.weights.indices}``.
 
     Returns:
         ``step(state, data) -> (state, metrics)``, not compiled: give it to ``jax.jit`` (with
         ``donate_argnums=0``), ``jax.vmap``, or `make_loop`.
 
     Raises:
-        TypeError: if `loss_vector_fn` is not a function, `optimizer` is not an optax
-            transformation, `law` is not a `noise.MNoise`, or `sharding` is not a `NamedSharding`.
+        TypeError: if `loss_vector_fn` is not a function of so many arguments, `optimizer` is not an
+            optax transformation, `law` is not a `noise.MNoise`, `sharding` is not a
+            `NamedSharding`, or `metrics_fn` is not a function.
         ValueError: if `microbatch_size` is not positive, or `sharding` does not spread the leading
             axis alone.
 
@@ -162,45 +204,56 @@ def make_step(
         (1.2, 3.5)
     """
     microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
-    value_and_grad = loss_lib.noisy_value_and_grad(
-        loss_vector_fn, law, microbatch_size=microbatch_size, has_aux=has_aux, sharding=sharding
+    takes = loss_lib.Takes(has_state, has_aux, has_keys)
+    evaluate = loss_lib.evaluated(
+        loss_vector_fn,
+        _laws.drawable("law", law).sample,
+        takes,
+        microbatch_size=microbatch_size,
+        sharding=sharding,
+        reports_weights=metrics_fn is not None,
     )
-    problem = {} if has_aux else {"loss_vector_fn": loss_vector_fn}
-    return step_of(value_and_grad, optimizer, has_aux, problem)
+    return step_of(loss_vector_fn, evaluate, takes, optimizer, metrics_fn)
 
 
 def step_of(
-    value_and_grad: Callable[..., tuple[Any, Any]],
+    loss_vector_fn: loss_lib.LossVectorFn,
+    evaluate: Callable[..., loss_lib.Evaluated],
+    takes: loss_lib.Takes,
     optimizer: optax.GradientTransformation,
-    has_aux: bool,
-    problem: dict[str, Any],
+    metrics_fn: Callable[[StepDetails], PyTree] | None,
 ) -> Callable[[TrainState, Data], tuple[TrainState, StepMetrics]]:
-    """A step along ``value_and_grad(params, data, key, step, aux)``, of `loss`'s kind.
-
-    `problem` is passed on to optimizers that take more than the gradient.
-    """
+    """A step along ``evaluate(params, data, key, step, model_state)``, of `loss`'s kind."""
     update = _optimizers.updater(optimizer)
+    if metrics_fn is not None:
+        _validate.function("metrics_fn", metrics_fn)
+    problem = {"loss_vector_fn": loss_vector_fn} if takes.nothing else {}
 
     def step(state: TrainState, data: Data) -> tuple[TrainState, StepMetrics]:
-        key = _optimizers.repeated(state.key)
+        key = repeated(state.key)
 
-        def at(params: Params) -> tuple[PyTree, Gradients]:
-            return value_and_grad(params, data, key(), state.step, state.aux)
+        def at(params: Params) -> loss_lib.Evaluated:
+            return evaluate(params, data, key(), state.step, state.model_state)
 
-        def at_fixed_aux(params: Params) -> tuple[Float[Array, ""], Gradients]:
-            value, grads = at(params)
-            return (value[0] if has_aux else value), grads
+        def value_and_grad(params: Params) -> tuple[Float[Array, ""], Gradients]:
+            found = at(params)
+            return found.value, found.grads
 
-        value, grads = at(_moving(state.params))
-        value, aux = value if has_aux else (value, state.aux)
-        offers = _optimizers.offers(at_fixed_aux, value, grads)
+        found = at(_moving(state.params))
+        offers = _optimizers.offers(value_and_grad, found.value, found.grads)
         updates, opt_state = update(
-            grads, state.opt_state, state.params, **offers, **problem, data=data
+            found.grads, state.opt_state, state.params, **offers, **problem, data=data
         )
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(loss=value, gradient_norm=_dtypes.norm(grads))
-        params, opt_state, aux = jax.tree.map(_strong, (params, opt_state, aux))
-        return TrainState(params, opt_state, aux, state.key, state.step + 1), metrics
+        metrics = StepMetrics(found.value, _dtypes.norm(found.grads))
+        if takes.has_aux:
+            metrics = metrics._replace(aux=found.aux)
+        if metrics_fn is not None and found.weights is not None:
+            of_step = StepDetails(found.weights, found.grads, updates, state.params, state.step)
+            metrics = metrics._replace(extra=jax.tree.map(_strong, metrics_fn(of_step)))
+        model_state = found.model_state if takes.has_state else state.model_state
+        params, opt_state, model_state = jax.tree.map(_strong, (params, opt_state, model_state))
+        return TrainState(params, opt_state, model_state, state.key, state.step + 1), metrics
 
     return step
 
@@ -263,12 +316,13 @@ def make_loop(
                 f"returned {difference[1]}. Where it is the optimizer's (optax.monitor's, say), "
                 "make the first step by jax.jit(step), and the others from there in the loop."
             )
-        history = jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), x.dtype), shapes)
+        history = jax.tree.map(functools.partial(_mesh.zeros, max_steps), shapes)
 
         def body(i: Int[Array, ""], carry: PyTree) -> PyTree:
             state, history = carry
             state, metrics = step(state, data)
-            return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, metrics)
+            put = lambda h, m: jax.lax.dynamic_update_index_in_dim(h, m, i, 0)  # noqa: E731
+            return state, jax.tree.map(put, history, metrics)
 
         return jax.lax.fori_loop(0, num_steps, body, (state, history))
 

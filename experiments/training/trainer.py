@@ -127,7 +127,7 @@ def make_trainer(
         seeds = jnp.arange(config.seed, config.seed + config.seeds)
         keys = jax.vmap(jax.random.key)(seeds)
         params = functions.init_params(jax.vmap(lambda k: derive(k, Stream.PARAMETERS))(keys))
-        state = jax.vmap(lambda p, key: train.init(p, optimizer(key), key, aux=stats))(params, keys)
+        state = jax.vmap(lambda p, key: train.init(p, optimizer(key), key, stats))(params, keys)
         if over is None:
             return state
         everywhere = NamedSharding(over.mesh, PartitionSpec())
@@ -139,7 +139,7 @@ def make_trainer(
         optimizer(jax.random.key(0)),
         law,
         microbatch_size=config.microbatch_size,
-        has_aux=has_stats,
+        has_state=has_stats,
         sharding=over,
     )
 
@@ -165,11 +165,11 @@ def make_trainer(
     loop = train.make_loop(every_seed, max_steps=config.eval_every)
 
     def evaluate(state: train.TrainState, step: int, seconds: float) -> Evaluation:
-        params, aux = state.params, state.aux
+        params, stats = state.params, state.model_state
         if over is not None:  # the same everywhere: every process evaluates on a device of its own
-            params, aux = jax.device_get((params, aux))
-        train_loss, train_accuracy = functions.evaluate(params, aux, whole_train_set)
-        test_loss, test_accuracy = functions.evaluate(params, aux, test_set)
+            params, stats = jax.device_get((params, stats))
+        train_loss, train_accuracy = functions.evaluate(params, stats, whole_train_set)
+        test_loss, test_accuracy = functions.evaluate(params, stats, test_set)
         return Evaluation(
             step=step,
             train_loss=np.asarray(train_loss),

@@ -9,25 +9,29 @@ covariance matrix, nothing larger than the gradient itself.
   `complexity` take it;
 * `noisy_value_and_grad` and `weighted_value_and_grad` are the steps of training, where data are an
   argument; `weighted_values_and_grads` gives many draws at one place;
+* a loss vector function may do more than that, with `has_state`, `has_aux` and `has_keys` in these
+  steps and in `train`, `transform` and `streaming`: ``(params, batch[, state][, keys])`` are its
+  arguments, and ``losses`` or ``(losses[, state][, aux])`` its result, `aux` an `Outputs`;
 * `sum_over_examples` goes through the data for anything else, an evaluation, say.
 """
 
 from msgd_jax._typing import LossVectorFn as LossVectorFn
 from msgd_jax.loss._checks import checked as checked
 from msgd_jax.loss._checks import checked_kind as checked_kind
+from msgd_jax.loss._drawn import Evaluated as Evaluated
+from msgd_jax.loss._drawn import evaluated as evaluated
 from msgd_jax.loss._examples import per_example, sum_over_examples
-from msgd_jax.loss._gradients import (
-    drawn_value_and_grad as drawn_value_and_grad,
-)
-from msgd_jax.loss._gradients import (
-    noisy_value_and_grad,
-    weighted_value_and_grad,
-    weighted_values_and_grads,
-)
+from msgd_jax.loss._fixed_keys import WithKeys
+from msgd_jax.loss._gradients import noisy_value_and_grad, weighted_value_and_grad
+from msgd_jax.loss._many_draws import weighted_values_and_grads
+from msgd_jax.loss._outputs import Outputs
+from msgd_jax.loss._outputs import Takes as Takes
 from msgd_jax.loss._vector import LossVector
 
 __all__ = [
     "LossVector",
+    "Outputs",
+    "WithKeys",
     "noisy_value_and_grad",
     "per_example",
     "sum_over_examples",

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from msgd_jax import _dtypes, _narrow, _programs, _validate
 from msgd_jax._typing import (
@@ -21,15 +21,22 @@ from msgd_jax._typing import (
     PositiveInt,
     PyTree,
 )
-from msgd_jax.loss import _gradients, _walker
+from msgd_jax.loss import _drawn, _outputs, _walker
 
 
-def per_example(loss_fn: Callable[[Params, Example], Float[Array, ""]]) -> LossVectorFn:
+def per_example(
+    loss_fn: Callable[..., Any], *, has_aux: bool = False, has_keys: bool = False
+) -> LossVectorFn:
     """Turns the loss of one example into the losses of a batch.
 
     Args:
         loss_fn: maps ``(params, example)`` to a scalar, where an example is the data without its
           leading axis.
+        has_aux: whether it returns ``(loss, aux)`` instead, `aux` any pytree of arrays. The loss
+          vector function then returns a `loss.Outputs` of them besides, to be averaged over the
+          examples.
+        has_keys: whether it is ``loss_fn(params, example, key)``, with a typed PRNG key of the
+          example's own. The loss vector function then takes the keys of the batch, [B].
 
     Returns:
         A loss vector function: ``jax.vmap`` of `loss_fn` over the examples.
@@ -46,12 +53,29 @@ def per_example(loss_fn: Callable[[Params, Example], Float[Array, ""]]) -> LossV
     """
     _validate.function("loss_fn", loss_fn)
 
-    def loss_vector_fn(params: Params, batch: Batch) -> Float[Array, " batch"]:
-        losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
+    def of_batch(params: Params, *of_examples: Any) -> Any:
+        found = jax.vmap(functools.partial(loss_fn, params))(*of_examples)
+        if has_aux and not (isinstance(found, tuple) and len(found) == 2):
+            raise TypeError(
+                "loss_fn must return (loss, aux), as has_aux = True says, got "
+                f"{type(found).__name__}."
+            )
+        losses, aux = found if has_aux else (found, ())
         if not isinstance(losses, jax.Array) or losses.ndim != 1:
             got = jax.tree.map(lambda x: x.shape[1:], losses)
             raise ValueError(f"loss_fn must return a scalar for one example, got shape {got}.")
-        return losses
+        return (losses, _outputs.Outputs(averaged=aux)) if has_aux else losses
+
+    # Two functions, so that their signatures say what they take.
+    if has_keys:
+
+        def loss_vector_fn_of_keys(params: Params, batch: Batch, keys: Key[Array, " B"]) -> Any:
+            return of_batch(params, batch, keys)
+
+        return loss_vector_fn_of_keys
+
+    def loss_vector_fn(params: Params, batch: Batch) -> Any:
+        return of_batch(params, batch)
 
     return loss_vector_fn
 
@@ -94,25 +118,24 @@ def sum_over_examples(
         3.0
     """
     _validate.function("of_batch", of_batch)
-    microbatch_size = _gradients.check_arguments(of_batch, microbatch_size, sharding)
+    microbatch_size = _drawn.check_arguments(of_batch, microbatch_size, sharding)
     length = _validate.leading_axis("data", data)
     size = length if num_examples is None else int(num_examples)
     _walker.check_length(size, length, sharding)
 
     def one_batch(
-        params: Params, batch: Batch, weights: Float[Array, " B"], aux: Any
+        params: Params, batch: Batch, entries: _walker.Entries, model_state: Any
     ) -> _walker.Terms:
-        sums = of_batch(params, batch, weights)
-        return _walker.Terms((), jax.tree.map(wide, sums), aux)
+        sums = of_batch(params, batch, entries.values)
+        return _walker.Terms((), jax.tree.map(wide, sums), model_state)
 
     def total(params: Params, data: Data) -> PyTree:
         def one_each() -> tuple[Array, None]:
             return jnp.ones(size, jnp.float32), None
 
         examples = _walker.weighted_examples(data, one_each, (), sharding)
-        (_, sums), _ = _walker.sums(one_batch, microbatch_size, sharding)(
-            params, examples, (), None
-        )
+        total = _walker.sums(one_batch, microbatch_size, sharding)
+        (_, sums), _, _ = total(params, examples, (), _walker.Keys())
         return sums
 
     one_pass = sharding is None and (microbatch_size is None or microbatch_size >= length)

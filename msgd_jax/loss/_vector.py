@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from msgd_jax import _dtypes, _programs, _validate
 from msgd_jax._typing import (
@@ -22,7 +22,7 @@ from msgd_jax._typing import (
     PyTree,
     ValueAndGradOfData,
 )
-from msgd_jax.loss import _gradients, _walker
+from msgd_jax.loss import _drawn, _fixed_keys, _gradients, _many_draws, _outputs, _walker
 from msgd_jax.loss._examples import (
     gradients_of_batch,
     losses_of_batch,
@@ -65,6 +65,12 @@ class LossVector:
     the model in the mode in which it evaluates. Statistics that change belong to training: `train`
     and `weighted_value_and_grad` carry them.
 
+    Losses with keys (dropout, label noise) have a loss vector at fixed keys: given `key`, every
+    example has one key, that of step 0 of a run with this key, the same at each evaluation. So L is
+    a function of the parameters alone, as `covariance`, `sde` and `complexity` need it, and what
+    they find is of this one draw; other keys give other draws. The keys are stored with the data,
+    which become a `WithKeys` (8 bytes per example).
+
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
         data: a pytree of arrays [N, ...]. They are not looked at: a NaN in them is found where it
@@ -74,9 +80,11 @@ class LossVector:
             they are not.
         num_examples: N, where the data were filled up for the devices by `sharding.shard_examples`;
             None for the leading axis of the data.
+        key: a typed PRNG key, for a ``loss_vector_fn(params, batch, keys)``, keys [B].
 
     Raises:
-        TypeError: if `loss_vector_fn` is not a function, a leaf of `data` holds neither numbers nor
+        TypeError: if `loss_vector_fn` is not a function, takes keys and `key` is None or the
+            reverse, `key` is not a typed PRNG key, a leaf of `data` holds neither numbers nor
             PRNG keys, or `sharding` is not a `NamedSharding`.
         ValueError: if `data` are empty or their leaves have different lengths, `microbatch_size` is
             not positive, `sharding` does not spread the leading axis alone, or `num_examples`, once
@@ -108,12 +116,19 @@ class LossVector:
         microbatch_size: PositiveInt | None = None,
         sharding: NamedSharding | None = None,
         num_examples: PositiveInt | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> None:
-        size = _gradients.check_arguments(loss_vector_fn, microbatch_size, sharding)
+        size = _drawn.check_arguments(loss_vector_fn, microbatch_size, sharding)
         length = _validate.leading_axis("data", data)
         if num_examples is not None:
             num_examples = _validate.positive_int("num_examples", num_examples)
             _walker.check_length(num_examples, length, sharding)
+        takes = _outputs.Takes(has_keys=key is not None)
+        _outputs.check_takes(loss_vector_fn, takes, f"key={'...' if takes.has_keys else None} says")
+        if key is not None:
+            _validate.prng_key("key", key)
+            data = _fixed_keys.with_keys(data, key, sharding)
+            loss_vector_fn = _fixed_keys.at_fixed_keys(loss_vector_fn)
         self._set(data, (loss_vector_fn, size, sharding, num_examples))
 
     def _set(self, data: Data, static: tuple[Any, ...]) -> None:
@@ -146,6 +161,8 @@ class LossVector:
         self, loss_vector_fn: LossVectorFn | None = None, data: Data | None = None
     ) -> "LossVector":
         """With another function or other data, in the same micro-batches and places.
+
+        Both are of the kind that this one holds: a function of (params, batch), data with keys.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -203,7 +220,7 @@ class LossVector:
             TypeError, ValueError: as `value_and_grad`, or if `draws_per_pass` is not positive.
         """
         if draws_per_pass not in self._many:
-            self._many[draws_per_pass] = _gradients.weighted_values_and_grads(
+            self._many[draws_per_pass] = _many_draws.weighted_values_and_grads(
                 self.loss_vector_fn,
                 microbatch_size=self.microbatch_size,
                 draws_per_pass=draws_per_pass,
@@ -328,23 +345,7 @@ class LossVector:
         return jnp.full(n, 1 / n, _dtypes.accumulator(*dtypes))
 
     def _weights(self, weights: Weights | Float[Array, " N"]) -> Weights:
-        """What stands for weights, as weights of these N examples; their shape is checked later."""
-        n = self.num_examples
-        if not isinstance(weights, Weights):
-            if not hasattr(weights, "shape") or not hasattr(weights, "dtype"):
-                raise TypeError(
-                    "weights must be a noise.Weights or an array of one weight per example, got "
-                    f"{_validate.shown(weights)}."
-                )
-            if not jnp.issubdtype(weights.dtype, jnp.floating):
-                raise TypeError(f"weights must be floating point, got {weights.dtype}.")
-            weights = Weights(jnp.asarray(weights), None, n)
-        if weights.num_examples != n:
-            raise ValueError(
-                f"weights are for num_examples = {weights.num_examples}, but the data have {n} "
-                "examples."
-            )
-        return weights
+        return _walker.as_weights(weights, self.num_examples)
 
     # Programs: of the function alone, for one that held this object would keep it alive -----------
 

@@ -18,30 +18,66 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from msgd_jax import _dtypes, _mesh, _validate
-from msgd_jax._typing import Batch, Data, Params, PyTree, Statistics
+from msgd_jax._streams import of_examples, repeated
+from msgd_jax._typing import Batch, Data, ModelState, Params, PyTree
 from msgd_jax.noise import Weights, permute
 
-Order = Key[Array, ""] | None
-"""A key for the order in which micro-batches take the examples; None for the order they are in."""
+
+class Keys(NamedTuple):
+    """Keys of a step, the same on all devices; None where nothing is drawn.
+
+    Attributes:
+        order: for the order in which micro-batches take the examples; None: the order they are in.
+        losses: what the keys of the examples are derived from.
+    """
+
+    order: Key[Array, ""] | None = None
+    losses: Key[Array, ""] | None = None
+
+
+class Entries(NamedTuple):
+    """What comes with the examples of one batch, an entry each.
+
+    Attributes:
+        values: their weights.
+        keys: their keys, if the losses take some.
+        real: False where an example only fills up a micro-batch or a device, if that was asked for.
+    """
+
+    values: Float[Array, "B *draws"]
+    keys: Key[Array, " B"] | None
+    real: Bool[Array, " B"] | None
 
 
 class Terms(NamedTuple):
-    """What one micro-batch adds to values and gradients, and the statistics after it."""
+    """What one micro-batch adds to values and gradients, the statistics then, and its arrays."""
 
     value: PyTree
     grads: PyTree
-    aux: Statistics
+    model_state: ModelState
+    stacked: PyTree = ()
 
 
 class WeightedExamples(NamedTuple):
-    """Examples and their weights; with indices, weight k is of example ``indices[k]``."""
+    """Examples and their weights, an entry each.
+
+    Attributes:
+        data: where the examples are.
+        indices: entry k is example ``indices[k]`` of `data`; None: they are in order.
+        values: the weights.
+        numbers: which example of the data set an entry is, whatever `data` are; None where nobody
+            asked.
+        real: False where an entry only fills up the devices; None where nobody asked.
+    """
 
     data: Data
     indices: Int[Array, " support"] | None
     values: Float[Array, "support *draws"]
+    numbers: Int[Array, " support"] | None = None
+    real: Bool[Array, " support"] | None = None
 
 
 def weighted_examples(
@@ -49,24 +85,37 @@ def weighted_examples(
     weights_of: Callable[..., tuple[Array, Array | None]],
     args: tuple[Any, ...],
     sharding: NamedSharding | None,
+    *,
+    read: bool = False,
+    numbered: bool = False,
+    marked: bool = False,
 ) -> WeightedExamples:
     """The data and the weights ``values, indices = weights_of(*args)``, in equal parts if spread.
 
-    What draws the weights belongs into `weights_of`: then each device draws its part only.
+    What draws the weights belongs into `weights_of`: then each device draws its part only. With
+    `read`, the data are the examples that the indices list, and nothing else. `numbered` and
+    `marked` ask for `numbers` and `real`.
     """
 
     def in_equal_parts(data: Data, *args: Any) -> WeightedExamples:
         values, indices = weights_of(*args)
         indices = None if indices is None else indices.astype(jnp.int32)
+        support, numbers, real = values.shape[0], None, None
+        missing = _mesh.missing(support, sharding)
+        if numbered:
+            numbers = jnp.arange(support, dtype=jnp.int32) if indices is None else indices
+            numbers = _mesh.fill(numbers, missing)
+        if marked:
+            real = jnp.arange(support + missing, dtype=jnp.int32) < support
+        indices = None if read else indices
         if sharding is None:
-            return WeightedExamples(data, indices, values)
-        missing = _mesh.missing(values.shape[0], sharding)
+            return WeightedExamples(data, indices, values, numbers, real)
         # Spread, an example lies where its weight is: the listed ones are gathered first.
         if indices is not None:
             data = take(data, _mesh.fill(indices, missing))
-        elif _validate.leading_axis("data", data) == values.shape[0]:
+        elif _validate.leading_axis("data", data) == support:
             data = _fill_up(data, missing)
-        return WeightedExamples(data, None, _mesh.fill_zeros(values, missing))
+        return WeightedExamples(data, None, _mesh.fill_zeros(values, missing), numbers, real)
 
     return _mesh.spread(in_equal_parts, sharding)(data, *args)
 
@@ -74,25 +123,41 @@ def weighted_examples(
 def sums(
     one_batch: Callable[..., Terms], microbatch_size: int | None, sharding: NamedSharding | None
 ) -> Callable[
-    [Params, WeightedExamples, Statistics, Order], tuple[tuple[PyTree, PyTree], Statistics]
+    [Params, WeightedExamples, ModelState, Keys],
+    tuple[tuple[PyTree, PyTree], ModelState, PyTree],
 ]:
-    """The sum of ``one_batch(params, batch, weights, aux)`` over all examples."""
+    """The sum of ``one_batch(params, batch, entries, model_state)`` over all examples.
+
+    Also the statistics at the end, and the arrays of each micro-batch, with an axis of them in
+    front, behind one of devices where the examples are spread.
+    """
 
     def terms_of(
-        params: Params, examples: WeightedExamples, aux: Statistics, order: Order
-    ) -> tuple[tuple[PyTree, PyTree], Statistics]:
+        params: Params, examples: WeightedExamples, model_state: ModelState, keys: Keys
+    ) -> tuple[tuple[PyTree, PyTree], ModelState, PyTree]:
+        keys_of = _keys_of_examples(keys.losses)
         support = examples.values.shape[0]
         if microbatch_size is None or microbatch_size >= support:
             batch = take(examples.data, examples.indices)
-            terms = one_batch(params, batch, examples.values, aux)
+            entries = Entries(examples.values, keys_of(examples.numbers), examples.real)
+            terms = one_batch(params, batch, entries, model_state)
+            terms = terms._replace(stacked=jax.tree.map(lambda x: x[None], terms.stacked))
         else:
-            indices, values = _in_order(examples, order, sharding)
-            terms = _accumulate(
-                one_batch, params, examples.data, indices, values, aux, microbatch_size
-            )
-        return (terms.value, terms.grads), terms.aux
+            examples = _in_order(examples, keys.order, sharding)
+            terms = _accumulate(one_batch, params, examples, keys_of, model_state, microbatch_size)
+        return (terms.value, terms.grads), terms.model_state, terms.stacked
 
     return _mesh.summed(terms_of, sharding)
+
+
+def _keys_of_examples(
+    key: Key[Array, ""] | None,
+) -> Callable[[Int[Array, " B"] | None], Key[Array, " B"] | None]:
+    """The keys of a batch from the numbers of its examples: never those of all at once."""
+    if key is None:
+        return lambda numbers: None
+    again = repeated(key)
+    return lambda numbers: None if numbers is None else of_examples(again(), numbers)
 
 
 def maps(
@@ -123,67 +188,72 @@ def maps(
 
 
 def _in_order(
-    examples: WeightedExamples, order: Order, sharding: NamedSharding | None
-) -> tuple[Int[Array, " support"], Float[Array, "support *draws"]]:
-    """Where the examples of this device are, and their weights, in the order to visit them."""
+    examples: WeightedExamples, order: Key[Array, ""] | None, sharding: NamedSharding | None
+) -> WeightedExamples:
+    """The entries of this device in the order to visit them, and where their examples are."""
     positions = jnp.arange(examples.values.shape[0], dtype=jnp.int32)
     if order is None:
-        return positions if examples.indices is None else examples.indices, examples.values
+        indices = positions if examples.indices is None else examples.indices
+        return examples._replace(indices=indices)
     # Each device shuffles what it has: nothing moves between devices.
     part = 0 if sharding is None else jax.lax.axis_index(_mesh.axes(sharding))
     positions = permute(jax.random.fold_in(order, part), positions, positions.shape[0])
     indices = positions if examples.indices is None else examples.indices[positions]
-    return indices, examples.values[positions]
+    entries = (examples.values, examples.numbers, examples.real)
+    return WeightedExamples(examples.data, indices, *jax.tree.map(lambda x: x[positions], entries))
 
 
 def _accumulate(
     one_batch: Callable[..., Terms],
     params: Params,
-    data: Data,
-    indices: Int[Array, " support"],
-    values: Float[Array, "support *draws"],
-    aux: Statistics,
+    examples: WeightedExamples,
+    keys_of: Callable[[Int[Array, " B"] | None], Key[Array, " B"] | None],
+    model_state: ModelState,
     microbatch_size: int,
 ) -> Terms:
     """Sums `one_batch` over micro-batches in order, the statistics threaded through."""
-    # Whole runs: positions are filled up from the first ones, weights with zeros.
-    positions = _filled_up(indices, microbatch_size)
-    values = _mesh.fill_zeros(values, positions.shape[0] - values.shape[0])
-    runs = (
-        _for_microbatching(positions, microbatch_size),
-        _for_microbatching(values, microbatch_size),
+    # Whole runs: examples are filled up from the first ones, weights with zeros.
+    data, missing = examples.data, -examples.values.shape[0] % microbatch_size
+    repeat = lambda x: _filled_up(x, microbatch_size)  # noqa: E731
+    zeros = lambda x: _mesh.fill_zeros(x, missing)  # noqa: E731
+    filled = (
+        *jax.tree.map(repeat, (examples.indices, examples.numbers)),
+        *jax.tree.map(zeros, (examples.values, examples.real)),
     )
+    runs = jax.tree.map(lambda x: _for_microbatching(x, microbatch_size), filled)
+    num_runs = (examples.values.shape[0] + missing) // microbatch_size
 
-    def add(terms: Any, run: PyTree, _: Any) -> Terms:
-        positions, values = run
-        new = one_batch(params, take(data, positions), values, terms.aux)
+    def of_run(run: PyTree, model_state: ModelState) -> Terms:
+        indices, numbers, values, real = run
+        entries = Entries(values, keys_of(numbers), real)
+        return one_batch(params, take(data, indices), entries, model_state)
+
+    def add(terms: Any, run: PyTree, index: Any) -> Terms:
+        new = of_run(run, terms.model_state)
         value, grads = jax.tree.map(
             lambda total, term: total + term.astype(total.dtype),
             (terms.value, terms.grads),
             (new.value, new.grads),
         )
-        return Terms(value, grads, new.aux)
+        stacked = jax.tree.map(lambda all, x: all.at[index].set(x), terms.stacked, new.stacked)
+        return Terms(value, grads, new.model_state, stacked)
 
     def zero(run: PyTree) -> Terms:
-        def first_terms(positions: Array, values: Array) -> Terms:
-            return one_batch(params, take(data, positions), values, aux)
-
         # Totals are float32 or wider, whatever the micro-batches give.
-        shapes = jax.eval_shape(first_terms, *run)
+        shapes = jax.eval_shape(of_run, run, model_state)
         value, grads = jax.tree.map(
             lambda x: jnp.zeros(x.shape, _dtypes.accumulator(x.dtype)), (shapes.value, shapes.grads)
         )
-        return Terms(value, grads, aux)
+        stacked = jax.tree.map(lambda x: jnp.zeros((num_runs, *x.shape), x.dtype), shapes.stacked)
+        return Terms(value, grads, model_state, stacked)
 
     accumulator = optax.microbatching.Accumulator(
         init=zero, update=add, finalize=lambda terms: terms, aggregate=lambda terms: terms
     )
     walk = optax.microbatching.microbatch(
-        lambda positions, values: (positions, values),
-        argnums=(0, 1),
-        microbatch_size=microbatch_size,
+        lambda *run: run, argnums=(0, 1, 2, 3), microbatch_size=microbatch_size,
         accumulator=accumulator,
-    )
+    )  # fmt: skip
     return walk(*runs)
 
 
@@ -223,13 +293,39 @@ def check_length(num_examples: int, length: int, sharding: NamedSharding | None)
         )
 
 
+def as_weights(weights: Weights | Array, num_examples: int) -> Weights:
+    """What stands for weights, as weights of so many examples; their shape is checked later."""
+    if not isinstance(weights, Weights):
+        if not hasattr(weights, "shape") or not hasattr(weights, "dtype"):
+            raise TypeError(
+                "weights must be a noise.Weights or an array of one weight per example, got "
+                f"{_validate.shown(weights)}."
+            )
+        if not jnp.issubdtype(weights.dtype, jnp.floating):
+            raise TypeError(f"weights must be floating point, got {weights.dtype}.")
+        weights = Weights(jnp.asarray(weights), None, num_examples)
+    if weights.num_examples != num_examples:
+        raise ValueError(
+            f"weights are for num_examples = {weights.num_examples}, but the data have "
+            f"{num_examples} examples."
+        )
+    return weights
+
+
 def check_weights(
-    weights: Weights, data_size: int, sharding: NamedSharding | None, stacked: bool = False
+    weights: Weights,
+    data_size: int,
+    sharding: NamedSharding | None,
+    stacked: bool = False,
+    read: bool = False,
 ) -> None:
-    """Raises TypeError or ValueError unless these are weights of the data, or a stack of such."""
+    """Raises TypeError or ValueError unless these are weights of the data, or a stack of such.
+
+    With `read`, the data are the examples that the weights list.
+    """
     if not isinstance(weights, Weights):
         raise TypeError(f"weights must be a noise.Weights, got {type(weights).__name__}.")
-    num_examples = weights.num_examples
+    num_examples = weights.values.shape[-1] if read else weights.num_examples
     filled = num_examples + _mesh.missing(num_examples, sharding)
     if data_size not in (num_examples, filled):
         or_filled = f" ({filled} when filled up for its devices)" if filled > num_examples else ""

@@ -19,11 +19,11 @@ def gradient_of_ours(row, reference):
     data = tuple(jnp.asarray(a[reference.order]) for a in (reference.images, reference.labels))
     weights = noise.Weights(jnp.asarray(reference.weights[reference.order]), None, row.num_examples)
     value_and_grad = loss.weighted_value_and_grad(
-        rows.loss_vector_fn(row), microbatch_size=row.microbatch_size, has_aux=row.normalises
+        rows.loss_vector_fn(row), microbatch_size=row.microbatch_size, has_state=row.normalises
     )
     params = jax.tree.map(jnp.asarray, reference.params)
-    aux = (rows.model(row).init_stats(),) if row.normalises else ()
-    value, grads = value_and_grad(params, data, weights, *aux)
+    state = (rows.model(row).init_stats(),) if row.normalises else ()
+    value, grads = value_and_grad(params, data, weights, *state)
     return (value[0], value[1], grads) if row.normalises else (value, {}, grads)
 
 
@@ -88,9 +88,12 @@ def test_the_order_of_the_first_step_is_its_own():
     order = rows.reference(row).order
     assert sorted(order) == list(range(row.num_examples)) != list(order)
     data = jnp.arange(row.num_examples, dtype=jnp.float32)
-    sums = lambda params, batch, aux: (params * batch, jnp.append(aux[1:], batch.sum()))  # noqa: E731
+
+    def sums(params, batch, state):
+        return params * batch, jnp.append(state[1:], batch.sum())
+
     (_, seen), _ = loss.noisy_value_and_grad(
-        sums, rows.law(row), microbatch_size=row.microbatch_size, has_aux=True
+        sums, rows.law(row), microbatch_size=row.microbatch_size, has_state=True
     )(jnp.float32(1), data, rows.key(), 0, jnp.zeros(2))
     np.testing.assert_array_equal(seen, order.reshape(2, -1).sum(1))
 

@@ -59,7 +59,10 @@ def final_state(path):
     with ocp.CheckpointManager(path / "checkpoints") as manager:
         assert manager.latest_step() == PLAN.steps
         state = manager.restore(PLAN.steps, args=ocp.args.StandardRestore())["state"]
-    return {name: jax.tree.map(np.asarray, state[name]) for name in ("params", "aux", "opt_state")}
+    return {
+        name: jax.tree.map(np.asarray, state[name])
+        for name in ("params", "model_state", "opt_state")
+    }
 
 
 @pytest.mark.slow
@@ -78,7 +81,7 @@ def test_cifar10_with_batch_norm_goes_on_as_if_it_had_not_been_stopped(
     ends = [final_state(path) for path in (straight, resumed)]
     jax.tree.map(np.testing.assert_array_equal, *ends)
     # Ten ghost batches' statistics have moved the running ones, differently for each seed.
-    means = ends[0]["aux"]["block"]["norm1"]["mean"]
+    means = ends[0]["model_state"]["block"]["norm1"]["mean"]
     assert (means[0] != means[1]).all()
     metrics = [(path / "metrics.jsonl").read_text().splitlines() for path in (straight, resumed)]
     for before, after in zip(*metrics, strict=True):

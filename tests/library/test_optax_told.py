@@ -74,24 +74,24 @@ def spread() -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("has_state", [False, True])
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 3}, {"sharding": spread()}])
-def test_all_that_is_told_is_of_one_draw_of_the_weights(options, has_aux):
+def test_all_that_is_told_is_of_one_draw_of_the_weights(options, has_state):
     """With statistics: they are as before the step, wherever the loss is asked for."""
 
-    def with_aux(params, batch, calls):
+    def with_state(params, batch, calls):
         return LOSSES(params, batch) + 0.0 * calls, calls + 1
 
     optimizer = asks(ALL)
-    losses = with_aux if has_aux else LOSSES
-    step = jax.jit(train.make_step(losses, optimizer, NOISY, has_aux=has_aux, **options))
-    state = train.init(PARAMS, optimizer, KEY, jnp.zeros(()) if has_aux else ())
+    losses = with_state if has_state else LOSSES
+    step = jax.jit(train.make_step(losses, optimizer, NOISY, has_state=has_state, **options))
+    state = train.init(PARAMS, optimizer, KEY, jnp.zeros(()) if has_state else ())
     for number in range(2):
         before = state.params
         state, _ = step(state, DATA)
         assert_told(state.opt_state, number, before)
-    if has_aux:  # and the calls that the optimizer made were not counted
-        assert float(state.aux) == (6 if "microbatch_size" in options else 2)
+    if has_state:  # and the calls that the optimizer made were not counted
+        assert float(state.model_state) == (6 if "microbatch_size" in options else 2)
 
 
 def test_the_transformation_tells_as_much():

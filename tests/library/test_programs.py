@@ -44,7 +44,7 @@ STATISTICS = jnp.zeros(())
 
 
 def with_statistics(losses):
-    return lambda params, batch, aux: (losses(params, batch), aux + 1)
+    return lambda params, batch, model_state: (losses(params, batch), model_state + 1)
 
 
 # What is called, made anew of a loss, a law and data.
@@ -61,7 +61,7 @@ CALLS = {
         jnp.ones(()), data, law.sample(KEY, 0)
     ),
     "loss.noisy_value_and_grad": lambda losses, law, data: loss.noisy_value_and_grad(
-        with_statistics(losses), law, has_aux=True, microbatch_size=100
+        with_statistics(losses), law, has_state=True, microbatch_size=100
     )(jnp.ones(()), data, KEY, 0, STATISTICS),
     "loss.weighted_values_and_grads": lambda losses, law, data: loss.weighted_values_and_grads(
         losses, microbatch_size=100
@@ -111,7 +111,7 @@ def eager_functions():
     micro = loss.weighted_value_and_grad(losses, microbatch_size=100)
     sharded = loss.weighted_value_and_grad(losses, sharding=spread())
     of_step = loss.noisy_value_and_grad(
-        with_statistics(losses), noise.cov(SIZE, 50), has_aux=True, microbatch_size=100
+        with_statistics(losses), noise.cov(SIZE, 50), has_state=True, microbatch_size=100
     )
     many = loss.weighted_values_and_grads(losses, microbatch_size=100)
     stacked = draws(LAW)

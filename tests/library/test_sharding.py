@@ -177,13 +177,13 @@ def test_one_reduction_a_step(microbatch_size):
 
 
 def test_statistics_are_averaged_and_counters_agree():
-    def of_batch(theta, x, aux):
-        mean, calls = aux
+    def of_batch(theta, x, model_state):
+        mean, calls = model_state
         return theta * x, (0.5 * mean + 0.5 * x.mean(), calls + 1)
 
     x = jnp.arange(16.0)
     f = loss.noisy_value_and_grad(
-        of_batch, noise.gd(16), microbatch_size=2, has_aux=True, sharding=spread(4)
+        of_batch, noise.gd(16), microbatch_size=2, has_state=True, sharding=spread(4)
     )
     (_, (mean, calls)), _ = f(jnp.ones(()), x, KEY, 0, (jnp.float32(8.0), jnp.int32(3)))
     order = derive(KEY, Stream.ORDER, 0)  # each device has one of its own
@@ -384,12 +384,12 @@ class TestBadInput:
 
     def test_keys_in_statistics(self):
         f = loss.noisy_value_and_grad(
-            lambda p, d, aux: (loss_vector_fn(p, d), aux),
+            lambda p, d, model_state: (loss_vector_fn(p, d), model_state),
             noise.gd(10),
-            has_aux=True,
+            has_state=True,
             sharding=spread(2),
         )
-        with pytest.raises(TypeError, match=r"aux must be numbers .* PRNG keys"):
+        with pytest.raises(TypeError, match=r"model_state must be numbers .* PRNG keys"):
             f(self.problem.params, self.problem.data, KEY, 0, jax.random.key(1))
 
     def test_keys_that_are_not(self):

@@ -227,10 +227,10 @@ def test_the_largest_n(make):
 def test_statistics_pass_through():
     """A running mean of x over ghost batches, as with data on the device."""
 
-    def with_mean(params, batch, aux):
-        return loss_vector_fn(params, batch), 0.9 * aux + 0.1 * batch["x"].mean(0)
+    def with_mean(params, batch, model_state):
+        return loss_vector_fn(params, batch), 0.9 * model_state + 0.1 * batch["x"].mean(0)
 
-    options = {"microbatch_size": 5, "has_aux": True}
+    options = {"microbatch_size": 5, "has_state": True}
     step = train.make_step(with_mean, OPTIMIZER, LAWS["sgd"], **options)
     first = train.init(PROBLEM.params, OPTIMIZER, jax.random.key(3), jnp.zeros(5))
     expected = train.make_loop(step, max_steps=STEPS)(first, PROBLEM.data, STEPS)
@@ -238,7 +238,7 @@ def test_statistics_pass_through():
     loop = streaming.make_loop(with_mean, OPTIMIZER, LAWS["sgd"], source, **options)
     first = train.init(PROBLEM.params, OPTIMIZER, jax.random.key(3), jnp.zeros(5))
     assert identical(loop(first, STEPS), expected)
-    assert np.abs(expected[0].aux).max() > 0
+    assert np.abs(expected[0].model_state).max() > 0
 
 
 def make(source=None, law=LAWS["sgd"], **options):

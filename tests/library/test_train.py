@@ -108,10 +108,10 @@ def test_loop_agrees_with_single_compiled_steps():
 
 def test_donation_deletes_nothing_of_the_callers():
     params = jax.tree.map(jnp.copy, PROBLEM.params)
-    aux, key = jnp.zeros(3), jax.random.key(0)
-    state = train.init(params, OPTIMIZER, key, aux)
+    model_state, key = jnp.zeros(3), jax.random.key(0)
+    state = train.init(params, OPTIMIZER, key, model_state)
     LOOP(state, PROBLEM.data, 2)
-    for leaf in jax.tree.leaves((params, aux, key)):
+    for leaf in jax.tree.leaves((params, model_state, key)):
         assert not leaf.is_deleted()
     assert state.params["w"].is_deleted()  # and donation did take place
 
@@ -146,8 +146,8 @@ def buffers(tree) -> list[int]:
 def test_every_leaf_of_a_state_is_an_array_of_its_own(wrap):
     """Also what is the caller's, what an optimizer's state keeps, and a constant it has twice."""
     optimizer, params = keeps_parameters(), jax.tree.map(jnp.copy, PROBLEM.params)
-    aux = {"mean": params["w"], "count": 0, "rate": 0.1}
-    state = wrap(lambda p, a: train.init(p, optimizer, jax.random.key(0), a))(params, aux)
+    model_state = {"mean": params["w"], "count": 0, "rate": 0.1}
+    state = wrap(lambda p, a: train.init(p, optimizer, jax.random.key(0), a))(params, model_state)
     found = buffers((state, params))
     assert len(set(found)) == len(found)
     for leaf in jax.tree.leaves(state):
@@ -164,9 +164,9 @@ def test_a_state_keeps_its_places():
     }  # fmt: skip
     params = jax.device_put({"w": jnp.ones((8, 2)), "b": jnp.ones(2)}, places)
     state = train.init(params, keeps_parameters(), jax.random.key(0), params)
-    found = buffers((state.params, state.opt_state.first, state.opt_state.again, state.aux))
+    found = buffers((state.params, state.opt_state.first, state.opt_state.again, state.model_state))
     assert len(set(found)) == len(found) == 64
-    for tree in (state.params, state.opt_state.first, state.opt_state.again, state.aux):
+    for tree in (state.params, state.opt_state.first, state.opt_state.again, state.model_state):
         for name, place in places.items():
             assert tree[name].sharding.is_equivalent_to(place, tree[name].ndim)
 
@@ -260,11 +260,11 @@ def test_statistics_are_part_of_the_state():
         return loss_vector_fn(params, batch), count + batch["y"].shape[0]
 
     step = train.make_step(
-        with_count, OPTIMIZER, noise.sgd(100, 10), microbatch_size=4, has_aux=True
+        with_count, OPTIMIZER, noise.sgd(100, 10), microbatch_size=4, has_state=True
     )
     state = train.init(PROBLEM.params, OPTIMIZER, jax.random.key(0), jnp.zeros((), jnp.int32))
     state, _ = jax.jit(step)(state, PROBLEM.data)
-    assert int(state.aux) == 12  # three ghost batches of 4, the last filled up
+    assert int(state.model_state) == 12  # three ghost batches of 4, the last filled up
 
 
 @jax.tree_util.register_pytree_node_class
@@ -283,11 +283,11 @@ class Statistics:
 
 
 def test_statistics_in_a_class_of_the_users():
-    def with_count(params, batch, aux):
-        return loss_vector_fn(params, batch), Statistics(0.5 * aux.mean, aux.count + 1)
+    def with_count(params, batch, old):
+        return loss_vector_fn(params, batch), Statistics(0.5 * old.mean, old.count + 1)
 
-    state, _ = one_step(losses=with_count, aux=Statistics(1.0, 0), has_aux=True)
-    assert (float(state.aux.mean), int(state.aux.count)) == (0.5, 1)
+    state, _ = one_step(losses=with_count, state=Statistics(1.0, 0), has_state=True)
+    assert (float(state.model_state.mean), int(state.model_state.count)) == (0.5, 1)
 
 
 def test_an_equinox_model_that_is_partitioned_trains():
@@ -316,13 +316,14 @@ def test_optimizers_that_take_the_value():
     )
 
 
-def init(params=PROBLEM.params, optimizer=OPTIMIZER, key=None, aux=()):
-    return train.init(params, optimizer, jax.random.key(0) if key is None else key, aux)
+def init(params=PROBLEM.params, optimizer=OPTIMIZER, key=None, state=()):
+    return train.init(params, optimizer, jax.random.key(0) if key is None else key, state)
 
 
-def one_step(optimizer=SGD, losses=loss_vector_fn, law=None, aux=(), data=None, **options):
+def one_step(optimizer=SGD, losses=loss_vector_fn, law=None, state=(), data=None, **options):
     step = train.make_step(losses, optimizer, law or noise.gd(100), **options)
-    return step(init(optimizer=optimizer, aux=aux), PROBLEM.data if data is None else data)
+    start = init(optimizer=optimizer, state=state)
+    return step(start, PROBLEM.data if data is None else data)
 
 
 @pytest.mark.usefixtures("user_errors")

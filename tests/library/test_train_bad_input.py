@@ -21,9 +21,9 @@ ADVERSARY = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
 MSGD = transform.msgd(0.1, noise.gd(100), jax.random.key(1))
 
 
-def narrower(params, batch, aux):
-    new = jax.tree.map(lambda x: x, aux)
-    new["layer_31"]["var"] = aux["layer_31"]["var"].astype(jnp.bfloat16)
+def narrower(params, batch, model_state):
+    new = jax.tree.map(lambda x: x, model_state)
+    new["layer_31"]["var"] = model_state["layer_31"]["var"].astype(jnp.bfloat16)
     return loss_vector_fn(params, batch), new
 
 
@@ -39,7 +39,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("optimizer", lambda: init(optimizer="adam" * 100), "'adamadam"),
     ("optimizer", lambda: train.make_step(loss_vector_fn, optax.adam, noise.gd(3)), "<function"),
     ("key", lambda: init(key=jax.random.PRNGKey(0)), "wrap_key_data"),
-    ("aux['f']", lambda: init(aux={"f": jnp.tanh}), "must be an array"),
+    ("model_state['f']", lambda: init(state={"f": jnp.tanh}), "must be an array"),
     ("optimizer.init(params)", lambda: init(optimizer=optax.GradientTransformation(
         lambda params: {"name": "a string"}, SGD.update)), "['name'] must be an array"),
     ("max_steps", lambda: train.make_loop(STEP, max_steps=2**31), "between 1 and 2147483647"),
@@ -49,14 +49,15 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("num_steps", lambda: LOOP(start(), PROBLEM.data, True), "True of type bool"),
     ("microbatch_size", lambda: one_step(microbatch_size=np.uint8(0)), "at least 1"),
     ("loss_vector_fn", lambda: one_step(losses="x" * 999), "must be a function"),
-    ("aux", lambda: one_step(losses=narrower, aux=DEEP, has_aux=True),
-     "given float32[3] at aux['layer_31']['var'], returned bfloat16[3]"),
-    ("aux", lambda: one_step(losses=lambda p, b, a: (loss_vector_fn(p, b), {**a, "new": a["a"]}),
-                             aux={"a": jnp.ones(2)}, has_aux=True), "given 1 leaves, returned 2"),
-    ("aux", lambda: one_step(losses=lambda p, b, a: (loss_vector_fn(p, b), tuple(a)),
-                             aux=[jnp.ones(2)] * 200, has_aux=True), "returned PyTreeDef"),
-    ("aux", lambda: one_step(losses=lambda p, b, a: (loss_vector_fn(p, b), {"b": a["a"]}),
-                             aux={"a": jnp.ones(2)}, has_aux=True), "float32[2] at aux['b']"),
+    ("model_state", lambda: one_step(losses=narrower, state=DEEP, has_state=True),
+     "given float32[3] at model_state['layer_31']['var'], returned bfloat16[3]"),
+    ("model_state", lambda: one_step(losses=lambda p, b, s: (loss_vector_fn(p, b), {**s, "new": 0}),
+                             state={"a": jnp.ones(2)}, has_state=True), "given 1 leaves"),
+    ("model_state", lambda: one_step(losses=lambda p, b, s: (loss_vector_fn(p, b), tuple(s)),
+                             state=[jnp.ones(2)] * 200, has_state=True), "returned PyTreeDef"),
+    ("model_state", lambda: one_step(losses=lambda p, b, s: (loss_vector_fn(p, b), {"b": s["a"]}),
+                             state={"a": jnp.ones(2)}, has_state=True),
+     "float32[2] at model_state['b']"),
     ("data['t']", lambda: one_step(data={"t": "text"}), "must be an array"),
     ("data['t']", lambda: one_step(data={"t": np.array(["a"])}), "numbers or PRNG keys"),
     ("data['f']", lambda: one_step(data={"f": jnp.tanh}), "must be an array"),

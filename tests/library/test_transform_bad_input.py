@@ -52,13 +52,13 @@ def test_a_second_eager_update_compiles_nothing(make, options):
 def test_what_is_traced_is_not_kept(monkeypatch):
     """A loss that holds a traced array, in an eager call after it and before it."""
     made = []
-    original = loss.noisy_value_and_grad
+    original = loss.evaluated
 
     def counting(function, *args, **options):
         made.append(function)
         return original(function, *args, **options)
 
-    monkeypatch.setattr(loss, "noisy_value_and_grad", counting)
+    monkeypatch.setattr(loss, "evaluated", counting)
     tx = transform.multiplicative_noise(NOISE, fresh_key())
     state = tx.init(PROBLEM.params)
 

@@ -233,7 +233,7 @@ def test_a_step_over_ghost_batches_is_one_over_each(name):
     stats = model.init_stats()
     data = {"x": some_images(6), "y": jnp.arange(6)}
     weights = Weights(jnp.array([0.1, 0.3, -0.2, 0.5, 0.2, 0.1]), None, 6)
-    step = loss.weighted_value_and_grad(losses_and_stats, microbatch_size=3, has_aux=True)
+    step = loss.weighted_value_and_grad(losses_and_stats, microbatch_size=3, has_state=True)
     (value, new_stats), gradient = jax.jit(step)(params, data, weights, stats)
 
     @jax.jit

@@ -15,9 +15,9 @@ from msgd_jax._streams import Stream, derive
 KEY = jax.random.key(5)
 
 
-def visits(params, batch, aux):
+def visits(params, batch, state):
     """Losses of nothing; the statistics remember which examples came when."""
-    seen, count = aux["seen"], aux["count"]
+    seen, count = state["seen"], state["count"]
     seen = jax.lax.dynamic_update_slice(seen, batch.astype(jnp.int32), (count,))
     losses = params * jnp.ones(batch.shape[0])
     return losses, {"seen": seen, "count": count + batch.shape[0]}
@@ -29,7 +29,7 @@ def nothing_seen(size):
 
 def visited(law, num_steps):
     """[steps, N]: the examples of each step in the order in which they are visited."""
-    of_step = loss.noisy_value_and_grad(visits, law, has_aux=True, microbatch_size=4)
+    of_step = loss.noisy_value_and_grad(visits, law, has_state=True, microbatch_size=4)
     data = jnp.arange(law.num_examples, dtype=jnp.float32)
 
     def one(step):
@@ -64,14 +64,14 @@ def test_every_example_meets_every_other():
 def test_weights_stay_with_their_examples():
     """The gradient of sum_i W_i x_i theta is that of any order."""
 
-    def losses(params, batch, aux):
-        return params * batch, aux + 1
+    def losses(params, batch, state):
+        return params * batch, state + 1
 
     law, data = noise.cov(50, 5), jnp.linspace(-1, 1, 50)
-    of_step = loss.noisy_value_and_grad(losses, law, has_aux=True, microbatch_size=7)
-    (_, aux), gradient = of_step(jnp.asarray(1.0), data, KEY, 2, jnp.zeros(()))
+    of_step = loss.noisy_value_and_grad(losses, law, has_state=True, microbatch_size=7)
+    (_, state), gradient = of_step(jnp.asarray(1.0), data, KEY, 2, jnp.zeros(()))
     np.testing.assert_allclose(gradient, law.sample(KEY, 2).values @ data, rtol=1e-5)
-    assert float(aux) == 8  # ghost batches, the last one filled up
+    assert float(state) == 8  # ghost batches, the last one filled up
 
 
 def test_losses_without_statistics_keep_the_order_of_the_data():
@@ -79,7 +79,7 @@ def test_losses_without_statistics_keep_the_order_of_the_data():
         loss.per_example(lambda p, x: p * x), noise.gd(2000), microbatch_size=100
     ))(jnp.ones(()), jnp.ones(2000), KEY, 0)  # fmt: skip
     with_order = jax.make_jaxpr(loss.noisy_value_and_grad(
-        lambda p, x, aux: (p * x, aux), noise.gd(2000), microbatch_size=100, has_aux=True
+        lambda p, x, state: (p * x, state), noise.gd(2000), microbatch_size=100, has_state=True
     ))(jnp.ones(()), jnp.ones(2000), KEY, 0, ())  # fmt: skip
     assert "_permute" not in str(program)
     assert "_permute" in str(with_order)
@@ -94,50 +94,50 @@ def test_each_device_shuffles_its_own_examples(num_devices, explicit):
     size = 16
     own = size // num_devices
 
-    def positions(params, batch, aux):
+    def positions(params, batch, state):
         """Adds up, over its visits, 10^k times what comes k-th, for two of each batch."""
-        value = aux["value"] + aux["factor"] * (batch[0] + 10 * batch[1])
-        return params * batch, {"value": value, "factor": 100 * aux["factor"]}
+        value = state["value"] + state["factor"] * (batch[0] + 10 * batch[1])
+        return params * batch, {"value": value, "factor": 100 * state["factor"]}
 
     law = noise.gd(size)
     of_step = loss.noisy_value_and_grad(
-        positions, law, has_aux=True, microbatch_size=2, sharding=sharding
+        positions, law, has_state=True, microbatch_size=2, sharding=sharding
     )
     # Each device's examples are numbered alike: then the mean over devices is of like numbers.
     data = jax.device_put(jnp.tile(jnp.arange(own, dtype=jnp.float32), num_devices), sharding)
-    aux = {"value": jnp.zeros(()), "factor": jnp.ones(())}
-    (_, aux), _ = of_step(jnp.ones(()), data, KEY, 1, aux)
+    state = {"value": jnp.zeros(()), "factor": jnp.ones(())}
+    (_, state), _ = of_step(jnp.ones(()), data, KEY, 1, state)
     parts = [
         noise.permute(jax.random.fold_in(derive(KEY, Stream.ORDER, 1), part), np.arange(own), own)
         for part in range(num_devices)
     ]
     expected = np.mean([(10.0 ** np.arange(own)) @ np.asarray(part) for part in parts])
-    np.testing.assert_allclose(aux["value"], expected, rtol=1e-6)
+    np.testing.assert_allclose(state["value"], expected, rtol=1e-6)
 
 
 def test_read_examples_come_in_the_same_order(tmp_path):
     """What is streamed, and what lies on the device: the same bits."""
     x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 
-    def losses(params, batch, aux):
+    def losses(params, batch, state):
         centred = batch - batch.mean(0, keepdims=True)
-        return (centred @ params) ** 2, 0.9 * aux + 0.1 * batch.mean(0)
+        return (centred @ params) ** 2, 0.9 * state + 0.1 * batch.mean(0)
 
     optimizer, law = optax.sgd(0.1), noise.sparse_cov(40, 5, support_size=12)
     start = functools.partial(train.init, jnp.ones(3), optimizer, KEY, jnp.zeros(3))
-    step = train.make_step(losses, optimizer, law, has_aux=True, microbatch_size=4)
+    step = train.make_step(losses, optimizer, law, has_state=True, microbatch_size=4)
     on_device, _ = train.make_loop(step, max_steps=5)(start(), jnp.asarray(x), 5)
-    loop = streaming.make_loop(losses, optimizer, law, streaming.ArraySource(x), has_aux=True,
+    loop = streaming.make_loop(losses, optimizer, law, streaming.ArraySource(x), has_state=True,
                                microbatch_size=4)  # fmt: skip
     read, _ = loop(start(), 5)
     np.testing.assert_array_equal(read.params, on_device.params)
-    np.testing.assert_array_equal(read.aux, on_device.aux)
+    np.testing.assert_array_equal(read.model_state, on_device.model_state)
 
 
 # What it is for -----------------------------------------------------------------------------------
 
 
-def network(params, batch, aux):
+def network(params, batch, state):
     """One hidden layer with batch norm; the statistics are running means and variances."""
     x, label = batch
     hidden = x @ params["in"]
@@ -145,7 +145,7 @@ def network(params, batch, aux):
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits_of(params, hidden, mean, variance), label
     )
-    return losses, jax.tree.map(lambda old, new: 0.98 * old + 0.02 * new, aux, (mean, variance))
+    return losses, jax.tree.map(lambda old, new: 0.98 * old + 0.02 * new, state, (mean, variance))
 
 
 def logits_of(params, hidden, mean, variance):
@@ -172,19 +172,19 @@ def digits():
 
 
 def accuracies(losses_at, data, seeds=4, steps=150):
-    """Test accuracy of each seed, after training by ``losses_at(params, data, key, step, aux)``."""
+    """Test accuracy of each seed, by ``losses_at(params, data, key, step, state)``."""
     optimizer = optax.sgd(0.5)
 
     def run(seed):
-        params, aux = start_of(seed)
+        params, state = start_of(seed)
 
         def step(carry, t):
-            params, aux = carry
-            (_, aux), grads = losses_at(params, data, jax.random.key(100 + seed), t, aux)
+            params, state = carry
+            (_, state), grads = losses_at(params, data, jax.random.key(100 + seed), t, state)
             updates, _ = optimizer.update(grads, optimizer.init(params))
-            return (optax.apply_updates(params, updates), aux), None
+            return (optax.apply_updates(params, updates), state), None
 
-        (params, (mean, variance)), _ = jax.lax.scan(step, (params, aux), jnp.arange(steps))
+        (params, (mean, variance)), _ = jax.lax.scan(step, (params, state), jnp.arange(steps))
         images, labels = digits()[2]
         hidden = jnp.asarray(images) @ jnp.asarray(params["in"])
         logits = logits_of(params, hidden, mean, variance)
@@ -204,7 +204,7 @@ LAWS = {
 @pytest.mark.parametrize("name", LAWS)
 def test_sorted_data_are_as_good_as_shuffled_data(name):
     """Accuracies agree within four standard errors of the difference, and of one per cent."""
-    of_step = loss.noisy_value_and_grad(network, LAWS[name], has_aux=True, microbatch_size=30)
+    of_step = loss.noisy_value_and_grad(network, LAWS[name], has_state=True, microbatch_size=30)
     shuffled, by_class, _ = digits()
     first, second = accuracies(of_step, shuffled), accuracies(of_step, by_class)
     error = np.hypot(first.std(ddof=1), second.std(ddof=1)) / np.sqrt(len(first))
@@ -215,10 +215,10 @@ def test_sorted_data_are_as_good_as_shuffled_data(name):
 def test_the_order_of_sorted_data_ruins_batch_norm():
     """The same weights in the order of the data: each ghost batch is of one class."""
     law = noise.cov(300, 30)
-    of_weights = loss.weighted_value_and_grad(network, has_aux=True, microbatch_size=30)
+    of_weights = loss.weighted_value_and_grad(network, has_state=True, microbatch_size=30)
 
-    def in_the_order_of_the_data(params, data, key, step, aux):
-        return of_weights(params, data, law.sample(key, step), aux)
+    def in_the_order_of_the_data(params, data, key, step, state):
+        return of_weights(params, data, law.sample(key, step), state)
 
     shuffled, by_class, _ = digits()
     assert accuracies(in_the_order_of_the_data, by_class).mean() < 80

@@ -118,7 +118,7 @@ def test_statistics_go_through_the_ghost_batches_in_order():
         mean = batch.mean()
         return params * (batch - mean) ** 2, 0.5 * running + 0.5 * mean
 
-    f = loss.weighted_value_and_grad(normalised, microbatch_size=4, has_aux=True)
+    f = loss.weighted_value_and_grad(normalised, microbatch_size=4, has_state=True)
     weights = noise.gd(10).sample(jax.random.key(0), 0)
     (value, running), grads = jax.jit(f)(jnp.ones(()), x, weights, jnp.zeros(()))
     ghosts = [np.array([0, 1, 2, 3]), np.array([4, 5, 6, 7]), np.array([8, 9, 0, 1])]
@@ -131,10 +131,10 @@ def test_statistics_go_through_the_ghost_batches_in_order():
 
 
 def test_statistics_without_micro_batches():
-    f = loss.weighted_value_and_grad(lambda p, x, aux: (p * x, aux + x.sum()), has_aux=True)
+    f = loss.weighted_value_and_grad(lambda p, x, state: (p * x, state + x.sum()), has_state=True)
     weights = noise.gd(4).sample(jax.random.key(0), 0)
-    (value, aux), grads = f(jnp.ones(()), jnp.arange(4.0), weights, jnp.ones(()))
-    assert (float(value), float(aux), float(grads)) == (1.5, 7.0, 1.5)
+    (value, state), grads = f(jnp.ones(()), jnp.arange(4.0), weights, jnp.ones(()))
+    assert (float(value), float(state), float(grads)) == (1.5, 7.0, 1.5)
 
 
 def test_under_vmap_and_scan():
@@ -193,7 +193,7 @@ class TestBadInput:
         with pytest.raises(TypeError, match="floating-point losses, got int32"):
             self.call(lambda p, d: jnp.arange(10))
 
-    def test_a_tuple_without_has_aux(self):
+    def test_a_tuple_without_has_state(self):
         with pytest.raises(TypeError, match="array of losses, got tuple"):
             self.call(lambda p, d: (loss_vector_fn(p, d), 0))
 
@@ -247,7 +247,7 @@ class TestBadInput:
 
     def test_statistics_that_change_their_shape(self):
         f = loss.weighted_value_and_grad(
-            lambda p, d, aux: (loss_vector_fn(p, d), jnp.ones(2)), has_aux=True
+            lambda p, d, state: (loss_vector_fn(p, d), jnp.ones(2)), has_state=True
         )
-        with pytest.raises(ValueError, match="aux with the structure, shapes and dtypes"):
+        with pytest.raises(ValueError, match="state with the structure, shapes and dtypes"):
             f(self.problem.params, self.problem.data, self.weights, jnp.ones(3))

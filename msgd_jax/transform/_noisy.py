@@ -1,13 +1,4 @@
-"""Laws of weights as optax gradient transformations: keys live in the state, chains work as usual.
-
-There are two routes to the same update, for the same law, key and step:
-
-* `multiplicative_noise` computes the noisy gradient itself, with one backward pass, from the loss
-  vector function and the data that ``update`` is given (the fast algorithm; `with_noise` puts any
-  optimizer behind it, `msgd` a learning rate and momentum);
-* `aggregate_per_example` takes per-example gradients that you have already, and adds them up with
-  the law's weights.
-"""
+"""The noisy gradient as an optax transformation, alone and with an optimizer behind it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,32 +8,25 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
-from optax.experimental import aggregating
 
 from msgd_jax import _dtypes, _laws, _mesh, _optimizers, _validate
 from msgd_jax import loss as loss_lib
+from msgd_jax._streams import repeated
 from msgd_jax._typing import (
     Data,
     DType,
     Gradients,
     LossVectorFn,
+    ModelState,
     OptState,
     Params,
     PositiveInt,
+    PyTree,
     Scalar,
     Updates,
 )
 from msgd_jax.noise import MNoise
 from msgd_jax.sharding import check_key_agrees
-
-__all__ = [
-    "AggregateState",
-    "MultiplicativeNoiseState",
-    "aggregate_per_example",
-    "msgd",
-    "multiplicative_noise",
-    "with_noise",
-]
 
 _HINT = (
     " What optax's lookahead and sam go around gets no such arguments: put them behind the noise, "
@@ -58,23 +42,16 @@ class MultiplicativeNoiseState(NamedTuple):
         key: the PRNG key of the run, the same at every step.
         value: the weighted loss of the last update, an unbiased estimate of the mean loss at the
           parameters it was given; infinite before the first.
+        model_state: the mutable statistics after the last update; () without any.
+        aux: the extra outputs of the last update, a `loss.Outputs`; () without any, and zeros
+          before the first.
     """
 
     step: Int[Array, ""]
     key: Key[Array, ""]
     value: Float[Array, ""]
-
-
-class AggregateState(NamedTuple):
-    """State of `aggregate_per_example`.
-
-    Attributes:
-        step: updates made so far; the step whose weights the next update draws.
-        key: the PRNG key of the run, the same at every step.
-    """
-
-    step: Int[Array, ""]
-    key: Key[Array, ""]
+    model_state: ModelState = ()
+    aux: PyTree = ()
 
 
 def multiplicative_noise(
@@ -83,6 +60,9 @@ def multiplicative_noise(
     *,
     microbatch_size: PositiveInt | None = None,
     sharding: NamedSharding | None = None,
+    model_state: ModelState = None,
+    aux: loss_lib.Outputs | None = None,
+    has_keys: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the noisy gradient ``grad(L(params) . W)`` with one backward pass (Algorithm 1).
 
@@ -108,14 +88,22 @@ def multiplicative_noise(
       ``with_noise(optax.apply_if_finite(optax.adam(1e-3), 5), noise, key)``.
     * ``optax.inject_hyperparams(msgd, static_args=("law", "key"))``.
 
-    Models with mutable statistics need `train` or `loss.weighted_value_and_grad` instead. The
-    program of eager calls is kept for the last `loss_vector_fn`.
+    Statistics and extra outputs are in the state, whose structure optax fixes at ``init``: so what
+    they start as, and what the outputs look like, is said here (where that is not known, `train`
+    needs no such thing). The program of eager calls is kept for the last `loss_vector_fn`.
 
     Args:
         law: the law of the weights; its num_examples must be the leading axis of the data.
         key: a typed PRNG key, copied into the state by ``init``.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
+        model_state: for losses with mutable statistics, what these start as: a pytree of arrays,
+          copied into the state by ``init``. None where the losses have none.
+        aux: for losses with extra outputs, a `loss.Outputs` of arrays or `jax.ShapeDtypeStruct`
+          like what comes back: ``loss.Outputs(averaged={"accuracy": jnp.zeros(())})``. None where
+          there are none.
+        has_keys: whether losses take a key per example, as in `loss.weighted_value_and_grad`; key
+          and step are those of the state.
 
     Returns:
         A transformation with ``update((), state, params, *, loss_vector_fn, data)``: the update is
@@ -124,7 +112,9 @@ def multiplicative_noise(
 
     Raises:
         TypeError, ValueError: if `law` is not a `noise.MNoise`, `key` is no typed PRNG key,
-            `microbatch_size` is not positive, or `sharding` does not spread the leading axis alone.
+            `microbatch_size` is not positive, `sharding` does not spread the leading axis alone, or
+            `aux` is not a `loss.Outputs`. ``update`` raises them where statistics or outputs come
+            back with another structure, shape or dtype.
 
     Example:
         >>> from msgd_jax import loss, noise, transform
@@ -139,7 +129,10 @@ def multiplicative_noise(
         (1, ())
     """
     alone = optax.identity()
-    whole = with_noise(alone, law, key, microbatch_size=microbatch_size, sharding=sharding)
+    whole = with_noise(
+        alone, law, key, microbatch_size=microbatch_size, sharding=sharding,
+        model_state=model_state, aux=aux, has_keys=has_keys,
+    )  # fmt: skip
 
     def init_fn(params: Params) -> MultiplicativeNoiseState:
         state: Any = whole.init(params)
@@ -162,6 +155,9 @@ def with_noise(
     *,
     microbatch_size: PositiveInt | None = None,
     sharding: NamedSharding | None = None,
+    model_state: ModelState = None,
+    aux: loss_lib.Outputs | None = None,
+    has_keys: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer behind `multiplicative_noise`, with all that it may ask for.
 
@@ -169,7 +165,8 @@ def with_noise(
     where nobody tells the optimizer the loss. Here those that take more get it, all with the
     weights of the step, as from `train.make_step`: ``value=`` (``polyak_sgd``, ``momo``,
     ``reduce_on_plateau``), ``grad=`` and ``value_fn=`` (line searches, ``lbfgs``), ``obj_fn=``
-    (``sophia``), ``grad_fn=`` (``sam``), and `loss_vector_fn` and `data` as they are.
+    (``sophia``), ``grad_fn=`` (``sam``), and `data` as they are. So is `loss_vector_fn`, where it
+    is a function of (params, batch) that returns losses alone.
 
     Args:
         optimizer: any optax transformation of a gradient, a chain of several, say.
@@ -177,6 +174,9 @@ def with_noise(
         key: a typed PRNG key, copied into the state by ``init``.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
+        model_state: as in `multiplicative_noise`.
+        aux: as in `multiplicative_noise`.
+        has_keys: as in `multiplicative_noise`.
 
     Returns:
         A transformation with ``update((), state, params, *, loss_vector_fn, data)``; see
@@ -197,7 +197,9 @@ def with_noise(
         2.0
     """
     behind = _optimizers.updater(optimizer)
-    init_fn, noisy_gradient = _noisy_gradient(law, key, microbatch_size, sharding)
+    takes = loss_lib.Takes(model_state is not None, aux is not None, has_keys)
+    init_fn, noisy_gradient = _noisy_gradient(law, key, microbatch_size, sharding, takes)
+    start = _start(model_state, aux)
 
     def update_fn(
         updates: Updates,
@@ -211,80 +213,69 @@ def with_noise(
     ) -> tuple[Updates, tuple[MultiplicativeNoiseState, OptState]]:
         _optimizers.check_no_updates(updates, params, extra_args)
         at = noisy_gradient(state[0], params, loss_vector_fn, data, full_params)
-        value, grads = at(params)
-        offers = extra_args | _optimizers.offers(at, value, grads)
-        updates, opt_state = behind(
-            grads, state[1], params, **offers, loss_vector_fn=loss_vector_fn, data=data
+        found = at(params)
+
+        def value_and_grad(params: Params) -> tuple[Float[Array, ""], Gradients]:
+            elsewhere = at(params)
+            return elsewhere.value, elsewhere.grads
+
+        offers = extra_args | _optimizers.offers(value_and_grad, found.value, found.grads)
+        problem = {"loss_vector_fn": loss_vector_fn} if takes.nothing else {}
+        updates, opt_state = behind(found.grads, state[1], params, **offers, **problem, data=data)
+        new = _after(state[0], found, takes)
+        return updates, (new, opt_state)
+
+    def start_fn(params: Params) -> tuple[MultiplicativeNoiseState, OptState]:
+        return init_fn(params)._replace(**start()), optimizer.init(params)
+
+    return optax.GradientTransformationExtraArgs(start_fn, update_fn)
+
+
+def _start(model_state: ModelState, aux: loss_lib.Outputs | None) -> Callable[[], dict[str, Any]]:
+    """How statistics and extra outputs begin, in buffers of their own."""
+    if aux is not None and not isinstance(aux, loss_lib.Outputs):
+        raise TypeError(
+            "aux must be a loss.Outputs(averaged=..., stacked=...) like what comes back, or None, "
+            f"got {_validate.shown(aux)}."
         )
-        value = value.astype(state[0].value.dtype)
-        state = MultiplicativeNoiseState(state[0].step + 1, state[0].key, value), opt_state
-        return updates, state
+    for path, leaf in jax.tree_util.tree_leaves_with_path((model_state, aux)):
+        name = ("model_state", "aux")[path[0].idx]
+        _validate.leaf_dtype(_validate.place(name, path[1:]), leaf)
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: (init_fn(params), optimizer.init(params)), update_fn
-    )
+    def dtype_of(leaf: Any) -> Any:
+        return jax.dtypes.canonicalize_dtype(_validate.leaf_dtype("leaf", leaf))
+
+    def own(leaf: Any) -> Array:
+        return jnp.array(leaf, dtype_of(leaf), copy=True)
+
+    def room(like: Any) -> Array:
+        return jnp.zeros(jnp.shape(like), dtype_of(like))
+
+    def start() -> dict[str, Any]:
+        parts = {}
+        if model_state is not None:
+            parts["model_state"] = jax.tree.map(own, model_state)
+        if aux is not None:
+            parts["aux"] = jax.tree.map(room, aux)
+        return parts
+
+    return start
 
 
-def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggregator:
-    """Adds up per-example gradients with the weights of a law.
-
-    The counterpart of `multiplicative_noise` for code that has per-example gradients already, to
-    clip them, say: an aggregator as `optax.experimental.aggregating` defines it, whose updates
-    come with a leading axis of N examples and leave without it. The sum is in float32 or wider.
-
-    Inside ``optax.masked`` it sees the selected leaves only; ``optax.MultiSteps`` belongs behind it
-    in a chain, not around it.
-
-    Args:
-        law: the law of the weights; its num_examples must be the leading axis of the updates.
-        key: a typed PRNG key, copied into the state by ``init``.
-
-    Returns:
-        An aggregator with ``update(per_example_gradients, state, params)``. It raises ValueError if
-        `params` is missing, and, naming the leaf, if the shape of a leaf is not
-        ``(N, *parameter shape)``: a gradient that is averaged already is refused.
-
-    Raises:
-        TypeError, ValueError: if `law` is not a `noise.MNoise`, or `key` is no typed PRNG key.
-
-    Example:
-        >>> from msgd_jax import noise, transform
-        >>> gradients = jnp.asarray([2.0, 0.0, -4.0, -6.0])  # of four examples
-        >>> theta = jnp.asarray(1.0)
-        >>> aggregator = transform.aggregate_per_example(noise.gd(4), jax.random.key(0))
-        >>> update, state = aggregator.update(gradients, aggregator.init(theta), theta)
-        >>> float(update)
-        -2.0
-    """
-    _check_law_and_key(law, key)
-
-    def init_fn(params: Params) -> AggregateState:
-        del params
-        check_key_agrees("key", key)
-        return AggregateState(jnp.zeros((), jnp.int32), jnp.copy(jax.random.clone(key)))
-
-    def update_fn(
-        updates: Updates, state: Any, params: Params = None, **extra_args: Any
-    ) -> tuple[Updates, AggregateState]:
-        del extra_args
-        _optimizers.check_per_example(updates, params, law.num_examples)
-        weights = law.sample(state.key, state.step)
-
-        def weighted_sum(gradients: Float[Array, "..."]) -> Float[Array, "..."]:
-            if weights.indices is not None:
-                gradients = gradients[weights.indices]
-            dtype = _dtypes.accumulator(gradients.dtype, weights.values.dtype)
-            total = jnp.tensordot(
-                weights.values.astype(dtype),
-                gradients.astype(dtype),
-                axes=1,
-                precision=jax.lax.Precision.HIGHEST,
-            )
-            return total.astype(gradients.dtype)
-
-        return jax.tree.map(weighted_sum, updates), AggregateState(state.step + 1, state.key)
-
-    return aggregating.Aggregator(init_fn, update_fn)
+def _after(state: Any, found: loss_lib.Evaluated, takes: loss_lib.Takes) -> Any:
+    """The state of the noise after an update."""
+    state = state._replace(step=state.step + 1, value=found.value.astype(state.value.dtype))
+    if takes.has_state:
+        state = state._replace(model_state=found.model_state)
+    if not takes.has_aux:
+        return state
+    if (difference := _validate.first_difference("aux", state.aux, found.aux)) is not None:
+        raise ValueError(
+            "aux must be given with the structure, shapes and dtypes of what comes back, since the "
+            f"state of an optax transformation keeps them: given {difference[0]}, came back "
+            f"{difference[1]}. (train.make_step needs no such thing.)"
+        )
+    return state._replace(aux=found.aux)
 
 
 def msgd(
@@ -297,6 +288,9 @@ def msgd(
     accumulator_dtype: DType = None,
     microbatch_size: PositiveInt | None = None,
     sharding: NamedSharding | None = None,
+    model_state: ModelState = None,
+    aux: loss_lib.Outputs | None = None,
+    has_keys: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """M-SGD (Eq. 6): `optax.sgd` on the noisy gradient of `multiplicative_noise`.
 
@@ -309,6 +303,9 @@ def msgd(
         accumulator_dtype: of the momentum; None for the parameters' own.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
+        model_state: as in `multiplicative_noise`.
+        aux: as in `multiplicative_noise`.
+        has_keys: as in `multiplicative_noise`.
 
     Returns:
         A transformation with ``update((), state, params, *, loss_vector_fn, data)``; see
@@ -335,7 +332,10 @@ def msgd(
     if accumulator_dtype is not None:
         _validate.float_dtype("accumulator_dtype", accumulator_dtype)
     optimizer = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
-    return with_noise(optimizer, law, key, microbatch_size=microbatch_size, sharding=sharding)
+    return with_noise(
+        optimizer, law, key, microbatch_size=microbatch_size, sharding=sharding,
+        model_state=model_state, aux=aux, has_keys=has_keys,
+    )  # fmt: skip
 
 
 def _noisy_gradient(
@@ -343,9 +343,11 @@ def _noisy_gradient(
     key: Key[Array, ""],
     microbatch_size: PositiveInt | None,
     sharding: NamedSharding | None,
-) -> tuple[Callable[..., MultiplicativeNoiseState], Callable[..., _optimizers.ValueAndGrad]]:
+    takes: loss_lib.Takes,
+) -> tuple[Callable[..., MultiplicativeNoiseState], Callable[..., Any]]:
     """How the state begins, and what gives value and gradient at the weights of a step."""
-    _check_law_and_key(law, key)
+    _laws.drawable("law", law)
+    _validate.prng_key("key", key)
     microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
     _mesh.check("sharding", sharding)
 
@@ -356,9 +358,9 @@ def _noisy_gradient(
         own = jnp.copy(jax.random.clone(key))  # the caller's is not to be donated with the state
         return MultiplicativeNoiseState(jnp.zeros((), jnp.int32), own, _dtypes.not_yet(params))
 
-    def make(loss_vector_fn: LossVectorFn) -> Callable[..., Any]:
-        return loss_lib.noisy_value_and_grad(
-            loss_vector_fn, law, microbatch_size=microbatch_size, sharding=sharding
+    def make(loss_vector_fn: LossVectorFn) -> Callable[..., loss_lib.Evaluated]:
+        return loss_lib.evaluated(
+            loss_vector_fn, law.sample, takes, microbatch_size=microbatch_size, sharding=sharding
         )
 
     # It owns the program of eager calls.
@@ -366,25 +368,20 @@ def _noisy_gradient(
 
     def noisy_gradient(
         state: Any, params: Params, loss_vector_fn: LossVectorFn, data: Data, full_params: Params
-    ) -> _optimizers.ValueAndGrad:
+    ) -> Callable[[Params], loss_lib.Evaluated]:
         _validate.passed_to_update(
             "multiplicative_noise", _HINT, params=params, loss_vector_fn=loss_vector_fn, data=data
         )
         if _optimizers.has_masked(params):
-            value_and_grad = make(_optimizers.unmasked(loss_vector_fn, full_params))
+            evaluate = make(_optimizers.unmasked(loss_vector_fn, full_params))
         else:
-            value_and_grad = made(loss_vector_fn, (params, data, state))
+            evaluate = made(loss_vector_fn, (params, data, state))
 
-        key = _optimizers.repeated(state.key)
+        key = repeated(state.key)
 
-        def at(params: Params) -> tuple[Float[Array, ""], Gradients]:
-            return value_and_grad(params, data, key(), state.step)
+        def at(params: Params) -> loss_lib.Evaluated:
+            return evaluate(params, data, key(), state.step, state.model_state)
 
         return at
 
     return init_fn, noisy_gradient
-
-
-def _check_law_and_key(law: MNoise, key: Key[Array, ""]) -> None:
-    _laws.drawable("law", law)
-    _validate.prng_key("key", key)

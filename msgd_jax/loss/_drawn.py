@@ -1,0 +1,202 @@
+"""Value and gradient at weights that are drawn inside; `train` and `transform` use it too."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int, Key
+
+from msgd_jax import _dtypes, _mesh, _narrow, _programs, _validate
+from msgd_jax._streams import Stream, derive
+from msgd_jax._typing import (
+    Batch,
+    Data,
+    Gradients,
+    LossVectorFn,
+    ModelState,
+    Params,
+    PositiveInt,
+    PyTree,
+    Step,
+)
+from msgd_jax.loss import _outputs, _walker
+from msgd_jax.loss._outputs import Outputs, Takes
+from msgd_jax.noise import Weights
+
+NO_KEYS = "there is no has_keys here (keys that stay the same: loss.LossVector(..., key=key))"
+
+
+class Evaluated(NamedTuple):
+    """What one forward and backward pass gives.
+
+    Attributes:
+        value: of the weighted loss.
+        grads: its gradient, like the parameters.
+        model_state: the statistics afterwards; as they were given where the loss takes none.
+        aux: the extra outputs; without arrays where the loss returns none.
+        weights: what was drawn, None where nobody asked.
+    """
+
+    value: Float[Array, ""]
+    grads: Gradients
+    model_state: ModelState
+    aux: Outputs
+    weights: Weights | None
+
+
+def presented(found: Evaluated, takes: Takes) -> tuple[PyTree, Gradients]:
+    """``(value, grads)``, the value in a tuple with what the loss vector function returns besides.
+
+    As `jax.value_and_grad` does.
+    """
+    rest = [found.model_state] * takes.has_state + [found.aux] * takes.has_aux
+    return ((found.value, *rest) if rest else found.value), found.grads
+
+
+def evaluated(
+    loss_vector_fn: LossVectorFn,
+    draw: Callable[[Key[Array, ""], Int[Array, ""]], Weights],
+    takes: Takes,
+    *,
+    microbatch_size: PositiveInt | None,
+    sharding: NamedSharding | None,
+    read: bool = False,
+    reports_weights: bool = False,
+) -> Callable[..., Evaluated]:
+    """``f(params, data, key, step, model_state)`` at the weights ``draw(key, step)``.
+
+    With `read`, the data are the examples that the weights list, in their order.
+    """
+    microbatch_size = check_arguments(loss_vector_fn, microbatch_size, sharding)
+    _outputs.check_takes(loss_vector_fn, takes)
+    of_drawn = at_drawn(
+        loss_vector_fn, takes, microbatch_size, sharding, read=read, reports_weights=reports_weights
+    )
+
+    def of_step(
+        params: Params,
+        data: Data,
+        key: Key[Array, ""],
+        step: Int[Array, ""],
+        model_state: ModelState = None,
+    ) -> Evaluated:
+        # Losses of one ghost batch depend on each other: which examples share one is random.
+        order = derive(key, Stream.ORDER, step) if takes.has_state else None
+        keys = _walker.Keys(order, losses_key(key, step) if takes.has_keys else None)
+        return of_drawn(params, data, draw, (key, step), model_state, keys)
+
+    compiled = _programs.compiled_if(microbatch_size is not None or sharding is not None, of_step)
+
+    def of_checked_step(
+        params: Params, data: Data, key: Key[Array, ""], step: Step, model_state: ModelState = None
+    ) -> Evaluated:
+        _validate.prng_key("key", key)
+        return compiled(params, data, key, _validate.step(step), model_state)
+
+    return of_checked_step
+
+
+def losses_key(key: Key[Array, ""], step: Step | None) -> Key[Array, ""]:
+    """What the keys of the examples of a step are derived from."""
+    return derive(key, Stream.LOSSES, step)
+
+
+def at_drawn(
+    loss_vector_fn: LossVectorFn,
+    takes: Takes,
+    microbatch_size: int | None,
+    sharding: NamedSharding | None,
+    *,
+    read: bool = False,
+    reports_weights: bool = False,
+) -> Callable[..., Evaluated]:
+    """``f(params, data, draw, args, model_state, keys)``: at the weights ``draw(*args)``."""
+
+    def one_batch(
+        params: Params, batch: Batch, entries: _walker.Entries, model_state: ModelState
+    ) -> _walker.Terms:
+        values = entries.values
+
+        def losses_of(params: Params) -> tuple[Float[Array, " batch"], tuple[ModelState, Outputs]]:
+            losses, new_state, outputs = _outputs.call(
+                loss_vector_fn, takes, params, batch, values.shape[0], model_state, entries.keys
+            )
+            return losses, (new_state, outputs)
+
+        wide_losses_of, narrow = _narrow.wide_sums(losses_of, params)
+        scale = _narrow.scale(values) if narrow else None
+
+        def weighted_loss(params: Params) -> tuple[Float[Array, ""], tuple[ModelState, Outputs]]:
+            losses, rest = wide_losses_of(params)
+            dtype = _dtypes.accumulator(losses.dtype, values.dtype)
+            weights = _narrow.scaled(values.astype(dtype), scale)
+            return jnp.sum(losses.astype(dtype) * weights), rest
+
+        (value, rest), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
+        value, grads = _narrow.unscaled((value, grads), scale)
+        new_state, outputs = rest
+        sums = _outputs.sums(outputs.averaged, entries.real)
+        return _walker.Terms((value, sums), grads, new_state, outputs.stacked)
+
+    total = _walker.sums(one_batch, microbatch_size, sharding)
+
+    def value_and_grad(
+        params: Params,
+        data: Data,
+        draw: Callable[..., Weights],
+        args: Sequence[Any],
+        model_state: ModelState,
+        keys: _walker.Keys,
+    ) -> Evaluated:
+        _validate.floating_params(params)
+        data_size = _validate.leading_axis("data", data)
+
+        def checked(*args: Any) -> tuple[Array, Array | None]:
+            weights = draw(*args)
+            _walker.check_weights(weights, data_size, sharding, read=read)
+            indices = None if weights.indices is None else jnp.asarray(weights.indices)
+            return jnp.asarray(weights.values), indices
+
+        examples = _walker.weighted_examples(
+            data, checked, tuple(args), sharding,
+            read=read, numbered=takes.has_keys or reports_weights, marked=takes.has_aux,
+        )  # fmt: skip
+        ((value, sums), grads), model_state, stacked = total(params, examples, model_state, keys)
+        grads = like(params, grads)
+        if not (takes.has_aux or reports_weights):
+            return Evaluated(value, grads, model_state, Outputs(), None)
+        shapes = jax.eval_shape(draw, *args)
+        size = shapes.values.shape[0]
+        averaged = jax.tree.map(lambda x: x / size, sums)
+        weights = _cut(examples, shapes) if reports_weights else None
+        return Evaluated(value, grads, model_state, Outputs(averaged, stacked), weights)
+
+    return value_and_grad
+
+
+def _cut(examples: _walker.WeightedExamples, drawn: Weights) -> Weights:
+    """The weights as they were drawn, without what fills up the devices."""
+    size = drawn.values.shape[0]
+    listed = None if drawn.indices is None else examples.numbers
+    values, indices = jax.tree.map(lambda x: _mesh.cut(x, size), (examples.values, listed))
+    return Weights(values, indices, drawn.num_examples)
+
+
+def like(params: Params, grads: Gradients) -> Gradients:
+    """The gradients, summed in wide types, in the types of the parameters."""
+    return jax.tree.map(_mesh.like, params, grads)
+
+
+def check_arguments(
+    loss_vector_fn: LossVectorFn,
+    microbatch_size: PositiveInt | None,
+    sharding: NamedSharding | None,
+) -> int | None:
+    """Returns the size of a micro-batch as an int; raises TypeError or ValueError."""
+    _validate.function("loss_vector_fn", loss_vector_fn)
+    _mesh.check("sharding", sharding)
+    if microbatch_size is None:
+        return None
+    return _validate.positive_int("microbatch_size", microbatch_size)

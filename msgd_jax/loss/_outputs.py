@@ -1,0 +1,156 @@
+"""What a loss vector function takes besides parameters and batch, and returns besides losses."""
+
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import KeyPath
+from jaxtyping import Array, Bool, Key
+
+from msgd_jax import _dtypes, _validate
+from msgd_jax._typing import Batch, LossVectorFn, ModelState, Params, PyTree
+
+
+class Outputs(NamedTuple):
+    """Extra outputs of the forward pass, by what becomes of them over the micro-batches.
+
+    A loss vector function with `has_aux` returns one, and gets one back with the value. The two
+    names leave nothing to be guessed: an array of shape [B, ...] is averaged over the examples in
+    one and kept whole in the other::
+
+      correct = logits.argmax(-1) == batch["label"]
+      return losses, loss.Outputs(averaged={"accuracy": correct}, stacked={"logits": logits})
+
+    Attributes:
+        averaged: a pytree of per-example arrays [B, ...], of numbers or booleans. What comes back
+            is their plain mean over the examples that the step evaluates, [...], in float32 or
+            wider: not weighted by W, an example that a sparse law lists twice counted twice, and
+            what only fills up a micro-batch or a device not counted.
+        stacked: a pytree of arrays of numbers, of any shapes [...]. What comes back is one per
+            micro-batch, [M, ...] in the order in which the micro-batches are visited, with M = 1
+            where there are none. Examples spread over D devices have [D, M, ...], each device's
+            own, on that device. Of per-example arrays these also hold the examples that only fill
+            up the last micro-batch or the devices.
+    """
+
+    averaged: PyTree = ()
+    stacked: PyTree = ()
+
+
+class Takes(NamedTuple):
+    """What a loss vector function takes and returns besides the usual, in the one fixed order.
+
+    ``loss_vector_fn(params, batch[, state][, keys])`` returns ``losses``, or a tuple
+    ``(losses[, state][, aux])``.
+    """
+
+    has_state: bool = False
+    has_aux: bool = False
+    has_keys: bool = False
+
+    @property
+    def nothing(self) -> bool:
+        """Whether it is ``loss_vector_fn(params, batch) -> losses``."""
+        return not any(self)
+
+
+def check_takes(loss_vector_fn: LossVectorFn, takes: Takes, hint: str = "") -> None:
+    """Raises TypeError unless `loss_vector_fn` can be called with as many arguments."""
+    for name, flag in takes._asdict().items():
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"{name} must be True or False, got {_validate.shown(flag)}.")
+    names = ["params", "batch"]
+    names += ["state"] * takes.has_state + ["keys"] * takes.has_keys
+    try:
+        signature = inspect.signature(loss_vector_fn)
+    except (TypeError, ValueError):  # of functions written in C it is not known
+        return
+    try:
+        signature.bind(*names)
+    except TypeError:
+        flags = f"has_state = {takes.has_state} and has_keys = {takes.has_keys} say"
+        raise TypeError(
+            f"loss_vector_fn must take the arguments ({', '.join(names)}), as {hint or flags}, "
+            f"got a function of {str(signature)[:120]}."
+        ) from None
+
+
+def call(
+    loss_vector_fn: LossVectorFn,
+    takes: Takes,
+    params: Params,
+    batch: Batch,
+    size: int,
+    state: ModelState,
+    keys: Key[Array, " B"] | None,
+) -> tuple[Array, ModelState, Outputs]:
+    """The losses of a batch of this size, the statistics after it, and the extra outputs, checked.
+
+    Raises:
+        TypeError, ValueError: if what is returned is not as `takes` says.
+    """
+    given = [state] * takes.has_state + [keys] * takes.has_keys
+    found = loss_vector_fn(params, batch, *given)
+    expected = ["losses"] + ["state"] * takes.has_state + ["aux"] * takes.has_aux
+    if len(expected) == 1:
+        losses, rest = found, []
+    elif isinstance(found, tuple) and len(found) == len(expected):
+        losses, *rest = found
+    else:
+        got = f"a tuple of {len(found)}" if isinstance(found, tuple) else type(found).__name__
+        raise TypeError(
+            f"loss_vector_fn must return ({', '.join(expected)}), as has_state = "
+            f"{takes.has_state} and has_aux = {takes.has_aux} say, got {got}."
+        )
+    _validate.loss_vector(losses, size)
+    if takes.has_state:
+        new, *rest = rest
+        _validate.same_kind("loss_vector_fn", "model_state", state, new)
+        state = new
+    outputs = checked_outputs(rest[0], size) if takes.has_aux else Outputs()
+    return losses, state, outputs
+
+
+def checked_outputs(aux: Any, size: int) -> Outputs:
+    """Returns extra outputs as arrays; raises TypeError or ValueError."""
+    if not isinstance(aux, Outputs):
+        raise TypeError(
+            "aux must be a loss.Outputs(averaged=..., stacked=...), which says of each array "
+            "whether it is averaged over the examples, [B, ...], or kept whole for each "
+            f"micro-batch, got {_validate.shown(aux)}."
+        )
+
+    def check(name: str, path: KeyPath, leaf: Any) -> Array:
+        where = _validate.place(f"aux.{name}", path)
+        dtype = _validate.leaf_dtype(where, leaf)
+        if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
+            raise TypeError(f"{where} must hold numbers or booleans, got {dtype}.")
+        if name == "averaged" and jnp.shape(leaf)[:1] != (size,):
+            raise ValueError(
+                f"{where} must have one entry per example of the batch, shape ({size}, ...), got "
+                f"{jnp.shape(leaf)}. An array of another kind belongs into loss.Outputs(stacked=)."
+            )
+        return jnp.asarray(leaf)
+
+    return Outputs(
+        *(
+            jax.tree_util.tree_map_with_path(lambda *at, n=name: check(n, *at), tree)
+            for name, tree in aux._asdict().items()
+        )
+    )
+
+
+def sums(averaged: PyTree, real: Bool[Array, " B"] | None) -> PyTree:
+    """The sums over the examples of a batch, those left out that only fill it up."""
+
+    def total(leaf: Array) -> Array:
+        inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        leaf = leaf.astype(_dtypes.accumulator(leaf.dtype) if inexact else jnp.float32)
+        if real is None:
+            return leaf.sum(0)
+        counted = real.reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.where(counted, leaf, jnp.zeros((), leaf.dtype)).sum(0)
+
+    return jax.tree.map(total, averaged)

@@ -1,0 +1,88 @@
+"""Per-example gradients added up with the weights of a law."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+from optax.experimental import aggregating
+
+from msgd_jax import _dtypes, _laws, _optimizers, _validate
+from msgd_jax._typing import Params, Updates
+from msgd_jax.noise import MNoise
+from msgd_jax.sharding import check_key_agrees
+
+
+class AggregateState(NamedTuple):
+    """State of `aggregate_per_example`.
+
+    Attributes:
+        step: updates made so far; the step whose weights the next update draws.
+        key: the PRNG key of the run, the same at every step.
+    """
+
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+
+
+def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggregator:
+    """Adds up per-example gradients with the weights of a law.
+
+    The counterpart of `multiplicative_noise` for code that has per-example gradients already, to
+    clip them, say: an aggregator as `optax.experimental.aggregating` defines it, whose updates
+    come with a leading axis of N examples and leave without it. The sum is in float32 or wider.
+
+    Inside ``optax.masked`` it sees the selected leaves only; ``optax.MultiSteps`` belongs behind it
+    in a chain, not around it.
+
+    Args:
+        law: the law of the weights; its num_examples must be the leading axis of the updates.
+        key: a typed PRNG key, copied into the state by ``init``.
+
+    Returns:
+        An aggregator with ``update(per_example_gradients, state, params)``. It raises ValueError if
+        `params` is missing, and, naming the leaf, if the shape of a leaf is not
+        ``(N, *parameter shape)``: a gradient that is averaged already is refused.
+
+    Raises:
+        TypeError, ValueError: if `law` is not a `noise.MNoise`, or `key` is no typed PRNG key.
+
+    Example:
+        >>> from msgd_jax import noise, transform
+        >>> gradients = jnp.asarray([2.0, 0.0, -4.0, -6.0])  # of four examples
+        >>> theta = jnp.asarray(1.0)
+        >>> aggregator = transform.aggregate_per_example(noise.gd(4), jax.random.key(0))
+        >>> update, state = aggregator.update(gradients, aggregator.init(theta), theta)
+        >>> float(update)
+        -2.0
+    """
+    _laws.drawable("law", law)
+    _validate.prng_key("key", key)
+
+    def init_fn(params: Params) -> AggregateState:
+        del params
+        check_key_agrees("key", key)
+        return AggregateState(jnp.zeros((), jnp.int32), jnp.copy(jax.random.clone(key)))
+
+    def update_fn(
+        updates: Updates, state: Any, params: Params = None, **extra_args: Any
+    ) -> tuple[Updates, AggregateState]:
+        del extra_args
+        _optimizers.check_per_example(updates, params, law.num_examples)
+        weights = law.sample(state.key, state.step)
+
+        def weighted_sum(gradients: Float[Array, "..."]) -> Float[Array, "..."]:
+            if weights.indices is not None:
+                gradients = gradients[weights.indices]
+            dtype = _dtypes.accumulator(gradients.dtype, weights.values.dtype)
+            total = jnp.tensordot(
+                weights.values.astype(dtype),
+                gradients.astype(dtype),
+                axes=1,
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            return total.astype(gradients.dtype)
+
+        return jax.tree.map(weighted_sum, updates), AggregateState(state.step + 1, state.key)
+
+    return aggregating.Aggregator(init_fn, update_fn)

@@ -1,0 +1,243 @@
+"""Losses with keys: the covariance with dropout, the same keys wherever and whenever."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from msgd_jax import loss, noise
+from msgd_jax._streams import Stream, derive
+from tests.support.mistakes import assert_told
+
+KEY = jax.random.key(2718)
+N = 16
+
+
+def spread(num_devices: int, mode: AxisType = AxisType.Auto) -> NamedSharding:
+    devices = jax.devices()[:num_devices]
+    mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(mode,), devices=devices)
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+# Which key an example has ------------------------------------------------------------------------
+
+
+def number_of(key) -> jax.Array:
+    """A number in [0, 1) with few enough bits that products with powers of two are exact."""
+    return jax.random.uniform(key)
+
+
+def reads_keys(theta, batch, keys):
+    """Losses whose gradients are ``W_i u(key_i)``, each in an entry of its own."""
+    return theta[batch] * jax.vmap(number_of)(keys)
+
+
+def expected_numbers(step: int) -> np.ndarray:
+    """One example at a time, each from its own number alone."""
+    keys = [derive(KEY, Stream.LOSSES, step, i) for i in range(N)]
+    return np.asarray([number_of(key) for key in keys])
+
+
+LAWS = {
+    "gd": noise.gd(N),
+    "sgd": noise.sgd(N, 4),
+    "sgd with replacement": noise.sgd(N, 8, replace=True),
+    "reshuffling": noise.random_reshuffling(N, 4),
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"microbatch_size": 3}, {"sharding": spread(8)},
+     {"sharding": spread(2, AxisType.Explicit), "microbatch_size": 3}],
+    ids=["one pass", "micro-batches", "8 devices", "2 devices and micro-batches"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", LAWS)
+def test_an_example_has_one_key_wherever_it_is_computed(name, settings):
+    """Bit for bit: weights here are powers of two, and nothing else is added."""
+    law = LAWS[name]
+    f = jax.jit(loss.noisy_value_and_grad(reads_keys, law, has_keys=True, **settings))
+    for step in (0, 3):
+        _, found = f(jnp.ones(N), jnp.arange(N), KEY, step)
+        weights = np.asarray(law.sample(KEY, step).dense())
+        np.testing.assert_array_equal(found, weights * expected_numbers(step))
+
+
+def test_an_example_has_one_key_in_any_order_of_the_micro_batches():
+    def with_count(theta, batch, count, keys):
+        return reads_keys(theta, batch, keys), count + 1
+
+    f = loss.noisy_value_and_grad(
+        with_count, noise.gd(N), has_state=True, has_keys=True, microbatch_size=3
+    )
+    (_, count), found = jax.jit(f)(jnp.ones(N), jnp.arange(N), KEY, 3, 0)
+    assert int(count) == 6
+    np.testing.assert_array_equal(found, expected_numbers(3) / N)
+
+
+def test_weights_that_are_given():
+    weights = LAWS["sgd"].sample(KEY, 0)
+    f = loss.weighted_value_and_grad(reads_keys, has_keys=True, microbatch_size=3)
+    _, found = f(jnp.ones(N), jnp.arange(N), weights, key=KEY, step=5)
+    np.testing.assert_array_equal(found, np.asarray(weights.dense()) * expected_numbers(5))
+
+
+def test_seeds_are_vmapped():
+    f = loss.noisy_value_and_grad(reads_keys, noise.gd(N), has_keys=True, microbatch_size=3)
+    keys = jnp.stack([jax.random.clone(KEY), jax.random.key(5)])
+    _, found = jax.vmap(f, in_axes=(None, None, 0, None))(jnp.ones(N), jnp.arange(N), keys, 3)
+    np.testing.assert_array_equal(found[0], expected_numbers(3) / N)
+    assert len(np.unique(found)) == 2 * N
+
+
+def test_keys_are_never_those_of_all_examples_at_once():
+    n = 4096
+    f = loss.noisy_value_and_grad(
+        lambda theta, batch, keys: theta * jax.vmap(number_of)(keys) * batch,
+        noise.gd(n), has_keys=True, microbatch_size=64,
+    )  # fmt: skip
+    with jax.debug_key_reuse(False):
+        program = str(jax.make_jaxpr(f)(jnp.ones(()), jnp.ones(n), KEY, 0))
+    assert "key<fry>[64]" in program
+    assert f"key<fry>[{n}]" not in program
+
+
+# The covariance of the noisy gradient -------------------------------------------------------------
+
+KEEP = 0.8
+X = np.random.default_rng(7).normal(size=(6, 2))
+Y = np.random.default_rng(8).normal(size=6)
+THETA = np.array([0.7, -0.4])
+
+
+def dropped_out(theta, example, key):
+    """Linear regression with dropout of the inputs."""
+    x, y = example
+    mask = jax.random.bernoulli(key, KEEP, (2,)).astype(x.dtype)
+    return 0.5 * (jnp.sum(x * mask * theta) - y) ** 2
+
+
+def dropout_moments() -> tuple[np.ndarray, np.ndarray]:
+    """The mean gradient of each example, [N, 2], and Sigma-bar, by listing all masks."""
+    mean, second = np.zeros((6, 2)), np.zeros((2, 2))
+    for mask in itertools.product([0.0, 1.0], repeat=2):
+        p = np.prod([KEEP if kept else 1 - KEEP for kept in mask])
+        x = X * np.asarray(mask)
+        gradients = x * (x @ THETA - Y)[:, None]
+        mean += p * gradients
+        second += p * gradients.T @ gradients / 6
+    return mean, second - mean.T @ mean / 6
+
+
+@pytest.mark.parametrize(
+    "law",
+    [noise.sgd(6, 3), noise.cov(6, 3), noise.fisher(6, 3), noise.gd(6)],
+    ids=["sgd", "cov", "fisher", "gd"],
+)
+def test_covariance_with_dropout(law):
+    """Alpha N F + beta N^2 g g' + (1/N + N (alpha + beta)) Sigma-bar, each entry at z < 4.5.
+
+    Twelve comparisons, each wrong once in 150,000 if the law is right: a false alarm in 12,000
+    keys. Without the last term, as if the masks added no noise, the trace is off by 10 z and more.
+    """
+    draws = 20_000
+    f = loss.noisy_value_and_grad(loss.per_example(dropped_out, has_keys=True), law, has_keys=True)
+    data = (jnp.asarray(X, jnp.float32), jnp.asarray(Y, jnp.float32))
+    theta = jnp.asarray(THETA, jnp.float32)
+    with jax.debug_key_reuse(False):
+        many = jax.vmap(lambda step: f(theta, data, KEY, step)[1])
+        gradients = np.asarray(jax.jit(many)(jnp.arange(draws)), np.float64)
+
+    means, sigma = dropout_moments()
+    fisher, g = means.T @ means / 6, means.mean(0)
+    alpha, beta = law.covariance.alpha, law.covariance.beta
+    own = (1 / 6 + 6 * (alpha + beta)) * sigma
+    expected = alpha * 6 * fisher + beta * 36 * np.outer(g, g) + own
+
+    products = np.einsum("ti,tj->tij", gradients - g, gradients - g)
+    errors = products.std(0) / np.sqrt(draws)
+    assert (np.abs(products.mean(0) - expected) < 4.5 * errors).all()
+    squares = np.trace(products, axis1=1, axis2=2)
+    error = squares.std() / np.sqrt(draws)
+    assert squares.mean() - np.trace(expected - own) > 10 * error
+
+
+# Keys that stay the same --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"microbatch_size": 4}, {"sharding": spread(4), "microbatch_size": 1}]
+)
+def test_a_loss_vector_at_fixed_keys(settings):
+    """The keys of step 0, at each evaluation: L is a function of the parameters alone."""
+    losses = loss.LossVector(
+        lambda theta, batch, keys: theta * jax.vmap(number_of)(keys) * batch,
+        jnp.ones(13), key=KEY, **settings,
+    )  # fmt: skip
+    expected = expected_numbers(0)[:13]
+    for theta in (1.0, 1.0, 2.0):
+        np.testing.assert_array_equal(losses(jnp.asarray(theta)), theta * expected)
+    np.testing.assert_allclose(losses.gradient(jnp.asarray(1.0)), expected.mean(), rtol=1e-6)
+    np.testing.assert_array_equal(losses.gradient_matrix(jnp.asarray(1.0)), expected)
+
+
+def test_a_loss_vector_with_keys_is_an_argument():
+    fn = loss.per_example(dropped_out, has_keys=True)
+    data = (jnp.asarray(X, jnp.float32), jnp.asarray(Y, jnp.float32))
+    losses = loss.LossVector(fn, data, key=KEY)
+    theta = jnp.asarray(THETA, jnp.float32)
+    traces = []
+
+    @jax.jit
+    def mean(losses, theta):
+        traces.append(1)
+        return losses.mean(theta)
+
+    for key in (KEY, jax.random.key(1)):
+        own = loss.LossVector(fn, data, key=key)
+        np.testing.assert_allclose(mean(own, theta), own.mean(theta), rtol=1e-6)
+    np.testing.assert_array_equal(losses.replace(data=losses.data)(theta), losses(theta))
+    assert len(traces) == 1
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+def without(theta, batch):
+    return theta[batch]
+
+
+WEIGHTS = noise.gd(N).sample(KEY, 0)
+KEYED = loss.weighted_value_and_grad(reads_keys, has_keys=True)
+PLAIN = loss.weighted_value_and_grad(without)
+ARGS = jnp.ones(N), jnp.arange(N)
+MISTAKES = [
+    ("loss_vector_fn", lambda: loss.weighted_value_and_grad(reads_keys), "has_keys = False"),
+    ("loss_vector_fn", lambda: loss.noisy_value_and_grad(without, noise.gd(N), has_keys=True),
+     "(params, batch, keys), as has_state = False and has_keys = True"),
+    ("loss_vector_fn", lambda: loss.noisy_value_and_grad(
+        loss.per_example(dropped_out, has_keys=True), noise.gd(N)), "(params: "),
+    ("loss_vector_fn", lambda: loss.LossVector(reads_keys, ARGS[1]), "key=None"),
+    ("loss_vector_fn", lambda: loss.LossVector(without, ARGS[1], key=KEY), "key=..."),
+    ("loss_vector_fn", lambda: loss.weighted_values_and_grads(reads_keys), "loss.LossVector("),
+    ("key", lambda: loss.LossVector(reads_keys, ARGS[1], key=3), "typed PRNG key"),
+    ("key", lambda: KEYED(*ARGS, WEIGHTS), "must be given, since has_keys=True"),
+    ("step", lambda: KEYED(*ARGS, WEIGHTS, key=KEY), "must be given, since has_keys=True"),
+    ("step", lambda: KEYED(*ARGS, WEIGHTS, key=KEY, step=-1), "between 0 and"),
+    ("key", lambda: KEYED(*ARGS, WEIGHTS, key=jax.random.PRNGKey(0), step=0), "typed PRNG key"),
+    ("key", lambda: PLAIN(*ARGS, WEIGHTS, key=KEY), "must not be given"),
+    ("step", lambda: PLAIN(*ARGS, WEIGHTS, step=3), "must not be given"),
+    ("has_keys", lambda: loss.noisy_value_and_grad(without, noise.gd(N), has_keys=1),
+     "must be True or False"),
+    ("data", lambda: loss.LossVector(reads_keys, ARGS[1], key=KEY).replace(data=ARGS[1])(ARGS[0]),
+     "loss.WithKeys"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("user_errors")
+@pytest.mark.parametrize(("name", "call", "wrong"), MISTAKES, ids=[m[2] for m in MISTAKES])
+def test_mistakes(name, call, wrong):
+    assert_told(call, name, wrong)
