@@ -52,10 +52,15 @@ def jackknife(
         size: K.
         dtype: of the weights.
     """
-    value = statistic(jnp.ones(size, dtype))
-    without = jax.lax.map(statistic, 1 - jnp.eye(size, dtype=dtype))
-    spread = jnp.square(without - without.mean()).sum()
-    return value, jnp.sqrt((size - 1) / size * spread)
+    all_ = jnp.ones(size, dtype)
+    without = jax.lax.map(lambda k: statistic(all_.at[k].set(0)), jnp.arange(size))
+    return statistic(all_), spread_without(without)
+
+
+def spread_without(without: Float[Array, " K"]) -> Float[Array, ""]:
+    """The jackknife standard error, from what a statistic is without each draw in turn."""
+    size = without.shape[0]
+    return jnp.sqrt((size - 1) / size * jnp.square(without - without.mean()).sum())
 
 
 class MeanPair(NamedTuple):

@@ -317,11 +317,10 @@ def batch_sharpness(
 
     curvature, squares = jax.jit(measured)(params, losses.data, key, first)
     _estimates.check_finite(losses, params, (curvature, squares))
-    value, error = _estimates.jackknife(
-        lambda w: (w @ curvature) / (w @ squares), num_draws, squares.dtype
-    )
+    total = curvature.sum(), squares.sum()
+    without = (total[0] - curvature) / (total[1] - squares)
     return BatchSharpness(
-        _estimates.estimate(value, error, num_draws - 1),
+        _estimates.estimate(total[0] / total[1], _estimates.spread_without(without), num_draws - 1),
         _estimates.of_sample(curvature / squares),
         _estimates.of_sample(curvature),
         _estimates.of_sample(squares, positive=True),
