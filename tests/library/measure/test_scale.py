@@ -82,10 +82,9 @@ def test_eight_devices_measure_what_one_does():
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     losses, params = problem(leaves=True)
     spread, _ = problem(leaves=True, sharding=sharding, microbatch_size=2)
-    for name in (measure.noise_scale, from_draws):
-        one, many = name(losses, params), name(spread, params)
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
-            assert a == pytest.approx(b, rel=1e-5)
+    one, many = (measure.noise_scale(each, params) for each in (losses, spread))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
     norms = [measure.squared_gradient_norms(each, params) for each in (losses, spread)]
     np.testing.assert_allclose(*norms, rtol=1e-5)
 
