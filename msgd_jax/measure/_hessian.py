@@ -24,8 +24,8 @@ def hessian_product(
 ) -> Callable[[Gradients], Gradients]:
     """The map ``v -> H v``, with H the Hessian of the mean loss, or of ``L . weights``.
 
-    Forward over reverse: a product costs about two gradients of the examples that have weights, and
-    no D x D matrix. The function that is returned owns its compiled program.
+    Forward over reverse: a product costs about three gradients of the examples that have weights,
+    and no D x D matrix. The function that is returned owns its compiled program.
 
     Args:
         losses: the loss vector.
@@ -126,8 +126,8 @@ def hessian_trace(
     z^T H z is 2 |H|_F^2 for Gaussian probes, and for random signs less by twice the squares of the
     diagonal of H.
 
-    Costs `num_probes` Hessian-vector products, about two gradients of the N examples each. Compiled
-    anew on each call.
+    Costs `num_probes` Hessian-vector products, about three gradients of the N examples each.
+    Compiled anew on each call.
 
     Args:
         losses: the loss vector.

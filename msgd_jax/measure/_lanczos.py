@@ -145,8 +145,9 @@ def hessian_eigenvalues(
 ) -> Ritz:
     """The ends of the spectrum of the Hessian of the mean loss, by `lanczos`.
 
-    ``.values[0]`` is the sharpness. Costs `num_steps` Hessian-vector products, about two gradients
-    of the N examples each. Compiled anew on each call: put it under `jax.jit` to call it again.
+    ``.values[0]`` is the sharpness. Costs `num_steps` Hessian-vector products, about three
+    gradients of the N examples each. Compiled anew on each call: put it under `jax.jit` to call it
+    again.
 
     Args:
         losses: the loss vector.

@@ -72,8 +72,8 @@ def alignment(
     the jackknife over draws and over probes.
 
     Costs one forward pass and K + 1 backward passes over the N examples, and 1 + K + P
-    Hessian-vector products, about two gradients each; memory for K + 1 gradients. Compiled anew on
-    each call: put it under `jax.jit` to call it again.
+    Hessian-vector products, about three gradients each; memory for K + 1 gradients. Compiled anew
+    on each call: put it under `jax.jit` to call it again.
 
     Args:
         losses: the loss vector.
@@ -278,7 +278,7 @@ def batch_sharpness(
     has the same weights as the gradient. Both definitions in circulation are measured; at batch
     size 1 they may differ by an order of magnitude.
 
-    Costs per draw one gradient and one Hessian-vector product, about three gradients in all, of the
+    Costs per draw one gradient and one Hessian-vector product, about four gradients in all, of the
     examples that have weights: b for `noise.sgd`, N for dense laws. Compiled anew on each call: put
     it under `jax.jit` to call it again.
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from msgd_jax import _dtypes, _validate
@@ -249,11 +250,19 @@ class GaussianityTest(NamedTuple):
 
 
 def mardia_kurtosis(samples: Float[Array, "K J"]) -> Float[Array, ""]:
-    """The mean of the fourth powers of the samples' Mahalanobis distances from their mean."""
+    """The mean of the fourth powers of the samples' Mahalanobis distances from their mean.
+
+    NaN where the samples do not span all J directions, up to rounding: there are no distances then.
+    """
     deviations = samples - samples.mean(0)[None]
-    # Distances are those of an orthonormal basis of the columns: no covariance is inverted.
-    basis = jnp.linalg.qr(deviations)[0]
-    return jnp.square(samples.shape[0] * jnp.square(basis).sum(1)).mean()
+    # Distances are those of an orthonormal basis of the columns: no covariance is inverted. Columns
+    # of length 1, so that directions of little noise are not taken for missing ones.
+    lengths = jnp.linalg.norm(deviations, axis=0)
+    columns = deviations / jnp.where(lengths > 0, lengths, 1)[None]
+    basis, rest = jnp.linalg.qr(columns)
+    missing = jnp.abs(jnp.diag(rest)).min() <= 100 * jnp.finfo(samples.dtype).eps
+    kurtosis = jnp.square(samples.shape[0] * jnp.square(basis).sum(1)).mean()
+    return jnp.where(missing, jnp.nan, kurtosis)
 
 
 def gaussianity_test(
@@ -275,8 +284,9 @@ def gaussianity_test(
         num_simulations: M.
 
     Raises:
-        TypeError, ValueError: if `samples` are not [K, J] with K > J + 1, `num_simulations` is
-            below 19, or `key` is no typed PRNG key.
+        TypeError, ValueError: if `samples` are not [K, J] with K > J + 1, or, outside of `jax.jit`,
+            do not span all J directions, `num_simulations` is below 19, or `key` is no typed PRNG
+            key.
     """
     if samples.ndim != 2 or samples.shape[0] <= samples.shape[1] + 1:
         raise ValueError(
@@ -296,7 +306,11 @@ def gaussianity_test(
     found = mardia_kurtosis(samples.astype(dtype))
     above, below = (null >= found).sum(), (null <= found).sum()
     p_value = jnp.minimum(1.0, 2 * (1 + jnp.minimum(above, below)) / (m + 1))
-    # A covariance of lower rank has no distances; what is constant is no evidence of anything.
+    if not isinstance(found, Tracer) and not np.isfinite(found):
+        raise ValueError(
+            f"samples must be finite and span all {j} directions: take at most as many directions "
+            "as the covariance has rank."
+        )
     p_value = jnp.where(jnp.isfinite(found), p_value, jnp.nan)
     return GaussianityTest(found, j * (j + 2) * (k - 1) / (k + 1), p_value)
 

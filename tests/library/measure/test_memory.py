@@ -79,6 +79,15 @@ def test_exact_covariances_of_a_law_that_is_not_centred():
     np.testing.assert_allclose(found.exact, np.array(wanted) / wanted[0], rtol=1e-5)
 
 
+def test_what_lies_along_the_gradient_may_remember_otherwise():
+    """Anti-correlated across the all-ones vector, white along it: by hand from G."""
+    law = noise.sum_of(noise.coloured(noise.cov(N, 8), (1.0, -1.0)), noise.fisher(N, 8))
+    found = remembered(law, num_steps=5, max_lag=1, num_runs=2)
+    s = np.trace(dense().s) / 8
+    fisher = s + dense().mean @ dense().mean / 8
+    assert float(found.exact[1]) == pytest.approx(-s / (2 * s + fisher), rel=1e-5)
+
+
 def test_the_standard_error_of_recorded_series():
     """White series: the spread of 200 repetitions, to 25 %."""
     series = jax.random.normal(KEY, (200, 30, 12, 2))

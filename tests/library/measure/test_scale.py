@@ -125,6 +125,28 @@ def test_the_standard_error_of_a_gaussian_law_is_that_of_its_participation_ratio
     assert error == pytest.approx(T * np.sqrt(2 / (400 * 3.4454792134)), rel=0.2)
 
 
+def test_laws_that_are_not_centred_where_the_gradient_is_large():
+    """|grad L|^2 is 25 times tr S: what is not taken out of it would be seen 25-fold. z = 5."""
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(20, 3)) + 5, jnp.float32)
+    losses, params, law = (
+        loss.LossVector(lambda p, g: g @ p, rows),
+        jnp.zeros(3),
+        noise.fisher(20, 4),
+    )
+    trace = np.var(np.asarray(rows, np.float64), axis=0).sum()
+    within(from_draws(losses, params, law).total.trace, trace)
+
+    monitor = measure.noise_scale_monitor(4, law=law)
+    weights = jax.vmap(law.sample, in_axes=(None, 0))(KEY, jnp.arange(4000)).dense()
+    state, _ = jax.lax.scan(
+        lambda state, g: (monitor.update(g, state)[1], None), monitor.init(params), weights @ rows
+    )
+    found = measure.monitored_noise_scale(state).total
+    within(found.trace, trace)
+    within(found.squared_gradient, float((np.asarray(rows).mean(0) ** 2).sum()))
+    assert found.trace.standard_error < trace
+
+
 # Micro-batches ------------------------------------------------------------------------------------
 
 

@@ -206,9 +206,27 @@ def test_alignment_cosine_and_participation_with_jackknife_errors():
         spread = np.std(estimates.value, ddof=1)
         error = float(np.median(estimates.standard_error))
         assert error == pytest.approx(float(spread), rel=0.35), name
-    # The plain mean over all pairs, k = l included, would be at 0.186 for K = 20, 0.169 here.
-    norms = np.asarray(many.squared_norm_c.value)
-    assert abs(norms.mean() - 0.1520310154) < 5 * norms.std(ddof=1) / np.sqrt(60)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_numbers_of_a_few_draws_by_hand():
+    """From the weights themselves, in float64 numpy: pairs of different draws alone count."""
+    losses, params = problem(jnp.float64)
+    law = noise.fisher(N, 8)
+    found = measure.alignment(losses, params, law, KEY, num_draws=4, num_probes=3)
+    weights = jax.vmap(law.sample, in_axes=(None, 0))(KEY, jnp.arange(4)).dense()
+    weights = np.asarray(weights, np.float64)
+    v = (weights - 1 / N) @ dense().gradients
+    u = (weights - weights.mean(1, keepdims=True)) @ dense().gradients
+    gram = (v @ v.T) ** 2
+    norm = (gram.sum() - np.trace(gram)) / 12
+    assert found.squared_norm_c.value == pytest.approx(norm, rel=1e-5)
+    assert found.participation_ratio.value == pytest.approx((v * v).sum() ** 2 / 16 / norm)
+    assert found.trace_hc.value == pytest.approx(np.einsum("ki,ij,kj->", v, dense().h, v) / 4)
+    hs = np.einsum("ki,ij,kj->", u, dense().h, u) / 4 / (N / (8 * N))
+    assert found.trace_hs.value == pytest.approx(hs, rel=1e-5)
+    cosine = found.trace_hc.value / np.sqrt(found.squared_norm_h.value * norm)
+    assert found.cosine.value == pytest.approx(cosine, rel=1e-5)
 
 
 @pytest.mark.usefixtures("x64")

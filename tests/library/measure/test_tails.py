@@ -265,6 +265,13 @@ MISTAKES = {
     "few": (lambda: measure.excess_kurtosis(jnp.ones(3)), "samples", "at least 4"),
     "whole": (lambda: measure.sgd_kurtosis(jnp.ones(5), 5), "batch_size", "between 1 and 4"),
     "flat": (lambda: measure.gaussianity_test(jnp.ones((4, 3)), KEY), "samples", "(4, 3)"),
+    "rank": (
+        lambda: measure.gaussianity_test(
+            jnp.sin(jnp.arange(20.0))[:, None] * jnp.ones((1, 2)), KEY
+        ),
+        "samples",
+        "span all 2 directions",
+    ),
     "simulations": (
         lambda: measure.gaussianity_test(jnp.ones((9, 3)), KEY, num_simulations=9),
         "num_simulations",
