@@ -15,6 +15,7 @@ NAMES = (
     "against_torch",
     "step_overhead",
     "many_draws",
+    "measuring",
     "regularizer",
     "memory",
     "import_time",

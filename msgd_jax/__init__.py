@@ -1,11 +1,23 @@
 """Multiplicative-noise SGD: noisy gradients as a loss vector times a random weight vector."""
 
-from msgd_jax import complexity, covariance, loss, noise, sde, sharding, streaming, train, transform
+from msgd_jax import (
+    complexity,
+    covariance,
+    loss,
+    measure,
+    noise,
+    sde,
+    sharding,
+    streaming,
+    train,
+    transform,
+)
 
 __all__ = [
     "complexity",
     "covariance",
     "loss",
+    "measure",
     "noise",
     "sde",
     "sharding",

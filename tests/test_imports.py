@@ -13,8 +13,8 @@ import pytest
 import msgd_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODULES = ["complexity", "covariance", "loss", "noise", "sde", "sharding", "streaming", "train",
-           "transform"]  # fmt: skip
+MODULES = ["complexity", "covariance", "loss", "measure", "noise", "sde", "sharding", "streaming",
+           "train", "transform"]  # fmt: skip
 # Helpers that every module may use.
 SHARED = {"_dtypes", "_estimate", "_mesh", "_narrow", "_optimizers", "_programs", "_streams",
           "_typing", "_validate", "_values"}  # fmt: skip

@@ -1,0 +1,142 @@
+"""What it costs to measure the noise, in gradients of the mean loss: `measure` on LeNet.
+
+``python -m benchmarks.measuring``. The same examples in the same micro-batches everywhere.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from benchmarks import problems, report, timing
+from msgd_jax import loss, measure, noise
+
+GRADIENT, PRODUCT = "one gradient of the mean loss", "Hessian-vector product"
+PER_DRAW = "noise scale from draws, a draw"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(report.Config):
+    """The measurements of `measure`, in gradients.
+
+    Attributes:
+        examples: N.
+        draws: K, of draws and of probes.
+        microbatch_size: examples in one pass.
+    """
+
+    examples: int = 1_000
+    draws: int = 16
+    microbatch_size: int = 100
+
+
+def main(config: Config) -> list[report.Headline]:
+    """Measures, prints, writes; returns the headlines."""
+    if config.quick:
+        config = dataclasses.replace(config, repeats=2, examples=60, draws=3, microbatch_size=20)
+    contestants, shares = _contestants(config)
+    samples = timing.alternate(
+        contestants, repeats=config.repeats, budget=240.0, description="measuring"
+    )
+    in_gradients = {
+        name: timing.spread(
+            np.asarray(samples[name]) / np.asarray(samples[GRADIENT]) / shares.get(name, 1)
+        )
+        for name in contestants
+    }
+    rows = [
+        {
+            "measured": name,
+            "gradients": f"{spread.median:.2f}",
+            "quartiles": f"{spread.low:.2f} to {spread.high:.2f}",
+            "ms": f"{1e3 * np.median(samples[name]) / shares.get(name, 1):.2f}",
+        }
+        for name, spread in in_gradients.items()
+    ]
+    headlines = [
+        report.Headline(
+            "measuring", f"{name}, in gradients of the mean loss",
+            f"{in_gradients[name].median:.2f} "
+            f"(quartiles {in_gradients[name].low:.2f} to {in_gradients[name].high:.2f})",
+            f"<= {target}", in_gradients[name].median <= target,
+        )
+        for name, target in ((PRODUCT, 4), (PER_DRAW, 1))
+    ]  # fmt: skip
+    report.publish(
+        "measuring", config, rows, headlines, functools.partial(_plot, in_gradients),
+        seconds={name: values.tolist() for name, values in samples.items()},
+    )  # fmt: skip
+    return headlines
+
+
+def _contestants(config: Config) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
+    """What is timed, and how many draws or steps each call makes of it."""
+    problem = problems.lenet(config.examples)
+    fn, params, data, k = problem.loss_vector_fn, problem.params, problem.data, config.draws
+    law = noise.cov(config.examples, problems.BATCH_SIZE)
+    sparse = noise.sgd(config.examples, min(problems.BATCH_SIZE, config.examples))
+
+    def of_losses(measured: Callable[[loss.LossVector, Any], Any]) -> Callable[[], Any]:
+        """Compiled once, data and parameters its arguments."""
+
+        @jax.jit
+        def program(params: Any, data: Any) -> Any:
+            return measured(
+                loss.LossVector(fn, data, microbatch_size=config.microbatch_size), params
+            )
+
+        return lambda: program(params, data)
+
+    key = jax.random.key(1)
+    directions = measure.random_directions(params, jax.random.key(2), 4)
+    monitor = measure.noise_scale_monitor(2, batch_size=problems.BATCH_SIZE)
+    state = monitor.init(params)
+    watch = jax.jit(lambda gradient, state: monitor.update(gradient, state)[1])
+    plain = jax.jit(lambda gradient: optax.tree.norm(gradient))
+    gradient = of_losses(lambda losses, params: losses.gradient(params))
+    one = jax.tree.map(jnp.asarray, gradient())
+    draws = {"num_draws": k}
+    contestants = {
+        GRADIENT: gradient,
+        PRODUCT: of_losses(lambda losses, params: measure.hessian_product(losses, params)(params)),
+        "noise scale, exact": of_losses(measure.noise_scale),
+        PER_DRAW: of_losses(
+            lambda losses, params: measure.noise_scale_from_draws(losses, params, law, key, **draws)
+        ),
+        "gradient norms of all examples": of_losses(measure.squared_gradient_norms),
+        "probed norms, a probe": of_losses(
+            lambda losses, params: (
+                measure.probed_gradient_norms(losses, params, key, num_probes=k).norm
+            )
+        ),
+        "batch sharpness of sgd, b = 50, a draw": of_losses(
+            lambda losses, params: measure.batch_sharpness(losses, params, sparse, key, **draws)
+        ),
+        "1,000 draws along 4 directions": of_losses(
+            lambda losses, params: measure.noise_projections(
+                losses, params, law, key, directions=directions, num_draws=1000
+            )
+        ),
+        "the monitor, a step": lambda: watch(one, state),
+        "a norm of a gradient, for comparison": lambda: plain(one),
+    }
+    shares = {name: float(k) for name in contestants if name.endswith(("a draw", "a probe"))}
+    return contestants, shares
+
+
+def _plot(in_gradients: dict[str, timing.Spread], axes: Any) -> None:
+    names = list(in_gradients)[::-1]
+    axes.barh(names, [in_gradients[name].median for name in names], color="C0")
+    axes.set_xscale("log")
+    axes.set_xlabel("cost in gradients of the mean loss")
+    axes.set_title("Measuring the noise, LeNet", fontsize=11)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

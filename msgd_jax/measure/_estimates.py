@@ -1,0 +1,191 @@
+"""Estimates with standard errors, from samples, by the jackknife, and of ratios of means."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from msgd_jax import _dtypes, _validate
+from msgd_jax import loss as loss_lib
+from msgd_jax._estimate import Estimate
+from msgd_jax._typing import Params, PyTree
+
+# The two-sided 95 % quantile of the standard normal.
+_Z = 1.959963984540054
+
+
+def estimate(
+    value: Any,
+    standard_error: Any = 0.0,
+    degrees_of_freedom: Any = math.inf,
+    *,
+    positive: bool = False,
+) -> Estimate:
+    """An `Estimate` of Python floats; of scalar arrays where these are traced."""
+    if not any(isinstance(x, Tracer) for x in (value, standard_error, degrees_of_freedom)):
+        value, standard_error = float(value), float(standard_error)
+        degrees_of_freedom = float(degrees_of_freedom)
+    return Estimate(value, standard_error, degrees_of_freedom, positive)
+
+
+def of_sample(values: Float[Array, " K"], *, positive: bool = False) -> Estimate:
+    """The mean of K independent values."""
+    size = values.shape[0]
+    return estimate(
+        values.mean(), values.std(ddof=1) / math.sqrt(size), size - 1, positive=positive
+    )
+
+
+def jackknife(
+    statistic: Callable[[Float[Array, " K"]], Float[Array, ""]], size: int, dtype: Any
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """A statistic of K weighted draws, and its jackknife standard error.
+
+    Args:
+        statistic: a function of the weights of the draws, 1 for those that count and 0 for others.
+        size: K.
+        dtype: of the weights.
+    """
+    all_ = jnp.ones(size, dtype)
+    without = jax.lax.map(lambda k: statistic(all_.at[k].set(0)), jnp.arange(size))
+    return statistic(all_), spread_without(without)
+
+
+def spread_without(without: Float[Array, " K"]) -> Float[Array, ""]:
+    """The jackknife standard error, from what a statistic is without each draw in turn."""
+    size = without.shape[0]
+    return jnp.sqrt((size - 1) / size * jnp.square(without - without.mean()).sum())
+
+
+class MeanPair(NamedTuple):
+    """Means T and U of two numbers, and the covariance of these means.
+
+    Attributes:
+        trace: T.
+        squared: U.
+        var_trace: the variance of T.
+        covariance: that of T and U.
+        var_squared: the variance of U.
+    """
+
+    trace: Float[Array, " *parts"]
+    squared: Float[Array, " *parts"]
+    var_trace: Float[Array, " *parts"]
+    covariance: Float[Array, " *parts"]
+    var_squared: Float[Array, " *parts"]
+
+
+class Ratio(NamedTuple):
+    """T / U with its standard error and Fieller's 95 % interval."""
+
+    value: Float[Array, " *parts"]
+    standard_error: Float[Array, " *parts"]
+    low: Float[Array, " *parts"]
+    high: Float[Array, " *parts"]
+
+
+def ratio(pair: MeanPair) -> Ratio:
+    """The ratio of two means, T >= 0 over U: infinite where U is not above 0, 0 where T is 0.
+
+    The standard error is that of the delta method. The interval is Fieller's: all B >= 0 with
+    ``|T - B U| <= z s.e.(T - B U)``; it has no upper end where U may be 0.
+    """
+    # What is known already is computed on the host, in float64.
+    xp: Any = jnp
+    if not any(isinstance(leaf, Tracer) for leaf in pair):
+        xp, pair = np, MeanPair(*(np.asarray(leaf, np.float64) for leaf in pair))  # type: ignore[arg-type]
+    t, u = pair.trace, pair.squared
+    present = u > 0
+    safe = xp.where(present, u, 1)
+    value = xp.where(t == 0, 0.0, xp.where(present, t / safe, xp.inf))
+    finite = xp.where(present, t / safe, 0.0)
+    variance = pair.var_trace - 2 * finite * pair.covariance + finite**2 * pair.var_squared
+    error = xp.sqrt(xp.maximum(variance, 0)) / safe
+    exact = (pair.var_trace == 0) & (pair.var_squared == 0)
+    error = xp.where(present | (t == 0) | exact, error, xp.inf)
+    # The ends solve a B^2 - 2 b B + c = 0; written so that the lower one has no pole at a = 0.
+    a = u**2 - _Z**2 * pair.var_squared
+    b = t * u - _Z**2 * pair.covariance
+    c = t**2 - _Z**2 * pair.var_trace
+    root = xp.sqrt(xp.maximum(b**2 - a * c, 0))
+    sum_ = b + root
+    low = xp.where((c > 0) & (sum_ > 0), c / xp.where(sum_ > 0, sum_, 1), 0.0)
+    bounded = (a > 0) & present
+    high = xp.where(bounded, sum_ / xp.where(bounded, a, 1), xp.inf)
+    # Known exactly, the ratio is its own interval.
+    low, high = (xp.where(exact, value, end) for end in (low, high))
+    return Ratio(value, error, low, xp.where((t == 0) & exact, 0.0, high))
+
+
+def root(values: Any) -> Any:
+    """The square root, on the host where the values are known."""
+    return jnp.sqrt(values) if isinstance(values, Tracer) else np.sqrt(np.asarray(values))
+
+
+def check_finite(losses: loss_lib.LossVector, params: Params, result: PyTree) -> None:
+    """Raises ValueError, naming an example, where something measured is NaN (traced: nothing).
+
+    The losses are looked at then, and only then.
+    """
+    leaves = jax.tree.leaves(result)
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        return
+    if all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves):
+        return
+    for what, values in (
+        ("losses", lambda: losses(params)),
+        ("the gradients of losses", lambda: per_example_squares(losses, params)),
+    ):
+        found = np.asarray(values())
+        wrong = np.flatnonzero(~np.isfinite(found))
+        if wrong.size:
+            others = f" and of {wrong.size - 1} others" if wrong.size > 1 else ""
+            raise ValueError(
+                f"{what} must be finite at params, got {found[wrong[0]]} of example "
+                f"{wrong[0]}{others}."
+            )
+    raise ValueError(
+        "losses give a result at params that is not finite, though every loss and every gradient "
+        "is: a square overflows. Rescale the losses, or use float64."
+    )
+
+
+def per_example_squares(losses: loss_lib.LossVector, params: Params) -> Float[Array, " N"]:
+    """The squared norm of every example's gradient, a micro-batch of gradients in memory."""
+    loss_vector_fn = losses.loss_vector_fn
+
+    def squares(params: Params, batch: Any) -> Float[Array, " B"]:
+        gradients = loss_lib.LossVector(loss_vector_fn, batch).gradient_matrix(params)
+        return sum(of_rows(leaf) for leaf in jax.tree.leaves(gradients))  # type: ignore[return-value]
+
+    return losses.replace(squares)(params)
+
+
+def of_rows(leaf: Float[Array, "B *shape"]) -> Float[Array, " B"]:
+    """The sum of squares of each entry of the leading axis, in float32 or wider."""
+    return dot_rows(leaf, leaf)
+
+
+def dot_rows(leaf: Float[Array, "B *shape"], other: Float[Array, "B *shape"]) -> Float[Array, " B"]:
+    """The inner product of each pair of entries of the leading axis, in float32 or wider."""
+    dtype = _dtypes.accumulator(leaf.dtype, other.dtype)
+    products = leaf.astype(dtype) * other.astype(dtype)
+    return products.reshape(leaf.shape[0], -1).sum(1)
+
+
+def with_total(parts: list[Float[Array, "*shape"]]) -> Float[Array, "*shape parts"]:
+    """One number per leaf, and their sum behind them, along a new last axis."""
+    dtype = _dtypes.accumulator(*(part.dtype for part in parts))
+    wide = [part.astype(dtype) for part in parts]
+    return jnp.stack([*wide, functools.reduce(jnp.add, wide)], axis=-1)
+
+
+def count(name: str, value: Any, minimum: int) -> int:
+    """Returns how many draws, probes or runs there are; raises TypeError or ValueError."""
+    return _validate.positive_int(name, value, minimum=minimum)

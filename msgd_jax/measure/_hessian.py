@@ -1,0 +1,185 @@
+"""Products with the Hessian of any weighted loss, and its trace by random probes."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from msgd_jax import _dtypes, _programs, _validate
+from msgd_jax import loss as loss_lib
+from msgd_jax._estimate import Estimate
+from msgd_jax._typing import Data, Gradients, Params, PositiveInt
+from msgd_jax.measure import _estimates, _norms
+from msgd_jax.noise import Weights
+
+PROBES = ("rademacher", "gaussian")
+
+
+def hessian_product(
+    losses: loss_lib.LossVector,
+    params: Params,
+    weights: Weights | Float[Array, " N"] | None = None,
+) -> Callable[[Gradients], Gradients]:
+    """The map ``v -> H v``, with H the Hessian of the mean loss, or of ``L . weights``.
+
+    Forward over reverse: a product costs about three gradients of the examples that have weights,
+    and no D x D matrix. The function that is returned owns its compiled program.
+
+    Args:
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+        weights: a draw of a law, or any array [N]; None for 1/N each.
+
+    Returns:
+        A linear function of pytrees like `params`, for `lanczos` or by itself.
+
+    Raises:
+        TypeError, ValueError: if `losses` is not a `loss.LossVector`, a parameter is not floating
+            point, or, on the first call, the weights are not for its examples.
+
+    Example:
+        >>> from msgd_jax import loss, measure
+        >>> fn = loss.per_example(lambda theta, x: x * theta[0] ** 2 + theta[0] * theta[1])
+        >>> losses = loss.LossVector(fn, jnp.asarray([1.0, 3.0]))
+        >>> product = measure.hessian_product(losses, jnp.zeros(2))
+        >>> product(jnp.asarray([1.0, 0.0])).tolist()
+        [4.0, 1.0]
+    """
+    loss_lib.checked(losses, params)
+    params = jax.tree.map(jnp.asarray, params)
+
+    def product(params: Params, data: Data, weights: Any, vector: Gradients) -> Gradients:
+        return _product(losses.replace(data=data), params, weights)(vector)
+
+    program = _programs.compiled_if(True, product)
+    return lambda vector: program(params, losses.data, weights, vector)
+
+
+def _product(
+    losses: loss_lib.LossVector, params: Params, weights: Any
+) -> Callable[[Gradients], Gradients]:
+    """The same, to be traced with what is around it."""
+
+    def gradient(params: Params) -> Gradients:
+        return losses.gradient(params, weights)
+
+    return lambda vector: jax.jvp(gradient, (params,), (vector,))[1]
+
+
+def hessian_operator(
+    losses: loss_lib.LossVector,
+    params: Params,
+    weights: Weights | Float[Array, " N"] | None = None,
+) -> Any:
+    """`hessian_product` as a `lineax.FunctionLinearOperator`, tagged symmetric.
+
+    It is in general not positive semi-definite.
+
+    Raises:
+        ImportError: if lineax is not installed (``pip install 'msgd-jax[solvers]'``);
+            `hessian_product` does without.
+        TypeError, ValueError: as `hessian_product`; or if the parameters are of several types.
+    """
+    try:
+        import lineax
+    except ImportError as error:
+        raise ImportError(
+            "hessian_operator needs lineax: pip install 'msgd-jax[solvers]'. hessian_product is "
+            "the same as a plain function."
+        ) from error
+    product = hessian_product(losses, params, weights)
+    structure = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), _arrays(params))
+    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(structure)})
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"params must be of one type for a lineax operator, got {', '.join(dtypes)}: use "
+            "hessian_product."
+        )
+    return lineax.FunctionLinearOperator(product, structure, lineax.symmetric_tag)
+
+
+class HessianTrace(NamedTuple):
+    """What random probes say of the Hessian H of the mean loss.
+
+    Attributes:
+        trace: tr H.
+        squared_norm: the sum of the squares of all entries of H, |H|_F^2.
+    """
+
+    trace: Estimate
+    squared_norm: Estimate
+
+
+def hessian_trace(
+    losses: loss_lib.LossVector,
+    params: Params,
+    key: Key[Array, ""],
+    *,
+    num_probes: PositiveInt,
+    kind: str = "rademacher",
+) -> HessianTrace:
+    """The trace of the Hessian of the mean loss by Hutchinson's estimator, and its norm.
+
+    For random z with independent entries, E z^T H z = tr H and E |H z|^2 = |H|_F^2. The variance of
+    z^T H z is 2 |H|_F^2 for Gaussian probes, and for random signs less by twice the squares of the
+    diagonal of H.
+
+    Costs `num_probes` Hessian-vector products, about three gradients of the N examples each.
+    Compiled anew on each call.
+
+    Args:
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+        key: a typed PRNG key; probe k is a function of (key, k).
+        num_probes: at least 2.
+        kind: "rademacher" or "gaussian".
+
+    Raises:
+        TypeError, ValueError: if `losses` is not a `loss.LossVector`, a parameter is not floating
+            point, `num_probes` is below 2, `kind` is neither, `key` is no typed PRNG key, or,
+            outside of `jax.jit`, a loss or a gradient is not finite.
+    """
+    loss_lib.checked(losses, params)
+    k = _estimates.count("num_probes", num_probes, 2)
+    _validate.one_of("kind", kind, PROBES)
+    _validate.prng_key("key", key)
+    program = jax.jit(lambda *args: probed(losses, *args, num_probes=k, kind=kind))
+    quadratic, squares = program(params, losses.data, key)
+    _estimates.check_finite(losses, params, (quadratic, squares))
+    return HessianTrace(
+        _estimates.of_sample(quadratic), _estimates.of_sample(squares, positive=True)
+    )
+
+
+def probed(
+    losses: loss_lib.LossVector,
+    params: Params,
+    data: Data,
+    key: Key[Array, ""],
+    *,
+    num_probes: int,
+    kind: str,
+) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+    """z^T H z and |H z|^2 of K random z."""
+    product = _product(losses.replace(data=data), params, None)
+
+    def one(number: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        z = _norms.probe(key, number, params, kind)
+        image = product(z)
+        return dot(z, image), dot(image, image)
+
+    return jax.lax.map(one, jnp.arange(num_probes))
+
+
+def dot(one: Gradients, other: Gradients) -> Float[Array, ""]:
+    """The inner product of two vectors of the space of parameters, in float32 or wider."""
+    pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    dtype = _dtypes.accumulator(*(leaf.dtype for pair in pairs for leaf in pair))
+    products = [(a.astype(dtype) * b.astype(dtype)).sum() for a, b in pairs]
+    return jnp.stack(products).sum()
+
+
+def _arrays(params: Params) -> Params:
+    return jax.tree.map(jnp.asarray, params)

@@ -1,0 +1,330 @@
+"""How large gradient noise is: tr S, the squared mean gradient, and the simple noise scale."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Key
+
+from msgd_jax import _dtypes, _validate
+from msgd_jax import loss as loss_lib
+from msgd_jax._estimate import Estimate
+from msgd_jax._typing import (
+    Data,
+    Gradients,
+    Params,
+    PerExampleGradients,
+    PositiveInt,
+    PyTree,
+    Scalar,
+    Step,
+)
+from msgd_jax.measure import _draws, _estimates
+from msgd_jax.noise import MNoise
+
+
+class Scale(NamedTuple):
+    """How large the noise of one example's gradient is, of all parameters or of one leaf.
+
+    Attributes:
+        trace: tr S, the variance of the gradient of one uniform example, summed over parameters.
+        squared_gradient: the squared norm of the mean gradient. Its unbiased estimates may be
+            negative: average them first.
+        noise_scale: ``tr S / |grad L|^2``, the "simple" noise scale of McCandlish et al. 2018
+            (arXiv:1812.06162), in examples. Infinite where the squared gradient is not above 0; 0
+            where tr S is 0.
+        interval: the two ends of Fieller's 95 % interval of the noise scale. The upper one is
+            infinite where the squared gradient cannot be told from 0.
+    """
+
+    trace: Estimate
+    squared_gradient: Estimate
+    noise_scale: Estimate
+    interval: tuple[float, float]
+
+
+class NoiseScale(NamedTuple):
+    """The scale of gradient noise, in total and per leaf of the parameters.
+
+    Attributes:
+        total: of all parameters.
+        leaves: a pytree like the parameters, with a `Scale` in the place of each leaf.
+    """
+
+    total: Scale
+    leaves: PyTree
+
+
+def noise_scale(
+    losses: loss_lib.LossVector, params: Params, *, population: bool = False
+) -> NoiseScale:
+    """The noise scale from the gradients of all examples, exact.
+
+    S has divisor N: it is the covariance of the gradient of one uniform example of the data. With
+    `population`, the data are taken as N independent examples of a population, and its numbers are
+    estimated without bias, with standard errors to first order.
+
+    Per-example gradients are in memory a micro-batch of the loss vector at a time. Costs one
+    forward and backward pass over the N examples, and N per-example gradients. Compiled anew on
+    each call: put it under `jax.jit` to call it again.
+
+    Args:
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+        population: whether the data stand for a population.
+
+    Returns:
+        The scale, in float32 or wider; without `population`, standard errors are 0.
+
+    Raises:
+        TypeError: if `losses` is not a `loss.LossVector`, or a parameter is not floating point.
+        ValueError: outside of `jax.jit`, if a loss or a gradient is not finite, naming the example;
+            or if there is one example only, and `population` is asked for.
+
+    Example:
+        >>> from msgd_jax import loss, measure
+        >>> fn = loss.per_example(lambda theta, x: (theta - x) ** 2 / 2)
+        >>> losses = loss.LossVector(fn, jnp.asarray([0.0, 2.0]))
+        >>> scale = measure.noise_scale(losses, jnp.asarray(3.0)).total  # gradients 3 and 1
+        >>> scale.trace.value, scale.squared_gradient.value, scale.noise_scale.value
+        (1.0, 4.0, 0.25)
+    """
+    loss_lib.checked(losses, params)
+    n = losses.num_examples
+    if population and n < 2:
+        raise ValueError(f"losses must have at least 2 examples for population=True, got {n}.")
+
+    def moments(params: Params, data: Data) -> _estimates.MeanPair:
+        own = losses.replace(data=data)
+        mean = jax.tree.map(_wide, own.gradient(params))
+        sums = own.sum_over_gradients(_deviations, params, mean)
+        squared = _estimates.with_total([jnp.square(leaf).sum() for leaf in jax.tree.leaves(mean)])
+        trace, d2, dc, c2 = (value / n for value in sums)
+        if not population:
+            zero = jnp.zeros_like(trace)
+            return _estimates.MeanPair(trace, squared, zero, zero, zero)
+        # To first order |g|^2 is the mean of 2 g . (g_i - g), which is 0 on average.
+        return _estimates.MeanPair(
+            trace * (n / (n - 1)),
+            squared - trace / (n - 1),
+            (d2 - trace**2) / n,
+            dc / n,
+            c2 / n,
+        )
+
+    pair = jax.jit(moments)(params, losses.data)
+    _estimates.check_finite(losses, params, (pair.trace, pair.squared))
+    return assembled(params, pair, n - 1 if population else jnp.inf)
+
+
+def noise_scale_from_draws(
+    losses: loss_lib.LossVector,
+    params: Params,
+    law: MNoise,
+    key: Key[Array, ""],
+    *,
+    num_draws: PositiveInt,
+    first_step: Step = 0,
+    draws_per_pass: PositiveInt = 1,
+) -> NoiseScale:
+    """The noise scale from K noisy gradients of any law with a covariance of two numbers.
+
+    For each draw, ``|grad(L . W) - (1 . W) grad L|^2 / (alpha N)`` is an unbiased estimate of tr S:
+    the spread of the weights across the all-ones vector is all that it needs, so that laws which
+    are not centred (`noise.fisher`, `noise.bernoulli`) do as well. |grad L|^2 is exact.
+
+    The relative standard error for Gaussian laws is sqrt(2 / (K p)), with p the participation ratio
+    of S (`ranks`). Costs one forward pass over the N examples and K + 1 backward passes; memory for
+    K + 1 gradients.
+
+    Args:
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+        law: a law of N weights with independent steps; `noise.cov` if you have no other.
+        key: a typed PRNG key; draw k is ``law.sample(key, first_step + k)``.
+        num_draws: K, at least 2.
+        first_step: the step of the first draw.
+        draws_per_pass: draws whose backward passes are made at once.
+
+    Raises:
+        TypeError: if `losses` is not a `loss.LossVector`, a parameter is not floating point, `law`
+            is no `noise.MNoise`, or `key` is no typed PRNG key.
+        ValueError: if the law is for another number of examples, has no noise (`noise.gd`), no
+            covariance of two numbers, or steps that depend on each other, `num_draws` is below 2,
+            or, outside of `jax.jit`, a loss or a gradient is not finite.
+    """
+    loss_lib.checked(losses, params)
+    num_draws = _estimates.count("num_draws", num_draws, 2)
+    n = losses.num_examples
+    of_s = _draws.moments_of(_draws.independent(law, n), n).of_s
+    drawn = _draws.draw(
+        losses, params, law, key,
+        first_step=first_step, num_draws=num_draws, draws_per_pass=draws_per_pass,
+    )  # fmt: skip
+    pair = _pair_of_draws(drawn, of_s)
+    _estimates.check_finite(losses, params, pair)
+    return assembled(params, pair, num_draws - 1)
+
+
+@jax.jit  # of arrays alone: what is kept is one program per set of shapes, as of jnp's functions
+def _pair_of_draws(drawn: _draws.Draws, of_s: Scalar) -> _estimates.MeanPair:
+    """Tr S, with the variance of its mean, and |g|^2, per leaf and in total."""
+    leaves = jax.tree.leaves(drawn.centred())
+    squares = _estimates.with_total([_estimates.of_rows(leaf) for leaf in leaves]) / of_s
+    mean = jax.tree.leaves(drawn.mean_gradient)
+    squared = _estimates.with_total([jnp.square(leaf).sum() for leaf in mean])
+    zero = jnp.zeros_like(squared)
+    variance = squares.var(0, ddof=1) / squares.shape[0]
+    return _estimates.MeanPair(squares.mean(0), squared, variance, zero, zero)
+
+
+class MicrobatchMoments(NamedTuple):
+    """Unbiased estimates from the micro-batches of one step, per leaf and in total.
+
+    Attributes:
+        trace: of tr S, [leaves + 1]: of each leaf, and last of all parameters.
+        squared_gradient: of |grad L|^2, likewise; it may be negative.
+    """
+
+    trace: Float[Array, "*steps parts"]
+    squared_gradient: Float[Array, "*steps parts"]
+
+
+def microbatch_moments(
+    gradients: PerExampleGradients,
+    sizes: PositiveInt | Int[np.ndarray, " K"] | tuple[int, ...],
+    *,
+    num_examples: PositiveInt | None = None,
+) -> MicrobatchMoments:
+    """Tr S and |grad L|^2 from the mean gradients of the K micro-batches of one step, for free.
+
+    With q the weighted spread ``sum b_k |m_k - m|^2 / (K - 1)`` of the mean gradients m_k of b_k
+    examples each, and n = sum b_k: for examples that were drawn independently, tr S is estimated by
+    q, and |grad L|^2 by ``|m|^2 - q / n``; for n distinct ones of N, randomly split, by
+    ``q (N - 1) / N`` and ``|m|^2 - (1/n - 1/N) q``. Both are unbiased for any sizes. Costs no
+    gradient. Never divide one by the other before averaging over steps: `pooled_noise_scale`.
+
+    Args:
+        gradients: a pytree like the parameters with leading axes of K: the gradient of the mean
+            loss of each micro-batch.
+        sizes: b_k, one number for all or K of them.
+        num_examples: N, if the n examples of the step are distinct; None if they were drawn
+            independently (with replacement, or from a stream).
+
+    Raises:
+        TypeError, ValueError: if `gradients` are not floating point, there are fewer than 2, or
+            `sizes` are not positive, not K, or more than `num_examples` together.
+    """
+    _validate.floating_params(gradients, "gradients")
+    k = _estimates.count(
+        "the leading axis of gradients", _validate.leading_axis("gradients", gradients), 2
+    )
+    b = np.broadcast_to(np.asarray(sizes), (k,)) if np.ndim(sizes) == 0 else np.asarray(sizes)
+    if b.shape != (k,) or not np.issubdtype(b.dtype, np.integer) or (b < 1).any():
+        raise ValueError(f"sizes must be one positive integer or {k} of them, got {sizes}.")
+    n = int(b.sum())
+    if num_examples is not None:
+        num_examples = _estimates.count("num_examples", num_examples, n)
+    spread, squared = [], []
+    for leaf in jax.tree.leaves(gradients):
+        wide = _wide(leaf)
+        shares = jnp.asarray(b / n, wide.dtype)
+        mean = jnp.tensordot(shares, wide, 1)
+        spread.append(n * (shares @ _estimates.of_rows(wide - mean[None])) / (k - 1))
+        squared.append(jnp.square(mean).sum())
+    q, total = _estimates.with_total(spread), _estimates.with_total(squared)
+    return MicrobatchMoments(*unbiased_of_spread(q, total, n, num_examples))
+
+
+def unbiased_of_spread(
+    q: Float[Array, "*parts"], squared: Float[Array, "*parts"], n: int, num_examples: int | None
+) -> tuple[Float[Array, "*parts"], Float[Array, "*parts"]]:
+    """Tr S and |grad L|^2 from the spread q of n examples' gradients and their mean, squared."""
+    if num_examples is None:
+        return q, squared - q / n
+    return q * ((num_examples - 1) / num_examples), squared - (1 / n - 1 / num_examples) * q
+
+
+def pooled_noise_scale(params: Params, moments: MicrobatchMoments) -> NoiseScale:
+    """The noise scale from the `microbatch_moments` of R steps: averages first, then one ratio.
+
+    The mean of R ratios would be useless: a ratio whose denominator comes near 0 has no mean. The
+    ratio of means is biased upwards, by order 1/R; where the upper end of `Scale.interval` is
+    infinite, R is too small. Standard errors take the steps as independent. (Of independent steps,
+    with tr S / |grad L|^2 = 12 and 16 examples per step, the interval covered the truth in 91.7 %
+    of cases at R = 10, 94.8 % at R = 30 and at R = 100.)
+
+    Args:
+        params: the parameters, for their structure.
+        moments: with leading axes of R steps, at least 2.
+
+    Raises:
+        ValueError: if there are fewer than 2 steps, or the leaves are not those of `params`.
+    """
+    trace, squared = moments
+    if trace.ndim != 2 or trace.shape[0] < 2:
+        raise ValueError(
+            "moments must have a leading axis of at least 2 steps, got shape "
+            f"{trace.shape}: stack them, by jax.vmap or jax.lax.scan."
+        )
+    steps = trace.shape[0]
+    t, u = trace - trace.mean(0)[None], squared - squared.mean(0)[None]
+    scale = steps * (steps - 1)
+    pair = _estimates.MeanPair(
+        trace.mean(0),
+        squared.mean(0),
+        jnp.square(t).sum(0) / scale,
+        (t * u).sum(0) / scale,
+        jnp.square(u).sum(0) / scale,
+    )
+    return assembled(params, pair, steps - 1)
+
+
+def assembled(params: Params, pair: _estimates.MeanPair, degrees_of_freedom: Any) -> NoiseScale:
+    """What was measured per leaf, [leaves + 1], in the structure of the parameters."""
+    structure = jax.tree.structure(params)
+    if pair.trace.shape != (structure.num_leaves + 1,):
+        raise ValueError(
+            f"moments must be of the {structure.num_leaves} leaves of params and in total, got "
+            f"{pair.trace.shape[-1]} numbers."
+        )
+    if not any(isinstance(leaf, Tracer) for leaf in pair):
+        pair = jax.tree.map(np.asarray, pair)
+    quotient = _estimates.ratio(pair)
+    errors = [_estimates.root(variance) for variance in (pair.var_trace, pair.var_squared)]
+
+    def part(i: int) -> Scale:
+        at = functools.partial(_estimates.estimate, degrees_of_freedom=degrees_of_freedom)
+        ends = (quotient.low[i], quotient.high[i])
+        if not any(isinstance(end, Tracer) for end in ends):
+            ends = tuple(float(end) for end in ends)
+        return Scale(
+            at(pair.trace[i], errors[0][i], positive=True),
+            at(pair.squared[i], errors[1][i]),
+            at(quotient.value[i], quotient.standard_error[i], positive=True),
+            ends,  # type: ignore[arg-type]
+        )
+
+    parts = [part(i) for i in range(structure.num_leaves)]
+    return NoiseScale(part(structure.num_leaves), jax.tree.unflatten(structure, parts))
+
+
+def _deviations(
+    gradients: PerExampleGradients, weights: Float[Array, " B"], mean: Gradients
+) -> tuple[Float[Array, " parts"], ...]:
+    """Sums over a batch of d = |g_i - g|^2, and of d d, d c and c c with c = 2 g . (g_i - g)."""
+    squares, slopes = [], []
+    for leaf, centre in zip(jax.tree.leaves(gradients), jax.tree.leaves(mean), strict=True):
+        deviations = leaf.astype(centre.dtype) - centre[None]
+        squares.append(_estimates.of_rows(deviations))
+        slopes.append(2 * jnp.tensordot(deviations, centre, centre.ndim))
+    d, c = _estimates.with_total(squares), _estimates.with_total(slopes)
+    return tuple(weights.astype(d.dtype) @ term for term in (d, d * d, d * c, c * c))
+
+
+def _wide(leaf: Array) -> Array:
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(_dtypes.accumulator(leaf.dtype))

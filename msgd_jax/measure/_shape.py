@@ -1,0 +1,328 @@
+"""The shape of gradient noise: how it lies to the Hessian, how many directions it has."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Key
+
+from msgd_jax import _dtypes, _validate, covariance
+from msgd_jax import loss as loss_lib
+from msgd_jax._estimate import Estimate
+from msgd_jax._typing import Data, Gradients, Params, PositiveInt, Step
+from msgd_jax.measure import _draws, _estimates, _hessian
+from msgd_jax.noise import Exchangeable, MNoise
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Alignment(NamedTuple):
+    """How the noise of a law, of covariance C, lies to the Hessian H of the mean loss.
+
+    Attributes:
+        trace_hc: tr(H C), for which E v^T H v of the noise v stands.
+        trace_hs: tr(H S), of one example's gradient, whatever the law.
+        trace_c: tr C = E |v|^2.
+        squared_norm_c: |C|_F^2.
+        trace_h: tr H.
+        squared_norm_h: |H|_F^2.
+        alignment: ``D tr(HC) / (tr H tr C)``, 1 for noise without a direction. It can be read only
+            where tr H > 0, since it changes sign with tr H; see `cosine`.
+        cosine: ``tr(HC) / (|H|_F |C|_F)``, from -1 to 1, whatever the sign of tr H.
+        participation_ratio: ``(tr C)^2 / |C|_F^2``, how many directions the noise has.
+    """
+
+    trace_hc: Estimate
+    trace_hs: Estimate
+    trace_c: Estimate
+    squared_norm_c: Estimate
+    trace_h: Estimate
+    squared_norm_h: Estimate
+    alignment: Estimate
+    cosine: Estimate
+    participation_ratio: Estimate
+
+
+class _Parts(NamedTuple):
+    """Of K draws of the noise v, and of P probes of H."""
+
+    hc: Float[Array, " K"]
+    hs: Float[Array, " K"]
+    gram: Float[Array, "K K"]
+    h: Float[Array, " P"]
+    h2: Float[Array, " P"]
+
+
+def alignment(
+    losses: loss_lib.LossVector,
+    params: Params,
+    law: MNoise,
+    key: Key[Array, ""],
+    *,
+    num_draws: PositiveInt,
+    num_probes: PositiveInt,
+    first_step: Step = 0,
+    draws_per_pass: PositiveInt = 1,
+) -> Alignment:
+    """tr(HC), tr(HS), their alignment and cosine with H, from K draws of the noise of any law.
+
+    Traces and squared norms are unbiased: |C|_F^2 comes from pairs of different draws. Quotients
+    are biased by order 1/K (the participation ratio upwards); their standard errors are those of
+    the jackknife over draws and over probes.
+
+    Costs one forward pass and K + 1 backward passes over the N examples, and 1 + K + P
+    Hessian-vector products, about three gradients each; memory for K + 1 gradients. Compiled anew
+    on each call: put it under `jax.jit` to call it again.
+
+    Args:
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+        law: a law of N weights with independent steps.
+        key: a typed PRNG key; draw k is ``law.sample(key, first_step + k)``, probe p a function of
+            (key, p).
+        num_draws: K, at least 3.
+        num_probes: P, of the trace and the norm of H, at least 3.
+        first_step: the step of the first draw.
+        draws_per_pass: draws whose backward passes are made at once.
+
+    Raises:
+        TypeError, ValueError: as `noise_scale_from_draws`, or if there are fewer than 3 draws or
+            probes.
+    """
+    loss_lib.checked(losses, params)
+    num_draws = _estimates.count("num_draws", num_draws, 3)
+    num_probes = _estimates.count("num_probes", num_probes, 3)
+    n = losses.num_examples
+    of_s = _draws.moments_of(_draws.independent(law, n), n).of_s
+    _validate.prng_key("key", key)
+
+    def measured(params: Params, data: Data, key: Key[Array, ""]) -> _Parts:
+        own = losses.replace(data=data)
+        drawn = _draws.draw(
+            own, params, law, key,
+            first_step=first_step, num_draws=num_draws, draws_per_pass=draws_per_pass,
+        )  # fmt: skip
+        hc, hs = _quadratic(own, params, drawn)
+        h, h2 = _hessian.probed(losses, params, data, key, num_probes=num_probes, kind="rademacher")
+        return _Parts(hc, hs / of_s, _gram(drawn.noise()), h, h2)
+
+    parts = jax.jit(measured)(params, losses.data, key)
+    _estimates.check_finite(losses, params, parts)
+    dim = sum(leaf.size for leaf in jax.tree.leaves(jax.tree.map(jnp.asarray, params)))
+    return _of_parts(parts, dim)
+
+
+def _quadratic(
+    losses: loss_lib.LossVector, params: Params, drawn: _draws.Draws
+) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+    """v^T H v and u^T H u of each draw: v is the noise, u what is left of it across the mean."""
+    product = _hessian.hessian_product(losses, params)
+
+    def typed(vector: Gradients) -> Gradients:
+        return jax.tree.map(lambda v, p: v.astype(jnp.result_type(p)), vector, params)
+
+    g = drawn.mean_gradient
+    hg = product(typed(g))
+    along = _hessian.dot(g, hg)
+
+    def one(given: tuple[Gradients, Array]) -> tuple[Array, Array]:
+        u, total = given
+        across = _hessian.dot(u, product(typed(u)))
+        # v = u + (sum of the weights - 1) g, so that one product does for both.
+        excess = (total - 1).astype(along.dtype)
+        return across + 2 * excess * _hessian.dot(u, hg) + excess**2 * along, across
+
+    return jax.lax.map(one, (drawn.centred(), drawn.sums))
+
+
+def _gram(noise: Gradients) -> Float[Array, "K K"]:
+    """The inner products of all pairs of draws."""
+    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(noise)]
+    dtype = _dtypes.accumulator(*(leaf.dtype for leaf in leaves))
+    wide = [leaf.astype(dtype) for leaf in leaves]
+    return jnp.stack([jnp.matmul(leaf, leaf.T, precision=_HIGHEST) for leaf in wide]).sum(0)
+
+
+def _of_parts(parts: _Parts, dim: int) -> Alignment:
+    squares, pairs = jnp.diag(parts.gram), jnp.square(parts.gram)
+    k, p, dtype = parts.hc.shape[0], parts.h.shape[0], parts.gram.dtype
+
+    def of_draws(w: Float[Array, " K"]) -> dict[str, Array]:
+        """Unbiased numbers from the draws with weight 1."""
+        total = w.sum()
+        different = w @ pairs @ w - jnp.square(w) @ jnp.diag(pairs)
+        return {
+            "hc": w @ parts.hc / total,
+            "c": w @ squares / total,
+            "c2": different / (total * (total - 1)),
+        }
+
+    def of_probes(w: Float[Array, " P"]) -> dict[str, Array]:
+        return {"h": w @ parts.h / w.sum(), "h2": w @ parts.h2 / w.sum()}
+
+    def quotient(a: dict[str, Array], b: dict[str, Array], name: str) -> Array:
+        if name == "alignment":
+            return dim * a["hc"] / (b["h"] * a["c"])
+        if name == "cosine":
+            # Estimates of |C|_F^2 may come out below 0 for few draws: then there is no cosine yet.
+            return a["hc"] / jnp.sqrt(b["h2"] * jnp.maximum(a["c2"], 0))
+        return jnp.square(a["c"]) / a["c2"]
+
+    draws, probes = of_draws(jnp.ones(k, dtype)), of_probes(jnp.ones(p, dtype))
+
+    def both(name: str, *, positive: bool = False) -> Estimate:
+        value, of_k = _estimates.jackknife(lambda w: quotient(of_draws(w), probes, name), k, dtype)
+        _, of_p = _estimates.jackknife(lambda w: quotient(draws, of_probes(w), name), p, dtype)
+        return _estimates.estimate(value, jnp.hypot(of_k, of_p), min(k, p) - 1, positive=positive)
+
+    norm, norm_error = _estimates.jackknife(lambda w: of_draws(w)["c2"], k, dtype)
+    return Alignment(
+        trace_hc=_estimates.of_sample(parts.hc),
+        trace_hs=_estimates.of_sample(parts.hs),
+        trace_c=_estimates.of_sample(squares, positive=True),
+        squared_norm_c=_estimates.estimate(norm, norm_error, k - 1, positive=True),
+        trace_h=_estimates.of_sample(parts.h),
+        squared_norm_h=_estimates.of_sample(parts.h2, positive=True),
+        alignment=both("alignment"),
+        cosine=both("cosine"),
+        participation_ratio=both("participation_ratio", positive=True),
+    )
+
+
+class Ranks(NamedTuple):
+    """How many directions a covariance has, by three counts, each at most the next one.
+
+    Attributes:
+        over_largest: the trace over the largest eigenvalue.
+        participation_ratio: the squared trace over the sum of the squared eigenvalues.
+        effective: the exponential of the entropy of the eigenvalues, as shares of the trace.
+    """
+
+    over_largest: Float[Array, ""]
+    participation_ratio: Float[Array, ""]
+    effective: Float[Array, ""]
+
+
+def ranks(
+    losses: loss_lib.LossVector,
+    params: Params,
+    law: MNoise | Exchangeable | str = "sgd_covariance",
+) -> Ranks:
+    """Effective rank and participation ratio of S or of the covariance of a law, exact.
+
+    From the eigenvalues of the N x N Gram matrix where N < D (`covariance.spectrum`). Costs N
+    per-example gradients, memory for all of them, and O(N^2 D) operations. A subset of n examples
+    gives much less than all: at most n - 1. For large D take the participation ratio of
+    `alignment`.
+
+    Args:
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+        law: as in `covariance.noise_covariance`.
+
+    Returns:
+        Three scalars; NaN under `jax.jit` where there is no noise.
+
+    Raises:
+        TypeError, ValueError: as `covariance.noise_covariance`; or, outside of `jax.jit`, if a loss
+            or a gradient is not finite, or there is no noise: all eigenvalues are 0.
+    """
+    values = covariance.spectrum(losses, params, law).eigenvalues
+    _estimates.check_finite(losses, params, values)
+    trace = values.sum()
+    if not isinstance(trace, Tracer) and float(trace) == 0:
+        raise ValueError("losses must have gradient noise to have ranks, got a covariance of 0.")
+    shares = values / trace
+    logarithms = jnp.log(jnp.where(shares > 0, shares, 1))
+    return Ranks(
+        1 / shares.max(), 1 / jnp.square(shares).sum(), jnp.exp(-(shares * logarithms).sum())
+    )
+
+
+class BatchSharpness(NamedTuple):
+    """Batch sharpness of a law, by its two definitions, which are not interchangeable.
+
+    With g_W the gradient and H_W the Hessian of the same weighted loss L . W:
+
+    Attributes:
+        ratio_of_expectations: ``E[g_W^T H_W g_W] / E|g_W|^2``. On quadratic losses one step of
+            learning rate eta neither raises nor lowers the weighted loss, on average, where this is
+            2 / eta.
+        expectation_of_ratios: ``E[g_W^T H_W g_W / |g_W|^2]``. NaN where a gradient was 0 (as of the
+            empty batches of `noise.bernoulli`): then it is not defined.
+        curvature: ``E[g_W^T H_W g_W]``.
+        squared_gradient: ``E|g_W|^2``.
+        zero_gradients: how many gradients were 0.
+    """
+
+    ratio_of_expectations: Estimate
+    expectation_of_ratios: Estimate
+    curvature: Estimate
+    squared_gradient: Estimate
+    zero_gradients: Int[Array, ""]
+
+
+def batch_sharpness(
+    losses: loss_lib.LossVector,
+    params: Params,
+    law: MNoise,
+    key: Key[Array, ""],
+    *,
+    num_draws: PositiveInt,
+    first_step: Step = 0,
+) -> BatchSharpness:
+    """Batch sharpness (Andreyev and Beneventano 2024, arXiv:2412.20553) of any law of weights.
+
+    The curvature along the noisy gradient of the loss that this gradient belongs to: the Hessian
+    has the same weights as the gradient. Both definitions in circulation are measured; at batch
+    size 1 they may differ by an order of magnitude.
+
+    Costs per draw one gradient and one Hessian-vector product, about four gradients in all, of the
+    examples that have weights: b for `noise.sgd`, N for dense laws. Compiled anew on each call: put
+    it under `jax.jit` to call it again.
+
+    Args:
+        losses: the loss vector.
+        params: a pytree of floating-point arrays.
+        law: a law of N weights with independent steps; no covariance is asked of it.
+        key: a typed PRNG key; draw k is ``law.sample(key, first_step + k)``.
+        num_draws: K, at least 2.
+        first_step: the step of the first draw.
+
+    Raises:
+        TypeError, ValueError: if `losses` is not a `loss.LossVector`, a parameter is not floating
+            point, `law` is no `noise.MNoise`, is for another number of examples or has steps that
+            depend on each other, `key` is no typed PRNG key, `num_draws` is below 2, or, outside of
+            `jax.jit`, a loss or a gradient is not finite.
+    """
+    loss_lib.checked(losses, params)
+    num_draws = _estimates.count("num_draws", num_draws, 2)
+    _draws.independent(law, losses.num_examples)
+    _validate.prng_key("key", key)
+    first = _validate.step(first_step, "first_step")
+
+    def measured(
+        params: Params, data: Data, key: Key[Array, ""], first: Int[Array, ""]
+    ) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+        own = losses.replace(data=data)
+
+        def one(step: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+            weights = law.sample(key, step)
+            gradient = own.gradient(params, weights)
+            image = _hessian.hessian_product(own, params, weights)(gradient)
+            return _hessian.dot(gradient, image), _hessian.dot(gradient, gradient)
+
+        return jax.lax.map(one, first + jnp.arange(num_draws, dtype=jnp.int32))
+
+    curvature, squares = jax.jit(measured)(params, losses.data, key, first)
+    _estimates.check_finite(losses, params, (curvature, squares))
+    total = curvature.sum(), squares.sum()
+    without = (total[0] - curvature) / (total[1] - squares)
+    return BatchSharpness(
+        _estimates.estimate(total[0] / total[1], _estimates.spread_without(without), num_draws - 1),
+        _estimates.of_sample(curvature / squares),
+        _estimates.of_sample(curvature),
+        _estimates.of_sample(squares, positive=True),
+        (squares == 0).sum(),
+    )

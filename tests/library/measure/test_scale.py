@@ -1,0 +1,442 @@
+"""The scale of gradient noise, against float64 numpy and exact expectations."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from msgd_jax import loss, measure, noise, train, transform
+from tests.support.mistakes import assert_told
+from tests.support.noisy import D, N, dense, loss_vector_fn, problem, within
+
+KEY = jax.random.key(0)
+T, G2, B = 5.790031175884462, 0.4805906000137221, 12.047741207837067
+
+
+def values(scale: measure.Scale) -> tuple[float, float, float]:
+    return scale.trace.value, scale.squared_gradient.value, scale.noise_scale.value
+
+
+def test_the_reference_is_the_checked_problem():
+    assert np.trace(dense().s) == pytest.approx(T, rel=1e-13)
+    assert dense().mean @ dense().mean == pytest.approx(G2, rel=1e-13)
+    assert dense().gradients[0, 0] == pytest.approx(-0.8641050108145706, rel=1e-13)
+    assert np.trace(dense().h) == pytest.approx(-0.6067437141177827, rel=1e-11)
+
+
+# Exact --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 7])
+@pytest.mark.usefixtures("x64")
+def test_exact_in_total_and_per_leaf(microbatch_size):
+    losses, params = problem(jnp.float64, leaves=True, microbatch_size=microbatch_size)
+    scale = measure.noise_scale(losses, params)
+    assert values(scale.total) == pytest.approx((T, G2, B), rel=1e-12)
+    assert scale.total.trace.standard_error == 0
+    assert scale.total.interval == (scale.total.noise_scale.value,) * 2
+    s, g = np.diag(dense().s), dense().mean ** 2
+    for name, part in {"a": slice(0, 2), "b": slice(2, 6)}.items():
+        wanted = s[part].sum(), g[part].sum(), s[part].sum() / g[part].sum()
+        assert values(scale.leaves[name]) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_float32_has_float32_accuracy_and_jit_and_vmap_give_the_same():
+    losses, params = problem()
+    scale = measure.noise_scale(losses, params)
+    assert values(scale.total) == pytest.approx((T, G2, B), rel=2e-6)
+    inside = jax.jit(measure.noise_scale)(losses, params)
+    assert values(inside.total) == pytest.approx(values(scale.total), rel=1e-6)
+    both = jax.vmap(lambda p: measure.noise_scale(losses, p).total.trace.value)(
+        jnp.stack([params, 2 * params])
+    )
+    assert both.shape == (2,)
+    assert float(both[0]) == pytest.approx(T, rel=2e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_of_a_population_with_the_standard_errors_of_its_sample():
+    """Unbiased numbers as checked; standard errors against the bootstrap, to 15 %."""
+    losses, params = problem(jnp.float64)
+    scale = measure.noise_scale(losses, params, population=True).total
+    assert scale.trace.value == pytest.approx(5.938493513727653, rel=1e-12)
+    assert scale.squared_gradient.value == pytest.approx(0.3321282621705308, rel=1e-12)
+    rng, found = np.random.default_rng(0), []
+    for _ in range(2000):
+        rows = dense().gradients[rng.integers(0, N, N)]
+        mean = rows.mean(0)
+        trace = ((rows - mean) ** 2).sum() / (N - 1)
+        found.append((trace, mean @ mean - trace / N))
+    spread = np.std(found, axis=0)
+    assert scale.trace.standard_error == pytest.approx(spread[0], rel=0.15)
+    # Of |g|^2 the first order alone: N |g|^2 is small against tr S here, so the bootstrap has more.
+    assert 0.5 * spread[1] < scale.squared_gradient.standard_error < 1.1 * spread[1]
+
+
+def test_eight_devices_measure_what_one_does():
+    mesh = jax.make_mesh((8,), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    losses, params = problem(leaves=True)
+    spread, _ = problem(leaves=True, sharding=sharding, microbatch_size=2)
+    one, many = (measure.noise_scale(each, params) for each in (losses, spread))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    norms = [measure.squared_gradient_norms(each, params) for each in (losses, spread)]
+    np.testing.assert_allclose(*norms, rtol=1e-5)
+
+
+# From draws ---------------------------------------------------------------------------------------
+
+
+def from_draws(losses, params, law=None, key=KEY, **options):
+    law = noise.cov(N, 8) if law is None else law
+    options = {"num_draws": 400, "draws_per_pass": 100, **options}
+    return measure.noise_scale_from_draws(losses, params, law, key, **options)
+
+
+LAWS = {
+    "sgd": noise.sgd(N, 8),
+    "fisher": noise.fisher(N, 8),
+    "bernoulli": noise.bernoulli(N, 8),
+    "student_t": noise.student_t(N, 8, degrees_of_freedom=9.0),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_any_law_gives_the_trace_and_its_standard_error(name):
+    """8 numbers at z = 5 with 399 degrees of freedom: false alarms 1e-5."""
+    losses, params = problem(leaves=True)
+    scale = from_draws(losses, params, LAWS[name])
+    within(scale.total.trace, T)
+    within(scale.leaves["a"].trace, np.diag(dense().s)[:2].sum())
+    assert scale.total.squared_gradient.value == pytest.approx(G2, rel=1e-5)
+    assert scale.total.squared_gradient.standard_error == 0
+    assert scale.total.trace.standard_error < 0.1 * T  # it would see 50 %
+
+
+def test_the_standard_error_of_a_gaussian_law_is_that_of_its_participation_ratio():
+    """sqrt(2 / (K p)), p = 3.4454; to 15 %, 4.5 standard errors of a spread of 400 draws."""
+    losses, params = problem()
+    error = from_draws(losses, params).total.trace.standard_error
+    assert error == pytest.approx(T * np.sqrt(2 / (400 * 3.4454792134)), rel=0.2)
+
+
+def test_laws_that_are_not_centred_where_the_gradient_is_large():
+    """|grad L|^2 is 25 times tr S: what is not taken out of it would be seen 25-fold. z = 5."""
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(20, 3)) + 5, jnp.float32)
+    losses, params, law = (
+        loss.LossVector(lambda p, g: g @ p, rows),
+        jnp.zeros(3),
+        noise.fisher(20, 4),
+    )
+    trace = np.var(np.asarray(rows, np.float64), axis=0).sum()
+    within(from_draws(losses, params, law).total.trace, trace)
+
+    monitor = measure.noise_scale_monitor(4, law=law)
+    weights = jax.vmap(law.sample, in_axes=(None, 0))(KEY, jnp.arange(4000)).dense()
+    state, _ = jax.lax.scan(
+        lambda state, g: (monitor.update(g, state)[1], None), monitor.init(params), weights @ rows
+    )
+    found = measure.monitored_noise_scale(state).total
+    within(found.trace, trace)
+    within(found.squared_gradient, float((np.asarray(rows).mean(0) ** 2).sum()))
+    assert found.trace.standard_error < trace
+
+
+# Micro-batches ------------------------------------------------------------------------------------
+
+
+def micro(order, sizes, gradients=None):
+    gradients = dense().gradients if gradients is None else gradients
+    parts = np.split(np.asarray(order), np.cumsum(sizes)[:-1])
+    return jnp.asarray(np.stack([gradients[part].mean(0) for part in parts]))
+
+
+@pytest.mark.usefixtures("x64")
+def test_worked_micro_batches():
+    gradients, sizes = micro(range(16), (3, 5, 2, 6)), (3, 5, 2, 6)
+    distinct = measure.microbatch_moments(gradients, sizes, num_examples=N)
+    assert float(distinct.trace[-1]) == pytest.approx(3.8965248285433915, rel=1e-12)
+    assert float(distinct.squared_gradient[-1]) == pytest.approx(0.39960723433797324, rel=1e-12)
+    drawn = measure.microbatch_moments(gradients, np.array(sizes))
+    assert float(drawn.trace[-1]) == pytest.approx(3.9964357215829653, rel=1e-12)
+    assert float(drawn.squared_gradient[-1]) == pytest.approx(0.29969634129839906, rel=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(1, 3), (2, 2), (1, 1, 2), (2, 4)])
+@pytest.mark.usefixtures("x64")
+def test_unbiased_by_enumeration_of_all_ordered_choices(sizes):
+    rows = np.random.default_rng(0).normal(size=(6, 2)) + 1
+    orders = list(itertools.permutations(range(6), sum(sizes)))
+    gradients = jnp.stack([micro(order, sizes, rows) for order in orders])
+    moments = jax.vmap(lambda g: measure.microbatch_moments(g, sizes, num_examples=6))(gradients)
+    mean = rows.mean(0)
+    assert float(moments.trace[:, -1].mean()) == pytest.approx(rows.var(0).sum(), rel=1e-11)
+    assert float(moments.squared_gradient[:, -1].mean()) == pytest.approx(mean @ mean, rel=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_pooled_ratio_its_error_and_its_interval():
+    """4 micro-batches of 4 per step, R = 30, 300 runs: bias, delta s.e. and Fieller's coverage.
+
+    The mean is 12.401 with a spread of 2.39 per run, so 300 runs have a standard error of 0.14;
+    covering at 0.948, 300 runs have one of 0.013. z = 5 on both: false alarms 1e-6.
+    """
+    rng = np.random.default_rng(1)
+    rows = dense().gradients[rng.integers(0, N, (300, 30, 4, 4))].mean(-2)
+    params = jnp.zeros(D)
+
+    @jax.jit
+    @jax.vmap
+    def of_run(gradients):
+        moments = jax.vmap(lambda g: measure.microbatch_moments(g, 4))(gradients)
+        return measure.pooled_noise_scale(params, moments).total
+
+    scale = of_run(jnp.asarray(rows))
+    found = np.asarray(scale.noise_scale.value)
+    assert abs(found.mean() - 12.401) < 5 * 0.14
+    assert np.median(scale.noise_scale.standard_error) == pytest.approx(2.15, rel=0.1)
+    covered = (np.asarray(scale.interval[0]) <= B) & (np.asarray(scale.interval[1]) >= B)
+    assert abs(covered.mean() - 0.948) < 5 * 0.013
+
+
+def test_fieller_says_when_nothing_bounds_the_scale():
+    moments = measure.MicrobatchMoments(
+        jnp.asarray([[4.0, 4.0], [5.0, 5.0], [6.0, 6.0]]),
+        jnp.asarray([[0.5, 0.5], [-0.4, -0.4], [0.2, 0.2]]),
+    )
+    scale = measure.pooled_noise_scale(jnp.zeros(1), moments).total
+    assert scale.noise_scale.value == pytest.approx(50)
+    assert scale.interval[1] == np.inf
+    # The lower end solves T - B U = 1.96 s.e.(T - B U).
+    b, t, u = scale.interval[0], moments.trace[:, 0], moments.squared_gradient[:, 0]
+    residual = np.asarray(t - b * u)
+    assert residual.mean() == pytest.approx(1.959964 * residual.std(ddof=1) / np.sqrt(3), rel=1e-4)
+
+
+# The monitor --------------------------------------------------------------------------------------
+
+
+def watched(steps, optimizer, law, **options):
+    losses, params = problem(leaves=True)
+    step = train.make_step(loss_vector_fn, optimizer, law)
+    loop = train.make_loop(step, max_steps=steps)
+    state, _ = loop(train.init(params, optimizer, KEY), losses.data, steps)
+    return state
+
+
+@pytest.mark.parametrize("name", ["batch_size", *LAWS])
+def test_in_train_with_accumulation_for_any_law(name):
+    """Parameters stand still, so that the truth is known. Two numbers at z = 5."""
+    law = LAWS.get(name, noise.cov(N, 8))
+    known = {"batch_size": 8} if name == "batch_size" else {"law": law}
+    optimizer = optax.chain(
+        measure.noise_scale_monitor(4, **known),
+        optax.MultiSteps(optax.sgd(0.0), every_k_schedule=4).gradient_transformation(),
+    )
+    scale = measure.monitored_noise_scale(watched(1200, optimizer, law).opt_state)
+    within(scale.total.trace, T)
+    within(scale.total.squared_gradient, G2)
+    within(scale.leaves["b"].trace, np.diag(dense().s)[2:].sum())
+    low, high = scale.total.interval
+    assert low < B < high
+    assert scale.total.trace.standard_error < 0.1 * T
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_monitor_is_the_pooled_ratio_of_its_groups():
+    rows = dense().gradients[np.random.default_rng(2).integers(0, N, (10, 3, 4))].mean(-2)
+    monitor = measure.noise_scale_monitor(3, batch_size=4, num_examples=N)
+    state = monitor.init(jnp.zeros(D, jnp.float64))
+    update = jax.jit(monitor.update)
+    for row in rows.reshape(-1, D):
+        updates, state = update(jnp.asarray(row), state)
+        np.testing.assert_array_equal(updates, row)
+    moments = jax.vmap(lambda g: measure.microbatch_moments(g, 4, num_examples=N))(
+        jnp.asarray(rows)
+    )
+    wanted = measure.pooled_noise_scale(jnp.zeros(D), moments)
+    found = measure.monitored_noise_scale((state, optax.EmptyState()))
+    np.testing.assert_allclose(jax.tree.leaves(found), jax.tree.leaves(wanted), rtol=1e-9)
+    # What an unfinished group adds is nothing.
+    _, state = update(jnp.asarray(rows[0, 0]), state)
+    after = measure.monitored_noise_scale(state)
+    np.testing.assert_allclose(jax.tree.leaves(after), jax.tree.leaves(wanted), rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_decay_forgets_and_its_error_is_that_of_its_window():
+    """Groups of one distribution: with decay 0.9 as accurate as 19 groups, (1 + d)/(1 - d)."""
+    rng = np.random.default_rng(3)
+    rows = jnp.asarray(dense().gradients[rng.integers(0, N, (200, 2, 4))].mean(-2))
+    monitor = measure.noise_scale_monitor(2, batch_size=4, decay=0.9)
+    far = jnp.full((50, 2, D), 1e3) * jnp.asarray([1.0, -1.0])[None, :, None]
+    gradients = jnp.concatenate([far, rows]).reshape(-1, D)
+    state, _ = jax.lax.scan(
+        lambda state, g: (monitor.update(g, state)[1], None), monitor.init(gradients[0]), gradients
+    )
+    trace = measure.monitored_noise_scale(state).total.trace
+    assert trace.degrees_of_freedom == pytest.approx(18, rel=1e-6)
+    single = jax.vmap(lambda g: measure.microbatch_moments(g, 4).trace[-1])(rows)
+    weights = 0.9 ** np.arange(200)[::-1]
+    assert trace.value == pytest.approx(np.average(single, weights=weights), rel=0.02)
+
+
+def test_in_an_existing_chain_without_accumulation():
+    """Pairs of steps: parameters stand still, and gradients pass unchanged to the optimizer."""
+    losses, params = problem(leaves=True)
+    law = noise.sgd(N, 4)
+    parts = (transform.multiplicative_noise(law, KEY), optax.sgd(0.0))
+    watched_chain = optax.chain(parts[0], measure.noise_scale_monitor(2, law=law), parts[1])
+
+    def run(optimizer, steps):
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(
+                (), state, params, loss_vector_fn=loss_vector_fn, data=losses.data
+            )
+            return (optax.apply_updates(params, updates), state), updates
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), None, length=steps)
+
+    (_, state), updates = run(watched_chain, 600)
+    scale = measure.monitored_noise_scale(state).total
+    within(scale.trace, T)
+    within(scale.squared_gradient, G2)
+    _, plain = run(optax.chain(*parts), 600)
+    jax.tree.map(np.testing.assert_array_equal, updates, plain)
+
+
+# Norms --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 7])
+@pytest.mark.usefixtures("x64")
+def test_norms_exactly(microbatch_size):
+    losses, params = problem(jnp.float64, leaves=True, microbatch_size=microbatch_size)
+    squares = measure.squared_gradient_norms(losses, params)
+    assert float(squares[0]) == pytest.approx(11.579551192266038, rel=1e-12)
+    np.testing.assert_allclose(squares, (dense().gradients ** 2).sum(1), rtol=1e-12, atol=1e-15)
+
+
+def test_norms_by_probes():
+    """Unbiased for every example; 82 numbers at z = 6: false alarms 2e-7 per number, if Gaussian.
+
+    Squares of 2,000 normals are nearly so. A norm without the correction is off by 6 % at K = 4.
+    """
+    losses, params = problem(leaves=True, microbatch_size=11)
+    exact = (dense().gradients ** 2).sum(1)
+    probed = jax.jit(
+        jax.vmap(lambda key: measure.probed_gradient_norms(losses, params, key, num_probes=4))
+    )(jax.random.split(KEY, 500))
+    assert probed.relative_error[0] == pytest.approx(np.sqrt(0.5))
+    for found, wanted in ((probed.squared, exact), (probed.norm, np.sqrt(exact))):
+        found = np.asarray(found)
+        error = found.std(0, ddof=1) / np.sqrt(500)
+        assert (np.abs(found.mean(0) - wanted) < 6 * error).all()
+        # Without the correction, norms would be 18 of these standard errors off in the mean.
+    relative = np.asarray(probed.norm).mean(0) / np.sqrt(exact)
+    assert abs(relative.mean() - 1) < 0.02
+    trace = np.asarray(probed.trace.value)
+    assert abs(trace.mean() - T) < 5 * trace.std(ddof=1) / np.sqrt(500)
+    # z' S z has the variance 2 |S|_F^2 = 19.46; means of 4, to 5 standard errors of a variance.
+    assert 4 * trace.var(ddof=1) == pytest.approx(2 * 9.729984986507235, rel=0.5)
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+def test_a_zero_gradient_has_an_infinite_noise_scale():
+    rows = jnp.asarray([[1.0, 2.0], [-1.0, -2.0]])
+    losses = loss.LossVector(lambda theta, g: g @ theta, rows)
+    for scale in (
+        measure.noise_scale(losses, jnp.zeros(2)).total,
+        from_draws(losses, jnp.zeros(2), noise.cov(2, 1), num_draws=5).total,
+    ):
+        assert scale.noise_scale.value == np.inf
+        assert scale.interval[1] == np.inf
+        assert not np.isnan(jax.tree.leaves(scale)).any()
+    assert "inf" in str(scale.noise_scale)
+    # And without any noise it is 0, whatever the gradient.
+    quiet = loss.LossVector(lambda theta, g: g @ theta, jnp.zeros((3, 2)))
+    assert measure.noise_scale(quiet, jnp.zeros(2)).total.noise_scale.value == 0
+
+
+def broken(where, value):
+    """A loss, or a gradient, that is not finite for one example."""
+    losses, params = problem()
+    data = {**losses.data, "bad": jnp.zeros(N).at[where].set(value)}
+    return loss.LossVector(lambda p, b: loss_vector_fn(p, b) * (1 + b["bad"]), data), params
+
+
+def kinked():
+    """Finite losses, of which example 3 has an infinite slope: the root of 0."""
+    x = jnp.ones((5, 1)).at[3].set(0.0)
+    return loss.LossVector(loss.per_example(lambda p, x: jnp.sqrt(p @ x)), x), jnp.ones(1)
+
+
+MISTAKES = {
+    "K": (lambda: from_draws(*problem(), num_draws=1), "num_draws", "at least 2, got 1"),
+    "N": (lambda: from_draws(*problem(), noise.cov(41, 8)), "law", "num_examples = 41"),
+    "gd": (lambda: from_draws(*problem(), noise.gd(N)), "law", "alpha = 0"),
+    "reshuffling": (
+        lambda: from_draws(*problem(), noise.random_reshuffling(N, 8)),
+        "law",
+        "depend on each other",
+    ),
+    "kind": (lambda: from_draws(*problem(), "cov"), "law", "noise.MNoise"),
+    "loss": (lambda: measure.noise_scale(*broken(5, jnp.nan)), "losses", "nan of example 5"),
+    "draws": (lambda: from_draws(*broken(5, jnp.inf)), "losses", "inf of example 5"),
+    "norms": (lambda: measure.squared_gradient_norms(*kinked()), "gradients", "of example 3"),
+    "losses": (lambda: measure.noise_scale(None, 1.0), "losses", "loss.LossVector"),
+    "probes": (
+        lambda: measure.probed_gradient_norms(*problem(), KEY, num_probes=1),
+        "num_probes",
+        "at least 2",
+    ),
+    "micro": (
+        lambda: measure.microbatch_moments(jnp.ones((1, 3)), 4),
+        "gradients",
+        "at least 2, got 1",
+    ),
+    "sizes": (lambda: measure.microbatch_moments(jnp.ones((2, 3)), (1, 0)), "sizes", "(1, 0)"),
+    "too many": (
+        lambda: measure.microbatch_moments(jnp.ones((2, 3)), 4, num_examples=7),
+        "num_examples",
+        "at least 8, got 7",
+    ),
+    "pool": (
+        lambda: measure.pooled_noise_scale(
+            jnp.ones(3), measure.MicrobatchMoments(jnp.ones((1, 2)), jnp.ones((1, 2)))
+        ),
+        "moments",
+        "at least 2 steps",
+    ),
+    "group": (lambda: measure.noise_scale_monitor(1, batch_size=4), "num_microbatches", "got 1"),
+    "neither": (lambda: measure.noise_scale_monitor(2), "batch_size", "not both"),
+    "correlated": (
+        lambda: measure.noise_scale_monitor(2, law=noise.random_reshuffling(N, 8)),
+        "law",
+        "depend on each other",
+    ),
+    "decay": (lambda: measure.noise_scale_monitor(2, batch_size=1, decay=0.0), "decay", "got 0.0"),
+    "no monitor": (lambda: measure.monitored_noise_scale(()), "opt_state", "0 of them"),
+    "no group": (
+        lambda: measure.monitored_noise_scale(
+            measure.noise_scale_monitor(2, batch_size=1).init(jnp.ones(2))
+        ),
+        "opt_state",
+        "no complete group",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.usefixtures("user_errors")
+def test_mistakes_are_told(name):
+    call, argument, wrong = MISTAKES[name]
+    assert_told(call, argument, wrong)

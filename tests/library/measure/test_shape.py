@@ -1,0 +1,395 @@
+"""The shape of gradient noise and of the Hessian, against float64 numpy and exact expectations."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import lineax
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding, PartitionSpec
+
+from msgd_jax import covariance, loss, measure, noise
+from tests.support.mistakes import assert_told
+from tests.support.noisy import D, N, dense, problem, within
+
+KEY = jax.random.key(0)
+TOP = [0.3798561552, 0.8258199997, 1.1634571455, 1.2185969319, 1.2212340329, 1.2212341177]
+TRACE, NORM2 = -0.6067437141177827, 5.372995044630875
+
+
+# The Hessian --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 7])
+@pytest.mark.usefixtures("x64")
+def test_products_of_mean_and_weighted_losses(microbatch_size):
+    losses, params = problem(jnp.float64, leaves=True, microbatch_size=microbatch_size)
+    vector = {"a": jnp.ones((2, 1)), "b": jnp.arange(4.0)}
+    flat = np.concatenate([leaf.ravel() for leaf in vector.values()])
+    product = measure.hessian_product(losses, params)
+    np.testing.assert_allclose(ravel_pytree(product(vector))[0], dense().h @ flat, rtol=1e-11)
+    for law in (noise.cov(N, 8), noise.sgd(N, 8)):
+        weights = law.sample(KEY, 0)
+        found = measure.hessian_product(losses, params, weights)(vector)
+        wanted = np.einsum("i,ijk,k->j", np.asarray(weights.dense(), np.float64),
+                           dense().hessians, flat)  # fmt: skip
+        np.testing.assert_allclose(ravel_pytree(found)[0], wanted, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_as_a_lineax_operator():
+    losses, params = problem(jnp.float64, leaves=True)
+    operator = measure.hessian_operator(losses, params)
+    assert lineax.is_symmetric(operator)
+    assert not lineax.is_positive_semidefinite(operator)
+    np.testing.assert_allclose(operator.as_matrix(), dense().h, rtol=1e-10, atol=1e-12)
+
+
+def test_without_lineax_the_error_says_what_to_install():
+    script = (
+        "import sys; sys.modules['lineax'] = None\n"
+        "from msgd_jax import measure\n"
+        "measure.hessian_operator(None, None)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "pip install 'msgd-jax[solvers]'" in ran.stderr
+    assert "hessian_product" in ran.stderr
+
+
+@pytest.mark.parametrize(("kind", "variance"), [("rademacher", 9.964), ("gaussian", 10.746)])
+def test_trace_and_norm_by_probes(kind, variance):
+    """Within 5 standard errors; the standard error itself to 10 %, 4.5 of its own at K = 2000."""
+    losses, params = problem()
+    found = measure.hessian_trace(losses, params, KEY, num_probes=2000, kind=kind)
+    within(found.trace, TRACE)
+    within(found.squared_norm, NORM2)
+    assert found.trace.standard_error == pytest.approx(np.sqrt(variance / 2000), rel=0.1)
+
+
+# Lanczos ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("x64")
+def test_ritz_values_from_a_given_start_are_those_checked():
+    losses, params = problem(jnp.float64)
+    product = measure.hessian_product(losses, params)
+    for steps, wanted in zip((2, 4, 6), TOP[1::2], strict=True):
+        ritz = measure.lanczos(product, params, KEY, num_steps=steps, start=jnp.ones(D))
+        assert float(ritz.values[0]) == pytest.approx(wanted, abs=2e-10)
+        # Some eigenvalue lies within the residual of every Ritz value.
+        gaps = np.abs(np.asarray(ritz.values)[:, None] - np.linalg.eigvalsh(dense().h)).min(1)
+        assert (gaps <= np.asarray(ritz.residuals) + 1e-10).all()
+        assert float(ritz.weights.sum()) == pytest.approx(1)
+        start = np.ones(D) / np.sqrt(D)
+        assert float(ritz.values @ ritz.weights) == pytest.approx(start @ dense().h @ start)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_all_eigenvalues_in_float32_from_a_random_start(leaves):
+    losses, params = problem(leaves=leaves)
+    ritz = measure.hessian_eigenvalues(losses, params, KEY, num_steps=D)
+    np.testing.assert_allclose(ritz.values, np.linalg.eigvalsh(dense().h)[::-1], atol=3e-5)
+
+
+def test_large_problems_agree_with_arpack():
+    from scipy.sparse.linalg import eigsh
+
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(300, 300)) * np.linspace(0.1, 2, 300)
+    matrix = jnp.asarray(root + root.T, jnp.float32)
+    run = jax.jit(
+        lambda key: measure.lanczos(
+            lambda v: jnp.matmul(matrix, v, precision="highest"), jnp.zeros(300), key, num_steps=80
+        )
+    )
+    ritz = run(KEY)
+    ends = eigsh(np.asarray(matrix, np.float64), k=6, which="BE", return_eigenvectors=False)
+    found = np.sort(np.concatenate([ritz.values[:3], ritz.values[-3:]]))
+    np.testing.assert_allclose(found, np.sort(ends), rtol=1e-4)
+
+
+@pytest.mark.parametrize("eigenvalues", [[3.0, 3, 1, 0, 0, 0], [0.0] * 6, [2.0] * 6])
+def test_exhausted_starts_go_on_in_new_directions(eigenvalues):
+    """Repeated eigenvalues, singular matrices: all are found with their multiplicity, none NaN."""
+    values = jnp.asarray(eigenvalues)
+    ritz = measure.lanczos(lambda v: values * v, jnp.ones(6), KEY, num_steps=6, start=jnp.ones(6))
+    np.testing.assert_allclose(ritz.values, eigenvalues, atol=1e-5)
+    assert np.isfinite(np.asarray(ritz.residuals)).all()
+
+
+def test_operators_of_covariances_have_eigenvalues_too():
+    losses, params = problem(leaves=True)
+    operator = covariance.sgd_covariance_operator(losses, params)
+    ritz = measure.lanczos(operator.mv, params, KEY, num_steps=D)
+    assert float(ritz.values[0]) == pytest.approx(2.4001245970726464, rel=1e-5)
+
+
+def test_spectral_density_has_the_moments_of_the_spectrum():
+    """Tr H / D and |H|_F^2 / D within 5 standard errors over 300 starts; mass 1."""
+    values = np.linspace(-1, 2, 40) ** 3
+    losses = loss.LossVector(
+        loss.per_example(lambda p, x: x * (p * p) @ jnp.asarray(values / 2, jnp.float32)),
+        jnp.ones(3),
+    )
+    density = measure.hessian_density(losses, jnp.zeros(40), KEY, num_steps=10, num_starts=300)
+    for power in (1, 2):
+        of_starts = (density.ritz.values**power * density.ritz.weights).sum(-1)
+        error = of_starts.std(ddof=1) / np.sqrt(300)
+        assert abs(of_starts.mean() - (values**power).mean()) < 5 * error
+    grid = jnp.linspace(-4, 12, 400)
+    mean, error = density.density(grid, width=0.3)
+    assert float(np.trapezoid(mean, grid)) == pytest.approx(1, abs=1e-3)
+    exact = np.exp(-((grid[:, None] - values[None]) ** 2) / 0.18).mean(1) / np.sqrt(0.18 * np.pi)
+    # A start has 10 points for 40 eigenvalues; the average over starts is what is compared.
+    assert np.abs(mean - exact).max() < 0.1 * exact.max()
+    assert (np.asarray(error) >= 0).all()
+
+
+# Noise and Hessian --------------------------------------------------------------------------------
+
+
+def aligned(law, losses=None, **options):
+    made, params = problem()
+    options = {"num_draws": 300, "num_probes": 300, "draws_per_pass": 100, **options}
+    return measure.alignment(made if losses is None else losses, params, law, KEY, **options)
+
+
+@pytest.mark.parametrize(
+    ("law", "wanted", "trace"),
+    [
+        (noise.sgd(N, 8), -0.2092128709, 0.5938493513727653),
+        (noise.fisher(N, 8), -0.257344083, 0.7838277219872729),
+    ],
+    ids=["sgd", "fisher"],
+)
+def test_traces_of_products_with_the_hessian(law, wanted, trace):
+    """Ten numbers at z = 5 with 299 degrees of freedom: false alarms 1e-5."""
+    found = aligned(law)
+    within(found.trace_hc, wanted)
+    within(found.trace_c, trace)
+    within(found.trace_hs, -2.0398254915498955)
+    assert found.trace_hs.standard_error < 0.15 * 2.04
+    within(found.trace_h, TRACE)
+    within(found.squared_norm_h, NORM2)
+
+
+def test_alignment_cosine_and_participation_with_jackknife_errors():
+    """The ratio of unbiased parts, and standard errors that 60 repetitions agree with to 35 %.
+
+    (A spread from 60 runs has a relative error of 9 %, more for these skew numbers.)
+    """
+    found = aligned(noise.cov(N, 8), num_draws=600, num_probes=600)
+    within(found.squared_norm_c, 0.1520310154)
+    within(found.cosine, -0.2821166445)
+    within(found.participation_ratio, 3.4454792134)
+    exact = D * -2.0398254915498955 / (TRACE * 5.790031175884462)
+    assert exact == pytest.approx(3.4838390060623072)
+    value = found.alignment.value
+    parts = found.trace_hc.value, found.trace_h.value, found.trace_c.value
+    assert value == pytest.approx(D * parts[0] / (parts[1] * parts[2]), rel=1e-5)
+
+    losses, params = problem()
+    law = noise.cov(N, 8)
+
+    @jax.jit
+    @jax.vmap
+    def repeated(key):
+        return measure.alignment(losses, params, law, key, num_draws=40, num_probes=60)
+
+    many = repeated(jax.random.split(KEY, 60))
+    for name in ("cosine", "participation_ratio", "squared_norm_c"):
+        estimates = getattr(many, name)
+        spread = np.std(estimates.value, ddof=1)
+        error = float(np.median(estimates.standard_error))
+        assert error == pytest.approx(float(spread), rel=0.35), name
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_numbers_of_a_few_draws_by_hand():
+    """From the weights themselves, in float64 numpy: pairs of different draws alone count."""
+    losses, params = problem(jnp.float64)
+    law = noise.fisher(N, 8)
+    found = measure.alignment(losses, params, law, KEY, num_draws=4, num_probes=3)
+    weights = jax.vmap(law.sample, in_axes=(None, 0))(KEY, jnp.arange(4)).dense()
+    weights = np.asarray(weights, np.float64)
+    v = (weights - 1 / N) @ dense().gradients
+    u = (weights - weights.mean(1, keepdims=True)) @ dense().gradients
+    gram = (v @ v.T) ** 2
+    norm = (gram.sum() - np.trace(gram)) / 12
+    assert found.squared_norm_c.value == pytest.approx(norm, rel=1e-5)
+    assert found.participation_ratio.value == pytest.approx((v * v).sum() ** 2 / 16 / norm)
+    assert found.trace_hc.value == pytest.approx(np.einsum("ki,ij,kj->", v, dense().h, v) / 4)
+    hs = np.einsum("ki,ij,kj->", u, dense().h, u) / 4 / (N / (8 * N))
+    assert found.trace_hs.value == pytest.approx(hs, rel=1e-5)
+    cosine = found.trace_hc.value / np.sqrt(found.squared_norm_h.value * norm)
+    assert found.cosine.value == pytest.approx(cosine, rel=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_ranks_exactly():
+    found = measure.ranks(*problem(jnp.float64, leaves=True))
+    assert float(found.effective) == pytest.approx(4.027804403, rel=1e-9)
+    assert float(found.participation_ratio) == pytest.approx(3.4454792134, rel=1e-9)
+    assert float(found.over_largest) == pytest.approx(2.4123877497, rel=1e-9)
+    few = loss.LossVector(lambda theta, g: g @ theta, jnp.asarray(dense().gradients[:4]))
+    wanted = np.linalg.eigvalsh(np.cov(dense().gradients[:4].T, bias=True))
+    through_gram = measure.ranks(few, jnp.zeros(D))  # N < D
+    assert float(through_gram.participation_ratio) == pytest.approx(
+        wanted.sum() ** 2 / (wanted**2).sum(), rel=1e-9
+    )
+
+
+# Batch sharpness ----------------------------------------------------------------------------------
+
+SHARPNESS = {
+    "sgd, b = 1": (noise.sgd(N, 1), -10.00186892),
+    "sgd": (noise.sgd(N, 8), -1.089090326),
+    "fisher": (noise.fisher(N, 8), -0.6940585393),
+    "cov": (noise.cov(N, 8), -0.7227854207),
+    "bernoulli": (noise.bernoulli(N, 8), -1.06191602),
+}
+
+
+@functools.cache
+def sharpness(name):
+    return measure.batch_sharpness(*problem(), SHARPNESS[name][0], KEY, num_draws=6000)
+
+
+@pytest.mark.parametrize("name", SHARPNESS)
+def test_batch_sharpness_of_any_law_is_the_exact_ratio_of_expectations(name):
+    """Five laws at z = 5: false alarms 3e-6. It would see 40 %, five standard errors."""
+    found, exact = sharpness(name), SHARPNESS[name][1]
+    within(found.ratio_of_expectations, exact)
+    assert found.ratio_of_expectations.standard_error < 0.08 * abs(exact)
+
+
+def test_the_expectation_of_ratios_is_another_number():
+    """At b = 1 it is the mean over examples of g' H_i g / |g|^2: tr H here, a factor of 16."""
+    found = sharpness("sgd, b = 1")
+    within(found.expectation_of_ratios, TRACE)
+    assert abs(sharpness("sgd").expectation_of_ratios.value + 0.592) < 5 * 0.009 * 3
+    empty = sharpness("bernoulli")
+    assert np.isnan(empty.expectation_of_ratios.value) == (int(empty.zero_gradients) > 0)
+    assert int(sharpness("sgd").zero_gradients) == 0
+
+
+def test_empty_batches_are_counted_and_leave_the_mean_of_ratios_undefined():
+    losses, params = problem()
+    law = noise.bernoulli(N, 1)  # empty with probability 0.363
+    found = measure.batch_sharpness(losses, params, law, KEY, num_draws=200)
+    assert 30 < int(found.zero_gradients) < 115
+    assert np.isnan(found.expectation_of_ratios.value)
+    assert np.isfinite(found.ratio_of_expectations.value)
+
+
+def test_on_a_quadratic_it_says_where_the_weighted_loss_stops_falling():
+    """At eta = 2 / BS the mean change of the weighted loss of one step is 0: the same draws."""
+    rng = np.random.default_rng(0)
+    data = jnp.asarray(rng.normal(size=(20, 3)), jnp.float32)
+    losses = loss.LossVector(loss.per_example(lambda p, x: (p @ x - 1) ** 2 / 2), data)
+    params, law = jnp.asarray([1.0, -1.0, 2.0]), noise.sgd(20, 2)
+    found = measure.batch_sharpness(losses, params, law, KEY, num_draws=100)
+    rate = 2 / found.ratio_of_expectations.value
+
+    @jax.vmap
+    def change(step):
+        weights = law.sample(KEY, step)
+        value, gradient = losses.value_and_grad(params, weights)
+        return losses.value_and_grad(params - rate * gradient, weights)[0] - value, value
+
+    changes, sizes = change(jnp.arange(100))
+    assert abs(float(changes.mean())) < 1e-4 * float(sizes.mean())
+
+
+# Everywhere ---------------------------------------------------------------------------------------
+
+
+def test_eight_devices_measure_what_one_does():
+    sharding = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
+    one, params = problem(leaves=True)
+    many, _ = problem(leaves=True, sharding=sharding, microbatch_size=2)
+    law = noise.cov(N, 8)
+    found = [measure.batch_sharpness(x, params, law, KEY, num_draws=5) for x in (one, many)]
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        assert float(a) == pytest.approx(float(b), rel=1e-4)
+
+
+def unfinished():
+    losses, params = problem()
+    data = {**losses.data, "x": losses.data["x"].at[2].set(jnp.nan)}
+    return losses.replace(data=data), params
+
+
+SHAPE = {"num_draws": 5, "num_probes": 5}
+MISTAKES = {
+    "K": (lambda: aligned(noise.cov(N, 8), num_draws=2), "num_draws", "at least 3, got 2"),
+    "P": (lambda: aligned(noise.cov(N, 8), num_probes=2), "num_probes", "at least 3, got 2"),
+    "N": (lambda: aligned(noise.cov(41, 8)), "law", "num_examples = 41"),
+    "sharpness K": (
+        lambda: measure.batch_sharpness(*problem(), noise.cov(N, 8), KEY, num_draws=1),
+        "num_draws",
+        "at least 2, got 1",
+    ),
+    "sharpness N": (
+        lambda: measure.batch_sharpness(*problem(), noise.sgd(39, 8), KEY, num_draws=9),
+        "law",
+        "num_examples = 39",
+    ),
+    "correlated": (
+        lambda: measure.batch_sharpness(
+            *problem(), noise.coloured(noise.cov(N, 8), (1.0, -1.0)), KEY, num_draws=9
+        ),
+        "law",
+        "depend on each other",
+    ),
+    "probes": (
+        lambda: measure.hessian_trace(*problem(), KEY, num_probes=1),
+        "num_probes",
+        "at least 2, got 1",
+    ),
+    "kind": (
+        lambda: measure.hessian_trace(*problem(), KEY, num_probes=2, kind="signs"),
+        "kind",
+        "'rademacher'",
+    ),
+    "steps": (
+        lambda: measure.hessian_eigenvalues(*problem(), KEY, num_steps=7),
+        "num_steps",
+        "between 1 and 6, got 7",
+    ),
+    "loss": (
+        lambda: measure.hessian_trace(*unfinished(), KEY, num_probes=2),
+        "losses",
+        "nan of example 2",
+    ),
+    "sharpness loss": (
+        lambda: measure.batch_sharpness(*unfinished(), noise.cov(N, 8), KEY, num_draws=2),
+        "losses",
+        "nan of example 2",
+    ),
+    "no noise": (
+        lambda: measure.ranks(
+            loss.LossVector(lambda theta, g: g @ theta, jnp.ones((3, 2))), jnp.zeros(2)
+        ),
+        "losses",
+        "covariance of 0",
+    ),
+    "types": (
+        lambda: measure.hessian_operator(
+            problem()[0], {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(4)}
+        ),
+        "params",
+        "bfloat16, float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.usefixtures("user_errors")
+def test_mistakes_are_told(name):
+    call, argument, wrong = MISTAKES[name]
+    assert_told(call, argument, wrong)
