@@ -150,7 +150,7 @@ def make_loop(
 
     of_batch = loss_lib.drawn_value_and_grad(
         loss_vector_fn,
-        as_read,
+        lambda size: as_read,
         microbatch_size=microbatch_size,
         has_aux=has_aux,
         sharding=sharding,

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, Key
 from msgd_jax import _dtypes, _optimizers, _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax._typing import Data, Gradients, OptState, Params, PositiveInt, PyTree, Statistics
-from msgd_jax.noise import MNoise
+from msgd_jax.noise import BatchLaw, MNoise
 from msgd_jax.sharding import check_key_agrees
 
 __all__ = ["StepMetrics", "TrainState", "init", "make_loop", "make_step"]
@@ -122,7 +122,7 @@ def _own(name: str, tree: PyTree) -> PyTree:
 def make_step(
     loss_vector_fn: loss_lib.LossVectorFn,
     optimizer: optax.GradientTransformation,
-    law: MNoise,
+    law: MNoise | BatchLaw,
     *,
     microbatch_size: PositiveInt | None = None,
     has_aux: bool = False,
@@ -137,7 +137,8 @@ def make_step(
           line searches and L-BFGS (``obj_fn=`` for Sophia), L(params) . W at any parameters;
           ``grad_fn=`` for SAM, its gradient; ``data=`` and, without `has_aux`, ``loss_vector_fn=``.
           With `has_aux` the functions leave the statistics as they were before the step.
-        law: the law of the weights; its num_examples must be the leading axis of the data.
+        law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
+          data; with a `BatchLaw` the data are a batch that a loader drew, of any size.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         has_aux: whether `loss_vector_fn` takes and returns mutable statistics.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
@@ -148,7 +149,7 @@ def make_step(
 
     Raises:
         TypeError: if `loss_vector_fn` is not a function, `optimizer` is not an optax
-            transformation, `law` is not a `noise.MNoise`, or `sharding` is not a `NamedSharding`.
+            transformation, `law` is no law, or `sharding` is not a `NamedSharding`.
         ValueError: if `microbatch_size` is not positive, or `sharding` does not spread the leading
             axis alone.
 

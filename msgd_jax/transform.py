@@ -32,7 +32,7 @@ from msgd_jax._typing import (
     Scalar,
     Updates,
 )
-from msgd_jax.noise import MNoise
+from msgd_jax.noise import BatchLaw, MNoise
 from msgd_jax.sharding import check_key_agrees
 
 __all__ = [
@@ -78,7 +78,7 @@ class AggregateState(NamedTuple):
 
 
 def multiplicative_noise(
-    law: MNoise,
+    law: MNoise | BatchLaw,
     key: Key[Array, ""],
     *,
     microbatch_size: PositiveInt | None = None,
@@ -112,7 +112,8 @@ def multiplicative_noise(
     program of eager calls is kept for the last `loss_vector_fn`.
 
     Args:
-        law: the law of the weights; its num_examples must be the leading axis of the data.
+        law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
+          data; with a `BatchLaw` the data are a batch that a loader drew, of any size.
         key: a typed PRNG key, copied into the state by ``init``.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
@@ -123,7 +124,7 @@ def multiplicative_noise(
         `loss_vector_fn` or `data` is missing, and as `loss.weighted_value_and_grad` does.
 
     Raises:
-        TypeError, ValueError: if `law` is not a `noise.MNoise`, `key` is no typed PRNG key,
+        TypeError, ValueError: if `law` is no law, `key` is no typed PRNG key,
             `microbatch_size` is not positive, or `sharding` does not spread the leading axis alone.
 
     Example:
@@ -157,7 +158,7 @@ def multiplicative_noise(
 
 def with_noise(
     optimizer: optax.GradientTransformation,
-    law: MNoise,
+    law: MNoise | BatchLaw,
     key: Key[Array, ""],
     *,
     microbatch_size: PositiveInt | None = None,
@@ -173,7 +174,8 @@ def with_noise(
 
     Args:
         optimizer: any optax transformation of a gradient, a chain of several, say.
-        law: the law of the weights; its num_examples must be the leading axis of the data.
+        law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
+          data; with a `BatchLaw` the data are a batch that a loader drew, of any size.
         key: a typed PRNG key, copied into the state by ``init``.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
@@ -225,7 +227,7 @@ def with_noise(
     )
 
 
-def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggregator:
+def aggregate_per_example(law: MNoise | BatchLaw, key: Key[Array, ""]) -> aggregating.Aggregator:
     """Adds up per-example gradients with the weights of a law.
 
     The counterpart of `multiplicative_noise` for code that has per-example gradients already, to
@@ -236,7 +238,8 @@ def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggre
     in a chain, not around it.
 
     Args:
-        law: the law of the weights; its num_examples must be the leading axis of the updates.
+        law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
+          updates; with a `BatchLaw` they are of a batch that a loader drew, of any size.
         key: a typed PRNG key, copied into the state by ``init``.
 
     Returns:
@@ -245,7 +248,7 @@ def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggre
         ``(N, *parameter shape)``: a gradient that is averaged already is refused.
 
     Raises:
-        TypeError, ValueError: if `law` is not a `noise.MNoise`, or `key` is no typed PRNG key.
+        TypeError, ValueError: if `law` is no law, or `key` is no typed PRNG key.
 
     Example:
         >>> from msgd_jax import noise, transform
@@ -267,8 +270,8 @@ def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggre
         updates: Updates, state: Any, params: Params = None, **extra_args: Any
     ) -> tuple[Updates, AggregateState]:
         del extra_args
-        _optimizers.check_per_example(updates, params, law.num_examples)
-        weights = law.sample(state.key, state.step)
+        size = _optimizers.check_per_example(updates, params)
+        weights = _laws.of_data(law, size).sample(state.key, state.step)
 
         def weighted_sum(gradients: Float[Array, "..."]) -> Float[Array, "..."]:
             if weights.indices is not None:
@@ -289,7 +292,7 @@ def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggre
 
 def msgd(
     learning_rate: optax.ScalarOrSchedule,
-    law: MNoise,
+    law: MNoise | BatchLaw,
     key: Key[Array, ""],
     momentum: Scalar | None = None,
     nesterov: bool = False,
@@ -339,7 +342,7 @@ def msgd(
 
 
 def _noisy_gradient(
-    law: MNoise,
+    law: MNoise | BatchLaw,
     key: Key[Array, ""],
     microbatch_size: PositiveInt | None,
     sharding: NamedSharding | None,
@@ -385,6 +388,6 @@ def _noisy_gradient(
     return init_fn, noisy_gradient
 
 
-def _check_law_and_key(law: MNoise, key: Key[Array, ""]) -> None:
-    _laws.drawable("law", law)
+def _check_law_and_key(law: MNoise | BatchLaw, key: Key[Array, ""]) -> None:
+    _laws.of_steps("law", law)
     _validate.prng_key("key", key)

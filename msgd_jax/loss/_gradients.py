@@ -23,7 +23,7 @@ from msgd_jax._typing import (
     ValueAndGradOfData,
 )
 from msgd_jax.loss import _walker
-from msgd_jax.noise import MNoise, Weights
+from msgd_jax.noise import BatchLaw, MNoise, Weights
 
 
 def weighted_value_and_grad(
@@ -116,7 +116,7 @@ def weighted_value_and_grad(
 
 def noisy_value_and_grad(
     loss_vector_fn: LossVectorFn,
-    law: MNoise,
+    law: MNoise | BatchLaw,
     *,
     microbatch_size: PositiveInt | None = None,
     has_aux: bool = False,
@@ -133,7 +133,8 @@ def noisy_value_and_grad(
 
     Args:
         loss_vector_fn: as in `weighted_value_and_grad`.
-        law: the law of the weights; its num_examples must be the leading axis of the data.
+        law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
+          data; with a `BatchLaw` the data are a batch that a loader drew, of any size.
         microbatch_size: as in `weighted_value_and_grad`.
         has_aux: as in `weighted_value_and_grad`.
         sharding: as in `weighted_value_and_grad`.
@@ -145,11 +146,13 @@ def noisy_value_and_grad(
 
     Raises:
         TypeError, ValueError: if `loss_vector_fn` is not a function, `microbatch_size` is not a
-            positive integer, or `sharding` does not spread the leading axis alone.
+            positive integer, or `sharding` does not spread the leading axis alone. When traced, if
+            the data have another number of examples than `law`, or too few of them.
     """
+    law = _laws.of_steps("law", law)
     return drawn_value_and_grad(
         loss_vector_fn,
-        _laws.drawable("law", law).sample,
+        lambda size: _laws.of_data(law, size, sharding).sample,
         microbatch_size=microbatch_size,
         has_aux=has_aux,
         sharding=sharding,
@@ -158,13 +161,13 @@ def noisy_value_and_grad(
 
 def drawn_value_and_grad(
     loss_vector_fn: LossVectorFn,
-    draw: Callable[[Key[Array, ""], Int[Array, ""]], Weights],
+    draw_for: Callable[[int], Callable[[Key[Array, ""], Int[Array, ""]], Weights]],
     *,
     microbatch_size: PositiveInt | None,
     has_aux: bool,
     sharding: NamedSharding | None,
 ) -> ValueAndGradOfData:
-    """`noisy_value_and_grad` at the weights ``draw(key, step)``."""
+    """`noisy_value_and_grad` at the weights ``draw_for(size)(key, step)`` of data of this size."""
     microbatch_size = check_arguments(loss_vector_fn, microbatch_size, sharding)
     value_and_grad = _of_drawn(loss_vector_fn, microbatch_size, has_aux, sharding)
 
@@ -177,6 +180,7 @@ def drawn_value_and_grad(
     ) -> tuple[PyTree, Gradients]:
         # Losses of one ghost batch depend on each other: which examples share one is random.
         order = derive(key, Stream.ORDER, step) if has_aux else None
+        draw = draw_for(_validate.leading_axis("data", data))
         return value_and_grad(params, data, draw, (key, step), aux, order)
 
     compiled = _programs.compiled_if(microbatch_size is not None or sharding is not None, of_step)
