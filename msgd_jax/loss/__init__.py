@@ -9,10 +9,12 @@ covariance matrix, nothing larger than the gradient itself.
   `complexity` take it;
 * `noisy_value_and_grad` and `weighted_value_and_grad` are the steps of training, where data are an
   argument; `weighted_values_and_grads` gives many draws at one place;
+* `check` looks, once, for what is wrong with such a function;
 * `sum_over_examples` goes through the data for anything else, an evaluation, say.
 """
 
 from msgd_jax._typing import LossVectorFn as LossVectorFn
+from msgd_jax.loss._check import check
 from msgd_jax.loss._checks import checked as checked
 from msgd_jax.loss._checks import checked_kind as checked_kind
 from msgd_jax.loss._examples import per_example, sum_over_examples
@@ -28,6 +30,7 @@ from msgd_jax.loss._vector import LossVector
 
 __all__ = [
     "LossVector",
+    "check",
     "noisy_value_and_grad",
     "per_example",
     "sum_over_examples",
