@@ -31,7 +31,6 @@ class Stream(enum.IntEnum):
     MULTIPLIERS = 6  # the vectors v of a local complexity
     COMPLEXITY_DATA = 7  # the examples of a local complexity, where they are random
     ASCENTS = 8  # where the ascents of a local complexity start
-    OUTPUTS = 10  # noise at the outputs of a net
     CHECK = 11  # of a loss vector function
     # Of the experiments.
     PARAMETERS = 100  # before the first step

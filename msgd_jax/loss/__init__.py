@@ -9,6 +9,8 @@ covariance matrix, nothing larger than the gradient itself.
   `complexity` take it;
 * `noisy_value_and_grad` and `weighted_value_and_grad` are the steps of training, where data are an
   argument; `weighted_values_and_grads` gives many draws at one place;
+* `with_output_noise` adds noise at the outputs of a net: `label_noise`, that of `sampled_labels`
+  (the true Fisher matrix), or `gauss_newton`;
 * `check` looks, once, for what is wrong with such a function;
 * `sum_over_examples` goes through the data for anything else, an evaluation, say.
 """
@@ -26,14 +28,24 @@ from msgd_jax.loss._gradients import (
     weighted_value_and_grad,
     weighted_values_and_grads,
 )
+from msgd_jax.loss._output_noise import (
+    gauss_newton,
+    label_noise,
+    sampled_labels,
+    with_output_noise,
+)
 from msgd_jax.loss._vector import LossVector
 
 __all__ = [
     "LossVector",
     "check",
+    "gauss_newton",
+    "label_noise",
     "noisy_value_and_grad",
     "per_example",
+    "sampled_labels",
     "sum_over_examples",
     "weighted_value_and_grad",
     "weighted_values_and_grads",
+    "with_output_noise",
 ]
