@@ -104,9 +104,9 @@ def with_output_noise(
 def label_noise(scale: float | Float[Array, ""]) -> Cotangents:
     """Cotangents ``scale * eps``, eps normal and independent for each output: C_i = scale^2 I.
 
-    For losses |f - y|^2/2 that is exactly normal noise of this standard deviation on the labels y,
-    drawn anew at each step, and G = scale^2 mean of J_i^T J_i. As in HaoChen, Wei, Lee and Ma
-    (2020), *Shape matters: understanding the implicit bias of the noise covariance*.
+    For half the square of f - y that is exactly normal noise of this standard deviation on the
+    labels y, drawn anew at each step, and G = scale^2 mean of J_i^T J_i. As in HaoChen, Wei, Lee
+    and Ma (2020), *Shape matters: understanding the implicit bias of the noise covariance*.
 
     Args:
         scale: the standard deviation, a number or a traced array, at least 0.
