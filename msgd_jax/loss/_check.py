@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from msgd_jax import _narrow, _validate
 from msgd_jax._streams import Stream, derive
-from msgd_jax._typing import Batch, Data, LossVectorFn, Params
+from msgd_jax._typing import Batch, Data, Gradients, LossVectorFn, Params
 
 # How far apart, relative to their size, two evaluations may be that differ by rounding alone.
 _TOLERANCES = {"bfloat16": 0.05, "float16": 0.01, "float32": 1e-3, "float64": 1e-6}
@@ -28,6 +28,7 @@ def check(
     data: Data,
     key: Key[Array, ""],
     *,
+    has_keys: bool = False,
     tolerance: float | None = None,
 ) -> None:
     """Looks for what is wrong with a loss vector function, and raises one error with all of it.
@@ -42,7 +43,8 @@ def check(
     * losses that are divided by the number of examples;
     * losses that depend on the other examples of the batch (batch norm in training mode,
       contrastive losses), on their position in it, or on how many there are;
-    * a function that does not work on a batch of one example.
+    * a function that does not work on a batch of one example;
+    * with `has_keys`, keys that are not used, or not each for its own example.
 
     A gradient that is exactly zero, as that of losses which ignore `params`, is a warning.
 
@@ -51,16 +53,19 @@ def check(
     `tolerance`, relative to the larger of a loss and the mean of all: that is meant to let rounding
     pass, and cannot see a dependence that is smaller.
 
-    It costs 5.5 N losses and a gradient of N, in four programs that are compiled for this call
-    alone: two for N examples, one for half of them, and one for the gradient. They run in the full
-    precision of the types, without TF32 and the like.
+    It costs 5.5 N losses and a gradient of N (two, and N losses more, with `has_keys`), in four
+    programs that are compiled for this call alone: two for N examples, one for half of them, and
+    one for the gradient. They run in the full precision of the types, without TF32 and the like.
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B]. One
           with mutable statistics is checked at given ones, in the mode in which it evaluates.
+          With `has_keys` it is ``loss_vector_fn(params, batch, keys)``, a typed PRNG key per
+          example, keys [B].
         params: a pytree of floating-point arrays.
         data: a pytree of arrays [N, ...], N at least 2.
-        key: a typed PRNG key, for the parts and the order.
+        key: a typed PRNG key, for the parts, the order, and the keys of the examples.
+        has_keys: whether it takes a key per example. The key of an example stays the same here.
         tolerance: None for 1e-3, or 0.05 and 0.01 where anything is computed in bfloat16 and
           float16, and 1e-6 where nothing is narrower than float64.
 
@@ -86,8 +91,13 @@ def check(
         raise ValueError(f"data must have at least 2 examples to be compared, got {size}.")
     if tolerance is not None:
         _validate.positive_scalar("tolerance", tolerance)
-    data = jax.tree.map(jnp.asarray, data)
-    findings = list(_findings(loss_vector_fn, params, data, size, key, tolerance))
+    data, others = jax.tree.map(jnp.asarray, data), None
+    own_key, *keys_keys = jax.random.split(derive(key, Stream.CHECK), 3)
+    if has_keys:
+        # Keys are part of the examples, as words, which may be used more than once.
+        data, others = ((data, _words(keys_key, size)) for keys_key in keys_keys)
+        loss_vector_fn = _of_words(loss_vector_fn, own_key)
+    findings = list(_findings(loss_vector_fn, params, data, others, own_key, tolerance))
     if findings:
         raise ValueError("loss_vector_fn: " + "\n".join(findings))
 
@@ -96,11 +106,15 @@ def _findings(
     loss_vector_fn: LossVectorFn,
     params: Params,
     data: Data,
-    size: int,
+    others: Data | None,
     key: Key[Array, ""],
     tolerance: float | None,
 ) -> Iterator[str]:
-    """What is wrong, each with what to do; what would hide the rest comes last."""
+    """What is wrong, each with what to do; `others` are the data with other keys.
+
+    What makes the rest meaningless comes first, and alone.
+    """
+    size = _validate.leading_axis("data", data)
     if (wrong := _wrong_result(loss_vector_fn, params, data, size)) is not None:
         yield wrong
         return
@@ -118,8 +132,18 @@ def _findings(
             "counter."
         )
         return
-    order_key, weights_key = jax.random.split(derive(key, Stream.CHECK))
-    yield from _not_finite(loss_vector_fn, params, data, losses, weights_key)
+    order_key, weights_key = jax.random.split(key)
+    gradient = _gradient(loss_vector_fn, params, size, weights_key)
+    grads = gradient(data)
+    yield from _not_finite(losses, grads)
+    # Noise at the outputs leaves the losses as they are, and changes the gradient.
+    if others is not None and (
+        np.array_equal(evaluate(others), losses) and _equal(gradient(others), grads)
+    ):
+        yield (
+            "the keys are not used: with others, losses and gradient are the same. Is the model in "
+            "the mode in which it evaluates, or does the loss make a key of its own?"
+        )
 
     order = np.asarray(jax.random.permutation(order_key, size))
 
@@ -150,7 +174,7 @@ def _couplings(compared: Compared, order: Int[np.ndarray, " N"]) -> Iterator[str
             f"losses depend on the other examples of the batch: {_number(coupled, 'example')} when "
             "others are replaced. A loss must be of that example alone: norms per layer or group "
             "instead of batch norm, or its statistics fixed, as when the model evaluates. Sums "
-            "and counts over the batch belong into the data or leave."
+            "over the batch, and one key for all, are of others too."
         )
         return
     moved = order[compared(order)[1]]
@@ -239,13 +263,7 @@ def _wrong_result(
     return None
 
 
-def _not_finite(
-    loss_vector_fn: LossVectorFn,
-    params: Params,
-    data: Data,
-    losses: Float[np.ndarray, " N"],
-    key: Key[Array, ""],
-) -> Iterator[str]:
+def _not_finite(losses: Float[np.ndarray, " N"], grads: Gradients) -> Iterator[str]:
     """Losses and gradients that are no numbers; a warning where the gradient is zero."""
     wrong = np.flatnonzero(~np.isfinite(losses))
     if len(wrong):
@@ -256,16 +274,7 @@ def _not_finite(
             "and at logarithms, roots and divisions of zero."
         )
         return
-    # Random weights, so that gradients do not cancel as they may in a sum.
-    weights = jax.random.uniform(key, losses.shape, minval=0.5, maxval=1.5)
-
-    @jax.jit
-    @jax.grad
-    def gradient(params: Params) -> Float[Array, ""]:
-        return jnp.sum(loss_vector_fn(params, data).astype(weights.dtype) * weights)
-
-    grads = jax.tree_util.tree_leaves_with_path(gradient(params))
-    for path, leaf in grads:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         if not jnp.isfinite(leaf).all():
             yield (
                 f"the gradient is not finite at {_validate.place('params', path)}, although all "
@@ -273,12 +282,47 @@ def _not_finite(
                 "a root, logarithm or division safe before it is taken."
             )
             return
-    if not any(jnp.any(leaf) for _, leaf in grads):
+    if not any(jnp.any(leaf) for leaf in jax.tree.leaves(grads)):
         warnings.warn(
             "The gradient of loss_vector_fn is exactly zero at params: does it use its argument, "
             "or other parameters that it took from outside?",
             stacklevel=4,
         )
+
+
+def _gradient(
+    loss_vector_fn: LossVectorFn, params: Params, size: int, key: Key[Array, ""]
+) -> Callable[[Data], Gradients]:
+    """Of the losses with random weights, so that they do not cancel as they may in a sum."""
+    weights = jax.random.uniform(key, (size,), minval=0.5, maxval=1.5)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params: Params, data: Data) -> Float[Array, ""]:
+        return jnp.sum(loss_vector_fn(params, data).astype(weights.dtype) * weights)
+
+    return lambda data: gradient(params, data)
+
+
+def _equal(grads: Gradients, others: Gradients) -> bool:
+    return jax.tree.all(jax.tree.map(jnp.array_equal, grads, others))
+
+
+def _words(key: Key[Array, ""], size: int) -> Array:
+    """The words of a key per example."""
+    return jax.random.key_data(jax.random.split(key, size))
+
+
+def _of_words(loss_vector_fn: LossVectorFn, like: Key[Array, ""]) -> LossVectorFn:
+    """A loss that takes keys, as one whose examples have the words of their keys with them."""
+    implementation = jax.random.key_impl(like)
+
+    def of_words(params: Params, batch: Batch) -> Any:
+        examples, words = batch
+        keys = jax.random.wrap_key_data(words, impl=implementation)
+        return loss_vector_fn(params, examples, keys)
+
+    return of_words
 
 
 def _taken(data: Data, indices: np.ndarray) -> Batch:

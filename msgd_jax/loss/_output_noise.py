@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from msgd_jax import _validate
-from msgd_jax._typing import Batch, Example, LossVectorFn, Params
+from msgd_jax._typing import Batch, Example, LossVectorFn, Params, Scalar
 
 OutputLoss: TypeAlias = Callable[[Any, Example], Any]
 """``loss_of_outputs(outputs, example)``: the loss of one example, a scalar."""
@@ -101,7 +101,7 @@ def with_output_noise(
     return loss_vector_fn
 
 
-def label_noise(scale: float | Float[Array, ""]) -> Cotangents:
+def label_noise(scale: Scalar | int) -> Cotangents:
     """Cotangents ``scale * eps``, eps normal and independent for each output: C_i = scale^2 I.
 
     For half the square of f - y that is exactly normal noise of this standard deviation on the
@@ -124,7 +124,7 @@ def label_noise(scale: float | Float[Array, ""]) -> Cotangents:
 
 def sampled_labels(
     resample: Callable[[Key[Array, ""], Any, Example], Example],
-    scale: float | Float[Array, ""] = 1.0,
+    scale: Scalar | int = 1.0,
 ) -> Cotangents:
     """Cotangents ``scale * d loss(f, y')/df`` at labels y' that the net itself predicts.
 
@@ -155,7 +155,7 @@ def sampled_labels(
     return cotangents
 
 
-def gauss_newton(scale: float | Float[Array, ""] = 1.0) -> Cotangents:
+def gauss_newton(scale: Scalar | int = 1.0) -> Cotangents:
     """Normal cotangents whose covariance is the second derivative of the loss by the outputs.
 
     C_i = scale^2 H_i with H_i = d^2 l_i/df^2, so that G is scale^2 times the generalised

@@ -129,6 +129,45 @@ def test_what_is_wrong_is_found_and_named(fn, data, what, to_do):
     assert max(map(len, str(caught.value).splitlines())) <= 400
 
 
+def dropped(params, batch, keys):
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (5,)))(keys)
+    return good(params, batch | {"x": batch["x"] * kept})
+
+
+def one_key_for_all(params, batch, keys):
+    return good(params, batch | {"x": batch["x"] * jax.random.bernoulli(keys[0], 0.8, (1, 5))})
+
+
+def split_from_one(params, batch, keys):
+    return dropped(params, batch, jax.random.split(keys[0], len(batch["y"])))
+
+
+def at_outputs():
+    return loss.with_output_noise(
+        lambda params, example: jnp.tanh(example["x"] @ params["w"]), entropies, loss.label_noise(1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("fn", "what"),
+    [
+        (one_key_for_all, "on the other examples"),
+        (split_from_one, "on the other examples"),
+        (lambda params, batch, keys: good(params, batch), "keys are not used"),
+        (lambda p, b, keys: dropped(p, b, keys).mean(), "one number for 24"),
+    ],
+)
+def test_losses_that_take_keys(fn, what):
+    with pytest.raises(ValueError, match=what) as caught:
+        loss.check(fn, PARAMS, DATA, KEY, has_keys=True)
+    assert len(str(caught.value)) <= 400
+
+
+@pytest.mark.parametrize("fn", [dropped, at_outputs()])
+def test_good_losses_that_take_keys_pass(fn):
+    loss.check(fn, PARAMS, DATA, KEY, has_keys=True)
+
+
 def test_all_findings_are_told_at_once():
     def twice_wrong(params, batch):
         return weighted_by_position(params, batch) / len(batch["y"])
