@@ -85,6 +85,9 @@ def groups(config: Config) -> list[Group]:
         "estimated_fisher": noise.estimated_fisher(n, b, estimate_size=b),
         "estimated_cov": noise.estimated_cov(n, b, estimate_size=b),
         "student_t": noise.student_t(n, b, degrees_of_freedom=10),
+        # The examples of a step as a batch that a loader drew from ten times as many.
+        "batch_cov": noise.batch_cov(10 * n, b).of(n),
+        "batch_fisher": noise.batch_fisher(10 * n, b).of(n),
     }
     sparse = {
         "sparse_fisher": noise.sparse_fisher(n, b, support_size=support),

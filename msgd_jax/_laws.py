@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from msgd_jax import _validate
-from msgd_jax.noise import Exchangeable, MNoise
+from jax.sharding import NamedSharding
+
+from msgd_jax import _mesh, _validate
+from msgd_jax.noise import BatchLaw, Exchangeable, MNoise
 
 Law = MNoise | Exchangeable
 """A law of weights where only its covariance counts: an `MNoise`, or its two exact moments."""
@@ -11,8 +13,49 @@ Law = MNoise | Exchangeable
 
 def drawable(name: str, law: Any) -> MNoise:
     """Returns `law` if weights can be drawn from it; raises TypeError."""
+    if isinstance(law, BatchLaw):
+        raise TypeError(
+            f"{name} must be a noise.MNoise, got {law.name}, which has no number of examples of "
+            "its own: the law of a batch of B examples is law.of(B)."
+        )
     _validate.instance(name, law, MNoise, "noise.MNoise")
     return law
+
+
+def of_steps(name: str, law: Any) -> MNoise | BatchLaw:
+    """Returns `law` if it has weights for data that are given at each step; raises TypeError."""
+    if not isinstance(law, MNoise | BatchLaw):
+        raise TypeError(
+            f"{name} must be a noise.MNoise or a noise.BatchLaw, got {_validate.shown(law)}."
+        )
+    return law
+
+
+def of_data(
+    law: MNoise | BatchLaw, num_examples: int, sharding: NamedSharding | None = None
+) -> MNoise:
+    """The law of the weights of data with so many examples, known when a step is traced.
+
+    Raises:
+        ValueError: if there is none: the error says which law there is for the batches of a loader.
+    """
+    if isinstance(law, BatchLaw):
+        return law.of(num_examples)
+    n = law.num_examples
+    filled = n + _mesh.missing(n, sharding)
+    if num_examples in (n, filled):
+        return law
+    or_filled = f" ({filled} when filled up for its devices)" if filled > n else ""
+    hint = ""
+    if num_examples < n:
+        hint = (
+            f" For batches that a loader draws from {n} examples, of any size, give as the law "
+            f"noise.batch_cov({n}, batch_size) or noise.batch_fisher({n}, batch_size)."
+        )
+    raise ValueError(
+        f"law is for num_examples = {n}{or_filled}, but the data have {num_examples} examples on "
+        f"their leading axis.{hint}"
+    )
 
 
 def of_size(name: str, law: MNoise, num_examples: int) -> None:

@@ -194,6 +194,13 @@ def _has_narrow_spreading(jaxpr: Any) -> bool:
     return any(map(_spreads_narrow, _equations(jaxpr)))
 
 
+def float_types(jaxpr: jex.Jaxpr) -> set[str]:
+    """The names of the floating-point types in which anything is computed."""
+    variables = (v for e in _equations(jaxpr) for v in (*e.invars, *e.outvars))
+    dtypes = (getattr(v.aval, "dtype", None) for v in variables)
+    return {str(d) for d in dtypes if d is not None and jnp.issubdtype(d, jnp.floating)}
+
+
 def _is_narrow(jaxpr: jex.Jaxpr) -> bool:
     """Whether anything is computed in a type narrower than float32."""
     return any(_narrow(v.aval) for e in _equations(jaxpr) for v in (*e.invars, *e.outvars))

@@ -197,24 +197,29 @@ def unmasked(loss_vector_fn: LossVectorFn, full_params: Params) -> LossVectorFn:
     return of_visible
 
 
-def check_per_example(updates: Updates, params: Params, num_examples: int) -> None:
-    """Raises ValueError unless these are gradients like `params` with an axis of N in front."""
+def check_per_example(updates: Updates, params: Params) -> int:
+    """How many examples these are gradients of: like `params`, with that axis in front; raises."""
     _validate.passed_to_update("aggregate_per_example", params=params)
     given, expected = (len(jax.tree.leaves(tree)) for tree in (updates, params))
     if given != expected:
         raise ValueError(
             "aggregate_per_example needs updates that are gradients like params, with an axis of "
-            f"{num_examples} examples in front, got {given} leaves instead of {expected}."
+            f"examples in front, got {given} leaves instead of {expected}."
         )
+    size: int | None = None
 
     def check(path: KeyPath, update: Array, param: Array) -> None:
-        expected = (num_examples, *jnp.shape(param))
-        if jnp.shape(update) != expected:
+        nonlocal size
+        shape = jnp.shape(update)
+        size = shape[0] if size is None and shape else size
+        if shape != (size, *jnp.shape(param)):
+            expected = ", ".join(map(str, ("N" if size is None else size, *jnp.shape(param))))
             raise ValueError(
-                f"aggregate_per_example needs one gradient per example, shape {expected} at "
-                f"{_validate.place('updates', path)}, got {jnp.shape(update)}. A gradient that is "
+                f"aggregate_per_example needs one gradient per example, shape ({expected}) at "
+                f"{_validate.place('updates', path)}, got {shape}. A gradient that is "
                 "averaged already has no examples left to weigh (optax.MultiSteps around the "
                 "aggregator averages them too: chain it behind)."
             )
 
     jax.tree_util.tree_map_with_path(check, updates, params)
+    return size or 0

@@ -33,6 +33,7 @@ class Stream(enum.IntEnum):
     COMPLEXITY_DATA = 7  # the examples of a local complexity, where they are random
     ASCENTS = 8  # where the ascents of a local complexity start
     LOSSES = 9  # what the losses of a step draw themselves: dropout, augmentation, label noise
+    CHECK = 11  # of a loss vector function
     PROBES = 20  # the random directions of `measure`
     # Of the experiments.
     PARAMETERS = 100  # before the first step

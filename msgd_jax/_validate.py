@@ -243,6 +243,13 @@ def leading_axis(name: str, tree: Any) -> int:
     for path, leaf in leaves:
         where = place(name, path)
         dtype = leaf_dtype(where, leaf)
+        kind = getattr(dtype, "type", None)  # numpy's types have one, and keys'
+        if not (isinstance(kind, type) and issubclass(kind, np.generic | jax.dtypes.extended)):
+            raise TypeError(
+                f"{where} must be an array of numpy or jax, got {type(leaf).__name__} of dtype "
+                f"{str(dtype)[:40]}. Tensors in memory become numpy's by "
+                "jax.tree.map(numpy.asarray, batch); streaming.batches does that for a loader."
+            )
         if isinstance(dtype, np.dtype) and (dtype.kind in "OSUMm" or dtype.type is np.void):
             raise TypeError(f"{where} must hold numbers or PRNG keys, got dtype {dtype}.")
         if not jnp.shape(leaf):

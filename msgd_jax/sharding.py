@@ -24,15 +24,16 @@ from jaxtyping import Array, Key, Shaped
 from msgd_jax import _mesh, _validate
 from msgd_jax._typing import Data
 
-__all__ = ["check_key_agrees", "shard_examples"]
+__all__ = ["check_key_agrees", "shard_batch", "shard_examples"]
 
 
 def shard_examples(data: Data, sharding: NamedSharding) -> Data:
     """Places examples on the devices of a mesh, in equal parts.
 
     Where the devices do not divide N, the last example is repeated up to the next multiple: these
-    copies have weight 0 in every loss, for any law of N examples. Only what the devices of this
-    process need is read, so `data` may be memory-mapped, or larger than memory.
+    copies have weight 0 in every loss, for any law of N examples. (A `noise.BatchLaw` has no N, and
+    would take the copies for examples: place the batches of a loader by `shard_batch`.) Only what
+    the devices of this process need is read, so `data` may be memory-mapped, or larger than memory.
 
     Args:
         data: a pytree of arrays [N, ...]: numpy's (memory-mapped too), anything that slices like
@@ -81,6 +82,57 @@ def shard_examples(data: Data, sharding: NamedSharding) -> Data:
         return _mesh.from_words(placed, implementation)
 
     return jax.tree.map(place, data)
+
+
+def shard_batch(batch: Data, sharding: NamedSharding) -> Data:
+    """Places a batch of a data loader on the devices: of each process, what its loader drew.
+
+    Under `jax.distributed` the batch of a step is what all processes give, in their order, and B in
+    all of them its length. Nothing is filled up, so that a `noise.BatchLaw` counts examples alone.
+    Where the devices do not divide a short last batch, leave it out (drop_remainder, drop_last). In
+    one process give it to the step as it is: the step fills it up itself, at weight 0.
+
+    Args:
+        batch: a pytree of arrays [B / processes, ...], as many in each process.
+        sharding: ``NamedSharding(mesh, PartitionSpec("data"))`` for the axis "data" of a mesh.
+
+    Returns:
+        The same pytree of `jax.Array`, [B, ...].
+
+    Raises:
+        TypeError: if a leaf of `batch` holds neither numbers nor PRNG keys, or `sharding` is not a
+            `NamedSharding`.
+        ValueError: if `batch` is empty or its leaves have different lengths, the devices of this
+            process do not divide its length, or `sharding` does not spread the leading axis alone.
+
+    Example:
+        >>> from msgd_jax import sharding
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+        >>> spread = NamedSharding(mesh, PartitionSpec("data"))
+        >>> batch = sharding.shard_batch(np.ones((2 * jax.device_count(), 3)), spread)
+        >>> batch.shape[0] // jax.device_count()
+        2
+    """
+    if _mesh.check("sharding", sharding) is None:
+        raise TypeError("sharding must be a jax.sharding.NamedSharding, got None.")
+    size = _validate.leading_axis("batch", batch)
+    parts, rest = divmod(_mesh.count(sharding), jax.process_count())
+    if rest or size % parts:
+        raise ValueError(
+            f"batch must have a multiple of {parts} examples, one for each part that this process "
+            f"holds, got {size}. Leave out the short last batch of an epoch (drop_remainder, "
+            "drop_last), or, in one process, give it to the step as it is."
+        )
+    layout = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+
+    def place(leaf: Any) -> Shaped[Array, "batch *rest"]:
+        words, implementation = _mesh.as_words(leaf)
+        words = np.asarray(words)
+        words = words.astype(jax.dtypes.canonicalize_dtype(words.dtype), copy=False)
+        placed = jax.make_array_from_process_local_data(layout, words)
+        return _mesh.from_words(placed, implementation)
+
+    return jax.tree.map(place, batch)
 
 
 def check_key_agrees(name: str, key: Key[Array, ""]) -> None:

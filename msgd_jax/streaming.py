@@ -7,6 +7,9 @@ The reading threads are grain's: ``pip install 'msgd-jax[streaming]'``::
   source = streaming.ArraySource((np.load("images.npy", mmap_mode="r"), labels))
   loop = streaming.make_loop(loss_vector_fn, optimizer, noise.sgd(len(source), 50), source)
   state, metrics = loop(train.init(params, optimizer, key), 1000)
+
+Where a data loader of yours draws the batches, its laws are `noise.batch_cov` and
+`noise.batch_fisher`, and `batches` takes so many of them.
 """
 
 import collections
@@ -20,13 +23,16 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
-from msgd_jax import _laws, _mesh, _validate
+from msgd_jax import _laws, _loaders, _mesh, _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax._typing import Batch, Data, Example, PositiveInt, PyTree
 from msgd_jax.noise import MNoise
 from msgd_jax.train import StepDetails, StepMetrics, TrainState, step_of
 
-__all__ = ["ArraySource", "BatchSource", "Source", "make_loop"]
+__all__ = ["ArraySource", "BatchSource", "LoaderEnded", "Source", "batches", "make_loop"]
+
+batches = _loaders.batches
+LoaderEnded = _loaders.LoaderEnded
 
 # Steps whose results nobody has waited for: one that runs, one that is ready to.
 _IN_FLIGHT = 2
@@ -154,7 +160,7 @@ def make_loop(
     takes = loss_lib.Takes(has_state, has_aux, has_keys)
     evaluate = loss_lib.evaluated(
         loss_vector_fn,
-        law.sample,
+        lambda size: law.sample,
         takes,
         microbatch_size=microbatch_size,
         sharding=sharding,

@@ -39,7 +39,7 @@ from msgd_jax._typing import (
     PyTree,
     Updates,
 )
-from msgd_jax.noise import MNoise, Weights
+from msgd_jax.noise import BatchLaw, MNoise, Weights
 from msgd_jax.sharding import check_key_agrees
 
 __all__ = ["StepDetails", "StepMetrics", "TrainState", "init", "make_loop", "make_step"]
@@ -154,7 +154,7 @@ def _own(name: str, tree: PyTree) -> PyTree:
 def make_step(
     loss_vector_fn: loss_lib.LossVectorFn,
     optimizer: optax.GradientTransformation,
-    law: MNoise,
+    law: MNoise | BatchLaw,
     *,
     microbatch_size: PositiveInt | None = None,
     has_state: bool = False,
@@ -173,7 +173,8 @@ def make_step(
           parameters; ``grad_fn=`` for SAM, its gradient; ``data=``, and ``loss_vector_fn=`` where
           that is a function of (params, batch) that returns losses alone. With `has_state` the
           functions leave the statistics as they were before the step.
-        law: the law of the weights; its num_examples must be the leading axis of the data.
+        law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
+          data; with a `BatchLaw` the data are a batch that a loader drew, of any size.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         has_state: whether `loss_vector_fn` takes and returns mutable statistics, which the state
           keeps as `model_state`.
@@ -189,7 +190,7 @@ def make_step(
 
     Raises:
         TypeError: if `loss_vector_fn` is not a function of so many arguments, `optimizer` is not an
-            optax transformation, `law` is not a `noise.MNoise`, `sharding` is not a
+            optax transformation, `law` is no law, `sharding` is not a
             `NamedSharding`, or `metrics_fn` is not a function.
         ValueError: if `microbatch_size` is not positive, or `sharding` does not spread the leading
             axis alone.
@@ -204,10 +205,11 @@ def make_step(
         (1.2, 3.5)
     """
     microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
+    law = _laws.of_steps("law", law)
     takes = loss_lib.Takes(has_state, has_aux, has_keys)
     evaluate = loss_lib.evaluated(
         loss_vector_fn,
-        _laws.drawable("law", law).sample,
+        lambda size: _laws.of_data(law, size, sharding).sample,
         takes,
         microbatch_size=microbatch_size,
         sharding=sharding,

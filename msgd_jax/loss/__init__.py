@@ -12,10 +12,14 @@ covariance matrix, nothing larger than the gradient itself.
 * a loss vector function may do more than that, with `has_state`, `has_aux` and `has_keys` in these
   steps and in `train`, `transform` and `streaming`: ``(params, batch[, state][, keys])`` are its
   arguments, and ``losses`` or ``(losses[, state][, aux])`` its result, `aux` an `Outputs`;
+* `with_output_noise` adds noise at the outputs of a net: `label_noise`, that of `sampled_labels`
+  (the true Fisher matrix), or `gauss_newton`;
+* `check` looks, once, for what is wrong with such a function;
 * `sum_over_examples` goes through the data for anything else, an evaluation, say.
 """
 
 from msgd_jax._typing import LossVectorFn as LossVectorFn
+from msgd_jax.loss._check import check
 from msgd_jax.loss._checks import checked as checked
 from msgd_jax.loss._checks import checked_kind as checked_kind
 from msgd_jax.loss._drawn import Evaluated as Evaluated
@@ -24,6 +28,12 @@ from msgd_jax.loss._examples import per_example, sum_over_examples
 from msgd_jax.loss._fixed_keys import WithKeys
 from msgd_jax.loss._gradients import noisy_value_and_grad, weighted_value_and_grad
 from msgd_jax.loss._many_draws import weighted_values_and_grads
+from msgd_jax.loss._output_noise import (
+    gauss_newton,
+    label_noise,
+    sampled_labels,
+    with_output_noise,
+)
 from msgd_jax.loss._outputs import Outputs
 from msgd_jax.loss._outputs import Takes as Takes
 from msgd_jax.loss._vector import LossVector
@@ -32,9 +42,14 @@ __all__ = [
     "LossVector",
     "Outputs",
     "WithKeys",
+    "check",
+    "gauss_newton",
+    "label_noise",
     "noisy_value_and_grad",
     "per_example",
+    "sampled_labels",
     "sum_over_examples",
     "weighted_value_and_grad",
     "weighted_values_and_grads",
+    "with_output_noise",
 ]

@@ -57,7 +57,7 @@ def presented(found: Evaluated, takes: Takes) -> tuple[PyTree, Gradients]:
 
 def evaluated(
     loss_vector_fn: LossVectorFn,
-    draw: Callable[[Key[Array, ""], Int[Array, ""]], Weights],
+    draw_for: Callable[[int], Callable[[Key[Array, ""], Int[Array, ""]], Weights]],
     takes: Takes,
     *,
     microbatch_size: PositiveInt | None,
@@ -65,9 +65,10 @@ def evaluated(
     read: bool = False,
     reports_weights: bool = False,
 ) -> Callable[..., Evaluated]:
-    """``f(params, data, key, step, model_state)`` at the weights ``draw(key, step)``.
+    """``f(params, data, key, step, model_state)`` at ``draw_for(size)(key, step)``.
 
-    With `read`, the data are the examples that the weights list, in their order.
+    `size` is the number of examples of the data. With `read`, the data are the examples that the
+    weights list, in their order.
     """
     microbatch_size = check_arguments(loss_vector_fn, microbatch_size, sharding)
     _outputs.check_takes(loss_vector_fn, takes)
@@ -85,6 +86,7 @@ def evaluated(
         # Losses of one ghost batch depend on each other: which examples share one is random.
         order = derive(key, Stream.ORDER, step) if takes.has_state else None
         keys = _walker.Keys(order, losses_key(key, step) if takes.has_keys else None)
+        draw = draw_for(_validate.leading_axis("data", data))
         return of_drawn(params, data, draw, (key, step), model_state, keys)
 
     compiled = _programs.compiled_if(microbatch_size is not None or sharding is not None, of_step)

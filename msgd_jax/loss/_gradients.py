@@ -17,7 +17,7 @@ from msgd_jax._typing import (
     ValueAndGradOfData,
 )
 from msgd_jax.loss import _drawn, _outputs, _walker
-from msgd_jax.noise import MNoise, Weights
+from msgd_jax.noise import BatchLaw, MNoise, Weights
 
 
 def weighted_value_and_grad(
@@ -172,7 +172,7 @@ def _check_key_and_step(has_keys: bool, key: Key[Array, ""] | None, step: Step |
 
 def noisy_value_and_grad(
     loss_vector_fn: LossVectorFn,
-    law: MNoise,
+    law: MNoise | BatchLaw,
     *,
     microbatch_size: PositiveInt | None = None,
     has_state: bool = False,
@@ -191,7 +191,8 @@ def noisy_value_and_grad(
 
     Args:
         loss_vector_fn: as in `weighted_value_and_grad`.
-        law: the law of the weights; its num_examples must be the leading axis of the data.
+        law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
+          data; with a `BatchLaw` the data are a batch that a loader drew, of any size.
         microbatch_size: as in `weighted_value_and_grad`.
         has_state: as in `weighted_value_and_grad`.
         has_aux: as in `weighted_value_and_grad`.
@@ -206,12 +207,17 @@ def noisy_value_and_grad(
     Raises:
         TypeError, ValueError: if `loss_vector_fn` is not a function of so many arguments,
             `microbatch_size` is not a positive integer, or `sharding` does not spread the leading
-            axis alone.
+            axis alone. When traced, if the data have another number of examples than `law`, or too
+            few of them.
     """
     takes = _outputs.Takes(has_state, has_aux, has_keys)
-    draw = _laws.drawable("law", law).sample
+    law = _laws.of_steps("law", law)
     of_step = _drawn.evaluated(
-        loss_vector_fn, draw, takes, microbatch_size=microbatch_size, sharding=sharding
+        loss_vector_fn,
+        lambda size: _laws.of_data(law, size, sharding).sample,
+        takes,
+        microbatch_size=microbatch_size,
+        sharding=sharding,
     )
 
     def value_and_grad(

@@ -329,9 +329,13 @@ def check_weights(
     filled = num_examples + _mesh.missing(num_examples, sharding)
     if data_size not in (num_examples, filled):
         or_filled = f" ({filled} when filled up for its devices)" if filled > num_examples else ""
+        hint = (
+            f" Weights for a batch that a loader drew from {num_examples} examples are draws of "
+            f"noise.batch_cov({num_examples}, batch_size).of({data_size}), or of batch_fisher's."
+        )
         raise ValueError(
-            f"weights are for num_examples = {num_examples}{or_filled}, "
-            f"but data has {data_size} examples on its leading axis."
+            f"weights are for num_examples = {num_examples}{or_filled}, but data has {data_size} "
+            f"examples on its leading axis.{hint if data_size < num_examples else ''}"
         )
     shape, indices = weights.values.shape, weights.indices
     dims, draws = (2, "(draws, ") if stacked else (1, "(")

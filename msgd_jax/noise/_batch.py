@@ -1,6 +1,7 @@
 """Laws for a batch that somebody else drew: a data loader, a generator, a stream."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -20,8 +21,11 @@ class BatchLaw:
     """What law the weights of a loaded batch have, whatever its size; made by `batch_cov` and kin.
 
     The batch itself is random, and part of the noise: what its weights add is less. `of` gives the
-    law of the weights of B examples, an `MNoise` of B examples with mean 1/B. Give that to `train`,
-    `transform` and `loss`; a smaller last batch has a law of its own, with the scale of its size.
+    law of the weights of B examples, an `MNoise` of B examples with mean 1/B.
+
+    `train`, `transform` and `loss` take a batch law as it is: B is then the length of the data of
+    each step, which is known when the step is traced. A smaller last batch has a law of its own,
+    with the scale of its size, and ``jax.jit`` compiles the step once for each size.
 
     Attributes:
         num_examples: N, how many examples the loader draws from; None for a stream.
@@ -64,6 +68,16 @@ class BatchLaw:
                 is noisier by itself than the noise that is wanted; the error names the fewest.
         """
         size = _validate.positive_int("the number of examples in a batch", size)
+        if size not in self._laws:
+            self._laws[size] = self._of(size)
+        return self._laws[size]
+
+    @functools.cached_property
+    def _laws(self) -> dict[int, MNoise]:
+        # A law owns the program that draws: two of one size would compile it twice.
+        return {}
+
+    def _of(self, size: int) -> MNoise:
         n, b = self.num_examples, self.batch_size
         if n is not None and size > n:
             raise ValueError(

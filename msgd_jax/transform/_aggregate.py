@@ -9,7 +9,7 @@ from optax.experimental import aggregating
 
 from msgd_jax import _dtypes, _laws, _optimizers, _validate
 from msgd_jax._typing import Params, Updates
-from msgd_jax.noise import MNoise
+from msgd_jax.noise import BatchLaw, MNoise
 from msgd_jax.sharding import check_key_agrees
 
 
@@ -25,7 +25,7 @@ class AggregateState(NamedTuple):
     key: Key[Array, ""]
 
 
-def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggregator:
+def aggregate_per_example(law: MNoise | BatchLaw, key: Key[Array, ""]) -> aggregating.Aggregator:
     """Adds up per-example gradients with the weights of a law.
 
     The counterpart of `multiplicative_noise` for code that has per-example gradients already, to
@@ -36,7 +36,8 @@ def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggre
     in a chain, not around it.
 
     Args:
-        law: the law of the weights; its num_examples must be the leading axis of the updates.
+        law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
+          updates; with a `BatchLaw` they are of a batch that a loader drew, of any size.
         key: a typed PRNG key, copied into the state by ``init``.
 
     Returns:
@@ -45,7 +46,7 @@ def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggre
         ``(N, *parameter shape)``: a gradient that is averaged already is refused.
 
     Raises:
-        TypeError, ValueError: if `law` is not a `noise.MNoise`, or `key` is no typed PRNG key.
+        TypeError, ValueError: if `law` is no law, or `key` is no typed PRNG key.
 
     Example:
         >>> from msgd_jax import noise, transform
@@ -56,7 +57,7 @@ def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggre
         >>> float(update)
         -2.0
     """
-    _laws.drawable("law", law)
+    _laws.of_steps("law", law)
     _validate.prng_key("key", key)
 
     def init_fn(params: Params) -> AggregateState:
@@ -68,8 +69,8 @@ def aggregate_per_example(law: MNoise, key: Key[Array, ""]) -> aggregating.Aggre
         updates: Updates, state: Any, params: Params = None, **extra_args: Any
     ) -> tuple[Updates, AggregateState]:
         del extra_args
-        _optimizers.check_per_example(updates, params, law.num_examples)
-        weights = law.sample(state.key, state.step)
+        size = _optimizers.check_per_example(updates, params)
+        weights = _laws.of_data(law, size).sample(state.key, state.step)
 
         def weighted_sum(gradients: Float[Array, "..."]) -> Float[Array, "..."]:
             if weights.indices is not None:

@@ -25,7 +25,7 @@ from msgd_jax._typing import (
     Scalar,
     Updates,
 )
-from msgd_jax.noise import MNoise
+from msgd_jax.noise import BatchLaw, MNoise
 from msgd_jax.sharding import check_key_agrees
 
 _HINT = (
@@ -55,7 +55,7 @@ class MultiplicativeNoiseState(NamedTuple):
 
 
 def multiplicative_noise(
-    law: MNoise,
+    law: MNoise | BatchLaw,
     key: Key[Array, ""],
     *,
     microbatch_size: PositiveInt | None = None,
@@ -93,7 +93,8 @@ def multiplicative_noise(
     needs no such thing). The program of eager calls is kept for the last `loss_vector_fn`.
 
     Args:
-        law: the law of the weights; its num_examples must be the leading axis of the data.
+        law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
+          data; with a `BatchLaw` the data are a batch that a loader drew, of any size.
         key: a typed PRNG key, copied into the state by ``init``.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
@@ -111,7 +112,7 @@ def multiplicative_noise(
         `loss_vector_fn` or `data` is missing, and as `loss.weighted_value_and_grad` does.
 
     Raises:
-        TypeError, ValueError: if `law` is not a `noise.MNoise`, `key` is no typed PRNG key,
+        TypeError, ValueError: if `law` is no law, `key` is no typed PRNG key,
             `microbatch_size` is not positive, `sharding` does not spread the leading axis alone, or
             `aux` is not a `loss.Outputs`. ``update`` raises them where statistics or outputs come
             back with another structure, shape or dtype.
@@ -150,7 +151,7 @@ def multiplicative_noise(
 
 def with_noise(
     optimizer: optax.GradientTransformation,
-    law: MNoise,
+    law: MNoise | BatchLaw,
     key: Key[Array, ""],
     *,
     microbatch_size: PositiveInt | None = None,
@@ -170,7 +171,8 @@ def with_noise(
 
     Args:
         optimizer: any optax transformation of a gradient, a chain of several, say.
-        law: the law of the weights; its num_examples must be the leading axis of the data.
+        law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
+          data; with a `BatchLaw` the data are a batch that a loader drew, of any size.
         key: a typed PRNG key, copied into the state by ``init``.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
@@ -280,7 +282,7 @@ def _after(state: Any, found: loss_lib.Evaluated, takes: loss_lib.Takes) -> Any:
 
 def msgd(
     learning_rate: optax.ScalarOrSchedule,
-    law: MNoise,
+    law: MNoise | BatchLaw,
     key: Key[Array, ""],
     momentum: Scalar | None = None,
     nesterov: bool = False,
@@ -339,14 +341,14 @@ def msgd(
 
 
 def _noisy_gradient(
-    law: MNoise,
+    law: MNoise | BatchLaw,
     key: Key[Array, ""],
     microbatch_size: PositiveInt | None,
     sharding: NamedSharding | None,
     takes: loss_lib.Takes,
 ) -> tuple[Callable[..., MultiplicativeNoiseState], Callable[..., Any]]:
     """How the state begins, and what gives value and gradient at the weights of a step."""
-    _laws.drawable("law", law)
+    _laws.of_steps("law", law)
     _validate.prng_key("key", key)
     microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
     _mesh.check("sharding", sharding)
@@ -360,7 +362,11 @@ def _noisy_gradient(
 
     def make(loss_vector_fn: LossVectorFn) -> Callable[..., loss_lib.Evaluated]:
         return loss_lib.evaluated(
-            loss_vector_fn, law.sample, takes, microbatch_size=microbatch_size, sharding=sharding
+            loss_vector_fn,
+            lambda size: _laws.of_data(law, size, sharding).sample,
+            takes,
+            microbatch_size=microbatch_size,
+            sharding=sharding,
         )
 
     # It owns the program of eager calls.

@@ -70,6 +70,8 @@ def test_two_processes_use_the_bits_of_one_device(tmp_path):
     for name in process_worker.LAWS:
         expected = np.asarray(ROWS[name].make(1003, 16).sample(key, 3).dense())
         assert first[f"{name} weights"].tobytes() == expected.tobytes(), name
+    loaded = noise.batch_cov(1003, 4).of(16).sample(key, 3).values
+    assert first["loaded"].tobytes() == np.asarray(loaded).tobytes()
     for name in first.files:
         assert first[name].tobytes() == second[name].tobytes(), name
     grads = {leaf: first[f"grad {leaf}"] for leaf in problem.params}

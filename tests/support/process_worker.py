@@ -14,7 +14,7 @@ LAWS = ("fisher", "cov", "bernoulli", "sgd", "sparse_cov", "random_reshuffling")
 
 def weights(process_id: int, folder: pathlib.Path) -> None:
     """Weights and gradients of step 3, as this process has them."""
-    from msgd_jax import loss, sharding
+    from msgd_jax import loss, noise, sharding
     from tests.support.noises import ROWS
     from tests.support.problems import loss_vector_fn, regression
 
@@ -27,6 +27,10 @@ def weights(process_id: int, folder: pathlib.Path) -> None:
         law = ROWS[name].make(n, 16)
         f = loss.noisy_value_and_grad(lambda theta, i: theta[i], law, sharding=rows)
         results[f"{name} weights"] = jax.jit(f)(np.ones(n, np.float32), numbers, key, 3)[1]
+    # Of a batch that the loaders of both processes drew, 8 examples each.
+    own = sharding.shard_batch(np.arange(8) + 8 * process_id, rows)
+    f = loss.noisy_value_and_grad(lambda theta, i: theta[i], noise.batch_cov(n, 4), sharding=rows)
+    results["loaded"] = jax.jit(f)(np.ones(16, np.float32), own, key, 3)[1]
     f = loss.noisy_value_and_grad(
         loss_vector_fn, ROWS["cov"].make(n, 16), sharding=rows, microbatch_size=50
     )

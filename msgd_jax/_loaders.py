@@ -1,0 +1,104 @@
+"""Batches that a user's data loader hands over, for a training loop of the user's own."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import KeyPath
+
+from msgd_jax import _validate
+from msgd_jax._typing import Batch, PositiveInt
+
+
+class LoaderEnded(RuntimeError):  # noqa: N818 (as StopIteration)
+    """A loader had fewer batches than `batches` was to take from it.
+
+    Attributes:
+        num_batches: how many it had.
+    """
+
+    def __init__(self, message: str, num_batches: int) -> None:
+        super().__init__(message)
+        self.num_batches = num_batches
+
+
+def batches(
+    loader: Iterable[Batch], num_steps: PositiveInt, *, first_step: int = 0
+) -> Iterator[Batch]:
+    """So many batches of a data loader, as arrays that jax takes.
+
+    Any iterable is a loader: PyTorch's ``DataLoader``, grain's datasets, tf.data by
+    ``as_numpy_iterator()``, a generator of your own. The state of the training stays yours::
+
+      law = noise.batch_cov(len(dataset), batch_size=32)
+      step = jax.jit(train.make_step(loss_vector_fn, optimizer, law), donate_argnums=0)
+      for batch in streaming.batches(loader, 1000, first_step=int(state.step)):
+          state, metrics = step(state, batch)
+
+    A loader that ends early raises `LoaderEnded` where the next batch would have been: `state` is
+    then that of the last step made, and training goes on from it with another loader. One that has
+    more is left there. What the loader raises comes through, with a note that names the step.
+
+    Args:
+        loader: batches, pytrees of arrays with a leading axis of examples. Tensors of PyTorch in
+          memory, and whatever else numpy reads without a copy, become numpy arrays.
+        num_steps: how many batches to take.
+        first_step: the step that the first batch is for, for messages alone.
+
+    Yields:
+        Batches, pytrees of numpy or jax arrays [B, ...].
+
+    Raises:
+        TypeError: if `loader` is not an iterable, or a leaf of a batch is no array of numbers.
+        ValueError: if `num_steps` is not positive, or the leaves of a batch do not share their
+            leading axis.
+        LoaderEnded: if there are fewer batches: it says how many there were, and at which step.
+
+    Example:
+        >>> from msgd_jax import streaming
+        >>> loader = [np.zeros((12, 3)), np.zeros((12, 3)), np.zeros((4, 3))]
+        >>> [len(batch) for batch in streaming.batches(loader, 2)]
+        [12, 12]
+        >>> [len(batch) for batch in streaming.batches(loader, 5, first_step=100)]
+        Traceback (most recent call last):
+        msgd_jax._loaders.LoaderEnded: loader ended at step 103: it had 3 batches for 5 steps...
+    """
+    num_steps = _validate.positive_int("num_steps", num_steps)
+    first_step = _validate.positive_int("first_step", first_step, minimum=0)
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"loader must be an iterable of batches, got {_validate.shown(loader)}.")
+    return _taken(loader, num_steps, first_step)
+
+
+def _taken(loader: Iterable[Batch], num_steps: int, first_step: int) -> Iterator[Batch]:
+    iterator = iter(loader)
+    for number in range(num_steps):
+        try:
+            batch = jax.tree_util.tree_map_with_path(_array, next(iterator))
+            _validate.leading_axis("batch", batch)
+        except StopIteration:
+            raise LoaderEnded(
+                f"loader ended at step {first_step + number}: it had {number} batches for "
+                f"{num_steps} steps. The state is that of the last step made: go on from it with "
+                "another epoch of the loader, or with a loader that repeats.",
+                number,
+            ) from None
+        except Exception as error:
+            error.add_note(f"This was batch {number} of the loader, for step {first_step + number}")
+            raise
+        yield batch
+
+
+def _array(path: KeyPath, leaf: Any) -> Any:
+    """What jax has no type for, as numpy's array of the same memory."""
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic) or not hasattr(leaf, "__array__"):
+        return leaf
+    try:
+        return np.asarray(leaf)
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(
+            f"{_validate.place('batch', path)} must be an array that numpy can read, got "
+            f"{type(leaf).__name__}: {str(error)[:100]} Give tensors of PyTorch as "
+            "tensor.detach().cpu(), in a type that numpy has."
+        ) from error
