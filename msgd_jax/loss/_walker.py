@@ -104,10 +104,9 @@ def weighted_examples(
         missing = _mesh.missing(support, sharding)
         # Counted, not filled up, so that each device counts its own part.
         positions = jnp.arange(support + missing, dtype=jnp.int32)
-        if numbered and indices is None:
-            numbers = jnp.minimum(positions, support - 1)
-        elif numbered:
-            numbers = _mesh.fill(indices, missing)
+        if numbered:
+            own = jnp.minimum(positions, support - 1)
+            numbers = own if indices is None else _mesh.fill(indices, missing)
         if marked:
             real = positions < support
         indices = None if read else indices
