@@ -102,11 +102,13 @@ def weighted_examples(
         indices = None if indices is None else indices.astype(jnp.int32)
         support, numbers, real = values.shape[0], None, None
         missing = _mesh.missing(support, sharding)
+        # Counted, not filled up, so that each device counts its own part.
+        positions = jnp.arange(support + missing, dtype=jnp.int32)
         if numbered:
-            numbers = jnp.arange(support, dtype=jnp.int32) if indices is None else indices
-            numbers = _mesh.fill(numbers, missing)
+            own = jnp.minimum(positions, support - 1)
+            numbers = own if indices is None else _mesh.fill(indices, missing)
         if marked:
-            real = jnp.arange(support + missing, dtype=jnp.int32) < support
+            real = positions < support
         indices = None if read else indices
         if sharding is None:
             return WeightedExamples(data, indices, values, numbers, real)

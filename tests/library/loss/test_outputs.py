@@ -1,5 +1,6 @@
 """Extra outputs of the forward pass, against what a direct computation gives."""
 
+import re
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from msgd_jax import loss, noise
+from msgd_jax import loss, noise, sharding
 from tests.library.loss.test_keys import spread
 from tests.support.mistakes import assert_told
 
@@ -88,6 +89,27 @@ def test_state_comes_before_outputs_and_keys_behind_state():
     (_, state, aux), _ = f(jnp.ones(3), DATA, weights, jnp.zeros(()), key=KEY, step=0)
     assert float(state) == 3
     assert aux.averaged["number"] == 6
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 25])
+def test_keys_and_outputs_stay_on_their_devices(microbatch_size):
+    """One reduction, as without; each device derives the keys of its part and no others."""
+    size, rows = 1003, spread(8)
+
+    def per_row(theta, x, keys):
+        kept = jax.vmap(jax.random.uniform)(keys) < 0.8
+        return x * kept * theta, loss.Outputs({"kept": kept}, x[0])
+
+    f = loss.noisy_value_and_grad(
+        per_row, noise.fisher(size, 8), has_aux=True, has_keys=True, sharding=rows,
+        microbatch_size=microbatch_size,
+    )  # fmt: skip
+    data = sharding.shard_examples(jnp.ones(size), rows)
+    program = jax.jit(f).lower(jnp.ones(()), data, KEY, 3).compile().as_text() or ""
+    assert len(re.findall(r" all-reduce(?:-start)?\(", program)) == 1
+    others = r" (?:all-gather|all-to-all|collective-permute|reduce-scatter)\("
+    assert not re.findall(others, program)
+    assert max(int(n) for n in re.findall(r"\b[fsu]32\[(\d+)", program)) < 2 * 126
 
 
 def test_outputs_of_one_example():
