@@ -52,14 +52,12 @@ from msgd_jax.measure._shape import (
     batch_sharpness,
     ranks,
 )
+from msgd_jax.measure._tail_index import TailIndex, block_index, hill_index
 from msgd_jax.measure._tails import (
     GaussianityTest,
     Projections,
-    TailIndex,
-    block_index,
     excess_kurtosis,
     gaussianity_test,
-    hill_index,
     independent_kurtosis,
     mardia_kurtosis,
     noise_projections,

@@ -189,3 +189,13 @@ def with_total(parts: list[Float[Array, "*shape"]]) -> Float[Array, "*shape part
 def count(name: str, value: Any, minimum: int) -> int:
     """Returns how many draws, probes or runs there are; raises TypeError or ValueError."""
     return _validate.positive_int(name, value, minimum=minimum)
+
+
+def samples(name: str, values: Array, minimum: int) -> int:
+    """How many there are; raises ValueError where these are too few."""
+    if jnp.ndim(values) < 1 or values.shape[0] < minimum:
+        raise ValueError(
+            f"{name} must be at least {minimum} along the leading axis, got shape "
+            f"{jnp.shape(values)}."
+        )
+    return values.shape[0]

@@ -105,7 +105,7 @@ class HessianTrace(NamedTuple):
 
     Attributes:
         trace: tr H.
-        squared_norm: the sum of the squares of all entries of H, |H|_F^2.
+        squared_norm: the sum of the squares of all entries of H, ``|H|_F^2``.
     """
 
     trace: Estimate
@@ -122,9 +122,9 @@ def hessian_trace(
 ) -> HessianTrace:
     """The trace of the Hessian of the mean loss by Hutchinson's estimator, and its norm.
 
-    For random z with independent entries, E z^T H z = tr H and E |H z|^2 = |H|_F^2. The variance of
-    z^T H z is 2 |H|_F^2 for Gaussian probes, and for random signs less by twice the squares of the
-    diagonal of H.
+    For random z with independent entries, ``E z^T H z = tr H`` and ``E |H z|^2 = |H|_F^2``. The
+    variance of ``z^T H z`` is ``2 |H|_F^2`` for Gaussian probes, and for random signs less by twice
+    the squares of the diagonal of H.
 
     Costs `num_probes` Hessian-vector products, about three gradients of the N examples each.
     Compiled anew on each call.
@@ -162,7 +162,7 @@ def probed(
     num_probes: int,
     kind: str,
 ) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
-    """z^T H z and |H z|^2 of K random z."""
+    """z^T H z and ``|H z|^2`` of K random z."""
     product = _product(losses.replace(data=data), params, None)
 
     def one(number: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -25,7 +25,7 @@ class NoiseScaleState(NamedTuple):
         groups: complete groups so far.
         weight: the sum of the groups' weights, and that of their squares, [2].
         trace: the weighted mean of the groups' estimates of tr S, [leaves + 1].
-        squared: that of |grad L|^2.
+        squared: that of ``|grad L|^2``.
         products: weighted sums of the products of their deviations: T T, T U and U U,
             [3, leaves + 1].
     """
@@ -61,9 +61,9 @@ def noise_scale_monitor(
       measure.monitored_noise_scale(state.opt_state)
 
     The parameters stand still inside a group then, and the group's estimates of tr S and
-    |grad L|^2 are unbiased. Without accumulation the K gradients of a group are those of
+    ``|grad L|^2`` are unbiased. Without accumulation the K gradients of a group are those of
     consecutive steps: the drift of the mean gradient between them counts as noise, so keep K at 2.
-    Groups are averaged, tr S and |grad L|^2 each by itself, then divided (see
+    Groups are averaged, tr S and ``|grad L|^2`` each by itself, then divided (see
     `pooled_noise_scale`); standard errors take the groups as independent.
 
     The gradients are either means over `batch_size` examples each, or noisy gradients of a `law`
@@ -106,7 +106,7 @@ def noise_scale_monitor(
         raise ValueError(f"decay must be above 0 and at most 1, got {decay}.")
 
     def unbiased(q: Array, squared: Array) -> tuple[Array, Array]:
-        """Tr S and |grad L|^2 from the sample variance q of K gradients and |their mean|^2."""
+        """The two estimates, from the sample variance q of K gradients and their mean, squared."""
         if law is None:
             return _scale.unbiased_of_spread(q / of_s, squared, n, num_examples)
         squared = squared - q / k

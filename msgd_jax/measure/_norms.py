@@ -66,10 +66,10 @@ def probed_gradient_norms(
 ) -> ProbedNorms:
     """Gradient norms of all N examples from K forward passes, whatever the number of parameters.
 
-    For z ~ N(0, I), one forward-mode pass gives u_i = z . g_i of all examples at once, with
-    E u_i^2 = |g_i|^2 and the variance 2 |g_i|^4. The root of a mean of K squares is biased low by
-    the factor sqrt(2/K) Gamma((K+1)/2) / Gamma(K/2), which is taken out. The spread of the u_i,
-    z^T S z, has the mean tr S.
+    For z ~ N(0, I), one forward-mode pass gives u_i = z . g_i of all examples at once; its square
+    has the mean ``|g_i|^2`` and the variance ``2 |g_i|^4``. The root of a mean of K squares is
+    biased low by the factor sqrt(2/K) Gamma((K+1)/2) / Gamma(K/2), which is taken out. The spread
+    of the u_i, ``z^T S z``, has the mean tr S.
 
     Costs K forward-mode passes over the N examples: no backward pass, no per-example gradient.
     Compiled anew on each call.

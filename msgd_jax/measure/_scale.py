@@ -134,7 +134,7 @@ def noise_scale_from_draws(
 
     For each draw, ``|grad(L . W) - (1 . W) grad L|^2 / (alpha N)`` is an unbiased estimate of tr S:
     the spread of the weights across the all-ones vector is all that it needs, so that laws which
-    are not centred (`noise.fisher`, `noise.bernoulli`) do as well. |grad L|^2 is exact.
+    are not centred (`noise.fisher`, `noise.bernoulli`) do as well. ``|grad L|^2`` is exact.
 
     The relative standard error for Gaussian laws is sqrt(2 / (K p)), with p the participation ratio
     of S (`ranks`). Costs one forward pass over the N examples and K + 1 backward passes; memory for
@@ -171,7 +171,7 @@ def noise_scale_from_draws(
 
 @jax.jit  # of arrays alone: what is kept is one program per set of shapes, as of jnp's functions
 def _pair_of_draws(drawn: _draws.Draws, of_s: Scalar) -> _estimates.MeanPair:
-    """Tr S, with the variance of its mean, and |g|^2, per leaf and in total."""
+    """The trace of S, with the variance of its mean, and ``|g|^2``, per leaf and in total."""
     leaves = jax.tree.leaves(drawn.centred())
     squares = _estimates.with_total([_estimates.of_rows(leaf) for leaf in leaves]) / of_s
     mean = jax.tree.leaves(drawn.mean_gradient)
@@ -186,7 +186,7 @@ class MicrobatchMoments(NamedTuple):
 
     Attributes:
         trace: of tr S, [leaves + 1]: of each leaf, and last of all parameters.
-        squared_gradient: of |grad L|^2, likewise; it may be negative.
+        squared_gradient: of ``|grad L|^2``, likewise; it may be negative.
     """
 
     trace: Float[Array, "*steps parts"]
@@ -199,13 +199,14 @@ def microbatch_moments(
     *,
     num_examples: PositiveInt | None = None,
 ) -> MicrobatchMoments:
-    """Tr S and |grad L|^2 from the mean gradients of the K micro-batches of one step, for free.
+    """The noise scale's two parts from the K micro-batches of one step, for free.
 
-    With q the weighted spread ``sum b_k |m_k - m|^2 / (K - 1)`` of the mean gradients m_k of b_k
-    examples each, and n = sum b_k: for examples that were drawn independently, tr S is estimated by
-    q, and |grad L|^2 by ``|m|^2 - q / n``; for n distinct ones of N, randomly split, by
-    ``q (N - 1) / N`` and ``|m|^2 - (1/n - 1/N) q``. Both are unbiased for any sizes. Costs no
-    gradient. Never divide one by the other before averaging over steps: `pooled_noise_scale`.
+    These are unbiased estimates of tr S and ``|grad L|^2``. With q the weighted spread
+    ``sum b_k |m_k - m|^2 / (K - 1)`` of the mean gradients m_k of b_k examples each, and
+    n = sum b_k, they are q and ``|m|^2 - q / n`` for examples that were drawn independently;
+    ``q (N - 1) / N`` and ``|m|^2 - (1/n - 1/N) q`` for n distinct ones of N, randomly split; for any
+    sizes. Costs no gradient. Never divide one by the other before averaging over steps: that is
+    what `pooled_noise_scale` is for.
 
     Args:
         gradients: a pytree like the parameters with leading axes of K: the gradient of the mean
@@ -242,7 +243,7 @@ def microbatch_moments(
 def unbiased_of_spread(
     q: Float[Array, "*parts"], squared: Float[Array, "*parts"], n: int, num_examples: int | None
 ) -> tuple[Float[Array, "*parts"], Float[Array, "*parts"]]:
-    """Tr S and |grad L|^2 from the spread q of n examples' gradients and their mean, squared."""
+    """The two estimates, from the spread q of n examples' gradients and their mean, squared."""
     if num_examples is None:
         return q, squared - q / n
     return q * ((num_examples - 1) / num_examples), squared - (1 / n - 1 / num_examples) * q
@@ -254,8 +255,8 @@ def pooled_noise_scale(params: Params, moments: MicrobatchMoments) -> NoiseScale
     The mean of R ratios would be useless: a ratio whose denominator comes near 0 has no mean. The
     ratio of means is biased upwards, by order 1/R; where the upper end of `Scale.interval` is
     infinite, R is too small. Standard errors take the steps as independent. (Of independent steps,
-    with tr S / |grad L|^2 = 12 and 16 examples per step, the interval covered the truth in 91.7 %
-    of cases at R = 10, 94.8 % at R = 30 and at R = 100.)
+    with a noise scale of 12 and 16 examples per step, the interval covered the truth in 91.7 % of
+    cases at R = 10, 94.8 % at R = 30 and at R = 100.)
 
     Args:
         params: the parameters, for their structure.
@@ -315,7 +316,7 @@ def assembled(params: Params, pair: _estimates.MeanPair, degrees_of_freedom: Any
 def _deviations(
     gradients: PerExampleGradients, weights: Float[Array, " B"], mean: Gradients
 ) -> tuple[Float[Array, " parts"], ...]:
-    """Sums over a batch of d = |g_i - g|^2, and of d d, d c and c c with c = 2 g . (g_i - g)."""
+    """Sums of d, d d, d c and c c, with ``d = |g_i - g|^2`` and ``c = 2 g . (g_i - g)``."""
     squares, slopes = [], []
     for leaf, centre in zip(jax.tree.leaves(gradients), jax.tree.leaves(mean), strict=True):
         deviations = leaf.astype(centre.dtype) - centre[None]

@@ -23,10 +23,10 @@ class Alignment(NamedTuple):
     Attributes:
         trace_hc: tr(H C), for which E v^T H v of the noise v stands.
         trace_hs: tr(H S), of one example's gradient, whatever the law.
-        trace_c: tr C = E |v|^2.
-        squared_norm_c: |C|_F^2.
+        trace_c: ``tr C = E|v|^2``.
+        squared_norm_c: ``|C|_F^2``.
         trace_h: tr H.
-        squared_norm_h: |H|_F^2.
+        squared_norm_h: ``|H|_F^2``.
         alignment: ``D tr(HC) / (tr H tr C)``, 1 for noise without a direction. It can be read only
             where tr H > 0, since it changes sign with tr H; see `cosine`.
         cosine: ``tr(HC) / (|H|_F |C|_F)``, from -1 to 1, whatever the sign of tr H.
@@ -67,9 +67,9 @@ def alignment(
 ) -> Alignment:
     """tr(HC), tr(HS), their alignment and cosine with H, from K draws of the noise of any law.
 
-    Traces and squared norms are unbiased: |C|_F^2 comes from pairs of different draws. Quotients
-    are biased by order 1/K (the participation ratio upwards); their standard errors are those of
-    the jackknife over draws and over probes.
+    Traces and squared norms are unbiased: ``|C|_F^2`` comes from pairs of different draws.
+    Quotients are biased by order 1/K (the participation ratio upwards); their standard errors are
+    those of the jackknife over draws and over probes.
 
     Costs one forward pass and K + 1 backward passes over the N examples, and 1 + K + P
     Hessian-vector products, about three gradients each; memory for K + 1 gradients. Compiled anew

@@ -77,7 +77,7 @@ def test_trace_and_norm_by_probes(kind, variance):
 def test_ritz_values_from_a_given_start_are_those_checked():
     losses, params = problem(jnp.float64)
     product = measure.hessian_product(losses, params)
-    for steps, wanted in zip((2, 4, 6), TOP[1::2], strict=True):
+    for steps, wanted in ((3, TOP[2]), (6, TOP[5])):
         ritz = measure.lanczos(product, params, KEY, num_steps=steps, start=jnp.ones(D))
         assert float(ritz.values[0]) == pytest.approx(wanted, abs=2e-10)
         # Some eigenvalue lies within the residual of every Ritz value.
@@ -178,20 +178,10 @@ def test_traces_of_products_with_the_hessian(law, wanted, trace):
 
 
 def test_alignment_cosine_and_participation_with_jackknife_errors():
-    """The ratio of unbiased parts, and standard errors that 60 repetitions agree with to 35 %.
+    """Standard errors that 60 repetitions agree with to 35 %.
 
     (A spread from 60 runs has a relative error of 9 %, more for these skew numbers.)
     """
-    found = aligned(noise.cov(N, 8), num_draws=600, num_probes=600)
-    within(found.squared_norm_c, 0.1520310154)
-    within(found.cosine, -0.2821166445)
-    within(found.participation_ratio, 3.4454792134)
-    exact = D * -2.0398254915498955 / (TRACE * 5.790031175884462)
-    assert exact == pytest.approx(3.4838390060623072)
-    value = found.alignment.value
-    parts = found.trace_hc.value, found.trace_h.value, found.trace_c.value
-    assert value == pytest.approx(D * parts[0] / (parts[1] * parts[2]), rel=1e-5)
-
     losses, params = problem()
     law = noise.cov(N, 8)
 
@@ -206,6 +196,9 @@ def test_alignment_cosine_and_participation_with_jackknife_errors():
         spread = np.std(estimates.value, ddof=1)
         error = float(np.median(estimates.standard_error))
         assert error == pytest.approx(float(spread), rel=0.35), name
+    for name, wanted in (("squared_norm_c", 0.1520310154), ("trace_hc", -0.2549781864)):
+        values = np.asarray(getattr(many, name).value)
+        assert abs(values.mean() - wanted) < 5 * values.std(ddof=1) / np.sqrt(60)
 
 
 @pytest.mark.usefixtures("x64")
@@ -225,6 +218,8 @@ def test_the_numbers_of_a_few_draws_by_hand():
     assert found.trace_hc.value == pytest.approx(np.einsum("ki,ij,kj->", v, dense().h, v) / 4)
     hs = np.einsum("ki,ij,kj->", u, dense().h, u) / 4 / (N / (8 * N))
     assert found.trace_hs.value == pytest.approx(hs, rel=1e-5)
+    parts = found.trace_hc.value, found.trace_h.value, found.trace_c.value
+    assert found.alignment.value == pytest.approx(D * parts[0] / (parts[1] * parts[2]), rel=1e-5)
     cosine = found.trace_hc.value / np.sqrt(found.squared_norm_h.value * norm)
     assert found.cosine.value == pytest.approx(cosine, rel=1e-5)
 
