@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from msgd_jax import _narrow, _validate
 from msgd_jax._streams import Stream, derive
 from msgd_jax._typing import Batch, Data, Gradients, LossVectorFn, Params
+from msgd_jax.loss import _outputs
 
 # How far apart, relative to their size, two evaluations may be that differ by rounding alone.
 _TOLERANCES = {"bfloat16": 0.05, "float16": 0.01, "float32": 1e-3, "float64": 1e-6}
@@ -84,6 +85,7 @@ def check(
         ValueError: loss_vector_fn: ...are divided by the number of examples...
     """
     _validate.function("loss_vector_fn", loss_vector_fn)
+    _outputs.check_takes(loss_vector_fn, _outputs.Takes(has_keys=has_keys))
     _validate.floating_params(params)
     _validate.prng_key("key", key)
     size = _validate.leading_axis("data", data)

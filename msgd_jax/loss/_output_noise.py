@@ -49,7 +49,7 @@ def with_output_noise(
 
     Returns:
         ``loss_vector_fn(params, batch, keys)`` with a typed PRNG key per example, keys [B]: a loss
-        that takes keys.
+        with ``has_keys=True``.
 
     Raises:
         TypeError: if an argument is not a function. When traced, ValueError if the loss is not a

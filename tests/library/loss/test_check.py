@@ -283,6 +283,8 @@ def test_in_float64(x64):
 
 MISTAKES = {
     "function": (lambda: loss.check(3, PARAMS, DATA, KEY), "loss_vector_fn", "function"),
+    "keys": (lambda: loss.check(dropped, PARAMS, DATA, KEY), "loss_vector_fn", "has_keys = False"),
+    "no keys": (lambda: loss.check(good, PARAMS, DATA, KEY, has_keys=True), "loss", "keys"),
     "key": (lambda: loss.check(good, PARAMS, DATA, 0), "key", "typed PRNG key"),
     "one example": (
         lambda: loss.check(good, PARAMS, jax.tree.map(lambda x: x[:1], DATA), KEY),

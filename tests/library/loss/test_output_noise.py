@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from msgd_jax import loss, noise
+from msgd_jax import loss, noise, train
 from tests.support.mistakes import assert_told
 
 KEY = jax.random.key(4)
@@ -143,6 +143,27 @@ def test_in_bfloat16():
         grads = jax.grad(lambda p, noisy=noisy: noisy(p, data, keys_of_examples()).sum())(params)
         assert grads.dtype == jnp.bfloat16
         assert jnp.isfinite(grads).all()
+
+
+def test_in_training_and_in_micro_batches():
+    """`train` gives each example its key: the noise of a step is that of any micro-batching."""
+    noisy = loss.with_output_noise(outputs_fn, square, loss.label_noise(0.5))
+    optimizer, found = optax.sgd(0.1), []
+    for fn, options in (
+        (noisy, {"has_keys": True}),
+        (noisy, {"has_keys": True, "microbatch_size": 4}),
+    ):
+        step = train.make_step(fn, optimizer, noise.gd(N), **options)
+        state = train.init(PARAMS, optimizer, jax.random.key(1))
+        for _ in range(3):
+            state, _ = jax.jit(step)(state, DATA)
+        found.append(np.asarray(state.params))
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
+    quiet = loss.per_example(lambda p, e: square(outputs_fn(p, e), e))
+    state = train.init(PARAMS, optimizer, jax.random.key(1))
+    for _ in range(3):
+        state, _ = jax.jit(train.make_step(quiet, optimizer, noise.gd(N)))(state, DATA)
+    assert abs(found[0] - state.params).max() > 1e-3
 
 
 # HaoChen, Wei, Lee and Ma (2020): f(x) = <x, v * v>, fewer examples than coordinates, a sparse
