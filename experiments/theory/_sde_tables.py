@@ -1,29 +1,28 @@
 """The tables that the SDE experiment prints, and what it records."""
 
+import itertools
 import math
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.tables import text_table
 from msgd_jax import sde
 
 
 def strong_table(rows: list[dict[str, Any]]) -> str:
-    """One line a case: order with its standard error, how well a line fits, theory's, and a.
+    """One line per case: order with its standard error, how well a line fits, theory's, and a.
 
     p is the probability of residuals as large as these if the errors are on a line.
     """
-    lines = [f"{'path-wise (strong) order':<38}{'expected':>9}{'measured':>18}{'p':>8}{'a':>20}"]
-    lines.append("-" * len(lines[0]))
+    lines = []
     for row in rows:
         a = row.get("deterministic")
-        constant = sde.Estimate(**a) if a else ""
-        order = sde.Estimate(**row["order"])
-        lines.append(
-            f"{row['label']:<38}{row['expected']:>9g}{order!s:>18}{_p_value(row):>8}{constant!s:>20}"
-        )
-    return "\n".join(lines)
+        constant = str(sde.Estimate(**a)) if a else ""
+        order = str(sde.Estimate(**row["order"]))
+        lines.append([row["label"], f"{row['expected']:g}", order, _p_value(row), constant])
+    return text_table(["path-wise (strong) order", "expected", "measured", "p", "a"], lines, gap=3)
 
 
 def _p_value(row: dict[str, Any]) -> str:
@@ -32,34 +31,30 @@ def _p_value(row: dict[str, Any]) -> str:
 
 
 def weak_table(rows: list[dict[str, Any]]) -> str:
-    """One line a case, under the name of its group; exact rows have no standard error."""
-    lines = [f"{'order in expectation (weak)':<62}{'expected':>9}{'measured':>18}{'p':>8}"]
-    lines.append("-" * len(lines[0]))
-    group = None
-    for row in rows:
-        if row["group"] != group:
-            group = row["group"]
-            lines.append(f"{group}:")
-        order = row["order"]
-        shown = str(sde.Estimate(**order)) if isinstance(order, dict) else f"{order:.3f}"
-        line = f"  {row['label']:<60}{row['expected']:>9g}{shown:>18}{_p_value(row):>8}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+    """One line per case, under the name of its group; exact rows have no standard error."""
+    lines = []
+    for group, cases in itertools.groupby(rows, key=lambda row: row["group"]):
+        lines.append([f"{group}:"])
+        for row in cases:
+            order = row["order"]
+            shown = str(sde.Estimate(**order)) if isinstance(order, dict) else f"{order:.3f}"
+            lines.append([f"  {row['label']}", f"{row['expected']:g}", shown, _p_value(row)])
+    return text_table(["order in expectation (weak)", "expected", "measured", "p"], lines, gap=3)
 
 
 def network_table(networks: list[dict[str, Any]]) -> str:
-    """One line for each iteration: its distance to the SDE at the end, relative to the way gone.
+    """One line per iteration: its distance to the SDE at the end, relative to the way gone.
 
     Args:
         networks: `NetworkRun`s as JSON.
     """
-    lines = [f"{'LeNet on FashionMNIST':<28}{'eta':>9}{'distance at the end':>21}{'relative':>10}"]
-    lines.append("-" * len(lines[0]))
+    lines = []
     for part in networks:
         for name, values in part["distances"].items():
             end, relative = values[-1], values[-1] / part["displacement"][-1]
-            lines.append(f"{name:<28}{part['learning_rate']:>9g}{end:>21.4g}{relative:>10.2%}")
-    return "\n".join(lines)
+            lines.append([name, f"{part['learning_rate']:g}", f"{end:.4g}", f"{relative:.2%}"])
+    header = ["LeNet on FashionMNIST", "eta", "distance at the end", "relative"]
+    return text_table(header, lines, gap=3)
 
 
 def record(sweep: sde.ErrorSweep) -> dict[str, Any]:
