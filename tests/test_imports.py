@@ -84,6 +84,12 @@ def test_what_is_shared_stands_on_nothing():
             assert {name[0] for name in ours(path)} <= SHARED, path.name
 
 
+def test_tests_of_the_library_stand_on_it_alone():
+    for path in (ROOT / "tests" / "library").rglob("*.py"):
+        others = {name[0] for name in imported(path)} & {"experiments", "benchmarks", "docs"}
+        assert not others, f"{path.name} imports {others}"
+
+
 # Of `experiments`: what every room may use, and what uses all of them.
 COMMON = {"_typing", "figures", "records", "tables", "terminal"}
 COMMAND_LINE = {"__main__", "commands"}

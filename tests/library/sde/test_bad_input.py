@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.theory.sde_problems import logistic
 from msgd_jax import noise, sde
 from tests.support.problems import of_sde
+from tests.support.sde_problems import logistic
 
 N, B = 20, 4
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.theory.sde_problems import logistic
 from msgd_jax import covariance, loss, noise, sde
 from tests.support.problems import loss_vector_fn, of_sde, regression
+from tests.support.sde_problems import logistic
 
 # diffrax's tree of Brownian increments reads a key twice, on branches of which one is taken.
 pytestmark = pytest.mark.usefixtures("unchecked_key_reuse")

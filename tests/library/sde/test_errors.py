@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.theory.sde_problems import at_minimum, logistic
 from msgd_jax import loss, noise, sde
 from tests.support.problems import loss_vector_fn, of_sde, regression
+from tests.support.sde_problems import at_minimum, logistic
 
 N, B = 32, 32
 RATES = (0.1, 0.05, 0.025, 0.0125)

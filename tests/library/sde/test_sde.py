@@ -10,10 +10,10 @@ import optax
 import pytest
 import scipy.linalg
 
-from experiments.theory.sde_problems import logistic
 from msgd_jax import covariance, loss, noise, sde, train
 from tests.support.noises import ROWS
 from tests.support.problems import linear, loss_vector_fn, of_sde, regression
+from tests.support.sde_problems import logistic
 
 N, B = 20, 4
 LAWS = {
