@@ -24,6 +24,7 @@ from tests.support.affine import (
     sample_data,
     trust_region,
 )
+from tests.support.statistics import assert_agree
 
 
 def drawn(law, num_draws, key=KEY):
@@ -203,11 +204,10 @@ LAWS = [
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 def test_sampling_agrees_with_enumeration(law):
-    """400 draws each: z < 4.5 (four draws in a million of correct laws fail)."""
+    """400 draws each."""
     exact = affine(6, law)
     sampled = affine(6, law, num_draws=400, key=KEY)
-    error = float(sampled.mean - exact.mean)
-    assert abs(error) < 4.5 * float(sampled.standard_error)
+    assert_agree(sampled.mean, exact.mean, sampled.standard_error)
     deviations = np.asarray(sampled.draws, np.float64).std(ddof=1)
     assert sampled.standard_error == pytest.approx(deviations / 20, rel=1e-4)
 
@@ -237,7 +237,7 @@ class TestDataDrawnAnew:
     def test_the_expectation_is_over_examples_too(self):
         """R(A, 32) of standard normal slopes, radius 10: v.l and G v are normal whatever v is.
 
-        ||G v|| / N is a chi of 4 degrees over sqrt(N), |v.l| / N half a normal: z < 4.5.
+        ||G v|| / N is a chi of 4 degrees over sqrt(N), |v.l| / N half a normal.
         """
         found = of_problem(
             complexity.local_complexity,
@@ -252,7 +252,7 @@ class TestDataDrawnAnew:
         )
         chi = math.sqrt(2) * math.gamma(2.5) / math.gamma(2)
         expected = (math.sqrt(2 / math.pi) + 10 * chi) / math.sqrt(32)
-        assert abs(found.mean - expected) < 4.5 * found.standard_error
+        assert_agree(found.mean, expected, found.standard_error)
         assert (
             0.95 < found.draws.var(ddof=1) / (((1 - 2 / math.pi) + 100 * (4 - chi**2)) / 32) < 1.16
         )  # 4.5 standard errors of a normal's variance would be 0.14
