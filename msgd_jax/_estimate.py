@@ -23,9 +23,15 @@ class Estimate(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval, by Student's t with these degrees of freedom."""
+        """The 95 % confidence interval, by Student's t with these degrees of freedom.
+
+        Where the number or its error is infinite, nothing is excluded: the whole line, or, if it
+        cannot be negative, all from 0 on.
+        """
         from scipy.stats import t  # here, since it takes a while to import
 
+        if math.isinf(self.value) or math.isinf(self.standard_error):
+            return (0.0 if self.positive else -math.inf), math.inf
         margin = float(t.ppf(0.975, self.degrees_of_freedom)) * self.standard_error
         if not self.positive or self.value <= 0:
             return self.value - margin, self.value + margin

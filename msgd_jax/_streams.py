@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 _TAG = int.from_bytes(b"msgd")
 
 
+@enum.unique
 class Stream(enum.IntEnum):
     """What a key is for. The numbers are part of every result: none is ever given out again."""
 

@@ -23,7 +23,8 @@ class Ritz(NamedTuple):
     Attributes:
         values: the Ritz values, descending, [m]. The first never exceeds the largest eigenvalue,
             the last is never below the smallest.
-        residuals: some eigenvalue lies within this distance of each value, [m].
+        residuals: some eigenvalue lies within this distance of each value, [m], and the rounding of
+            the products, which is not counted.
         weights: of each value in the spectral measure of the start, [m], adding up to 1.
     """
 

@@ -203,9 +203,9 @@ def microbatch_moments(
 
     These are unbiased estimates of tr S and ``|grad L|^2``. With q the weighted spread
     ``sum b_k |m_k - m|^2 / (K - 1)`` of the mean gradients m_k of b_k examples each, and
-    n = sum b_k, they are q and ``|m|^2 - q / n`` for examples that were drawn independently;
-    ``q (N - 1) / N`` and ``|m|^2 - (1/n - 1/N) q`` for n distinct ones of N, randomly split; for
-    any sizes. Costs no gradient. Never divide one by the other before averaging over steps: that is
+    n = sum b_k, they are q and ``|m|^2 - q / n`` for examples that were drawn independently, and
+    ``q (N - 1) / N`` and ``|m|^2 - (1/n - 1/N) q`` for n distinct ones of N, randomly split, of any
+    sizes. Costs no gradient. Never divide one by the other before averaging over steps: that is
     what `pooled_noise_scale` is for.
 
     Args:

@@ -241,7 +241,7 @@ class GaussianityTest(NamedTuple):
         kurtosis: Mardia's multivariate kurtosis b.
         expected: its mean for Gaussian noise, J (J + 2) (K - 1) / (K + 1), exact.
         p_value: two-sided; at most 0.05 for Gaussian noise with probability 0.05, exactly, where
-            20 divides M + 1 for M simulations, and so for other levels.
+            40 divides M + 1 for M simulations.
     """
 
     kurtosis: Float[Array, ""]
@@ -285,7 +285,7 @@ def gaussianity_test(
 
     Raises:
         TypeError, ValueError: if `samples` are not [K, J] with K > J + 1, or, outside of `jax.jit`,
-            do not span all J directions, `num_simulations` is below 19, or `key` is no typed PRNG
+            do not span all J directions, `num_simulations` is below 39, or `key` is no typed PRNG
             key.
     """
     if samples.ndim != 2 or samples.shape[0] <= samples.shape[1] + 1:
@@ -293,7 +293,7 @@ def gaussianity_test(
             f"samples must be K draws along J directions, [K, J] with K > J + 1, got shape "
             f"{samples.shape}."
         )
-    m = _estimates.count("num_simulations", num_simulations, 19)
+    m = _estimates.count("num_simulations", num_simulations, 39)
     _validate.prng_key("key", key)
     k, j = samples.shape
     dtype = _dtypes.accumulator(samples.dtype)

@@ -1,0 +1,100 @@
+"""Tail indices, and what they say where no tail is heavy, against checked numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msgd_jax import measure, noise
+from tests.library.measure.test_tails import DIAGONAL, projections
+from tests.support.mistakes import assert_told
+from tests.support.noisy import D, N, problem, within
+
+KEY = jax.random.key(0)
+
+
+def test_hill_of_worked_samples():
+    samples = jnp.arange(1.0, 13.0)
+    found = measure.hill_index(samples, num_top=3)
+    assert found.estimate.value == pytest.approx(5.05294404388614, rel=1e-5)
+    assert found.estimate.standard_error == pytest.approx(5.05294404388614 / np.sqrt(3), rel=1e-5)
+    rng = np.random.default_rng
+    checked = {"standard_normal": 4.612379351298437, "standard_cauchy": 1.0467494159960529}
+    for name, wanted in checked.items():
+        samples = jnp.asarray(getattr(rng(0), name)(10_000), jnp.float32)
+        found = measure.hill_index(samples, num_top=1000)
+        assert found.estimate.value == pytest.approx(wanted, rel=1e-4)
+
+
+def test_hill_beside_its_value_for_gaussians():
+    for share, wanted in ((2000, 4.717482130), (1000, 5.998456720), (200, 9.004106013)):
+        found = measure.hill_index(projections(noise.fisher(N, 8)).noise[:, 0], num_top=share)
+        assert found.without_tails == pytest.approx(wanted, rel=1e-8)
+        within(found.estimate, wanted, z=4.5)
+    heavy = projections(noise.student_t(N, 8, degrees_of_freedom=2.1), 10_000).noise[:, 0]
+    found = measure.hill_index(heavy, num_top=1000).estimate
+    assert abs(found.value - 2.40) < 5 * 0.08
+    # Ties at the top are infinite, not hidden.
+    assert measure.hill_index(jnp.ones(10), num_top=3).estimate.value == np.inf
+
+
+def test_blocks_of_worked_samples():
+    found = measure.block_index(jnp.arange(1.0, 13.0), block_size=3)
+    assert found.estimate.value == pytest.approx(0.9739543539140694, rel=1e-5)
+    rng = np.random.default_rng
+    checked = {"standard_normal": 2.0848402677822193, "standard_cauchy": 1.0358883160384371}
+    for name, wanted in checked.items():
+        samples = jnp.asarray(getattr(rng(0), name)(10_000), jnp.float32)
+        found = measure.block_index(samples, block_size=100)
+        assert found.estimate.value == pytest.approx(wanted, rel=1e-4)
+        assert abs(found.estimate.value - wanted) < 5 * found.estimate.standard_error
+
+
+@pytest.mark.parametrize(
+    ("law", "vector", "scalar"),
+    [(noise.cov(N, 8), 2.0, 2.0), (noise.sgd(N, 1), 1.6095, 2.0524)],
+    ids=["cov", "sgd, b = 1"],
+)
+def test_the_block_estimator_sees_heavy_tails_in_bounded_noise_and_says_so(law, vector, scalar):
+    """The limits without tails as checked (1.6095 for SGD of batch size 1), the estimates there."""
+    losses, params = problem()
+    directions = jnp.eye(D)
+    vectors = measure.noise_projections(
+        losses, params, law, KEY, directions=directions, num_draws=10_000
+    ).noise
+    for samples, wanted in ((vectors, vector), (vectors @ DIAGONAL[0], scalar)):
+        found = measure.block_index(samples, block_size=100)
+        assert found.without_tails == pytest.approx(wanted, abs=0.02)
+        within(found.estimate, found.without_tails)
+    # Vectors of a bounded law look heavy-tailed: far below 2, by many standard errors.
+    if vector < 2:
+        found = measure.block_index(vectors, block_size=100).estimate
+        assert found.value + 10 * found.standard_error < 2
+
+
+def test_the_mean_logarithm_of_gaussian_norms():
+    """The limit without tails of samples of two scales: against a simulation of the Gaussian."""
+    signs = np.sign(np.sin(np.arange(1, 2001)))[:, None] * np.array([[1.0, 0.0]])
+    other = np.sign(np.sin(3 * np.arange(1, 2001)))[:, None] * np.array([[0.0, 3.0]])
+    samples = signs + other
+    found = measure.block_index(jnp.asarray(samples, jnp.float32), block_size=10).without_tails
+    cov = samples.T @ samples / 2000
+    normal = np.random.default_rng(0).multivariate_normal([0, 0], cov, 400_000)
+    logs = np.log(np.linalg.norm(normal, axis=1))
+    mean, error = logs.mean(), logs.std() / np.sqrt(400_000)
+    log = np.log(10)  # of the block size, and twice that of every sample's norm
+    low, high = (1 / (0.5 + (mean + z * error - log / 2) / log) for z in (5, -5))
+    assert low < found < high
+
+
+MISTAKES = {
+    "top": (lambda: measure.hill_index(jnp.ones(9), num_top=9), "num_top", "between 1 and 8"),
+    "blocks": (lambda: measure.block_index(jnp.ones(9), block_size=5), "block_size", "got 5"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.usefixtures("user_errors")
+def test_mistakes_are_told(name):
+    call, argument, wrong = MISTAKES[name]
+    assert_told(call, argument, wrong)
