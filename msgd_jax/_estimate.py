@@ -25,12 +25,12 @@ class Estimate(NamedTuple):
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval, by Student's t with these degrees of freedom.
 
-        Where the number or its error is infinite, nothing is excluded: the whole line, or, if it
+        Where the error is infinite, or the number is and is not exact, nothing is excluded: the whole line, or, if it
         cannot be negative, all from 0 on.
         """
         from scipy.stats import t  # here, since it takes a while to import
 
-        if math.isinf(self.value) or math.isinf(self.standard_error):
+        if self.standard_error and math.isinf(self.value + self.standard_error):
             return (0.0 if self.positive else -math.inf), math.inf
         margin = float(t.ppf(0.975, self.degrees_of_freedom)) * self.standard_error
         if not self.positive or self.value <= 0:

@@ -1,5 +1,7 @@
 """Local complexities: draws of their own, large constants, few draws, starts at critical points."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,6 +258,19 @@ def coverages(num_draws, num_keys=200):
         low, high = _inequality("", rademacher, gaussian, 1.0).ratio.interval
         hits[1] += low <= true[0] / true[1] <= high
     return hits / num_keys
+
+
+@pytest.mark.parametrize(
+    ("estimate", "interval"),
+    [
+        (complexity.Estimate(math.inf, 0.0), (math.inf, math.inf)),
+        (complexity.Estimate(math.inf, math.inf), (-math.inf, math.inf)),
+        (complexity.Estimate(math.inf, 1.0, 5, True), (0.0, math.inf)),
+        (complexity.Estimate(2.0, math.inf, 5, True), (0.0, math.inf)),
+    ],
+)
+def test_infinite_numbers_have_intervals_too(estimate, interval):
+    assert estimate.interval == interval
 
 
 @pytest.mark.parametrize("num_draws", [2, 4, 10, 66])
