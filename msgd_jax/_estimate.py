@@ -25,8 +25,8 @@ class Estimate(NamedTuple):
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval, by Student's t with these degrees of freedom.
 
-        Where the error is infinite, or the number is and is not exact, nothing is excluded: the whole line, or, if it
-        cannot be negative, all from 0 on.
+        Where the error is infinite, or the number is and is not exact, nothing is excluded: the
+        whole line, or, if it cannot be negative, all from 0 on.
         """
         from scipy.stats import t  # here, since it takes a while to import
 
