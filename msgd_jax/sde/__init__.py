@@ -12,7 +12,8 @@ model can be simulated.
   will, and is the one that `noise.fisher` and `noise.cov` follow when trained with the same key;
 * `diffrax_terms` hands it to diffrax, in the interpretation that the solver converges to;
 * `strong_error` and `weak_error` measure the distance between iteration and SDE against the
-  learning rate, path by path (Theorem 3) and in expectation (Theorem 2).
+  learning rate, path by path (Theorem 3) and in expectation (Theorem 2);
+* `stationary_covariance` and `stationary_covariance_of_sde` are where both settle on a quadratic.
 
 The noise of the SDE has independent increments, as the steps of a law must have. The steps of
 `noise.random_reshuffling` depend on each other; over many of them their covariances do not add up,
@@ -28,6 +29,7 @@ from msgd_jax.sde._diffrax import diffrax_terms
 from msgd_jax.sde._dynamics import Scheme, coupling, diffusion, drift
 from msgd_jax.sde._euler_maruyama import Path, euler_maruyama
 from msgd_jax.sde._fits import ErrorModel, ErrorSweep, Fit, fit_line
+from msgd_jax.sde._stationary import stationary_covariance, stationary_covariance_of_sde
 from msgd_jax.sde._strong import strong_error
 from msgd_jax.sde._sweeps import Sweep
 from msgd_jax.sde._weak import weak_error
@@ -47,6 +49,8 @@ __all__ = [
     "drift",
     "euler_maruyama",
     "fit_line",
+    "stationary_covariance",
+    "stationary_covariance_of_sde",
     "strong_error",
     "weak_error",
 ]
