@@ -87,10 +87,20 @@ class Sweep:
         self, one_path: Callable[[Key[Array, ""]], PyTree], key: Key[Array, ""]
     ) -> PyTree:
         """`one_path` of a key for each path; results have a leading axis [num_paths]."""
-        keys = jax.random.split(key, self.num_paths)
-        if self.at_once is None or self.at_once >= self.num_paths:
-            return jax.vmap(one_path)(keys)
-        return jax.lax.map(one_path, keys, batch_size=self.at_once)
+        return over_paths(one_path, key, self.num_paths, self.at_once)
+
+
+def over_paths(
+    one_path: Callable[[Key[Array, ""]], PyTree],
+    key: Key[Array, ""],
+    num_paths: int,
+    at_once: int | None,
+) -> PyTree:
+    """`one_path` of a key for each path, in passes; results have a leading axis [num_paths]."""
+    keys = jax.random.split(key, num_paths)
+    if at_once is None or at_once >= num_paths:
+        return jax.vmap(one_path)(keys)
+    return jax.lax.map(one_path, keys, batch_size=at_once)
 
 
 def checked(sweep: Sweep) -> Sweep:
