@@ -10,6 +10,7 @@ model can be simulated.
 
 * `euler_maruyama` integrates it on a Brownian path that is a function of a key, can be refined at
   will, and is the one that `noise.fisher` and `noise.cov` follow when trained with the same key;
+* `underdamped` integrates the SDE of momentum on the same path;
 * `diffrax_terms` hands it to diffrax, in the interpretation that the solver converges to;
 * `strong_error` and `weak_error` measure the distance between iteration and SDE against the
   learning rate, path by path (Theorem 3) and in expectation (Theorem 2);
@@ -34,6 +35,7 @@ from msgd_jax.sde._fits import ErrorModel, ErrorSweep, Fit, fit_line
 from msgd_jax.sde._stationary import stationary_covariance, stationary_covariance_of_sde
 from msgd_jax.sde._strong import strong_error
 from msgd_jax.sde._sweeps import Sweep
+from msgd_jax.sde._underdamped import UnderdampedPath, underdamped
 from msgd_jax.sde._weak import weak_error
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Path",
     "Scheme",
     "Sweep",
+    "UnderdampedPath",
     "brownian_increments",
     "coupling",
     "diffrax_terms",
@@ -56,5 +59,6 @@ __all__ = [
     "stationary_covariance",
     "stationary_covariance_of_sde",
     "strong_error",
+    "underdamped",
     "weak_error",
 ]

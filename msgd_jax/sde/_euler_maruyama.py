@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -117,11 +117,8 @@ def euler_maruyama(
         (1.0, (1,), -1)
     """
     equation = Equation.of(losses, params, law, scheme)
-    end = _iteration_number("num_steps", num_steps, minimum=1)
     _validate.prng_key("key", key)
-    last_start = 2**31 - 2 if isinstance(num_steps, Tracer) else int(num_steps) - 1
-    start = _iteration_number("first_step", first_step, minimum=0, maximum=last_start)
-    targets = _check_save_at(save_at, first_step, num_steps)
+    start, end, targets = check_iterations(first_step, num_steps, save_at)
     _schedules.check(learning_rate, first_step, num_steps)
 
     def integrate(
@@ -140,6 +137,16 @@ def euler_maruyama(
     params = jax.tree.map(jnp.asarray, params)
     number = None if callable(learning_rate) else learning_rate
     return jax.jit(integrate)(params, losses.data, number, start, end, key)
+
+
+def check_iterations(
+    first_step: Any, num_steps: Any, save_at: Any
+) -> tuple[Int[Array, ""], Int[Array, ""], Int[np.ndarray, " saved"] | None]:
+    """Where a path starts and ends, and what is kept; raises TypeError or ValueError."""
+    end = _iteration_number("num_steps", num_steps, minimum=1)
+    last_start = 2**31 - 2 if isinstance(num_steps, Tracer) else int(num_steps) - 1
+    start = _iteration_number("first_step", first_step, minimum=0, maximum=last_start)
+    return start, end, _check_save_at(save_at, first_step, num_steps)
 
 
 def _iteration_number(
@@ -178,9 +185,9 @@ def _check_save_at(
 
 
 class _State(NamedTuple):
-    """Where a path stands: `params` after `step` iterations, or the last finite ones."""
+    """Where a path stands: at `at` after `step` iterations, or the last finite ones."""
 
-    params: Params
+    at: PyTree
     step: Int[Array, ""]
     finite: Bool[Array, ""]
 
@@ -196,27 +203,40 @@ def _integrate(
 ) -> Path:
     rate_at = _schedules.rate_at(learning_rate, equation.dtype)
 
-    def iterate(state: _State) -> _State:
-        increments = equation.increments(key, state.step)
-        moved = equation.iteration(state.params, increments, rate_at(state.step))
+    def iterate(params: Params, step: Int[Array, ""]) -> Params:
+        return equation.iteration(params, equation.increments(key, step), rate_at(step))
+
+    saved, diverged_at, last = walk(iterate, params, start, end, targets)
+    times = _schedules.times(learning_rate, equation.dtype, targets)
+    return Path(targets, times, saved, diverged_at, last)
+
+
+def walk(
+    iterate: Callable[[PyTree, Int[Array, ""]], PyTree],
+    at: PyTree,
+    start: Int[Array, ""],
+    end: Int[Array, ""],
+    targets: Int[Array, " saved"],
+) -> tuple[PyTree, Int[Array, ""], PyTree]:
+    """Iterates while all is finite: what it is at the targets, when it diverged (or -1), the last.
+
+    Of the targets that it does not reach, all is NaN.
+    """
+
+    def advance(state: _State) -> _State:
+        moved = iterate(state.at, state.step)
         finite = all_finite(moved)
-        kept = jax.tree.map(functools.partial(jnp.where, finite), moved, state.params)
+        kept = jax.tree.map(functools.partial(jnp.where, finite), moved, state.at)
         return _State(kept, state.step + 1, finite)
 
-    def run_to(state: _State, target: Int[Array, ""]) -> tuple[_State, Params]:
-        state = jax.lax.while_loop(lambda s: s.finite & (s.step < target), iterate, state)
-        saved = jax.tree.map(lambda p: jnp.where(state.finite, p, jnp.nan), state.params)
+    def run_to(state: _State, target: Int[Array, ""]) -> tuple[_State, PyTree]:
+        state = jax.lax.while_loop(lambda s: s.finite & (s.step < target), advance, state)
+        saved = jax.tree.map(lambda p: jnp.where(state.finite, p, jnp.nan), state.at)
         return state, saved
 
-    state, saved = jax.lax.scan(run_to, _State(params, start, jnp.asarray(True)), targets)
+    state, saved = jax.lax.scan(run_to, _State(at, start, jnp.asarray(True)), targets)
     state, _ = run_to(state, end)
-    return Path(
-        steps=targets,
-        times=_schedules.times(learning_rate, equation.dtype, targets),
-        params=saved,
-        diverged_at=jnp.where(state.finite, -1, state.step),
-        last_params=state.params,
-    )
+    return saved, jnp.where(state.finite, -1, state.step), state.at
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
