@@ -160,6 +160,36 @@ def test_the_weak_error_takes_the_schedule():
     assert abs(slope - 2) < 0.2
 
 
+@pytest.mark.parametrize("measure", [sde.strong_error, sde.weak_error])
+def test_errors_have_the_schedule_at_k_eta(measure):
+    """Without noise both sides are gradient descent, in numpy: to the accuracy of float32."""
+    eta, substeps = 0.2, 4
+    curved, pulls = (1 + 0.5 * np.asarray(DATA, np.float64).T[0]), np.asarray(DATA, np.float64).T[1]
+
+    def mean_gradient(theta):
+        return np.array([(curved * (theta[0] - pulls)).mean(), 0.2 * theta[1]])
+
+    def end(substeps):
+        theta = np.array([1.0, -1.0])
+        for step in range(round(HORIZON / eta)):
+            rate = eta * float(SHAPES["cosine"](step * eta))
+            for _ in range(substeps):
+                theta = theta - rate / substeps * mean_gradient(theta)
+        return theta
+
+    def value(theta):
+        return (0.5 * curved * (theta[0] - pulls) ** 2).mean() + 0.1 * theta[1] ** 2
+
+    one, other = end(1), end(substeps)
+    expected = np.linalg.norm(one - other)
+    if measure is sde.weak_error:
+        expected = value(one) - value(other)
+    sweep = sde.Sweep((eta,), HORIZON, 4, schedule=SHAPES["cosine"])
+    options = {"key": jax.random.key(6), "scheme": sde.Scheme(substeps)}
+    measured = measure(LOSSES, START, noise.gd(N), sweep, **options)
+    np.testing.assert_allclose(measured.errors, [expected], rtol=1e-3)
+
+
 @pytest.mark.usefixtures("user_errors")
 class TestBadSchedules:
     @pytest.mark.parametrize(
