@@ -10,9 +10,12 @@ model can be simulated.
 
 * `euler_maruyama` integrates it on a Brownian path that is a function of a key, can be refined at
   will, and is the one that `noise.fisher` and `noise.cov` follow when trained with the same key;
+* `underdamped` integrates the SDE of momentum on the same path;
 * `diffrax_terms` hands it to diffrax, in the interpretation that the solver converges to;
 * `strong_error` and `weak_error` measure the distance between iteration and SDE against the
-  learning rate, path by path (Theorem 3) and in expectation (Theorem 2).
+  learning rate, path by path (Theorem 3) and in expectation (Theorem 2);
+* `stationary_covariance` and `stationary_covariance_of_sde` are where both settle on a quadratic;
+* `exit_time` is when, and where, they leave a region.
 
 The noise of the SDE has independent increments, as the steps of a law must have. The steps of
 `noise.random_reshuffling` depend on each other; over many of them their covariances do not add up,
@@ -27,26 +30,35 @@ from msgd_jax.sde._brownian import brownian_increments
 from msgd_jax.sde._diffrax import diffrax_terms
 from msgd_jax.sde._dynamics import Scheme, coupling, diffusion, drift
 from msgd_jax.sde._euler_maruyama import Path, euler_maruyama
+from msgd_jax.sde._exit import ExitTimes, exit_time
 from msgd_jax.sde._fits import ErrorModel, ErrorSweep, Fit, fit_line
+from msgd_jax.sde._stationary import stationary_covariance, stationary_covariance_of_sde
 from msgd_jax.sde._strong import strong_error
 from msgd_jax.sde._sweeps import Sweep
+from msgd_jax.sde._underdamped import UnderdampedPath, underdamped
 from msgd_jax.sde._weak import weak_error
 
 __all__ = [
     "ErrorModel",
     "ErrorSweep",
     "Estimate",
+    "ExitTimes",
     "Fit",
     "Path",
     "Scheme",
     "Sweep",
+    "UnderdampedPath",
     "brownian_increments",
     "coupling",
     "diffrax_terms",
     "diffusion",
     "drift",
     "euler_maruyama",
+    "exit_time",
     "fit_line",
+    "stationary_covariance",
+    "stationary_covariance_of_sde",
     "strong_error",
+    "underdamped",
     "weak_error",
 ]

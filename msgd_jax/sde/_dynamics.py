@@ -38,7 +38,8 @@ def drift(
         losses: the loss vector.
         params: a pytree of floating-point arrays.
         order: 1 or 2.
-        learning_rate: eta, above 0; needed for order 2 only.
+        learning_rate: eta, above 0; needed for order 2 only. Of a schedule, its value at the step
+            in question: ``schedule(step)``.
 
     Returns:
         A pytree like `params`.

@@ -2,18 +2,20 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from msgd_jax import _validate, loss
 from msgd_jax._laws import Law
-from msgd_jax._typing import Data, Params, PyTree, Scalar
+from msgd_jax._typing import Data, Params, PyTree
+from msgd_jax.sde import _schedules
 from msgd_jax.sde._dynamics import Equation, Scheme
 
 
@@ -22,7 +24,7 @@ class Path(NamedTuple):
 
     Attributes:
         steps: the iterations, [saved].
-        times: t = steps * learning_rate, [saved].
+        times: t = steps * learning_rate, [saved]; of a schedule, the sum of the rates before.
         params: a pytree like `params` with a leading axis [saved]. NaN from `diverged_at` on.
         diverged_at: the first iteration whose end is not finite, counted from 1; -1 if there is
             none.
@@ -42,7 +44,7 @@ def euler_maruyama(
     params: Params,
     law: Law,
     *,
-    learning_rate: Scalar,
+    learning_rate: optax.ScalarOrSchedule,
     num_steps: int | Int[Array, ""],
     key: Key[Array, ""],
     scheme: Scheme = Scheme(),  # noqa: B008 (frozen)
@@ -67,6 +69,11 @@ def euler_maruyama(
     The path is drawn in the type of the law's weights, whatever that of the parameters: so it is
     the one that training draws. (An `Exchangeable` has no type: then it is the parameters'.)
 
+    A schedule gives eta_k to iteration k, as it does in `transform.msgd`, and with the same key
+    both are on the same path. It is the SDE of a step that varies (Li, Tai and E 2017),
+    ``dTheta = -grad L dt + sqrt(eta_k) C dW`` over the time eta_k that iteration k takes: the rate
+    holds for a whole iteration, so that the drift of order 2 needs no term for its slope.
+
     It is compiled anew on each call, and nothing is kept. Put it under `jax.jit` to call it again::
 
       walk = jax.jit(lambda losses, params, key: euler_maruyama(losses, params, law, key=key,
@@ -77,7 +84,8 @@ def euler_maruyama(
         params: where the path starts: a pytree of float32 or float64 arrays.
         law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its
             covariance matters.
-        learning_rate: eta, above 0; may be traced.
+        learning_rate: eta, above 0, which may be traced; or an optax schedule, a function of the
+            iteration, from 0: finite and at least 0 at all of them.
         num_steps: the iteration at which the path ends, at t = num_steps * eta; at least 1. It may
             be traced; `save_at` is then not checked against it.
         key: a typed PRNG key; `jax.vmap` over keys for several paths.
@@ -94,7 +102,8 @@ def euler_maruyama(
         TypeError: if `losses` is not a `loss.LossVector`, `params` are not float32 or float64,
             `law` is no law, `key` is no typed PRNG key, or a number is of the wrong type.
         ValueError: if the law is for another number of examples, has dependent steps or is no
-            covariance, or a number is out of its range.
+            covariance, a number is out of its range, or a schedule is negative or not finite at an
+            iteration asked for (which is then named; traced ones are taken on trust).
 
     Example:
         >>> from msgd_jax import loss, noise, sde
@@ -108,28 +117,36 @@ def euler_maruyama(
         (1.0, (1,), -1)
     """
     equation = Equation.of(losses, params, law, scheme)
-    _validate.positive_scalar("learning_rate", learning_rate)
-    end = _iteration_number("num_steps", num_steps, minimum=1)
     _validate.prng_key("key", key)
-    last_start = 2**31 - 2 if isinstance(num_steps, Tracer) else int(num_steps) - 1
-    start = _iteration_number("first_step", first_step, minimum=0, maximum=last_start)
-    targets = _check_save_at(save_at, first_step, num_steps)
+    start, end, targets = check_iterations(first_step, num_steps, save_at)
+    _schedules.check(learning_rate, first_step, num_steps)
 
     def integrate(
         params: Params,
         data: Data,
-        rate: Scalar,
+        number: Any,
         start: Int[Array, ""],
         end: Int[Array, ""],
         key: Key[Array, ""],
     ) -> Path:
         saved = end[None] if targets is None else jnp.asarray(targets)
-        rate = jnp.asarray(rate, equation.dtype)
+        rate = learning_rate if number is None else number
         return _integrate(equation.with_data(data), params, rate, start, end, saved, key)
 
     # A program of this call, which goes with it: it holds the loss function, and jax holds it not.
     params = jax.tree.map(jnp.asarray, params)
-    return jax.jit(integrate)(params, losses.data, learning_rate, start, end, key)
+    number = None if callable(learning_rate) else learning_rate
+    return jax.jit(integrate)(params, losses.data, number, start, end, key)
+
+
+def check_iterations(
+    first_step: Any, num_steps: Any, save_at: Any
+) -> tuple[Int[Array, ""], Int[Array, ""], Int[np.ndarray, " saved"] | None]:
+    """Where a path starts and ends, and what is kept; raises TypeError or ValueError."""
+    end = _iteration_number("num_steps", num_steps, minimum=1)
+    last_start = 2**31 - 2 if isinstance(num_steps, Tracer) else int(num_steps) - 1
+    start = _iteration_number("first_step", first_step, minimum=0, maximum=last_start)
+    return start, end, _check_save_at(save_at, first_step, num_steps)
 
 
 def _iteration_number(
@@ -168,9 +185,9 @@ def _check_save_at(
 
 
 class _State(NamedTuple):
-    """Where a path stands: `params` after `step` iterations, or the last finite ones."""
+    """Where a path stands: at `at` after `step` iterations, or the last finite ones."""
 
-    params: Params
+    at: PyTree
     step: Int[Array, ""]
     finite: Bool[Array, ""]
 
@@ -178,33 +195,48 @@ class _State(NamedTuple):
 def _integrate(
     equation: Equation,
     params: Params,
-    rate: Float[Array, ""],
+    learning_rate: optax.ScalarOrSchedule,
     start: Int[Array, ""],
     end: Int[Array, ""],
     targets: Int[Array, " saved"],
     key: Key[Array, ""],
 ) -> Path:
-    def iterate(state: _State) -> _State:
-        increments = equation.increments(key, state.step)
-        moved = equation.iteration(state.params, increments, rate)
+    rate_at = _schedules.rate_at(learning_rate, equation.dtype)
+
+    def iterate(params: Params, step: Int[Array, ""]) -> Params:
+        return equation.iteration(params, equation.increments(key, step), rate_at(step))
+
+    saved, diverged_at, last = walk(iterate, params, start, end, targets)
+    times = _schedules.times(learning_rate, equation.dtype, targets)
+    return Path(targets, times, saved, diverged_at, last)
+
+
+def walk(
+    iterate: Callable[[PyTree, Int[Array, ""]], PyTree],
+    at: PyTree,
+    start: Int[Array, ""],
+    end: Int[Array, ""],
+    targets: Int[Array, " saved"],
+) -> tuple[PyTree, Int[Array, ""], PyTree]:
+    """Iterates while all is finite: what it is at the targets, when it diverged (or -1), the last.
+
+    Of the targets that it does not reach, all is NaN.
+    """
+
+    def advance(state: _State) -> _State:
+        moved = iterate(state.at, state.step)
         finite = all_finite(moved)
-        kept = jax.tree.map(functools.partial(jnp.where, finite), moved, state.params)
+        kept = jax.tree.map(functools.partial(jnp.where, finite), moved, state.at)
         return _State(kept, state.step + 1, finite)
 
-    def run_to(state: _State, target: Int[Array, ""]) -> tuple[_State, Params]:
-        state = jax.lax.while_loop(lambda s: s.finite & (s.step < target), iterate, state)
-        saved = jax.tree.map(lambda p: jnp.where(state.finite, p, jnp.nan), state.params)
+    def run_to(state: _State, target: Int[Array, ""]) -> tuple[_State, PyTree]:
+        state = jax.lax.while_loop(lambda s: s.finite & (s.step < target), advance, state)
+        saved = jax.tree.map(lambda p: jnp.where(state.finite, p, jnp.nan), state.at)
         return state, saved
 
-    state, saved = jax.lax.scan(run_to, _State(params, start, jnp.asarray(True)), targets)
+    state, saved = jax.lax.scan(run_to, _State(at, start, jnp.asarray(True)), targets)
     state, _ = run_to(state, end)
-    return Path(
-        steps=targets,
-        times=targets.astype(rate.dtype) * rate,
-        params=saved,
-        diverged_at=jnp.where(state.finite, -1, state.step),
-        last_params=state.params,
-    )
+    return saved, jnp.where(state.finite, -1, state.step), state.at
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:

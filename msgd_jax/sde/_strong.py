@@ -15,7 +15,7 @@ from msgd_jax._laws import Law
 from msgd_jax._streams import Stream, derive
 from msgd_jax._typing import Data, Params, Scalar
 from msgd_jax.noise import MNoise, Weights
-from msgd_jax.sde import _dynamics, _euler_maruyama, _fits, _sweeps
+from msgd_jax.sde import _dynamics, _euler_maruyama, _fits, _schedules, _sweeps
 from msgd_jax.sde._dynamics import Equation, Scheme
 from msgd_jax.sde._sweeps import Sweep
 
@@ -48,7 +48,7 @@ def strong_error(
         params: where all paths start: a pytree of float32 or float64 arrays.
         law: whose covariance the SDE has: a `noise.MNoise` with independent steps, or a
             `noise.Exchangeable`.
-        sweep: the learning rates, the time, and how many paths.
+        sweep: the learning rates, their schedule, the time, and how many paths.
         key: a typed PRNG key; each eta has paths of its own.
         scheme: how many substeps of the SDE an iteration has, and its order.
         iterate: the weights of the iteration. None for ``coupling(law, N)``, M-SGD-Gaussian on
@@ -80,7 +80,8 @@ def strong_error(
     def distances_of_all(
         params: Params, data: Data, rate: Scalar, steps: Int[Array, ""], key: Key[Array, ""]
     ) -> tuple[_Distance, Int[Array, " paths"]]:
-        one_path = _one_path(equation.with_data(data), iterate, params, rate, steps)
+        rate_at = sweep.rate_at(rate, equation.dtype)
+        one_path = _one_path(equation.with_data(data), iterate, params, rate_at, steps)
         return sweep.over_paths(one_path, key)
 
     errors, standard_errors = [], []
@@ -139,12 +140,11 @@ def _one_path(
     equation: Equation,
     iterate: MNoise | _dynamics.Coupling | None,
     params: Params,
-    rate: Scalar,
+    rate_at: _schedules.RateAt,
     num_steps: Int[Array, ""],
 ) -> Callable[[Key[Array, ""]], tuple[_Distance, Int[Array, ""]]]:
     """Of a key: the distance at the end, and when the path left the finite numbers, or -1."""
     losses, root = equation.losses, equation.root
-    rate = jnp.asarray(rate, equation.dtype)
 
     def weights(
         increment: Float[Array, " N"], own_key: Key[Array, ""], step: Int[Array, ""]
@@ -159,7 +159,7 @@ def _one_path(
 
         def advance(step: Int[Array, ""], pair: _Pair) -> _Pair:
             # Both sides over one iteration: the iteration sees the sum of the SDE's increments.
-            increments = equation.increments(path_key, step)
+            increments, rate = equation.increments(path_key, step), rate_at(step)
             gradient = losses.gradient(pair.msgd, weights(increments.sum(0), own_key, step))
             sde = equation.iteration(pair.sde, increments, rate)
             msgd = _dynamics.step_along(pair.msgd, gradient, -rate)

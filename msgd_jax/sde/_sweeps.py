@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from msgd_jax import _validate
-from msgd_jax._typing import PyTree
+from msgd_jax._typing import PyTree, Scalar
+from msgd_jax.sde import _schedules
 
 MIN_PATHS = 4  # with fewer, the 95 % intervals of an order cover less than 92 %
 
@@ -25,16 +27,21 @@ class Sweep:
         horizon: T, the time at which iteration and SDE are compared, above 0.
         num_paths: paths for each eta (and each side), at least 4.
         at_once: paths in memory together; None for all.
+        schedule: how the rate changes over time: iteration k has the rate ``eta schedule(k eta)``
+            (and so takes that much of the SDE's own time). Optax schedules are such functions,
+            their steps read as time: ``optax.cosine_decay_schedule(1.0, horizon)``. None for 1.
 
     Raises:
         TypeError, ValueError: if there are no learning rates, one is not positive or not a whole
-            fraction of the horizon, or there are too few paths.
+            fraction of the horizon, there are too few paths, or the schedule is negative or not
+            finite at one of its times (which is then named).
     """
 
     learning_rates: Sequence[float]
     horizon: float
     num_paths: int
     at_once: int | None = None
+    schedule: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         _validate.positive_scalar("horizon", self.horizon)
@@ -54,6 +61,9 @@ class Sweep:
                 )
         _validate.positive_int("num_paths", self.num_paths, minimum=MIN_PATHS)
         _validate.optional_positive_int("at_once", self.at_once)
+        for rate, count in zip(self.learning_rates, self.num_steps, strict=True):
+            if self.schedule is not None:
+                _schedules.check_shape(self.schedule, rate * np.arange(count))
 
     @property
     def num_steps(self) -> tuple[int, ...]:
@@ -65,14 +75,32 @@ class Sweep:
         """The learning rates as an array."""
         return np.array(self.learning_rates)
 
+    def rate_at(self, rate: Scalar, dtype: jnp.dtype) -> _schedules.RateAt:
+        """The learning rate of each iteration, of one of the learning rates."""
+        schedule = self.schedule
+        if schedule is None:
+            return _schedules.rate_at(rate, dtype)
+        eta = jnp.asarray(rate, dtype)
+        return _schedules.rate_at(lambda step: eta * schedule(step * eta), dtype)
+
     def over_paths(
         self, one_path: Callable[[Key[Array, ""]], PyTree], key: Key[Array, ""]
     ) -> PyTree:
         """`one_path` of a key for each path; results have a leading axis [num_paths]."""
-        keys = jax.random.split(key, self.num_paths)
-        if self.at_once is None or self.at_once >= self.num_paths:
-            return jax.vmap(one_path)(keys)
-        return jax.lax.map(one_path, keys, batch_size=self.at_once)
+        return over_paths(one_path, key, self.num_paths, self.at_once)
+
+
+def over_paths(
+    one_path: Callable[[Key[Array, ""]], PyTree],
+    key: Key[Array, ""],
+    num_paths: int,
+    at_once: int | None,
+) -> PyTree:
+    """`one_path` of a key for each path, in passes; results have a leading axis [num_paths]."""
+    keys = jax.random.split(key, num_paths)
+    if at_once is None or at_once >= num_paths:
+        return jax.vmap(one_path)(keys)
+    return jax.lax.map(one_path, keys, batch_size=at_once)
 
 
 def checked(sweep: Sweep) -> Sweep:

@@ -1,5 +1,6 @@
 """The weak error: how far expectations under the iteration are from those under the SDE."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from msgd_jax._laws import Law
 from msgd_jax._streams import Stream, derive
 from msgd_jax._typing import Data, Gradients, Params, Scalar
 from msgd_jax.noise import MNoise
-from msgd_jax.sde import _dynamics, _euler_maruyama, _fits, _sweeps
+from msgd_jax.sde import _dynamics, _euler_maruyama, _fits, _schedules, _sweeps
 from msgd_jax.sde._dynamics import Equation, Scheme
 from msgd_jax.sde._sweeps import Sweep
 
@@ -55,7 +56,7 @@ def weak_error(
         params: where all paths start: a pytree of float32 or float64 arrays.
         law: whose covariance the SDE has: a `noise.MNoise` with independent steps, or a
             `noise.Exchangeable`.
-        sweep: the learning rates, the time, and how many paths.
+        sweep: the learning rates, their schedule, the time, and how many paths.
         key: a typed PRNG key.
         scheme: how many substeps of the SDE an iteration has, and its order. The SDE is sampled
             with an error of its own, O(eta/substeps) for order 1 and O(eta^2/substeps) for order 2.
@@ -96,7 +97,8 @@ def weak_error(
             params: Params, data: Data, rate: Scalar, steps: Int[Array, ""], key: Key[Array, ""]
         ) -> tuple[Float[Array, " paths"], Int[Array, " paths"]]:
             own = equation.with_data(data)
-            one_path = _one_path(own, side, test_fn, control_variate, params, rate, steps)
+            rate_at = sweep.rate_at(rate, equation.dtype)
+            one_path = _one_path(own, side, test_fn, control_variate, params, rate_at, steps)
             return sweep.over_paths(one_path, key)
 
         return final_values
@@ -149,16 +151,15 @@ def _one_path(
     test_fn: TestFn | None,
     control_variate: bool,
     params: Params,
-    rate: Scalar,
+    rate_at: _schedules.RateAt,
     num_steps: Int[Array, ""],
 ) -> Callable[[Key[Array, ""]], tuple[Float[Array, ""], Int[Array, ""]]]:
     """Of a key: g at the end less its control variate; of the SDE where `iterate` is None."""
     losses = equation.losses
-    rate = jnp.asarray(rate, equation.dtype)
     if iterate is None:
-        advance = _sde(equation, rate, control_variate)
+        advance = _sde(equation, rate_at, control_variate)
     else:
-        advance = _iteration(losses, iterate, rate, control_variate)
+        advance = _iteration(losses, iterate, rate_at, control_variate)
 
     def g(params: Params) -> Float[Array, ""]:
         return losses.mean(params) if test_fn is None else test_fn(params, losses.data)
@@ -183,12 +184,12 @@ Advance = Callable[[Key[Array, ""], Int[Array, ""], _State], _State]
 
 
 def _iteration(
-    losses: loss.LossVector, law: MNoise, rate: Float[Array, ""], control_variate: bool
+    losses: loss.LossVector, law: MNoise, rate_at: _schedules.RateAt, control_variate: bool
 ) -> Advance:
     """The step theta - eta grad(L . W), and the same linearised around gradient descent."""
 
     def advance(key: Key[Array, ""], step: Int[Array, ""], state: _State) -> _State:
-        weights = law.sample(key, step)
+        weights, rate = law.sample(key, step), rate_at(step)
         noisy_gradient = losses.gradient(state.params, weights)
         moved = _dynamics.step_along(state.params, noisy_gradient, -rate)
         if not control_variate:
@@ -206,12 +207,14 @@ def _iteration(
     return advance
 
 
-def _sde(equation: Equation, rate: Float[Array, ""], control_variate: bool) -> Advance:
+def _sde(equation: Equation, rate_at: _schedules.RateAt, control_variate: bool) -> Advance:
     """One iteration of the SDE in substeps, and the same linearised around the noise-free path."""
     losses, root, length = equation.losses, equation.root, 1 / equation.scheme.substeps
     quiet = jnp.zeros(losses.num_examples, equation.dtype)
 
-    def substep(state: _State, increment: Float[Array, " N"]) -> tuple[_State, None]:
+    def substep(
+        rate: Float[Array, ""], state: _State, increment: Float[Array, " N"]
+    ) -> tuple[_State, None]:
         coloured = root(increment)
         moved = equation.substep(state.params, coloured, rate)
         if not control_variate:
@@ -226,7 +229,8 @@ def _sde(equation: Equation, rate: Float[Array, ""], control_variate: bool) -> A
         return new, None
 
     def advance(key: Key[Array, ""], step: Int[Array, ""], state: _State) -> _State:
-        return jax.lax.scan(substep, state, equation.increments(key, step))[0]
+        one = functools.partial(substep, rate_at(step))
+        return jax.lax.scan(one, state, equation.increments(key, step))[0]
 
     return advance
 

@@ -290,6 +290,12 @@ TAKERS = {
     "euler_maruyama": lambda losses, params: sde.euler_maruyama(
         losses, params, LAW, learning_rate=0.1, num_steps=1, key=KEY
     ),
+    "underdamped": lambda losses, params: sde.underdamped(
+        losses, params, LAW, learning_rate=0.1, momentum=0.9, num_steps=1, key=KEY
+    ),
+    "exit_time": lambda losses, params: sde.exit_time(
+        losses, params, LAW, jnp.any, learning_rate=0.1, max_steps=1, num_paths=2, key=KEY
+    ),
     "strong_error": lambda losses, params: sde.strong_error(losses, params, LAW, SWEEP, key=KEY),
     "weak_error": lambda losses, params: sde.weak_error(losses, params, LAW, SWEEP, key=KEY),
     "local_complexity": lambda losses, params: complexity.local_complexity(

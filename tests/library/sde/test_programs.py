@@ -65,6 +65,29 @@ CALLS = {
             key=key,
         ).last_params
     ),
+    "underdamped": lambda losses, problem, law, key: (
+        sde.underdamped(
+            loss.LossVector(losses, problem.data),
+            problem.params,
+            law,
+            learning_rate=0.1,
+            momentum=0.9,
+            num_steps=3,
+            key=key,
+        ).last_params
+    ),
+    "exit_time": lambda losses, problem, law, key: (
+        sde.exit_time(
+            loss.LossVector(losses, problem.data),
+            problem.params,
+            law,
+            lambda params: jnp.isfinite(params["b"]),
+            learning_rate=0.1,
+            max_steps=3,
+            num_paths=2,
+            key=key,
+        ).points
+    ),
     "strong_error": lambda losses, problem, law, key: (
         of_sde(
             sde.strong_error, losses, problem.params, problem.data, law, key=key, **OPTIONS

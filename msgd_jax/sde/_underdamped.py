@@ -1,0 +1,169 @@
+"""The SDE of momentum: paths of the underdamped equation that heavy-ball M-SGD is a scheme of."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from msgd_jax import _validate, loss
+from msgd_jax._laws import Law
+from msgd_jax._typing import Data, Gradients, Params, PyTree, Scalar
+from msgd_jax.sde import _dynamics, _euler_maruyama
+from msgd_jax.sde._dynamics import Equation, Scheme
+from msgd_jax.sde._stationary import check_momentum
+
+
+class UnderdampedPath(NamedTuple):
+    """A path with its velocities at the iterations asked for; under `jax.vmap`, one for each key.
+
+    Attributes:
+        steps: the iterations, [saved].
+        times: t = steps * sqrt(learning_rate), [saved].
+        params: a pytree like `params` with a leading axis [saved]. NaN from `diverged_at` on.
+        velocity: the same of dtheta/dt: minus sqrt(learning_rate) times optax's momentum.
+        diverged_at: the first iteration whose end is not finite, counted from 1; -1 if there is
+            none.
+        last_params: a pytree like `params`: the last finite point.
+        last_velocity: its velocity.
+    """
+
+    steps: Int[Array, "*paths saved"]
+    times: Float[Array, "*paths saved"]
+    params: Params
+    velocity: Gradients
+    diverged_at: Int[Array, "*paths"]
+    last_params: Params
+    last_velocity: Gradients
+
+
+def underdamped(
+    losses: loss.LossVector,
+    params: Params,
+    law: Law,
+    *,
+    learning_rate: Scalar,
+    momentum: Scalar,
+    num_steps: int | Int[Array, ""],
+    key: Key[Array, ""],
+    velocity: Gradients | None = None,
+    scheme: Scheme = Scheme(),  # noqa: B008 (frozen)
+    save_at: Sequence[int] | Int[np.ndarray, " saved"] | None = None,
+    first_step: int | Int[Array, ""] = 0,
+) -> UnderdampedPath:
+    """A path of the SDE of M-SGD with momentum: a mass with friction, driven by the noise.
+
+    With the time step k = sqrt(eta) and the friction q = (1 - mu)/k ::
+
+        dTheta = p dt,    dp = -q p dt - grad L dt + eta^(1/4) C dW,
+
+    and an iteration takes the time sqrt(eta), not eta. With one substep this *is*
+    ``transform.msgd(eta, law, key, momentum=mu)`` for `noise.fisher` and `noise.cov`: the heavy
+    ball is the semi-implicit Euler scheme of this equation, with p = -sqrt(eta) v. More substeps
+    follow the same Brownian path, that of `brownian_increments`.
+
+    **There are two limits.** With eta to 0 at a fixed friction, mu = 1 - q sqrt(eta) goes to 1, and
+    the iteration is close to this SDE path by path: of strong order 1/2 in eta. At a fixed mu the
+    mass vanishes, and what is left is the SDE of `euler_maruyama` at the effective learning rate
+    eta/(1 - mu). Nesterov's momentum has to leading order a friction ``sqrt(eta) grad^2 L p`` more
+    (Shi, Du, Jordan and Su 2018), which vanishes in both limits.
+
+    It is compiled anew on each call, and nothing is kept, as `euler_maruyama`.
+
+    Args:
+        losses: the loss vector.
+        params: where the path starts: a pytree of float32 or float64 arrays.
+        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`.
+        learning_rate: eta, above 0; may be traced. Schedules have no such SDE here.
+        momentum: mu, in [0, 1); may be traced.
+        num_steps: the iteration at which the path ends, at t = num_steps * sqrt(eta).
+        key: a typed PRNG key; `jax.vmap` over keys for several paths.
+        velocity: p at the start, a pytree like `params`; None for 0.
+        scheme: how many substeps an iteration has; of order 1.
+        save_at: as in `euler_maruyama`.
+        first_step: as in `euler_maruyama`, where `params` and `velocity` stand.
+
+    Returns:
+        The path. If it leaves the finite numbers it stops there, and says when.
+
+    Raises:
+        TypeError: if `losses` is not a `loss.LossVector`, `params` are not float32 or float64,
+            `law` is no law, `key` is no typed PRNG key, or a number is of the wrong type.
+        ValueError: if the law is for another number of examples, has dependent steps or is no
+            covariance, a number is out of its range, `velocity` is not like `params`, or the scheme
+            is of order 2.
+
+    Example:
+        >>> from msgd_jax import loss, noise, sde
+        >>> fn = loss.per_example(lambda theta, x: (theta - x) ** 2 / 2)
+        >>> losses = loss.LossVector(fn, jnp.asarray([0.0, 1.0, 3.0, 4.0]))
+        >>> path = sde.underdamped(
+        ...     losses, jnp.asarray(1.0), noise.fisher(4, batch_size=2), learning_rate=0.01,
+        ...     momentum=0.9, num_steps=10, key=jax.random.key(0),
+        ... )
+        >>> round(float(path.times[0]), 6), path.velocity.shape
+        (1.0, (1,))
+    """
+    equation = Equation.of(losses, params, law, scheme)
+    if scheme.order != 1:
+        raise ValueError(f"scheme must be of order 1 with momentum, got order {scheme.order}.")
+    _validate.positive_scalar("learning_rate", learning_rate)
+    check_momentum(momentum)
+    _validate.prng_key("key", key)
+    start, end, targets = _euler_maruyama.check_iterations(first_step, num_steps, save_at)
+    params = jax.tree.map(jnp.asarray, params)
+    velocity = optax.tree.zeros_like(params) if velocity is None else velocity
+    velocity = jax.tree.map(jnp.asarray, velocity)
+    if (gap := _validate.first_difference("velocity", params, velocity)) is not None:
+        raise ValueError(f"velocity must be like params, {gap[0]}, got {gap[1]}.")
+
+    def integrate(
+        at: tuple[Params, Gradients],
+        data: Data,
+        numbers: tuple[Scalar, Scalar],
+        start: Int[Array, ""],
+        end: Int[Array, ""],
+        key: Key[Array, ""],
+    ) -> UnderdampedPath:
+        saved = end[None] if targets is None else jnp.asarray(targets)
+        eta, mu = (jnp.asarray(number, equation.dtype) for number in numbers)
+        own, pace = equation.with_data(data), jnp.sqrt(eta)
+
+        def iterate(at: PyTree, step: Int[Array, ""]) -> PyTree:
+            return _iteration(own, at, own.increments(key, step), pace, mu)
+
+        (points, speeds), diverged_at, last = _euler_maruyama.walk(iterate, at, start, end, saved)
+        times = saved.astype(equation.dtype) * pace
+        return UnderdampedPath(saved, times, points, speeds, diverged_at, *last)
+
+    # A program of this call, which goes with it.
+    numbers = learning_rate, momentum
+    return jax.jit(integrate)((params, velocity), losses.data, numbers, start, end, key)
+
+
+def _iteration(
+    equation: Equation,
+    at: tuple[Params, Gradients],
+    increments: Float[Array, "substeps N"],
+    pace: Float[Array, ""],
+    momentum: Float[Array, ""],
+) -> tuple[Params, Gradients]:
+    """Semi-implicit Euler over one iteration, of the time `pace`: velocity first, then params."""
+    root, length = equation.root, 1 / equation.scheme.substeps
+    kept = 1 - (1 - momentum) * length
+    losses = equation.losses
+
+    def substep(
+        at: tuple[Params, Gradients], increment: Float[Array, " N"]
+    ) -> tuple[tuple[Params, Gradients], None]:
+        params, velocity = at
+        # Gradient and noise in one backward pass: the increments are in units of sqrt(pace).
+        weights = pace * (length / losses.num_examples - root(increment))
+        kick = losses.gradient(params, weights)
+        velocity = jax.tree.map(lambda p, g: kept.astype(p.dtype) * p - g, velocity, kick)
+        return (_dynamics.step_along(params, velocity, pace * length), velocity), None
+
+    return jax.lax.scan(substep, at, increments)[0]

@@ -1,0 +1,230 @@
+"""The SDE of momentum: training's path, dense algebra, strong order, the two limits, bad input."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from msgd_jax import loss, noise, sde, transform
+
+N, D, Q, HORIZON = 8, 3, 1.5, 2.0
+_RNG = np.random.default_rng(0)
+PULLS = _RNG.normal(size=(N, D))
+HESSIAN = np.diag([2.0, 1.0, 0.3]) + 0.1
+START = np.array([1.0, -1.0, 0.5])
+
+
+@loss.per_example
+def quadratic(theta, example):
+    """Curvatures differ between examples, so that the noise depends on the parameters."""
+    pull, hessian = example
+    return (1 + 0.3 * pull[0]) * theta @ hessian @ theta / 2 - pull @ theta
+
+
+def problem(dtype=jnp.float64):
+    pulls = jnp.asarray(PULLS, dtype)
+    hessians = jnp.broadcast_to(jnp.asarray(HESSIAN, dtype), (N, D, D))
+    return loss.LossVector(quadratic, (pulls, hessians)), jnp.asarray(START, dtype)
+
+
+def law(dtype=jnp.float64):
+    return noise.cov(N, 2, dtype=dtype)
+
+
+def test_one_substep_is_training_with_momentum_and_the_same_key():
+    (losses, start), key, eta, mu = problem(jnp.float32), jax.random.key(1), 0.04, 0.8
+    optimizer = transform.msgd(eta, law(jnp.float32), key, momentum=mu)
+
+    @jax.jit
+    def train(carry, _):
+        params, state = carry
+        extra = {"loss_vector_fn": quadratic, "data": losses.data}
+        updates, state = optimizer.update((), state, params, **extra)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params, optax.tree.get(state, "trace"))
+
+    points, traces = jax.lax.scan(train, (start, optimizer.init(start)), length=30)[1]
+    options = {"learning_rate": eta, "momentum": mu, "key": key, "scheme": sde.Scheme(1)}
+    walk = functools.partial(sde.underdamped, losses, law=law(jnp.float32), **options)
+    path = walk(start, num_steps=30, save_at=[10, 30])
+    np.testing.assert_allclose(path.params, points[np.array([9, 29])], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        path.velocity, -math.sqrt(eta) * traces[np.array([9, 29])], rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(path.times, [10 * 0.2, 30 * 0.2], rtol=1e-6)
+    assert path.diverged_at == -1
+    # Continued from a point with its velocity, it is the same path.
+    rest = walk(path.params[0], velocity=path.velocity[0], num_steps=30, first_step=10)
+    np.testing.assert_array_equal(rest.last_params, path.last_params)
+    np.testing.assert_array_equal(rest.last_velocity, path.last_velocity)
+
+
+def test_against_dense_algebra(x64):
+    """The equation itself, in numpy, with four substeps for each iteration."""
+    (losses, start), key, eta, mu, substeps = problem(), jax.random.key(2), 0.04, 0.7, 4
+    k = math.sqrt(eta)
+    h, q = k / substeps, (1 - mu) / k
+    root = np.eye(N) - 1 / N  # Cov(W) = (I - 11'/N)/(b N)
+    theta, p = START.copy(), np.zeros(D)
+    for step in range(6):
+        draw = functools.partial(sde.brownian_increments, key, step, N, dtype=jnp.float64)
+        for unit in np.asarray(draw(substeps=substeps)):
+            G = (1 + 0.3 * PULLS[:, :1]) * (HESSIAN @ theta) - PULLS
+            motion = math.sqrt(k) * unit  # of W over h: variance h
+            push = eta**0.25 * G.T @ root @ motion / math.sqrt(2 * N)
+            p = p - h * q * p - h * G.mean(0) + push
+            theta = theta + h * p
+    options = {"learning_rate": eta, "momentum": mu, "num_steps": 6, "key": key}
+    path = sde.underdamped(losses, start, law(), scheme=sde.Scheme(substeps), **options)
+    np.testing.assert_allclose(path.last_params, theta, rtol=1e-10)
+    np.testing.assert_allclose(path.last_velocity, p, rtol=1e-10)
+
+
+@functools.cache
+def distances():
+    """Root mean squares from the SDE (k/16) at four eta of heavy balls on its path, by name."""
+    with jax.enable_x64(True):
+        losses, start = problem()
+        coupled = sde.coupling(law(), N)
+
+        def ball(key, eta, steps, sign, friction):
+            """Heavy ball, written out: with the increments as they are, or of another sign."""
+            mu = 1 - friction * jnp.sqrt(eta)
+
+            def advance(step, at):
+                theta, v = at
+                increment = sde.brownian_increments(key, step, N, dtype=jnp.float64)[0]
+                v = mu * v + losses.gradient(theta, coupled(sign * increment))
+                return theta - eta * v, v
+
+            return jax.lax.fori_loop(0, steps, advance, (start, 0 * start))[0]
+
+        @jax.jit
+        def squares(key, eta, steps):
+            fine = sde.underdamped(
+                losses,
+                start,
+                law(),
+                learning_rate=eta,
+                momentum=1 - Q * jnp.sqrt(eta),
+                num_steps=steps,
+                key=key,
+                scheme=sde.Scheme(16),
+            ).last_params
+            balls = {
+                "right": ball(key, eta, steps, 1.0, Q),
+                "wrong sign": ball(key, eta, steps, -1.0, Q),
+                "wrong friction": ball(key, eta, steps, 1.0, 1.2 * Q),
+            }
+            return {name: jnp.sum((end - fine) ** 2) for name, end in balls.items()}
+
+        keys = jax.random.split(jax.random.key(3), 200)
+        found = {}
+        for eta in ETAS:
+            steps = jnp.int32(round(HORIZON / math.sqrt(eta)))
+            all_paths = jax.vmap(squares, in_axes=(0, None, None))(keys, eta, steps)
+            for name, values in all_paths.items():
+                mean, spread = values.mean(), values.std(ddof=1) / math.sqrt(len(keys))
+                error = math.sqrt(mean)
+                found.setdefault(name, []).append((error, float(spread) / (2 * error)))
+        return {name: np.array(pairs).T for name, pairs in found.items()}
+
+
+ETAS = (0.04, 0.01, 0.0025, 0.000625)
+
+
+def order(name):
+    errors, spreads = distances()[name]
+    return sde.ErrorSweep(np.array(ETAS), errors, spreads, 199).order
+
+
+def test_strong_order_one_half_in_eta():
+    """Order 1 in the time step sqrt(eta). Standard error about 0.01: z < 4 around 0.5."""
+    measured = order("right")
+    assert measured.standard_error < 0.015
+    assert abs(measured.value - 0.5) < 0.06
+
+
+@pytest.mark.parametrize(("name", "expected"), [("wrong sign", 0.25), ("wrong friction", 0.0)])
+def test_near_misses_of_the_coupling_lose_the_order(name, expected):
+    """A quarter in eta (1/2 in the time step) with the other sign; none with other friction."""
+    measured = order(name)
+    assert measured.value < expected + 0.06
+    assert measured.standard_error < 0.03
+    assert distances()[name][0][-1] > 3 * distances()["right"][0][-1]
+
+
+def test_at_a_fixed_momentum_the_limit_is_the_effective_learning_rate():
+    """On the shared path, distances to the SDE at eta/(1 - mu) shrink as eta; at eta they do not.
+
+    64 paths: ratios of root mean squares have standard errors of about 10 %. Of order 1, a fourth
+    of eta makes a fourth of the distance.
+    """
+    losses, start = problem(jnp.float32)
+    mu, horizon = 0.8, 2.0
+
+    @jax.jit
+    def squares(key, eta, steps):
+        options = {"num_steps": steps, "key": key, "scheme": sde.Scheme(2)}
+        common = losses, start, law(jnp.float32)
+        heavy = sde.underdamped(*common, learning_rate=eta, momentum=mu, **options)
+        light = sde.euler_maruyama(*common, learning_rate=eta / (1 - mu), **options)
+        slow = sde.euler_maruyama(*common, learning_rate=eta, **options)
+        return tuple(jnp.sum((heavy.last_params - o.last_params) ** 2) for o in (light, slow))
+
+    def distance(eta):
+        steps = jnp.int32(round(horizon * (1 - mu) / eta))
+        keys = jax.random.split(jax.random.key(4), 64)
+        found = jax.vmap(squares, in_axes=(0, None, None))(keys, jnp.float32(eta), steps)
+        return [math.sqrt(values.mean()) for values in found]
+
+    (near, far), (nearer, as_far) = distance(0.02), distance(0.005)
+    assert 2.5 < near / nearer < 6
+    assert as_far > 10 * nearer
+    assert far / as_far < 1.5
+
+
+@pytest.mark.usefixtures("user_errors")
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"momentum": 1.0}, ValueError, "momentum must be at least 0 and below 1, got 1.0"),
+            ({"momentum": -0.1}, ValueError, "momentum must be finite and at least 0, got -0.1"),
+            ({"momentum": math.nan}, ValueError, "momentum must be finite .* got nan"),
+            ({"momentum": None}, TypeError, "momentum must be a number, got None"),
+            ({"learning_rate": 0.0}, ValueError, "learning_rate must be finite and above 0"),
+            ({"learning_rate": lambda k: 0.1}, TypeError, "learning_rate must be a number"),
+            ({"scheme": sde.Scheme(order=2)}, ValueError, "scheme must be of order 1"),
+            ({"velocity": jnp.zeros(2)}, ValueError, "velocity must be like params"),
+            ({"num_steps": 0}, ValueError, "num_steps must be"),
+            ({"save_at": [2]}, ValueError, "save_at must be between 0 and 1, got 2"),
+            ({"key": 0}, TypeError, "key must be a typed PRNG key"),
+        ],
+    )
+    def test_arguments(self, change, error, message):
+        losses, start = problem(jnp.float32)
+        good = {"learning_rate": 0.1, "momentum": 0.9, "num_steps": 1, "key": jax.random.key(0)}
+        with pytest.raises(error, match=message) as refused:
+            sde.underdamped(losses, start, law(jnp.float32), **{**good, **change})
+        assert len(str(refused.value)) <= 400
+
+    def test_divergence_is_said(self):
+        losses, start = problem(jnp.float32)
+        path = sde.underdamped(
+            losses,
+            start,
+            law(jnp.float32),
+            learning_rate=100.0,
+            momentum=0.9,
+            num_steps=200,
+            key=jax.random.key(0),
+            scheme=sde.Scheme(1),
+        )
+        assert 0 < path.diverged_at < 200
+        assert np.isnan(path.params).all()
+        assert np.isfinite(path.last_params).all()
