@@ -105,7 +105,7 @@ def _apply(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:
         args = [_repeated(arg, _shape(eqn.outvars[0])) for arg in args]
     if name == "scan" and _spreads_narrow(eqn):
         args, params = _scan(eqn, args)
-    elif name not in _CUSTOM and any(map(_has_narrow_spreading, jex.jaxprs_in_params(params))):
+    elif name not in _CUSTOM and any(map(_has_narrow_spreading, _inner(params))):
         params = {key: _rewritten(value) for key, value in params.items()}
     bound = eqn.primitive.get_bind_params(params)
     functions, params = bound if isinstance(bound, tuple) else ((), bound)  # jax 0.9 has functions
@@ -186,8 +186,16 @@ def _equations(jaxpr: Any) -> Iterator[jex.JaxprEqn]:
     """Those of a jaxpr and of all that are in it."""
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield eqn
-        for inner in jex.jaxprs_in_params(eqn.params):
+        for inner in _inner(eqn.params):
             yield from _equations(inner)
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters: bodies of loops, branches, calls."""
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, (jex.Jaxpr, jex.ClosedJaxpr)):
+                yield getattr(item, "jaxpr", item)
 
 
 def _has_narrow_spreading(jaxpr: Any) -> bool:
