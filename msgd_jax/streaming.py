@@ -25,9 +25,9 @@ from jaxtyping import Array, Int, Key
 
 from msgd_jax import _laws, _loaders, _mesh, _validate
 from msgd_jax import loss as loss_lib
-from msgd_jax._typing import Batch, Data, Example, PositiveInt, PyTree
+from msgd_jax._typing import Batch, Data, Example, PositiveInt
 from msgd_jax.noise import MNoise
-from msgd_jax.train import StepDetails, StepMetrics, TrainState, step_of
+from msgd_jax.train import StepMetrics, TrainState, step_of
 
 __all__ = ["ArraySource", "BatchSource", "LoaderEnded", "Source", "batches", "make_loop"]
 
@@ -101,10 +101,7 @@ def make_loop(
     has_aux: bool = False,
     has_keys: bool = False,
     sharding: NamedSharding | None = None,
-    metrics_fn: Callable[[StepDetails], PyTree] | None = None,
-    prefetch: PositiveInt = 4,
-    num_threads: PositiveInt = 4,
-) -> Callable[[TrainState, PositiveInt], tuple[TrainState, StepMetrics]]:
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """`train.make_step` in a loop, on examples that are read while earlier steps are computed.
 
     The parameters are those of the same noise and key on data that are all on the device, bit for
@@ -124,14 +121,12 @@ def make_loop(
         has_aux: as in `train.make_step`.
         has_keys: as in `train.make_step`; an example's key is that of its number in the source.
         sharding: as in `train.make_step`; it spreads the examples of each step.
-        metrics_fn: as in `train.make_step`.
-        prefetch: steps that are read ahead.
-        num_threads: threads that read, a step each.
 
     Returns:
-        ``loop(state, num_steps) -> (state, metrics)``; arrays in `metrics` are [num_steps]. It
-        raises what reading raises, and ValueError where examples do not stack. `state` is copied,
-        not donated: when reading fails, it is there to go on from.
+        ``loop(state, num_steps, *, prefetch=4, num_threads=4) -> (state, metrics)``; arrays in
+        `metrics` are [num_steps]; `prefetch` steps are read ahead, each by one of `num_threads`
+        threads. It raises what reading raises, and ValueError where examples do not stack. `state`
+        is copied, not donated: when reading fails, it is there to go on from.
 
     Raises:
         ImportError: if grain is not installed.
@@ -153,8 +148,6 @@ def make_loop(
     _check(law, source)
     _mesh.check("sharding", sharding)
     microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
-    prefetch = _validate.positive_int("prefetch", prefetch)
-    num_threads = _validate.positive_int("num_threads", num_threads)
     reader = _Reader(law, source, sharding)
 
     takes = loss_lib.Takes(has_state, has_aux, has_keys)
@@ -165,12 +158,19 @@ def make_loop(
         microbatch_size=microbatch_size,
         sharding=sharding,
         read=True,
-        reports_weights=metrics_fn is not None,
     )
-    one_step = step_of(loss_vector_fn, evaluate, takes, optimizer, metrics_fn)
+    one_step = step_of(loss_vector_fn, evaluate, takes, optimizer, None)
     step = jax.jit(one_step, donate_argnums=0)
 
-    def loop(state: TrainState, num_steps: PositiveInt) -> tuple[TrainState, StepMetrics]:
+    def loop(
+        state: TrainState,
+        num_steps: PositiveInt,
+        *,
+        prefetch: PositiveInt = 4,
+        num_threads: PositiveInt = 4,
+    ) -> tuple[TrainState, StepMetrics]:
+        prefetch = _validate.positive_int("prefetch", prefetch)
+        num_threads = _validate.positive_int("num_threads", num_threads)
         if not isinstance(state, TrainState):
             raise TypeError(f"state must be a train.TrainState, got {_validate.shown(state)}.")
         first = int(state.step)

@@ -77,16 +77,15 @@ def noise_autocorrelation(
     key: Key[Array, ""],
     *,
     directions: Gradients,
-    num_steps: PositiveInt,
+    steps: range,
     max_lag: PositiveInt,
     num_runs: PositiveInt,
     momentum: float = 0.0,
-    burn_in: int = 0,
 ) -> Autocorrelation:
     """What the noise of a law remembers at one place, beside its exact value.
 
-    The noise of steps `burn_in` to ``burn_in + num_steps - 1`` of R independent runs is projected
-    on J directions; with `momentum` it is that of the velocity ``v' = momentum * v + gradient``,
+    The noise of these steps of R independent runs, which begin at step 0, is projected on J
+    directions; with `momentum` it is that of the velocity ``v' = momentum * v + gradient``,
     which starts at 0. White noise has 0 at every lag but the first; `noise.coloured` and momentum
     remember, and under `noise.random_reshuffling` the batches of one epoch repel each other.
 
@@ -102,30 +101,33 @@ def noise_autocorrelation(
         law: any law of N weights; its steps may depend on each other.
         key: a typed PRNG key; run r is a function of (key, r).
         directions: like `params` with leading axes of J, from `random_directions` say.
-        num_steps: T, steps that count.
+        steps: the T steps that count, one after the other: ``range(40, 60)``, say, leaves out the
+          first 40, after which the velocity has forgotten that it began at 0.
         max_lag: the largest lag, below T.
         num_runs: R, at least 2.
         momentum: from 0 to below 1.
-        burn_in: steps before those that count, at least 0.
 
     Raises:
         TypeError, ValueError: as `noise_projections` (steps that depend on each other are welcome
-            here), or if `max_lag` is not from 1 to T - 1, there are fewer than 2 runs, or
-            `momentum` or `burn_in` is out of range.
+            here), or if `steps` is not a range of at least 2 steps from 0 on, `max_lag` is not from
+            1 to T - 1, there are fewer than 2 runs, or `momentum` is out of range.
     """
     loss_lib.checked(losses, params)
     _laws.of_size("law", _laws.drawable("law", law), losses.num_examples)
-    steps = _estimates.count("num_steps", num_steps, 2)
-    max_lag = _validate.positive_int("max_lag", max_lag, maximum=steps - 1)
+    if not isinstance(steps, range) or steps.step != 1 or steps.start < 0 or len(steps) < 2:
+        raise ValueError(
+            "steps must be a range of at least 2 steps from 0 on, one after the other, got "
+            f"{_validate.shown(steps)}."
+        )
+    max_lag = _validate.positive_int("max_lag", max_lag, maximum=len(steps) - 1)
     runs = _estimates.count("num_runs", num_runs, 2)
-    before = _validate.positive_int("burn_in", burn_in, minimum=0)
     if not 0 <= _validate.real("momentum", momentum) < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
     _validate.prng_key("key", key)
-    total = before + steps
+    total = steps.stop
     ages = np.arange(total)[:, None] - np.arange(total)[None]
     # What the velocity of a step has of the noise of each step before it.
-    filter_ = np.where(ages >= 0, float(momentum) ** np.maximum(ages, 0), 0.0)[before:]
+    filter_ = np.where(ages >= 0, float(momentum) ** np.maximum(ages, 0), 0.0)[steps.start :]
 
     slopes = _tails.slopes_along(losses, params, directions)
 

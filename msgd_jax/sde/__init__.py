@@ -35,7 +35,7 @@ from msgd_jax.sde._fits import ErrorModel, ErrorSweep, Fit, fit_line
 from msgd_jax.sde._stationary import stationary_covariance, stationary_covariance_of_sde
 from msgd_jax.sde._strong import strong_error
 from msgd_jax.sde._sweeps import Sweep
-from msgd_jax.sde._underdamped import UnderdampedPath, underdamped
+from msgd_jax.sde._underdamped import Moving, UnderdampedPath, underdamped
 from msgd_jax.sde._weak import weak_error
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Estimate",
     "ExitTimes",
     "Fit",
+    "Moving",
     "Path",
     "Scheme",
     "Sweep",

@@ -87,6 +87,10 @@ class ExitTimes:
         return Estimate(mean, mean / math.sqrt(exits), positive=True)
 
 
+# Paths that are walked side by side.
+_AT_ONCE = 1_000
+
+
 def exit_time(
     losses: loss.LossVector,
     params: Params,
@@ -97,34 +101,31 @@ def exit_time(
     max_steps: PositiveInt,
     num_paths: PositiveInt,
     key: Key[Array, ""],
-    scheme: Scheme = Scheme(),  # noqa: B008 (frozen)
-    discrete: bool = False,
-    at_once: PositiveInt | None = None,
+    scheme: Scheme | None = Scheme(),  # noqa: B008 (frozen)
 ) -> ExitTimes:
     """When, and where, paths from `params` first leave a region: a basin, a ball, a level set.
 
-    Of the SDE, or of M-SGD itself with `discrete`. **Exits are seen at the ends of substeps only**
-    (of iterations, where discrete), and so are late: to first order as if the barrier were farther
+    Of the SDE, or, with ``scheme=None``, of M-SGD itself. **Exits are seen at the ends of substeps
+    only** (of iterations, of M-SGD), and so are late: to first order as if the barrier were farther
     away by ``0.5826 s sqrt(eta/substeps)``, where s^2 = eta n^T C n is the variance of the noise
     across it (Broadie, Glasserman and Kou 1997). Compare an iteration with that, not with the
     continuous SDE.
 
-    It is compiled anew on each call, and nothing is kept. Paths that have left wait for the last.
+    It is compiled anew on each call, and nothing is kept. Paths that have left wait for the last;
+    1,000 of them are in memory together.
 
     Args:
         losses: the loss vector.
         params: where all paths start: a pytree of float32 or float64 arrays.
-        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`; where `discrete`,
-            any `noise.MNoise`.
+        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`; without a
+            scheme, any `noise.MNoise`.
         inside: ``inside(params)`` returns a boolean scalar; it must hold at the start.
         learning_rate: eta, above 0, or a schedule, as in `euler_maruyama`.
         max_steps: the iterations after which a path that has not left is censored.
         num_paths: at least 2.
         key: a typed PRNG key.
-        scheme: how many substeps of the SDE an iteration has, and its order; of no meaning where
-            `discrete`.
-        discrete: whether it is the iteration that is watched, with the law's own draws.
-        at_once: paths in memory together; None for all.
+        scheme: how many substeps of the SDE an iteration has, and its order; None for the iteration
+            itself, with the law's own draws.
 
     Returns:
         Exit times and points, with what they say of the mean, on the host.
@@ -146,10 +147,9 @@ def exit_time(
         >>> exits.censored, exits.points.shape
         (0, (100,))
     """
-    equation = _check_sides(losses, params, law, scheme, discrete)
+    equation = _check_sides(losses, params, law, scheme)
     max_steps = _validate.positive_int("max_steps", max_steps, _validate.MAX_STEP)
     num_paths = _validate.positive_int("num_paths", num_paths, minimum=2)
-    at_once = _validate.optional_positive_int("at_once", at_once)
     _validate.prng_key("key", key)
     _schedules.check(learning_rate, 0, max_steps)
     params = jax.tree.map(jnp.asarray, params)
@@ -165,24 +165,20 @@ def exit_time(
         else:
             advance = _sde(equation.with_data(data), rate_at)
         one_path = _one_path(advance, inside, params, max_steps)
-        return _sweeps.over_paths(one_path, key, num_paths, at_once)
+        return _sweeps.over_paths(one_path, key, num_paths, min(num_paths, _AT_ONCE))
 
     found = exits_of_all(params, losses.data, derive(key, Stream.PATHS))
     _check_finite(found)
-    substeps = 1 if discrete else scheme.substeps
+    substeps = 1 if scheme is None else scheme.substeps
     times, limit = _times(found, learning_rate, substeps, max_steps)
     out = np.asarray(found.out)
     iterations = np.asarray(found.step)
     return ExitTimes(times, iterations, out, jax.tree.map(np.asarray, found.params), limit)
 
 
-def _check_sides(
-    losses: Any, params: Params, law: Any, scheme: Scheme, discrete: bool
-) -> Equation | None:
+def _check_sides(losses: Any, params: Params, law: Any, scheme: Scheme | None) -> Equation | None:
     """The SDE, or None for the iteration; raises if there is no such."""
-    if not isinstance(discrete, bool):
-        raise TypeError(f"discrete must be True or False, got {_validate.shown(discrete)}.")
-    if not discrete:
+    if scheme is not None:
         return Equation.of(losses, params, law, scheme)
     loss.checked(losses, params, wide=True)
     _laws.drawable("law", law)

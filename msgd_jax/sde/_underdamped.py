@@ -17,6 +17,20 @@ from msgd_jax.sde._dynamics import Equation, Scheme
 from msgd_jax.sde._stationary import check_momentum
 
 
+class Moving(NamedTuple):
+    """Where a path with momentum starts, where that is not at rest, or goes on.
+
+    Attributes:
+        params: a pytree of float32 or float64 arrays.
+        velocity: p = dtheta/dt, like `params`.
+        step: the iteration that they are of, at least 0.
+    """
+
+    params: Params
+    velocity: Gradients
+    step: int | Int[Array, ""] = 0
+
+
 class UnderdampedPath(NamedTuple):
     """A path with its velocities at the iterations asked for; under `jax.vmap`, one for each key.
 
@@ -42,17 +56,15 @@ class UnderdampedPath(NamedTuple):
 
 def underdamped(
     losses: loss.LossVector,
-    params: Params,
+    params: Params | Moving,
     law: Law,
     *,
     learning_rate: Scalar,
     momentum: Scalar,
     num_steps: int | Int[Array, ""],
     key: Key[Array, ""],
-    velocity: Gradients | None = None,
     scheme: Scheme = Scheme(),  # noqa: B008 (frozen)
     save_at: Sequence[int] | Int[np.ndarray, " saved"] | None = None,
-    first_step: int | Int[Array, ""] = 0,
 ) -> UnderdampedPath:
     """A path of the SDE of M-SGD with momentum: a mass with friction, driven by the noise.
 
@@ -75,16 +87,15 @@ def underdamped(
 
     Args:
         losses: the loss vector.
-        params: where the path starts: a pytree of float32 or float64 arrays.
+        params: where the path starts: a pytree of float32 or float64 arrays, at rest at iteration
+            0; or a `Moving`, which has a velocity, and a number of its own.
         law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`.
         learning_rate: eta, above 0; may be traced. Schedules have no such SDE here.
         momentum: mu, in [0, 1); may be traced.
         num_steps: the iteration at which the path ends, at t = num_steps * sqrt(eta).
         key: a typed PRNG key; `jax.vmap` over keys for several paths.
-        velocity: p at the start, a pytree like `params`; None for 0.
         scheme: how many substeps an iteration has; of order 1.
         save_at: as in `euler_maruyama`.
-        first_step: as in `euler_maruyama`, where `params` and `velocity` stand.
 
     Returns:
         The path. If it leaves the finite numbers it stops there, and says when.
@@ -107,6 +118,9 @@ def underdamped(
         >>> round(float(path.times[0]), 6), path.velocity.shape
         (1.0, (1,))
     """
+    velocity, first_step = None, 0
+    if isinstance(params, Moving):
+        params, velocity, first_step = params
     equation = Equation.of(losses, params, law, scheme)
     if scheme.order != 1:
         raise ValueError(f"scheme must be of order 1 with momentum, got order {scheme.order}.")

@@ -290,11 +290,11 @@ def msgd(
     accumulator_dtype: DType = None,
     microbatch_size: PositiveInt | None = None,
     sharding: NamedSharding | None = None,
-    model_state: ModelState = None,
-    aux: loss_lib.Outputs | None = None,
     has_keys: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """M-SGD (Eq. 6): `optax.sgd` on the noisy gradient of `multiplicative_noise`.
+
+    For losses with statistics or extra outputs there is ``with_noise(optax.sgd(...), ...)``.
 
     Args:
         learning_rate: eta, a number or a schedule.
@@ -305,8 +305,6 @@ def msgd(
         accumulator_dtype: of the momentum; None for the parameters' own.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
-        model_state: as in `multiplicative_noise`.
-        aux: as in `multiplicative_noise`.
         has_keys: as in `multiplicative_noise`.
 
     Returns:
@@ -335,9 +333,13 @@ def msgd(
         _validate.float_dtype("accumulator_dtype", accumulator_dtype)
     optimizer = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
     return with_noise(
-        optimizer, law, key, microbatch_size=microbatch_size, sharding=sharding,
-        model_state=model_state, aux=aux, has_keys=has_keys,
-    )  # fmt: skip
+        optimizer,
+        law,
+        key,
+        microbatch_size=microbatch_size,
+        sharding=sharding,
+        has_keys=has_keys,
+    )
 
 
 def _noisy_gradient(

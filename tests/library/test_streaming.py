@@ -81,8 +81,8 @@ def test_same_bits_on_many_devices(num_devices):
 def test_stopping_anywhere_changes_no_bit_and_only_what_is_used_is_read():
     source = Recorder(DATA)
     law = LAWS["random_reshuffling"]
-    loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, law, source, prefetch=2, num_threads=3)
-    straight, metrics = loop(start(), STEPS)
+    loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, law, source)
+    straight, metrics = loop(start(), STEPS, prefetch=2, num_threads=3)
     draws = [law.sample(jax.random.key(3), step) for step in range(STEPS)]
     asked = [tuple(np.asarray(draw.indices).tolist()) for draw in draws]
     assert {tuple(indices.tolist()) for indices in source.read} == set(asked)
@@ -178,10 +178,11 @@ def test_one_example_of_an_array_source():
     "dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
 )
 def test_integers_of_every_type(dtype):
-    options = {name: dtype(2) for name in ("prefetch", "num_threads", "microbatch_size")}
-    source = streaming.ArraySource(DATA)
-    loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, noise.sgd(N, 2), source, **options)
-    assert int(loop(start(), dtype(2))[0].step) == 2
+    source, two = streaming.ArraySource(DATA), dtype(2)
+    loop = streaming.make_loop(
+        loss_vector_fn, OPTIMIZER, noise.sgd(N, 2), source, microbatch_size=two
+    )
+    assert int(loop(start(), two, prefetch=two, num_threads=two)[0].step) == 2
 
 
 def test_memory_mapped_files(tmp_path):
@@ -255,10 +256,10 @@ ALL_TEN = noise.sgd(10, 10)
 # The argument's name, a call, and what is said to be wrong with it.
 MISTAKES = [
     ("source", lambda: make(3), "got int"),
-    ("prefetch", lambda: make(prefetch=np.uint8(0)), "at least 1, got 0"),
-    ("prefetch", lambda: make(prefetch=2.5), "2.5 of type float"),
-    ("num_threads", lambda: make(num_threads=True), "True of type bool"),
-    ("num_threads", lambda: make(num_threads=np.zeros(3)), "shape (3,)"),
+    ("prefetch", lambda: make()(start(), 1, prefetch=np.uint8(0)), "at least 1, got 0"),
+    ("prefetch", lambda: make()(start(), 1, prefetch=2.5), "2.5 of type float"),
+    ("num_threads", lambda: make()(start(), 1, num_threads=True), "True of type bool"),
+    ("num_threads", lambda: make()(start(), 1, num_threads=np.zeros(3)), "shape (3,)"),
     ("optimizer", lambda: streaming.make_loop(loss_vector_fn, optax.adam, LAWS["sgd"],
                                               streaming.ArraySource(DATA)), "optax.sgd(0.1)"),
     ("state", lambda: make()({"params": PROBLEM.params}, 2), "train.TrainState, got {"),
@@ -297,10 +298,12 @@ class TestBadInput:
         with pytest.raises(TypeError, match=r"sharding must be a jax\.sharding\.NamedSharding"):
             self.make(sharding="data")
 
-    @pytest.mark.parametrize("name", ["prefetch", "num_threads", "microbatch_size"])
-    def test_sizes(self, name):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
-            self.make(**{name: 0})
+    def test_sizes(self):
+        with pytest.raises(ValueError, match="microbatch_size must be at least 1"):
+            self.make(microbatch_size=0)
+        for name in ("prefetch", "num_threads"):
+            with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+                self.make()(start(), 1, **{name: 0})
 
     def test_axes_that_disagree(self):
         with pytest.raises(ValueError, match="leading"):
@@ -338,10 +341,10 @@ class TestBadInput:
                     raise OSError("for once")
                 return super().read_batch(indices)
 
-        loop = self.make(source=Flaky(DATA), num_threads=1, prefetch=1)
+        loop = self.make(source=Flaky(DATA))
         state = start()
         with pytest.raises(OSError, match="for once"):
-            loop(state, STEPS)
+            loop(state, STEPS, num_threads=1, prefetch=1)
         expected = self.make()(start(), STEPS)
         assert identical(loop(state, STEPS), expected)
 

@@ -117,14 +117,10 @@ def test_line_searches_ask_at_the_keys_of_the_step():
 
 
 def test_examples_that_are_read_have_the_keys_of_their_numbers():
-    options = {**FLAGS, "metrics_fn": lambda of: of.weights, "microbatch_size": 2}
-    loop = streaming.make_loop(
-        everything, SGD, LAW, streaming.ArraySource(np.asarray(X)), **options
-    )
+    source = streaming.ArraySource(np.asarray(X))
+    loop = streaming.make_loop(everything, SGD, LAW, source, microbatch_size=2, **FLAGS)
     read = loop(start(), 3)
-    on_device = train.make_loop(
-        make_step(**{k: options[k] for k in ("metrics_fn", "microbatch_size")}), max_steps=3
-    )(start(), X, 3)
+    on_device = train.make_loop(make_step(microbatch_size=2), max_steps=3)(start(), X, 3)
     for found, expected in zip(*map(jax.tree.leaves, (read, on_device)), strict=True):
         if not jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
             np.testing.assert_array_equal(found, expected)

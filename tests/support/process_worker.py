@@ -55,11 +55,10 @@ def streaming(process_id: int, folder: pathlib.Path) -> None:
     rows = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
     source = Recorder(jax.tree.map(np.asarray, problem.data))
     optimizer, law = optax.sgd(0.5), noise.sgd(1003, 16)
-    loop = streaming.make_loop(
-        loss_vector_fn, optimizer, law, source, sharding=rows, num_threads=1, prefetch=1
-    )
+    loop = streaming.make_loop(loss_vector_fn, optimizer, law, source, sharding=rows)
     params = jax.tree.map(np.asarray, problem.params)
-    state, metrics = loop(train.init(params, optimizer, jax.random.key(314)), 3)
+    start = train.init(params, optimizer, jax.random.key(314))
+    state, metrics = loop(start, 3, num_threads=1, prefetch=1)
     np.savez(
         folder / f"{process_id}.npz", read=np.stack(read), loss=np.asarray(metrics.loss),
         **{k: np.asarray(v) for k, v in state.params.items()},

@@ -17,7 +17,7 @@ KEY = jax.random.key(0)
 def remembered(law, **options) -> Any:
     losses, params = problem()
     options = {
-        "directions": jnp.eye(D), "num_steps": 20, "max_lag": 4, "num_runs": 300, **options
+        "directions": jnp.eye(D), "steps": range(20), "max_lag": 4, "num_runs": 300, **options
     }  # fmt: skip
     return measure.noise_autocorrelation(losses, params, law, KEY, **options)
 
@@ -55,8 +55,8 @@ def test_batches_of_an_epoch_repel_each_other():
 
 
 def test_momentum_remembers_by_the_power_of_the_lag():
-    """Stationary after the burn-in: mu^h, whatever the covariance; from rest it is not yet."""
-    found = remembered(noise.fisher(N, 8), momentum=0.6, burn_in=30)
+    """Stationary after 30 steps: mu^h, whatever the covariance; from rest it is not yet."""
+    found = remembered(noise.fisher(N, 8), momentum=0.6, steps=range(30, 50))
     np.testing.assert_allclose(found.exact, 0.6 ** np.arange(5), rtol=1e-5)
     assert (np.abs(found.measured - found.exact) <= 5 * found.standard_error + 1e-6).all()
     assert float(found.standard_error[1:].max()) < 0.05
@@ -69,7 +69,7 @@ def test_momentum_remembers_by_the_power_of_the_lag():
 def test_exact_covariances_of_a_law_that_is_not_centred():
     """Momentum over coloured fisher, by dense float64 algebra of all weights of all steps."""
     law = noise.coloured(noise.fisher(N, 8), (1.0, 0.5))
-    found = remembered(law, num_steps=6, max_lag=2, momentum=0.5, num_runs=2)
+    found = remembered(law, steps=range(6), max_lag=2, momentum=0.5, num_runs=2)
     rho = {0: 1.25, 1: 0.5}
     gamma = np.array([[rho.get(abs(s - t), 0.0) for t in range(6)] for s in range(6)])
     a = np.tril(0.5 ** np.abs(np.arange(6)[:, None] - np.arange(6)[None]))
@@ -82,7 +82,7 @@ def test_exact_covariances_of_a_law_that_is_not_centred():
 def test_what_lies_along_the_gradient_may_remember_otherwise():
     """Anti-correlated across the all-ones vector, white along it: by hand from G."""
     law = noise.sum_of(noise.coloured(noise.cov(N, 8), (1.0, -1.0)), noise.fisher(N, 8))
-    found = remembered(law, num_steps=5, max_lag=1, num_runs=2)
+    found = remembered(law, steps=range(5), max_lag=1, num_runs=2)
     s = np.trace(dense().s) / 8
     fisher = s + dense().mean @ dense().mean / 8
     assert float(found.exact[1]) == pytest.approx(-s / (2 * s + fisher), rel=1e-5)
@@ -102,7 +102,7 @@ def test_laws_that_state_no_covariance_are_measured_without_one():
     counts = np.ones(N)
     counts[0] = 2.0
     law = noise.reweighted(noise.cov(N, 8), jnp.asarray(counts / counts.mean(), jnp.float32))
-    found = remembered(law, num_runs=5, num_steps=5, max_lag=1)
+    found = remembered(law, num_runs=5, steps=range(5), max_lag=1)
     assert found.exact is None
     assert np.isfinite(np.asarray(found.measured)).all()
 
@@ -112,7 +112,9 @@ MISTAKES = {
     "N": (lambda: remembered(noise.cov(41, 8)), "law", "num_examples = 41"),
     "lag": (lambda: remembered(noise.cov(N, 8), max_lag=20), "max_lag", "between 1 and 19, got 20"),
     "momentum": (lambda: remembered(noise.cov(N, 8), momentum=1.0), "momentum", "got 1.0"),
-    "burn-in": (lambda: remembered(noise.cov(N, 8), burn_in=-1), "burn_in", "at least 0, got -1"),
+    "a number": (lambda: remembered(noise.cov(N, 8), steps=20), "steps", "got 20 of type int"),
+    "every other": (lambda: remembered(noise.cov(N, 8), steps=range(0, 20, 2)), "steps", "2)"),
+    "before 0": (lambda: remembered(noise.cov(N, 8), steps=range(-1, 9)), "steps", "range(-1, 9)"),
     "one run": (
         lambda: measure.autocorrelation(jnp.ones((1, 5, 2)), max_lag=1),
         "series",

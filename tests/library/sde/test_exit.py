@@ -77,9 +77,9 @@ def test_mean_exit_times_are_the_closed_form_at_the_shifted_barrier(low, substep
 def test_the_iteration_can_be_asked_and_shares_the_path():
     """With a Gaussian law and one substep the two are the same; in passes as well."""
     few = functools.partial(leave, count=50)
-    one, other, passes = few(), few(discrete=True), few(at_once=20)
+    one, other, passes = few(), few(scheme=None), leave(count=1050)
     for field in ("times", "iterations", "exited"):
-        np.testing.assert_array_equal(getattr(one, field), getattr(passes, field))
+        np.testing.assert_array_equal(getattr(one, field), getattr(passes, field)[:50])
         assert (getattr(one, field) == getattr(other, field)).mean() > 0.95  # but for rounding
     np.testing.assert_allclose(one.times, 0.01 * one.iterations, rtol=1e-12)
     assert (np.abs(one.points) >= 1).all()
@@ -93,7 +93,7 @@ def test_the_iteration_can_be_asked_and_shares_the_path():
         max_steps=4000,
         num_paths=50,
         key=jax.random.key(0),
-        discrete=True,
+        scheme=None,
     )
     assert sgd.censored == 0
     assert (np.abs(sgd.points) < 1.1).all()
@@ -160,7 +160,7 @@ def direction(covariance):
         max_steps=20_000,
         num_paths=100,
         key=jax.random.key(3),
-        discrete=True,
+        scheme=None,
     )
     assert exits.exited_fraction > 0.5
     return float((exits.points[exits.exited, 0] >= 0).mean())
@@ -190,11 +190,10 @@ class TestBadInput:
             ({"learning_rate": lambda k: -1.0}, ValueError, "got -1 at step 0"),
             ({"max_steps": 0}, ValueError, "max_steps must be"),
             ({"num_paths": 1}, ValueError, "num_paths must be at least 2, got 1"),
-            ({"at_once": 0}, ValueError, "at_once must be at least 1"),
             ({"key": 0}, TypeError, "key must be a typed PRNG key"),
-            ({"discrete": 1}, TypeError, "discrete must be True or False"),
+            ({"scheme": 1}, TypeError, "scheme must be"),
             ({"law": noise.cov(3, 1)}, ValueError, "num_examples = 3"),
-            ({"law": noise.cov(3, 1), "discrete": True}, ValueError, "num_examples = 3"),
+            ({"law": noise.cov(3, 1), "scheme": None}, ValueError, "num_examples = 3"),
             ({"law": noise.random_reshuffling(2, 1)}, ValueError, "independent steps"),
         ],
     )

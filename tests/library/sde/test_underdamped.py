@@ -58,7 +58,7 @@ def test_one_substep_is_training_with_momentum_and_the_same_key():
     np.testing.assert_allclose(path.times, [10 * 0.2, 30 * 0.2], rtol=1e-6)
     assert path.diverged_at == -1
     # Continued from a point with its velocity, it is the same path.
-    rest = walk(path.params[0], velocity=path.velocity[0], num_steps=30, first_step=10)
+    rest = walk(sde.Moving(path.params[0], path.velocity[0], 10), num_steps=30)
     np.testing.assert_array_equal(rest.last_params, path.last_params)
     np.testing.assert_array_equal(rest.last_velocity, path.last_velocity)
 
@@ -200,7 +200,11 @@ class TestBadInput:
             ({"learning_rate": 0.0}, ValueError, "learning_rate must be finite and above 0"),
             ({"learning_rate": lambda k: 0.1}, TypeError, "learning_rate must be a number"),
             ({"scheme": sde.Scheme(order=2)}, ValueError, "scheme must be of order 1"),
-            ({"velocity": jnp.zeros(2)}, ValueError, "velocity must be like params"),
+            (
+                {"params": sde.Moving(jnp.zeros(3), jnp.zeros(2))},
+                ValueError,
+                "velocity must be like",
+            ),
             ({"num_steps": 0}, ValueError, "num_steps must be"),
             ({"save_at": [2]}, ValueError, "save_at must be between 0 and 1, got 2"),
             ({"key": 0}, TypeError, "key must be a typed PRNG key"),
@@ -209,8 +213,9 @@ class TestBadInput:
     def test_arguments(self, change, error, message):
         losses, start = problem(jnp.float32)
         good = {"learning_rate": 0.1, "momentum": 0.9, "num_steps": 1, "key": jax.random.key(0)}
+        good |= {"losses": losses, "params": start, "law": law(jnp.float32)}
         with pytest.raises(error, match=message) as refused:
-            sde.underdamped(losses, start, law(jnp.float32), **{**good, **change})
+            sde.underdamped(**{**good, **change})
         assert len(str(refused.value)) <= 400
 
     def test_divergence_is_said(self):
