@@ -84,7 +84,8 @@ def evaluated(
         model_state: ModelState = None,
     ) -> Evaluated:
         # Losses of one ghost batch depend on each other: which examples share one is random.
-        coupled = takes.has_state and jax.tree.leaves(_outputs.without_constants(model_state)[0])
+        moving, constants = _outputs.without_constants(model_state)
+        coupled = takes.has_state and (jax.tree.leaves(moving) or not constants)
         order = derive(key, Stream.ORDER, step) if coupled else None
         keys = _walker.Keys(order, losses_key(key, step) if takes.has_keys else None)
         draw = draw_for(_validate.leading_axis("data", data))
