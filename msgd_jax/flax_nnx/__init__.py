@@ -19,6 +19,12 @@ do without it.
 """
 
 from msgd_jax.flax_nnx._trainable import Trainable, trainable
-from msgd_jax.flax_nnx._types import EXAMPLES, Carried
+from msgd_jax.flax_nnx._types import EXAMPLES as _EXAMPLES
+from msgd_jax.flax_nnx._types import Carried
 
 __all__ = ["EXAMPLES", "Carried", "Trainable", "trainable"]
+
+EXAMPLES: str = _EXAMPLES
+"""The name of the `jax.vmap` axis along which the examples of a micro-batch lie in a loss of one
+example. `nnx.BatchNorm` layers get it as their `axis_name`; a layer of your own with statistics can
+take its means along it, by ``jax.lax.pmean(x, flax_nnx.EXAMPLES)``."""

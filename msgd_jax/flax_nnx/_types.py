@@ -5,9 +5,7 @@ from typing import Any, NamedTuple
 from msgd_jax import loss as loss_lib
 
 EXAMPLES = "examples"
-"""The name of the `jax.vmap` axis along which the examples of a micro-batch lie in a loss of one
-example. `nnx.BatchNorm` layers get it as their `axis_name`; a layer of your own with statistics can
-take its means along it, by ``jax.lax.pmean(x, flax_nnx.EXAMPLES)``."""
+"""What `flax_nnx.EXAMPLES` is."""
 
 
 class Carried(NamedTuple):
