@@ -206,6 +206,15 @@ def test_frozen_parts_keep_their_bits(settings):
     assert sum(changed) == 2
 
 
+def test_what_becomes_of_the_module_later_changes_nothing():
+    model = pretrained(norm=True)
+    net = flax_nnx.trainable(model, cross_entropy, wrt=nnx.LoRAParam)
+    before = bits((net.params, net.model_state))
+    for _, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
+        variable[...] = variable[...] + 1.0
+    assert bits((net.params, net.model_state)) == before
+
+
 def test_a_part_may_be_picked_by_its_path():
     head = nnx.All(nnx.Param, nnx.PathContains("outer"))
     net = flax_nnx.trainable(Net(nnx.Rngs(0)), cross_entropy, wrt=head)

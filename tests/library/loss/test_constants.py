@@ -63,6 +63,18 @@ def test_they_stay_bit_for_bit_and_the_gradients_are_those_of_a_loss_that_reads_
     assert isinstance(after, loss.Constants)
 
 
+def test_alone_they_make_no_ghost_batches():
+    def program(state, losses):
+        law = noise.gd(2000)
+        found = loss.noisy_value_and_grad(losses, law, has_state=True, microbatch_size=100)
+        return str(jax.make_jaxpr(found)(jnp.ones(()), jnp.ones(2000), KEY, 0, state))
+
+    one = loss.Constants(jnp.ones(()))
+    assert "_permute" not in program(one, lambda p, x, state: (p * x, state))
+    both = (one, jnp.ones(()))
+    assert "_permute" in program(both, lambda p, x, state: (p * x, state))
+
+
 def test_beside_statistics_that_move():
     def losses(params, batch, state):
         frozen = state["frozen"].arrays
