@@ -3,6 +3,7 @@
 from msgd_jax import (
     complexity,
     covariance,
+    flax_nnx,
     loss,
     measure,
     noise,
@@ -16,6 +17,7 @@ from msgd_jax import (
 __all__ = [
     "complexity",
     "covariance",
+    "flax_nnx",
     "loss",
     "measure",
     "noise",

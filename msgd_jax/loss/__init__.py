@@ -11,7 +11,8 @@ covariance matrix, nothing larger than the gradient itself.
   argument; `weighted_values_and_grads` gives many draws at one place;
 * a loss vector function may do more than that, with `has_state`, `has_aux` and `has_keys` in these
   steps and in `train`, `transform` and `streaming`: ``(params, batch[, state][, keys])`` are its
-  arguments, and ``losses`` or ``(losses[, state][, aux])`` its result, `aux` an `Outputs`;
+  arguments, and ``losses`` or ``(losses[, state][, aux])`` its result, `aux` an `Outputs`; what of
+  the state never changes, such as frozen layers, is a `Constants` in it;
 * `with_output_noise` adds noise at the outputs of a net: `label_noise`, that of `sampled_labels`
   (the true Fisher matrix), or `gauss_newton`;
 * `check` looks, once, for what is wrong with such a function;
@@ -34,11 +35,12 @@ from msgd_jax.loss._output_noise import (
     sampled_labels,
     with_output_noise,
 )
-from msgd_jax.loss._outputs import Outputs
+from msgd_jax.loss._outputs import Constants, Outputs
 from msgd_jax.loss._outputs import Takes as Takes
 from msgd_jax.loss._vector import LossVector
 
 __all__ = [
+    "Constants",
     "LossVector",
     "Outputs",
     "WithKeys",

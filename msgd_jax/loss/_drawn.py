@@ -22,7 +22,7 @@ from msgd_jax._typing import (
     Step,
 )
 from msgd_jax.loss import _outputs, _walker
-from msgd_jax.loss._outputs import Outputs, Takes
+from msgd_jax.loss._outputs import Constants, Outputs, Takes
 from msgd_jax.noise import Weights
 
 NO_KEYS = "there is no has_keys here (keys that stay the same: loss.LossVector(..., key=key))"
@@ -84,7 +84,9 @@ def evaluated(
         model_state: ModelState = None,
     ) -> Evaluated:
         # Losses of one ghost batch depend on each other: which examples share one is random.
-        order = derive(key, Stream.ORDER, step) if takes.has_state else None
+        moving, constants = _outputs.without_constants(model_state)
+        coupled = takes.has_state and (jax.tree.leaves(moving) or not constants)
+        order = derive(key, Stream.ORDER, step) if coupled else None
         keys = _walker.Keys(order, losses_key(key, step) if takes.has_keys else None)
         draw = draw_for(_validate.leading_axis("data", data))
         return of_drawn(params, data, draw, (key, step), model_state, keys)
@@ -117,9 +119,13 @@ def at_drawn(
     """``f(params, data, draw, args, model_state, keys)``: at the weights ``draw(*args)``."""
 
     def one_batch(
-        params: Params, batch: Batch, entries: _walker.Entries, model_state: ModelState
+        held: tuple[Params, list[Constants]],
+        batch: Batch,
+        entries: _walker.Entries,
+        moving: ModelState,
     ) -> _walker.Terms:
-        values = entries.values
+        (params, constants), values = held, entries.values
+        model_state = _outputs.with_constants(moving, constants)
 
         def losses_of(params: Params) -> tuple[Float[Array, " batch"], tuple[ModelState, Outputs]]:
             losses, new_state, outputs = _outputs.call(
@@ -139,8 +145,9 @@ def at_drawn(
         (value, rest), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params)
         value, grads = _narrow.unscaled((value, grads), scale)
         new_state, outputs = rest
+        moving, _ = _outputs.without_constants(new_state)
         sums = _outputs.sums(outputs.averaged, entries.real)
-        return _walker.Terms((value, sums), grads, new_state, outputs.stacked)
+        return _walker.Terms((value, sums), grads, moving, outputs.stacked)
 
     total = _walker.sums(one_batch, microbatch_size, sharding)
 
@@ -165,7 +172,11 @@ def at_drawn(
             data, checked, tuple(args), sharding,
             read=read, numbered=takes.has_keys or reports_weights, marked=takes.has_aux,
         )  # fmt: skip
-        ((value, sums), grads), model_state, stacked = total(params, examples, model_state, keys)
+        # Constants go where the parameters go: into each micro-batch as they are, to all devices.
+        moving, constants = _outputs.without_constants(model_state)
+        held = (params, constants)
+        ((value, sums), grads), moving, stacked = total(held, examples, moving, keys)
+        model_state = _outputs.with_constants(moving, constants)
         grads = like(params, grads)
         if not (takes.has_aux or reports_weights):
             return Evaluated(value, grads, model_state, Outputs(), None)

@@ -39,6 +39,48 @@ class Outputs(NamedTuple):
     stacked: PyTree = ()
 
 
+class Constants(NamedTuple):
+    """A part of the mutable statistics that no step changes: the frozen layers of a net, say.
+
+    It travels with the state, as an argument of the compiled step, where an array that the loss
+    reads from outside would be a copy in the program, one in each program. The loss returns one
+    like it, whose values are not looked at: the state goes on with what it had, bit for bit. It is
+    not averaged over devices, and has the layout there that parameters have. A state of constants
+    alone makes no ghost batches::
+
+      def loss_vector_fn(params, batch, state):
+          features = backbone(state.arrays, batch["x"])
+          return losses_of(head(params, features), batch["y"]), state
+
+      train.init(params, optimizer, key, model_state=loss.Constants(backbone_params))
+
+    Attributes:
+        arrays: a pytree of arrays.
+    """
+
+    arrays: PyTree = ()
+
+
+def without_constants(state: ModelState) -> tuple[ModelState, list[Constants]]:
+    """The statistics with `Constants` of nothing in their places, and the constants in order."""
+    entries, structure = jax.tree.flatten(state, is_leaf=_are_constants)
+    constants = [entry for entry in entries if _are_constants(entry)]
+    moving = [Constants() if _are_constants(entry) else entry for entry in entries]
+    return jax.tree.unflatten(structure, moving), constants
+
+
+def with_constants(moving: ModelState, constants: list[Constants]) -> ModelState:
+    """What `without_constants` took apart, put together."""
+    entries, structure = jax.tree.flatten(moving, is_leaf=_are_constants)
+    ours = iter(constants)
+    whole = [next(ours) if _are_constants(entry) else entry for entry in entries]
+    return jax.tree.unflatten(structure, whole)
+
+
+def _are_constants(entry: Any) -> bool:
+    return isinstance(entry, Constants)
+
+
 class Takes(NamedTuple):
     """What a loss vector function takes and returns besides the usual, in the one fixed order.
 

@@ -1,0 +1,107 @@
+"""A module of NNX, taken apart and put together."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Key
+
+from msgd_jax import _validate
+from msgd_jax import loss as loss_lib
+from msgd_jax._typing import Params
+from msgd_jax.flax_nnx._types import Carried
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Parts:
+    """How a module is taken apart and put together.
+
+    Attributes:
+        filters: of the streams, the parameters, the statistics and the frozen parts.
+        graph: what is left without any arrays.
+        rngs: the streams as they were.
+        nothing: the state of a module that carries nothing.
+    """
+
+    filters: tuple[Any, ...]
+    graph: Any
+    rngs: Any
+    nothing: Carried
+
+    def of(self, module: Any) -> tuple[Params, Carried, Any, Any]:
+        return taken_apart(module, self.filters)
+
+    def merged(self, params: Params, carried: Carried, rngs: Any) -> Any:
+        parts = (rngs, params, carried.stats, carried.frozen.arrays)
+        return nnx.merge(self.graph, *parts, copy=True)
+
+    def write(self, module: Any, *states: Any) -> None:
+        nnx.update(module, *states)
+
+    def after(self, module: Any, carried: Carried) -> Carried:
+        """What the module carries after a loss was computed; raises if a frozen part changed."""
+        # What a call creates (`sow`) is thrown away: only the variables that there were are read.
+        flat = nnx.to_flat_state(nnx.state(module))
+        now = dict(zip(flat.paths, flat.leaves, strict=True))
+        for path, given in variables(carried.frozen.arrays):
+            if now[path].get_value() is not given.get_value():
+                raise TypeError(
+                    f"loss_fn must not change {named(path, given)}, which is frozen: statistics "
+                    f"that change are given to trainable as mutable={type(given).__name__}."
+                )
+        stats = [now[path].get_value() for path, _ in variables(carried.stats)]
+        return carried._replace(stats=_with_values(carried.stats, stats))
+
+
+def taken_apart(module: Any, filters: tuple[Any, ...]) -> tuple[Params, Carried, Any, Any]:
+    """``(params, carried, graph, rngs)`` of a module, in variables of their own; or raises."""
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"module must be a flax.nnx.Module, got {_validate.shown(module)}.")
+    graph, *states, rest = nnx.split(module, *filters, ...)
+    if left := [named(path, variable) for path, variable in variables(rest)]:
+        more = f", and {len(left) - 2} more" if len(left) > 2 else ""
+        raise ValueError(
+            f"module must hold nothing but what is trained, mutable or frozen, got "
+            f"{', '.join(left[:2])[:150]}{more}. Give its type as mutable= if it changes from "
+            "batch to batch, as frozen= if it never does, as wrt= to train it."
+        )
+    # The module's own variables would change when it does.
+    rngs, params, stats, frozen = jax.tree.map(lambda x: x, states)
+    return params, Carried(stats, loss_lib.Constants(frozen)), graph, rngs
+
+
+def variables(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """The variables of a state with their paths, in one fixed order."""
+    flat = nnx.to_flat_state(state)
+    return list(zip(flat.paths, flat.leaves, strict=True))
+
+
+def _with_values(state: Any, values: list[Array]) -> Any:
+    """A state like another, in variables of their own with other values."""
+    new = [(path, x.replace(v)) for (path, x), v in zip(variables(state), values, strict=True)]
+    return nnx.from_flat_state(new)
+
+
+def named(path: tuple[Any, ...], variable: Any) -> str:
+    return f"{'.'.join(map(str, path))} ({type(variable).__name__})"
+
+
+def streams_of(rngs: Any, key: Key[Array, ""], has_keys: bool) -> tuple[Any, tuple[Array, ...]]:
+    """The streams of a module, started from the key of an example, and the key for the loss."""
+    values = [x.get_value() for _, x in variables(rngs)]
+    is_key = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in values]
+    if not any(is_key):
+        return rngs, (key,) * has_keys
+    new = iter(jax.random.split(key, sum(is_key) + has_keys))
+    own = (next(new),) if has_keys else ()
+
+    def started(value: Array, is_key: bool) -> Array:
+        if not is_key:
+            return jnp.zeros_like(value)
+        # Layers under `nnx.vmap` or `nnx.scan` have an array of keys.
+        return jax.random.split(next(new), value.shape) if value.shape else next(new)
+
+    started_all = [started(x, k) for x, k in zip(values, is_key, strict=True)]
+    return _with_values(rngs, started_all), own
