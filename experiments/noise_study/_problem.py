@@ -90,9 +90,10 @@ def isotropic_variance(
 ) -> Float[Array, ""]:
     """The variance per parameter of isotropic noise with the trace of S/b."""
     scale = measure.noise_scale(loss.LossVector(losses, examples), params)
-    return scale.total.trace.value / (batch_size * optax.tree.size(params))
+    return jnp.asarray(scale.total.trace.value) / (batch_size * optax.tree.size(params))
 
 
 def isotropic(key: Key[Array, ""], step: Any, like: Params) -> Params:
     """Independent standard normals, from a stream of their own."""
-    return optax.tree.random_like(derive(key, Stream.LANGEVIN, step), like)
+    normals: Any = optax.tree.random_like(derive(key, Stream.LANGEVIN, step), like)
+    return normals

@@ -36,7 +36,7 @@ class NoiseStudyConfig:
         degrees_of_freedom: Those of the Student t noise, above 2.
         refresh_every: The number of iterations after which the variance of isotropic noise is
             measured again.
-        draws: The number of draws of each law's own batch sharpness; that of SGD takes 6 times as
+        law_draws: The number of draws of each law's own batch sharpness; that of SGD takes 6 times as
             many, which are cheaper.
         lanczos_steps: The number of Hessian products for the largest eigenvalue.
         margin: The difference from SGD, in units of 2 / eta, within which a noise counts as
@@ -61,7 +61,7 @@ class NoiseStudyConfig:
     width: int = 32
     degrees_of_freedom: float = 3.0
     refresh_every: int = 25
-    draws: int = 64
+    law_draws: int = 64
     lanczos_steps: int = 20
     margin: float = 0.1
     seeds: int = 8
@@ -92,7 +92,9 @@ class NoiseStudyConfig:
                 f"batch_size must be between 1 and {MAX_BATCH}, got {self.batch_size}."
             )
         fewest = dict.fromkeys(("steps", "width", "refresh_every", "lanczos_steps"), 1)
-        for name, least in (fewest | dict.fromkeys(("checkpoints", "draws", "seeds"), 2)).items():
+        for name, least in (
+            fewest | dict.fromkeys(("checkpoints", "law_draws", "seeds"), 2)
+        ).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.checkpoints > self.steps:

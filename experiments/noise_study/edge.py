@@ -159,7 +159,7 @@ def _measured(
     config: NoiseStudyConfig, examples: Examples, name: str
 ) -> Callable[..., dict[str, Float[Array, " seeds"]]]:
     """Compiled: ``(params, examples, keys, step)`` -> what is measured, for all seeds."""
-    num_examples, draws = examples["y"].shape[1], config.draws
+    num_examples, draws = examples["y"].shape[1], config.law_draws
     law, sgd = (_problem.law_of(which, config, num_examples) for which in (name, "sgd"))
 
     def one(
@@ -183,12 +183,13 @@ def _measured(
             step_own = (sharp.curvature.value + variance * trace) / (
                 sharp.squared_gradient.value + variance * size
             )
-        return {
+        numbers: dict[str, Any] = {
             "loss": _problem.losses(params, own).mean(),
             "eigenvalue": top,
             "sgd_sharpness": here.ratio_of_expectations.value,
             "sgd_mean_of_ratios": here.expectation_of_ratios.value,
             "own_sharpness": step_own,
         }
+        return numbers
 
     return jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None)))
