@@ -36,8 +36,8 @@ class NoiseStudyConfig:
         degrees_of_freedom: Those of the Student t noise, above 2.
         refresh_every: The number of iterations after which the variance of isotropic noise is
             measured again.
-        law_draws: The number of draws of each law's own batch sharpness; that of SGD takes 6 times as
-            many, which are cheaper.
+        law_draws: The number of draws of each law's own batch sharpness; that of SGD takes 6 times
+            as many, which are cheaper.
         lanczos_steps: The number of Hessian products for the largest eigenvalue.
         margin: The difference from SGD, in units of 2 / eta, within which a noise counts as
             equivalent.
