@@ -11,6 +11,7 @@ import numpy as np
 from experiments import figures, tables, terminal
 from experiments.decide import DecideConfig
 from experiments.decide import command as decide
+from experiments.noise_study import NoiseStudyConfig, edge
 from experiments.paper import DemoConfig, FigureConfig, ListConfig, ReportConfig, accuracies, report
 from experiments.theory import ComplexityConfig, SDEConfig, complexity, sde
 from experiments.training import (
@@ -30,6 +31,7 @@ Config = (
     | DistributedConfig
     | FigureConfig
     | ListConfig
+    | NoiseStudyConfig
     | ReportConfig
     | SDEConfig
     | TrainConfig
@@ -41,6 +43,7 @@ CONFIGS: dict[str, Any] = {
     "sde": SDEConfig,
     "complexity": ComplexityConfig,
     "decide": DecideConfig,
+    "noise-study": NoiseStudyConfig,
     "figure": FigureConfig,
     "list": ListConfig,
     "report": ReportConfig,
@@ -68,6 +71,8 @@ def run(config: Config) -> pathlib.Path | None:
             return sde.run(config)
         case ComplexityConfig():
             return complexity.run(config)
+        case NoiseStudyConfig():
+            return edge.run(config)
         case TrainConfig():
             return train(config)
         case DecideConfig():

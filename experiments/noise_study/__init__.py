@@ -1,0 +1,9 @@
+"""The room of studies of gradient noise along training, on real images.
+
+edge    batch sharpness against 2 / eta: where laws with SGD's covariance stabilise
+config  what the command is told
+"""
+
+from experiments.noise_study.config import NoiseStudyConfig
+
+__all__ = ["NoiseStudyConfig"]

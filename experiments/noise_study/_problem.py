@@ -1,0 +1,99 @@
+"""The small net of the studies: its losses, its digits, its noises."""
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key
+
+from experiments import data
+from experiments._typing import Law, Params
+from experiments.noise_study.config import NoiseStudyConfig
+from msgd_jax import loss, measure, noise
+from msgd_jax._streams import Stream, derive
+
+NUM_CLASSES = 10
+# What a seed draws by turns from its stream of cases.
+_NOISE, _MEASURES = range(2)
+
+
+@loss.per_example
+def losses(params: Params, example: dict[str, Array]) -> Float[Array, ""]:
+    """|net(x) - e_y|^2 / 2, with e_y the unit vector of the label, a smooth loss."""
+    hidden = jnp.tanh(example["x"] @ params["w1"] + params["b1"])
+    hidden = jnp.tanh(hidden @ params["w2"] + params["b2"])
+    error = hidden @ params["w3"] + params["b3"] - jax.nn.one_hot(example["y"], NUM_CLASSES)
+    return jnp.square(error).sum() / 2
+
+
+def initial(key: Key[Array, ""], inputs: int, width: int) -> Params:
+    """Normal weights of variance 1 / inputs, those of the last layer 16 times less; biases 0.
+
+    The small last layer makes the Hessian small at the start: sharpness has room to grow.
+    """
+    keys = jax.random.split(derive(key, Stream.PARAMETERS), 3)
+    sizes = ((inputs, width, 1.0), (width, width, 1.0), (width, NUM_CLASSES, 0.25))
+    params: Params = {}
+    for i, (rows, columns, scale) in enumerate(sizes, start=1):
+        weights = jax.random.normal(keys[i - 1], (rows, columns))
+        params |= {f"w{i}": scale * weights / rows**0.5, f"b{i}": jnp.zeros(columns)}
+    return params
+
+
+def digits(config: NoiseStudyConfig) -> dict[str, Array]:
+    """The training digits of every seed, with a leading axis of seeds; their grey mean is 0."""
+    images, labels = [], []
+    for seed in range(config.seed, config.seed + config.seeds):
+        drawn = data.load("digits", seed=seed)
+        pixels = drawn.train.image.reshape(len(drawn.train.label), -1) / drawn.max_value
+        images.append(pixels - pixels.mean())
+        labels.append(drawn.train.label)
+    return {
+        "x": jnp.asarray(np.stack(images), jnp.float32),
+        "y": jnp.asarray(np.stack(labels), jnp.int32),
+    }
+
+
+def law_of(name: str, config: NoiseStudyConfig, num_examples: int) -> Law:
+    """The law of the weights; that of isotropic noise is GD's, since its noise is added."""
+    n, b = num_examples, config.batch_size
+    match name:
+        case "sgd" | "sgd-other-key":
+            return noise.sgd(n, b, replace=True)  # of covariance S/b, as the others
+        case "cov":
+            return noise.cov(n, b)
+        case "bernoulli":
+            return noise.bernoulli(n, b)
+        case "sparse_cov":
+            return noise.sparse_cov(n, b, support_size=2 * b)
+        case "student_t":
+            return noise.student_t(n, b, degrees_of_freedom=config.degrees_of_freedom)
+        case _:
+            return noise.gd(n)
+
+
+def noise_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
+    """A key of its own for each noise: their draws are independent of each other."""
+    return derive(key, Stream.CASES, _NOISE, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
+def measure_key(key: Key[Array, ""], step: Any) -> Key[Array, ""]:
+    """The key of what is measured at a step, the same for every noise."""
+    return derive(key, Stream.CASES, _MEASURES, step)
+
+
+def isotropic_variance(
+    params: Params, examples: dict[str, Array], batch_size: int
+) -> Float[Array, ""]:
+    """The variance per parameter of isotropic noise with the trace of S/b."""
+    scale = measure.noise_scale(loss.LossVector(losses, examples), params)
+    return jnp.asarray(scale.total.trace.value) / (batch_size * optax.tree.size(params))
+
+
+def isotropic(key: Key[Array, ""], step: Any, like: Params) -> Params:
+    """Independent standard normals, from a stream of their own."""
+    normals: Any = optax.tree.random_like(derive(key, Stream.LANGEVIN, step), like)
+    return normals

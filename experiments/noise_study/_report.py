@@ -1,0 +1,235 @@
+"""The table and the picture of the edge of stochastic stability, from the records alone."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from experiments import figures, tables
+from experiments.decide import statistics
+
+FAMILY = ("cov", "bernoulli", "sparse_cov", "student_t")
+"""The laws with SGD's covariance, in advance: each is compared with SGD in three quantities."""
+QUANTITIES = {
+    "eigenvalue": "largest eigenvalue",
+    "sgd_sharpness": "batch sharpness of SGD there",
+    "own_sharpness": "batch sharpness of the noise itself",
+}
+"""What decides, each in units of 2 / eta."""
+FIELDS = {"step", "noise", "learning_rate", "seeds", "steps", "loss", "sgd_mean_of_ratios"} | set(
+    QUANTITIES
+)
+LABELS = {
+    "gd": "GD",
+    "sgd": "SGD",
+    "sgd-other-key": "SGD, another key",
+    "cov": "M-SGD-Cov",
+    "bernoulli": "M-SGD-Bernoulli",
+    "sparse_cov": "M-SGD-sparse Cov",
+    "student_t": "Student t",
+    "isotropic": "isotropic, same trace",
+}
+# Okabe and Ito's colours, which people with any colour vision can tell apart.
+_COLOURS = dict(
+    zip(
+        LABELS,
+        ("#000000", "#D55E00", "#D55E00", "#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#999999"),
+        strict=True,
+    )
+)
+
+
+def endpoint(line: dict[str, Any], quantity: str) -> Float[np.ndarray, " seeds"]:
+    """The mean over the measurements in the second half of the steps, in units of 2 / eta.
+
+    Of the loss, the last. Not finite for a seed that diverged.
+    """
+    values = np.asarray(line[quantity], float)
+    if quantity == "loss":
+        return values[-1]
+    late = np.asarray(line["steps"]) > line["step"] / 2
+    return values[late].mean(0) * line["learning_rate"] / 2
+
+
+def rows(found: list[dict[str, Any]], rate: float, margin: float) -> list[dict[str, Any]]:
+    """One row for each run: means with intervals, and at `rate` paired differences to SGD.
+
+    Args:
+        found: the records.
+        rate: the learning rate at which noises are compared.
+        margin: of equivalence, in units of 2 / eta.
+    """
+    result = []
+    for line in found:
+        at_same = {other["noise"]: other for other in found
+                   if other["learning_rate"] == line["learning_rate"]}  # fmt: skip
+        row: dict[str, Any] = {
+            "noise": line["noise"],
+            "learning_rate": line["learning_rate"],
+            "diverged": int((~np.isfinite(endpoint(line, "loss"))).sum()),
+            "seeds": len(line["seeds"]),
+            "loss": _mean(endpoint(line, "loss")),
+        }
+        for quantity in (*QUANTITIES, "sgd_mean_of_ratios"):
+            row[quantity] = _mean(endpoint(line, quantity))
+            if line["noise"] != "sgd" and quantity in QUANTITIES and "sgd" in at_same:
+                row[f"{quantity}_to_sgd"] = _compared(line, at_same["sgd"], quantity, margin)
+        result.append(row)
+    _adjust([row for row in result if row["noise"] in FAMILY and row["learning_rate"] == rate])
+    return result
+
+
+def _mean(values: Float[np.ndarray, " seeds"]) -> list[float] | None:
+    """The mean and the half width of its 95 % interval over the seeds that did not diverge."""
+    from scipy import stats
+
+    values = values[np.isfinite(values)]
+    if values.size < 2:
+        return None
+    half = stats.t.ppf(0.975, values.size - 1) * figures.standard_error(values)
+    return [float(values.mean()), float(half)]
+
+
+def _compared(
+    line: dict[str, Any], sgd: dict[str, Any], quantity: str, margin: float
+) -> dict[str, float] | None:
+    values, reference = endpoint(line, quantity), endpoint(sgd, quantity)
+    both = np.isfinite(values) & np.isfinite(reference)
+    if both.sum() < 2:
+        return None
+    difference = statistics.difference(values[both], reference[both])
+    return {
+        "mean": difference.mean,
+        "low": difference.low,
+        "high": difference.high,
+        "p_value": difference.p_value,
+        "p_equivalent": statistics.equivalence(values[both], reference[both], margin),
+    }
+
+
+def _adjust(inside: list[dict[str, Any]]) -> None:
+    """Holm's method over the declared family, differences and equivalences apart."""
+    compared = [row[f"{q}_to_sgd"] for row in inside for q in QUANTITIES if row[f"{q}_to_sgd"]]
+    size = len(FAMILY) * len(QUANTITIES)
+    for name in ("p_value", "p_equivalent"):
+        for one, value in zip(
+            compared, statistics.holm([one[name] for one in compared], size), strict=True
+        ):
+            one[name] = value
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Two tables: where each run stabilised, and how far from SGD, with the verdicts."""
+    means = [
+        [
+            LABELS[row["noise"]],
+            f"{row['learning_rate']:g}",
+            f"{row['seeds'] - row['diverged']} of {row['seeds']}",
+            *(_shown(row[name]) for name in (*QUANTITIES, "sgd_mean_of_ratios")),
+            "-" if row["loss"] is None else f"{row['loss'][0]:.4f}",
+        ]
+        for row in rows
+    ]
+    header = ["noise", "eta", "seeds", "eigenvalue", "SGD's BS there", "own BS",
+              "SGD's, mean of ratios", "loss"]  # fmt: skip
+    differences = [
+        [LABELS[row["noise"]], QUANTITIES[name], *_difference(row[f"{name}_to_sgd"])]
+        for row in rows
+        if row["learning_rate"] == rows[0]["learning_rate"]
+        for name in QUANTITIES
+        if row.get(f"{name}_to_sgd")
+    ]
+    texts = [
+        "Mean over the second half of the steps in units of 2 / eta, with 95 % intervals over seeds"
+        " (BS: batch sharpness, ratio of expectations):",
+        tables.text_table(header, means),
+    ]
+    if differences:
+        texts += [
+            "\nMinus SGD, seed by seed, in units of 2 / eta. p by Holm's method over the declared "
+            "family of covariance laws, not adjusted for the others:",
+            tables.text_table(
+                ["noise", "quantity", "difference", "p", "p of equivalence"], differences, left=2
+            ),
+        ]
+    return "\n".join(texts)
+
+
+def _shown(mean: list[float] | None) -> str:
+    return "-" if mean is None else f"{mean[0]:.3f} ± {mean[1]:.3f}"
+
+
+def _difference(one: dict[str, float]) -> list[str]:
+    interval = f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
+    return [interval, *(_p_value(one[name]) for name in ("p_value", "p_equivalent"))]
+
+
+def _p_value(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
+def draw(found: list[dict[str, Any]], rate: float, path: pathlib.Path) -> None:
+    """Both quantities along training at `rate`, and the endpoint against the learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # also where there is no display
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    for axis, quantity in zip(axes, ("eigenvalue", "own_sharpness"), strict=False):
+        for line in found:
+            if line["learning_rate"] == rate:
+                _along(axis, line, quantity)
+        axis.set_xlabel("iteration")
+        axis.set_title(f"{QUANTITIES[quantity]}, $\\eta$ = {rate:g}", fontsize=10)
+        axis.set_ylabel("in units of $2 / \\eta$")
+    _against_rate(axes[2], found)
+    for axis in axes:
+        axis.axhline(1, color="black", lw=0.8, ls=":")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    seeds = len(found[0]["seeds"])
+    figure.suptitle(
+        f"Digits, squared loss: where training stabilises ({seeds} seeds, 95 % intervals)",
+        fontsize=11,
+    )
+    figures.save(figure, path)
+
+
+def _along(axis: Any, line: dict[str, Any], quantity: str) -> None:
+    values = np.asarray(line[quantity], float) * line["learning_rate"] / 2
+    summaries = [_mean(one) for one in values]
+    kept = [i for i, one in enumerate(summaries) if one is not None]
+    mean, half = np.array([summaries[i] for i in kept]).reshape(-1, 2).T
+    steps, name = np.asarray(line["steps"])[kept], line["noise"]
+    style = "--" if name == "sgd-other-key" else "-"
+    axis.plot(steps, mean, style, color=_COLOURS[name], lw=1.6, label=LABELS[name])
+    if name in ("gd", "sgd", "isotropic"):
+        axis.fill_between(steps, mean - half, mean + half, color=_COLOURS[name], alpha=0.2, lw=0)
+
+
+def _against_rate(axis: Any, found: list[dict[str, Any]]) -> None:
+    """Endpoints of the noises that ran at several learning rates."""
+    for place, name in enumerate(("gd", "sgd", "cov")):
+        lines = sorted((one for one in found if one["noise"] == name),
+                       key=lambda one: one["learning_rate"])  # fmt: skip
+        for quantity, marker, style in (("eigenvalue", "s", ":"), ("own_sharpness", "o", "-")):
+            points = [(one["learning_rate"], _mean(endpoint(one, quantity))) for one in lines]
+            shown = [(x * 1.02 ** (place - 1), *y) for x, y in points if y is not None]
+            if not shown:
+                continue
+            x, mean, half = np.array(shown).T
+            axis.errorbar(x, mean, half, fmt=marker + style, color=_COLOURS[name], markersize=5,
+                          capsize=2, lw=1)  # fmt: skip
+    axis.plot([], [], "ks:", label="largest eigenvalue", markersize=5)
+    axis.plot([], [], "ko-", label="own batch sharpness", markersize=5)
+    axis.legend(fontsize=8, loc="lower right")
+    axis.set_xscale("log")
+    rates = sorted({one["learning_rate"] for one in found})
+    axis.set_xticks(rates, [f"{x:g}" for x in rates])
+    axis.minorticks_off()
+    axis.set_xlabel("learning rate $\\eta$")
+    axis.set_title("second half of training: GD, SGD, M-SGD-Cov", fontsize=10)
