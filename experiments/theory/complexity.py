@@ -55,7 +55,7 @@ class Setting(NamedTuple):
 def settings(config: ComplexityConfig) -> list[Setting]:
     """Affine losses, one loss alone, losses that can be raised one by one, and a net."""
     exact = complexity.Ascent(num_starts=1, num_steps=1)
-    many, n = config.draws, 32
+    many, n = config.theorem1_draws, 32
     spike = (lambda p, batch: batch + 0 * p, jnp.zeros(()), jnp.zeros(8).at[0].set(1.0))
     # sup |sum v_i theta_i^2| over the unit ball is max |v_i|: the class {e_1, ..., e_N}.
     separate = (lambda p, batch: jnp.square(batch @ p), jnp.zeros(n), jnp.eye(n))

@@ -17,7 +17,7 @@ _SDE_PARTS = {"strong_paths": ("strong",), "weak_paths": ("weak",)} | dict.fromk
     ("network",),
 )  # fmt: skip
 _COMPLEXITY_PARTS = (
-    {"draws": ("theorem1",)}
+    {"theorem1_draws": ("theorem1",)}
     | dict.fromkeys(
         ("regularizer_steps", "regularizer_radius", "regularizer_scale"), ("regularizer",)
     )
@@ -132,7 +132,7 @@ class ComplexityConfig:
     Attributes:
         parts: The measurements to make: how tight Theorem 1 is, training with the Rademacher
             regulariser on the digits, and the complexities along training on FashionMNIST.
-        draws: The number of multipliers of each complexity in Theorem 1 where losses are affine;
+        theorem1_draws: The number of multipliers of each complexity in Theorem 1 where losses are affine;
             for the net it is a 300th of that.
         regularizer_steps: The number of iterations of training with the regulariser.
         regularizer_radius: The radius of the regulariser's ball.
@@ -157,7 +157,7 @@ class ComplexityConfig:
     """
 
     parts: tuple[ComplexityPart, ...] = ("theorem1", "regularizer", "trace")
-    draws: int = 20_000
+    theorem1_draws: int = 20_000
     regularizer_steps: int = 1_000
     regularizer_radius: float = 0.1
     regularizer_scale: float | None = None
@@ -186,7 +186,7 @@ class ComplexityConfig:
             raise ValueError(
                 f"regularizer_scale must be finite and at least 0, or None, got {scale}."
             )
-        for name in ("draws", "trace_draws"):
+        for name in ("theorem1_draws", "trace_draws"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}.")
         for name in ("regularizer_steps", "steps", "every", "ascent_steps", "seeds"):

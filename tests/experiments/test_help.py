@@ -21,6 +21,13 @@ def texts(config):
 
 
 @pytest.mark.parametrize("command", CONFIGS)
+def test_no_option_has_the_name_of_what_a_record_says_besides(command):
+    """Such an option would hide it, and the run could not go on."""
+    own = {"command", "draws", "versions", "device"}
+    assert not own & {field.name for field in dataclasses.fields(CONFIGS[command])}
+
+
+@pytest.mark.parametrize("command", CONFIGS)
 def test_help_is_in_sentences(command):
     for name, text in texts(CONFIGS[command]).items():
         words = text.split()

@@ -68,7 +68,7 @@ def test_theorem1_and_the_regulariser(tmp_path, capsys, monkeypatch):
     digits = few_digits()
     monkeypatch.setattr(complexity_experiment.data, "load", lambda *_, **__: digits)
     monkeypatch.setattr(complexity_experiment, "_digits_problems", lambda _: [None, None])
-    cases = complexity_experiment.settings(ComplexityConfig(draws=50))
+    cases = complexity_experiment.settings(ComplexityConfig(theorem1_draws=50))
     chosen = [case for case in cases if case.label in ("affine", "one loss, b = 4")]
     monkeypatch.setattr(complexity_experiment, "settings", lambda _: chosen)
     ways = complexity_experiment.regularizers(ComplexityConfig(batch_size=5), 60)
@@ -142,7 +142,7 @@ def test_every_part_trains_with_the_learning_rate_that_was_asked_for(part, monke
     [
         ({"parts": ()}, "parts must name one or more"),
         ({"algorithms": ("gd", "gd")}, "algorithms must name one or more, each once"),
-        ({"draws": 1}, "draws must be at least 2, got 1"),
+        ({"theorem1_draws": 1}, "theorem1_draws must be at least 2, got 1"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"radius": 0.0}, "radius must be finite and above 0, got 0.0"),
         ({"seed": -1}, "seed must be between 0 and 2.31 - 3, for 3 seeds, got -1"),
