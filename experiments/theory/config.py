@@ -132,8 +132,8 @@ class ComplexityConfig:
     Attributes:
         parts: The measurements to make: how tight Theorem 1 is, training with the Rademacher
             regulariser on the digits, and the complexities along training on FashionMNIST.
-        theorem1_draws: The number of multipliers of each complexity in Theorem 1 where losses are affine;
-            for the net it is a 300th of that.
+        theorem1_draws: The number of multipliers of each complexity in Theorem 1 where losses are
+            affine; for the net it is a 300th of that.
         regularizer_steps: The number of iterations of training with the regulariser.
         regularizer_radius: The radius of the regulariser's ball.
         regularizer_scale: The factor of the regulariser; None stands for the one at which its first
