@@ -23,16 +23,14 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
-from msgd_jax import _laws, _loaders, _mesh, _validate
+from msgd_jax import _laws, _mesh, _validate
 from msgd_jax import loss as loss_lib
+from msgd_jax._loaders import LoaderEnded, batches
 from msgd_jax._typing import Batch, Data, Example, PositiveInt
 from msgd_jax.noise import MNoise
 from msgd_jax.train import StepMetrics, TrainState, step_of
 
 __all__ = ["ArraySource", "BatchSource", "LoaderEnded", "Source", "batches", "make_loop"]
-
-batches = _loaders.batches
-LoaderEnded = _loaders.LoaderEnded
 
 # Steps whose results nobody has waited for: one that runs, one that is ready to.
 _IN_FLIGHT = 2

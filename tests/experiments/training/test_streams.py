@@ -54,7 +54,7 @@ def test_nothing_is_drawn_or_made_of_a_key_but_by_derive(path):
     assert "jax.random import" not in source
     assert "jax import random" not in source
     for name, from_derive in key_calls(source):
-        if path.parent.name == "decide" and name in INSIDE_A_STREAM:
+        if path.parent.name in ("decide", "noise_study") and name in INSIDE_A_STREAM:
             continue
         assert name not in ("split", "fold_in"), path.name
         assert name in NOT_DRAWN or from_derive or path.name in OF_FLAX, (path.name, name)
