@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from msgd_jax._typing import DType, Params, PyTree
@@ -16,6 +17,12 @@ def accumulator(*dtypes: DType) -> jnp.dtype:
     By numpy's rules, so that it works under jax's strict promotion too.
     """
     return functools.reduce(np.promote_types, map(jnp.dtype, dtypes), jnp.dtype("float32"))
+
+
+def wide(values: ArrayLike) -> Array:
+    """An array in float32 or wider."""
+    values = jnp.asarray(values)
+    return values.astype(accumulator(values.dtype))
 
 
 def not_yet(params: Params) -> Float[Array, ""]:

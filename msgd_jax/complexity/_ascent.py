@@ -142,7 +142,7 @@ class Centre(NamedTuple):
     def of(cls, value_and_grad: ValueAndGrad, params: Params) -> "Centre":
         """At `params`, in wide types."""
         value, gradient = value_and_grad(params)
-        return cls(value, widened(gradient))
+        return cls(value, jax.tree.map(_dtypes.wide, gradient))
 
 
 def default_optimizer(num_steps: int) -> optax.GradientTransformation:
@@ -211,7 +211,7 @@ def climb(
         # Evaluation, then move: one copy of the losses to compile, and the last move is not used.
         z, state, peak = carry
         value, gradient = value_and_grad(displaced(params, z, radius))
-        gradient = _times(sign, widened(gradient))
+        gradient = _times(sign, jax.tree.map(_dtypes.wide, gradient))
         value = sign.astype(value.dtype) * value
         norm = optax.tree.norm(gradient)
         missed = jnp.maximum(norm - optax.tree.vdot(gradient, z), 0)
@@ -258,11 +258,6 @@ def direction(tree: Gradients) -> Gradients:
     )
     norm = jnp.where(largest > 0, optax.tree.norm(scaled), 1)
     return jax.tree.map(lambda leaf: leaf / norm.astype(leaf.dtype), scaled)
-
-
-def widened(tree: Gradients) -> Gradients:
-    """Every leaf in float32 or wider."""
-    return jax.tree.map(lambda leaf: leaf.astype(_dtypes.accumulator(leaf.dtype)), tree)
 
 
 def _times(factor: Float[Array, ""], tree: Gradients) -> Gradients:

@@ -136,9 +136,9 @@ def diagonal(losses: loss_lib.LossVector, params: Params, law: CovarianceLaw) ->
         # Of equal eigenvalues (F), they are sums of squares. Else the mean comes first: what is
         # left of a difference of large squares would be rounding.
         if across == along:
-            mean = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+            mean = jax.tree.map(lambda p: jnp.zeros_like(_dtypes.wide(p)), params)
         else:
-            mean = jax.tree.map(lambda g: g.astype(_wide(g)), own.gradient(params))
+            mean = jax.tree.map(_dtypes.wide, own.gradient(params))
 
         def squares(
             gradients: PerExampleGradients, weights: Float[Array, " B"], mean: Gradients
@@ -247,10 +247,6 @@ def _named(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         listed = ", ".join(map(repr, allowed))
         raise ValueError(f"{name} must be one of {listed}, got {_validate.shown(value)}.")
-
-
-def _wide(leaf: Array) -> jnp.dtype:
-    return _dtypes.accumulator(jnp.result_type(leaf))
 
 
 def _product(left: Float[Array, "i j"], right: Float[Array, "j k"]) -> Float[Array, "i k"]:

@@ -104,7 +104,7 @@ def _linear_maps(losses: loss_lib.LossVector, params: Params) -> LinearMaps:
     def losses_of(params: Params) -> Float[Array, " N"]:
         values = losses.loss_vector_fn(params, losses.data)
         _validate.loss_vector(values, losses.num_examples)
-        return values.astype(_dtypes.accumulator(values.dtype))
+        return _dtypes.wide(values)
 
     wide_losses_of, narrow = _narrow.wide_sums(losses_of, params)
     values, forward = jax.linearize(wide_losses_of, params)

@@ -144,7 +144,7 @@ def diagonal_sampler(variances: Float[Array, " D"]) -> GaussianSampler:
             "variances must be a vector of floating-point numbers, got shape "
             f"{jnp.shape(variances)} and dtype {jnp.result_type(variances)}."
         )
-    given, variances = variances, _widen(variances)
+    given, variances = variances, _dtypes.wide(variances)
     _finite("variances", variances)
     if not isinstance(variances, Tracer) and variances.size:
         smallest = float(variances.min())
@@ -320,10 +320,4 @@ def _square(matrix: ArrayLike) -> Float[Array, "D D"]:
     dtype = jnp.result_type(matrix)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"matrix must be floating point, got {dtype}.")
-    return _widen(matrix)
-
-
-def _widen(values: ArrayLike) -> Float[Array, "..."]:
-    """In float32 or wider: factorisations and normals have no use for less."""
-    values = jnp.asarray(values)
-    return values.astype(_dtypes.accumulator(values.dtype))
+    return _dtypes.wide(matrix)

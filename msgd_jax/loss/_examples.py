@@ -127,7 +127,7 @@ def sum_over_examples(
         params: Params, batch: Batch, entries: _walker.Entries, model_state: Any
     ) -> _walker.Terms:
         sums = of_batch(params, batch, entries.values)
-        return _walker.Terms((), jax.tree.map(wide, sums), model_state)
+        return _walker.Terms((), jax.tree.map(_dtypes.wide, sums), model_state)
 
     def total(params: Params, data: Data) -> PyTree:
         def one_each() -> tuple[Array, None]:
@@ -142,18 +142,12 @@ def sum_over_examples(
     return _programs.compiled_if(not one_pass, total)(params, data)
 
 
-def wide(values: Float[Array, "..."]) -> Float[Array, "..."]:
-    """In float32 or wider."""
-    values = jnp.asarray(values)
-    return values.astype(_dtypes.accumulator(values.dtype))
-
-
 def losses_of_batch(
     loss_vector_fn: LossVectorFn, params: Params, batch: Batch
 ) -> Float[Array, " B"]:
     losses = loss_vector_fn(params, batch)
     _validate.loss_vector(losses, _validate.leading_axis("batch", batch))
-    return wide(losses)
+    return _dtypes.wide(losses)
 
 
 def slopes_of_batch(

@@ -201,7 +201,7 @@ class LossVector:
             TypeError, ValueError: if `params` are not floating point, the weights are for another
                 number of examples, or `loss_vector_fn` does not return [B] floating-point losses.
         """
-        return self._value_and_grad(params, self.data, self._weights(weights))
+        return self._value_and_grad(params, self.data, self._weights(params, weights))
 
     def values_and_grads(
         self, params: Params, weights: Weights, *, draws_per_pass: PositiveInt = 1
@@ -230,7 +230,7 @@ class LossVector:
 
     def mean(self, params: Params) -> Float[Array, ""]:
         """The mean loss, in float32 or wider; raises as `value_and_grad`."""
-        return self.value_and_grad(params, self._equal_weights(params))[0]
+        return self._value_and_grad(params, self.data, self._weights(params, None))[0]
 
     def gradient(
         self, params: Params, weights: Weights | Float[Array, " N"] | None = None
@@ -240,8 +240,7 @@ class LossVector:
         Raises:
             TypeError, ValueError: as `value_and_grad`.
         """
-        weights = self._equal_weights(params) if weights is None else weights
-        return self.value_and_grad(params, weights)[1]
+        return self._value_and_grad(params, self.data, self._weights(params, weights))[1]
 
     def slopes(self, params: Params, direction: Gradients) -> Float[Array, " N"]:
         """The derivative of every loss along a direction: the gradient matrix times a vector, [N].
@@ -257,14 +256,17 @@ class LossVector:
         """
         return self._slopes((params, direction), self.data)
 
-    def hessian_product(self, params: Params, direction: Gradients) -> Gradients:
-        """The Hessian of the mean loss times a vector, forward over reverse, like `params`.
+    def hessian_product(
+        self,
+        params: Params,
+        direction: Gradients,
+        weights: Weights | Float[Array, " N"] | None = None,
+    ) -> Gradients:
+        """The Hessian of ``L . weights`` times a vector, like `params`; without, of the mean loss.
 
-        Raises:
-            TypeError, ValueError: as `value_and_grad`.
+        Forward over reverse. Raises as `value_and_grad`.
         """
-        weights = self._weights(self._equal_weights(params))
-        return self._hessian_product(params, self.data, weights, direction)
+        return self._hessian_product(params, self.data, self._weights(params, weights), direction)
 
     def gradient_matrix(self, params: Params) -> PerExampleGradients:
         """The gradient of every example's loss: the paper's nabla L, transposed.
@@ -338,14 +340,13 @@ class LossVector:
 
     # Weights --------------------------------------------------------------------------------------
 
-    def _equal_weights(self, params: Params) -> Float[Array, " N"]:
-        """1/N each, in float32, or in float64 where a parameter is."""
+    def _weights(self, params: Params, weights: Weights | Float[Array, " N"] | None) -> Weights:
+        """These; for None 1/N each, in float32, or in float64 where a parameter is."""
         n = self.num_examples
-        dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
-        return jnp.full(n, 1 / n, _dtypes.accumulator(*dtypes))
-
-    def _weights(self, weights: Weights | Float[Array, " N"]) -> Weights:
-        return _walker.as_weights(weights, self.num_examples)
+        if weights is None:
+            dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+            weights = jnp.full(n, 1 / n, _dtypes.accumulator(*dtypes))
+        return _walker.as_weights(weights, n)
 
     # Programs: of the function alone, for one that held this object would keep it alive -----------
 

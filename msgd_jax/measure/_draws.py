@@ -100,11 +100,7 @@ def draw(
     _, gradients = losses.values_and_grads(
         params, Weights(weights, None, n), draws_per_pass=draws_per_pass
     )
-    dtypes = (_dtypes.accumulator(leaf.dtype) for leaf in jax.tree.leaves(gradients))
-    structure = jax.tree.structure(gradients)
-    wide = jax.tree.map(
-        lambda leaf, dtype: leaf.astype(dtype), gradients, structure.unflatten(dtypes)
-    )
+    wide = jax.tree.map(_dtypes.wide, gradients)
     return Draws(
         jax.tree.map(lambda leaf: leaf[:-1], wide),
         jax.tree.map(lambda leaf: leaf[-1], wide),

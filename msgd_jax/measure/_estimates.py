@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from msgd_jax import _dtypes, _validate
+from msgd_jax import _dtypes
 from msgd_jax import loss as loss_lib
 from msgd_jax._estimate import Estimate
 from msgd_jax._typing import Params, PyTree
@@ -186,9 +186,9 @@ def with_total(parts: list[Float[Array, "*shape"]]) -> Float[Array, "*shape part
     return jnp.stack([*wide, functools.reduce(jnp.add, wide)], axis=-1)
 
 
-def count(name: str, value: Any, minimum: int) -> int:
-    """Returns how many draws, probes or runs there are; raises TypeError or ValueError."""
-    return _validate.positive_int(name, value, minimum=minimum)
+def squared_norms(tree: PyTree) -> Float[Array, " parts"]:
+    """The sum of squares of each leaf, and of all of them behind these."""
+    return with_total([jnp.square(leaf).sum() for leaf in jax.tree.leaves(tree)])
 
 
 def samples(name: str, values: Array, minimum: int) -> int:

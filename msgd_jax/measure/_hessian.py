@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from msgd_jax import _dtypes, _programs, _validate
+from msgd_jax import _dtypes, _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax._estimate import Estimate
 from msgd_jax._typing import Data, Gradients, Params, PositiveInt
@@ -25,7 +25,7 @@ def hessian_product(
     """The map ``v -> H v``, with H the Hessian of the mean loss, or of ``L . weights``.
 
     Forward over reverse: a product costs about three gradients of the examples that have weights,
-    and no D x D matrix. The function that is returned owns its compiled program.
+    and no D x D matrix. `loss.LossVector.hessian_product` at these parameters and weights.
 
     Args:
         losses: the loss vector.
@@ -49,23 +49,7 @@ def hessian_product(
     """
     loss_lib.checked(losses, params)
     params = jax.tree.map(jnp.asarray, params)
-
-    def product(params: Params, data: Data, weights: Any, vector: Gradients) -> Gradients:
-        return _product(losses.replace(data=data), params, weights)(vector)
-
-    program = _programs.compiled_if(True, product)
-    return lambda vector: program(params, losses.data, weights, vector)
-
-
-def _product(
-    losses: loss_lib.LossVector, params: Params, weights: Any
-) -> Callable[[Gradients], Gradients]:
-    """The same, to be traced with what is around it."""
-
-    def gradient(params: Params) -> Gradients:
-        return losses.gradient(params, weights)
-
-    return lambda vector: jax.jvp(gradient, (params,), (vector,))[1]
+    return lambda vector: losses.hessian_product(params, vector, weights)
 
 
 def hessian_operator(
@@ -90,7 +74,8 @@ def hessian_operator(
             "the same as a plain function."
         ) from error
     product = hessian_product(losses, params, weights)
-    structure = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), _arrays(params))
+    params = jax.tree.map(jnp.asarray, params)
+    structure = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(structure)})
     if len(dtypes) > 1:
         raise ValueError(
@@ -142,7 +127,7 @@ def hessian_trace(
             outside of `jax.jit`, a loss or a gradient is not finite.
     """
     loss_lib.checked(losses, params)
-    k = _estimates.count("num_probes", num_probes, 2)
+    k = _validate.positive_int("num_probes", num_probes, minimum=2)
     _validate.one_of("kind", kind, PROBES)
     _validate.prng_key("key", key)
     program = jax.jit(lambda *args: probed(losses, *args, num_probes=k, kind=kind))
@@ -163,11 +148,11 @@ def probed(
     kind: str,
 ) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
     """z^T H z and ``|H z|^2`` of K random z."""
-    product = _product(losses.replace(data=data), params, None)
+    own = losses.replace(data=data)
 
     def one(number: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
         z = _norms.probe(key, number, params, kind)
-        image = product(z)
+        image = own.hessian_product(params, z)
         return dot(z, image), dot(image, image)
 
     return jax.lax.map(one, jnp.arange(num_probes))
@@ -179,7 +164,3 @@ def dot(one: Gradients, other: Gradients) -> Float[Array, ""]:
     dtype = _dtypes.accumulator(*(leaf.dtype for pair in pairs for leaf in pair))
     products = [(a.astype(dtype) * b.astype(dtype)).sum() for a, b in pairs]
     return jnp.stack(products).sum()
-
-
-def _arrays(params: Params) -> Params:
-    return jax.tree.map(jnp.asarray, params)

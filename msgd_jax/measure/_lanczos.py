@@ -222,7 +222,7 @@ def hessian_density(
         TypeError, ValueError: as `hessian_eigenvalues`, or if `num_starts` is below 2.
     """
     loss_lib.checked(losses, params)
-    num_starts = _estimates.count("num_starts", num_starts, 2)
+    num_starts = _validate.positive_int("num_starts", num_starts, minimum=2)
     _validate.prng_key("key", key)
 
     def measured(params: Params, data: Data, key: Key[Array, ""]) -> Ritz:

@@ -11,7 +11,7 @@ from msgd_jax import _laws, _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax._streams import Stream, derive
 from msgd_jax._typing import Gradients, Params, PositiveInt
-from msgd_jax.measure import _estimates, _tails
+from msgd_jax.measure import _tails
 from msgd_jax.noise import MNoise
 
 
@@ -120,7 +120,7 @@ def noise_autocorrelation(
             f"{_validate.shown(steps)}."
         )
     max_lag = _validate.positive_int("max_lag", max_lag, maximum=len(steps) - 1)
-    runs = _estimates.count("num_runs", num_runs, 2)
+    runs = _validate.positive_int("num_runs", num_runs, minimum=2)
     if not 0 <= _validate.real("momentum", momentum) < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
     _validate.prng_key("key", key)

@@ -1,6 +1,6 @@
 """The noise scale of a run, from gradients that the run computes anyway: an optax monitor."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def noise_scale_monitor(
             the law has no noise, no covariance of two numbers or steps that depend on each other,
             a group has more examples than there are, or `decay` is not in (0, 1].
     """
-    k = _estimates.count("num_microbatches", num_microbatches, 2)
+    k = _validate.positive_int("num_microbatches", num_microbatches, minimum=2)
     if (batch_size is None) == (law is None):
         raise ValueError(
             "noise_scale_monitor needs batch_size or law, and not both, got "
@@ -98,10 +98,10 @@ def noise_scale_monitor(
         of_s, of_mean = _draws.moments_of(independent, law.num_examples)
         n = 0
     else:
-        batch_size = _estimates.count("batch_size", batch_size, 1)
+        batch_size = _validate.positive_int("batch_size", batch_size, minimum=1)
         of_s, of_mean, n = 1 / batch_size, 0.0, k * batch_size
         if num_examples is not None:
-            num_examples = _estimates.count("num_examples", num_examples, n)
+            num_examples = _validate.positive_int("num_examples", num_examples, minimum=n)
     if not 0 < _validate.real("decay", decay) <= 1:
         raise ValueError(f"decay must be above 0 and at most 1, got {decay}.")
 
@@ -114,7 +114,7 @@ def noise_scale_monitor(
 
     def init(params: Params) -> NoiseScaleState:
         _validate.floating_params(params)
-        mean = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+        mean = jax.tree.map(lambda p: jnp.zeros_like(_dtypes.wide(p)), params)
         dtype = _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(mean)))
         zeros = jnp.zeros(len(jax.tree.leaves(params)) + 1, dtype)
         none = jnp.zeros((), jnp.int32)
@@ -130,9 +130,7 @@ def noise_scale_monitor(
         del params
         state = _added(state, updates)
         complete = state.inside == k
-        squared = _estimates.with_total(
-            [jnp.square(leaf).sum() for leaf in jax.tree.leaves(state.mean)]
-        )
+        squared = _estimates.squared_norms(state.mean)
         moments = unbiased(state.spread / (k - 1), squared)
         after = _pooled(state, *moments, decay)
         return updates, jax.tree.map(lambda a, b: jnp.where(complete, a, b), after, state)
@@ -214,7 +212,3 @@ def _pooled(state: NoiseScaleState, trace: Array, squared: Array, decay: float) 
         squared=new_squared,
         products=decay * state.products + products,
     )
-
-
-def _wide(leaf: Any) -> Any:
-    return _dtypes.accumulator(jnp.result_type(leaf))

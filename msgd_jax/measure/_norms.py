@@ -85,7 +85,7 @@ def probed_gradient_norms(
             no typed PRNG key.
     """
     loss_lib.checked(losses, params)
-    k = _estimates.count("num_probes", num_probes, 2)
+    k = _validate.positive_int("num_probes", num_probes, minimum=2)
     _validate.prng_key("key", key)
 
     def probed(

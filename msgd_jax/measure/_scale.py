@@ -99,9 +99,9 @@ def noise_scale(
 
     def moments(params: Params, data: Data) -> _estimates.MeanPair:
         own = losses.replace(data=data)
-        mean = jax.tree.map(_wide, own.gradient(params))
+        mean = jax.tree.map(_dtypes.wide, own.gradient(params))
         sums = own.sum_over_gradients(_deviations, params, mean)
-        squared = _estimates.with_total([jnp.square(leaf).sum() for leaf in jax.tree.leaves(mean)])
+        squared = _estimates.squared_norms(mean)
         trace, d2, dc, c2 = (value / n for value in sums)
         if not population:
             zero = jnp.zeros_like(trace)
@@ -157,7 +157,7 @@ def noise_scale_from_draws(
             or, outside of `jax.jit`, a loss or a gradient is not finite.
     """
     loss_lib.checked(losses, params)
-    num_draws = _estimates.count("num_draws", num_draws, 2)
+    num_draws = _validate.positive_int("num_draws", num_draws, minimum=2)
     n = losses.num_examples
     of_s = _draws.moments_of(_draws.independent(law, n), n).of_s
     drawn = _draws.draw(
@@ -174,8 +174,7 @@ def _pair_of_draws(drawn: _draws.Draws, of_s: Scalar) -> _estimates.MeanPair:
     """The trace of S, with the variance of its mean, and ``|g|^2``, per leaf and in total."""
     leaves = jax.tree.leaves(drawn.centred())
     squares = _estimates.with_total([_estimates.of_rows(leaf) for leaf in leaves]) / of_s
-    mean = jax.tree.leaves(drawn.mean_gradient)
-    squared = _estimates.with_total([jnp.square(leaf).sum() for leaf in mean])
+    squared = _estimates.squared_norms(drawn.mean_gradient)
     zero = jnp.zeros_like(squared)
     variance = squares.var(0, ddof=1) / squares.shape[0]
     return _estimates.MeanPair(squares.mean(0), squared, variance, zero, zero)
@@ -220,18 +219,18 @@ def microbatch_moments(
             `sizes` are not positive, not K, or more than `num_examples` together.
     """
     _validate.floating_params(gradients, "gradients")
-    k = _estimates.count(
-        "the leading axis of gradients", _validate.leading_axis("gradients", gradients), 2
+    k = _validate.positive_int(
+        "the leading axis of gradients", _validate.leading_axis("gradients", gradients), minimum=2
     )
     b = np.broadcast_to(np.asarray(sizes), (k,)) if np.ndim(sizes) == 0 else np.asarray(sizes)
     if b.shape != (k,) or not np.issubdtype(b.dtype, np.integer) or (b < 1).any():
         raise ValueError(f"sizes must be one positive integer or {k} of them, got {sizes}.")
     n = int(b.sum())
     if num_examples is not None:
-        num_examples = _estimates.count("num_examples", num_examples, n)
+        num_examples = _validate.positive_int("num_examples", num_examples, minimum=n)
     spread, squared = [], []
     for leaf in jax.tree.leaves(gradients):
-        wide = _wide(leaf)
+        wide = _dtypes.wide(leaf)
         shares = jnp.asarray(b / n, wide.dtype)
         mean = jnp.tensordot(shares, wide, 1)
         spread.append(n * (shares @ _estimates.of_rows(wide - mean[None])) / (k - 1))
@@ -324,8 +323,3 @@ def _deviations(
         slopes.append(2 * jnp.tensordot(deviations, centre, centre.ndim))
     d, c = _estimates.with_total(squares), _estimates.with_total(slopes)
     return tuple(weights.astype(d.dtype) @ term for term in (d, d * d, d * c, c * c))
-
-
-def _wide(leaf: Array) -> Array:
-    leaf = jnp.asarray(leaf)
-    return leaf.astype(_dtypes.accumulator(leaf.dtype))

@@ -91,8 +91,8 @@ def alignment(
             probes.
     """
     loss_lib.checked(losses, params)
-    num_draws = _estimates.count("num_draws", num_draws, 3)
-    num_probes = _estimates.count("num_probes", num_probes, 3)
+    num_draws = _validate.positive_int("num_draws", num_draws, minimum=3)
+    num_probes = _validate.positive_int("num_probes", num_probes, minimum=3)
     n = losses.num_examples
     of_s = _draws.moments_of(_draws.independent(law, n), n).of_s
     _validate.prng_key("key", key)
@@ -117,18 +117,18 @@ def _quadratic(
     losses: loss_lib.LossVector, params: Params, drawn: _draws.Draws
 ) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
     """v^T H v and u^T H u of each draw: v is the noise, u what is left of it across the mean."""
-    product = _hessian.hessian_product(losses, params)
 
-    def typed(vector: Gradients) -> Gradients:
-        return jax.tree.map(lambda v, p: v.astype(jnp.result_type(p)), vector, params)
+    def product(vector: Gradients) -> Gradients:
+        typed = jax.tree.map(lambda v, p: v.astype(jnp.result_type(p)), vector, params)
+        return losses.hessian_product(params, typed)
 
     g = drawn.mean_gradient
-    hg = product(typed(g))
+    hg = product(g)
     along = _hessian.dot(g, hg)
 
     def one(given: tuple[Gradients, Array]) -> tuple[Array, Array]:
         u, total = given
-        across = _hessian.dot(u, product(typed(u)))
+        across = _hessian.dot(u, product(u))
         # v = u + (sum of the weights - 1) g, so that one product does for both.
         excess = (total - 1).astype(along.dtype)
         return across + 2 * excess * _hessian.dot(u, hg) + excess**2 * along, across
@@ -297,7 +297,7 @@ def batch_sharpness(
             `jax.jit`, a loss or a gradient is not finite.
     """
     loss_lib.checked(losses, params)
-    num_draws = _estimates.count("num_draws", num_draws, 2)
+    num_draws = _validate.positive_int("num_draws", num_draws, minimum=2)
     _draws.independent(law, losses.num_examples)
     _validate.prng_key("key", key)
     first = _validate.step(first_step, "first_step")
@@ -310,7 +310,7 @@ def batch_sharpness(
         def one(step: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
             weights = law.sample(key, step)
             gradient = own.gradient(params, weights)
-            image = _hessian.hessian_product(own, params, weights)(gradient)
+            image = own.hessian_product(params, gradient, weights)
             return _hessian.dot(gradient, image), _hessian.dot(gradient, gradient)
 
         return jax.lax.map(one, first + jnp.arange(num_draws, dtype=jnp.int32))

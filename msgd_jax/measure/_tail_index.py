@@ -94,7 +94,7 @@ def block_index(samples: Float[Array, "K *J"], *, block_size: PositiveInt) -> Ta
         TypeError, ValueError: if there are fewer than 2 blocks, or K1 is below 2.
     """
     size = _estimates.samples("samples", samples, 4)
-    k1 = _estimates.count("block_size", block_size, 2)
+    k1 = _validate.positive_int("block_size", block_size, minimum=2)
     blocks = size // k1
     if blocks < 2:
         raise ValueError(

@@ -99,7 +99,7 @@ def noise_projections(
             `num_draws` is below 2, or, outside of `jax.jit`, a loss or a slope is not finite.
     """
     loss_lib.checked(losses, params)
-    num_draws = _estimates.count("num_draws", num_draws, 2)
+    num_draws = _validate.positive_int("num_draws", num_draws, minimum=2)
     _draws.independent(law, losses.num_examples)
     _validate.prng_key("key", key)
     first = _validate.step(first_step, "first_step")
@@ -293,7 +293,7 @@ def gaussianity_test(
             f"samples must be K draws along J directions, [K, J] with K > J + 1, got shape "
             f"{samples.shape}."
         )
-    m = _estimates.count("num_simulations", num_simulations, 39)
+    m = _validate.positive_int("num_simulations", num_simulations, minimum=39)
     _validate.prng_key("key", key)
     k, j = samples.shape
     dtype = _dtypes.accumulator(samples.dtype)

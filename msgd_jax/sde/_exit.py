@@ -165,7 +165,7 @@ def exit_time(
         else:
             advance = _sde(equation.with_data(data), rate_at)
         one_path = _one_path(advance, inside, params, max_steps)
-        return _sweeps.over_paths(one_path, key, num_paths, min(num_paths, _AT_ONCE))
+        return _sweeps.over_paths(one_path, key, num_paths, _AT_ONCE)
 
     found = exits_of_all(params, losses.data, derive(key, Stream.PATHS))
     _check_finite(found)
