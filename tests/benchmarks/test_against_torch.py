@@ -208,6 +208,7 @@ def test_time_that_is_up_leaves_out_and_says_so(capsys, tmp_path):
     assert time.monotonic() - start < 120
 
 
+@pytest.mark.slow
 def test_the_plain_step_in_microbatches_is_the_plain_step():
     from benchmarks import step_overhead
     from msgd_jax import train

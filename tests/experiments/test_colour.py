@@ -88,6 +88,7 @@ def test_cifar10_with_batch_norm_goes_on_as_if_it_had_not_been_stopped(
         assert json.loads(before)["test_loss"] == json.loads(after)["test_loss"]
 
 
+@pytest.mark.slow
 def test_svhn_from_the_command_line(files, one_block, tmp_path):
     path = tmp_path / "run"
     main(["train", "--dataset", "svhn", "--model", "resnet18", "--width", "4", "--data-dir",

@@ -138,6 +138,7 @@ def fashion_mnist_or_skip():
         pytest.skip(f"real images needed: {error}")
 
 
+@pytest.mark.slow
 def test_fashion_mnist_with_the_papers_setting(tmp_path):
     """Appendix B.1 from the command line, shortened to ten steps."""
     fashion_mnist_or_skip()

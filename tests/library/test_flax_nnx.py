@@ -49,6 +49,7 @@ def test_a_plain_net_has_the_losses_of_its_module():
     assert loss.check(net.loss_vector_fn, net.params, DATA, KEY) is None
 
 
+@pytest.mark.slow
 def test_extra_outputs_are_averaged_and_may_come_with_keys_of_the_loss():
     def noisy(model, example, key):
         logits = model(example["x"] + 0.1 * jax.random.normal(key, (3,)))

@@ -32,6 +32,7 @@ def run(out, *arguments):
     return json.loads((out / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_trace_of_the_digits(tmp_path, capsys, monkeypatch):
     """Complexities at both ends of a short run: in range, in table, record and picture."""
     from matplotlib import image

@@ -112,6 +112,7 @@ class TestAgainstClosedForms:
         assert short.gap.max() > 10 * long.gap.max()
         assert (np.asarray(long.last_gain) < 1e-3).all()
 
+    @pytest.mark.slow
     def test_another_optimizer(self):
         """Plain gradient ascent in place of normalised steps ends at the same height."""
         problem = (quadratic_losses, jnp.zeros(4), on_device(examples(6)), gaussian(6))

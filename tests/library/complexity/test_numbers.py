@@ -156,6 +156,7 @@ def test_a_constant_that_rounds_no_loss_changes_nothing_at_all(size, replace):
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
+@pytest.mark.slow
 def test_small_multipliers_have_small_complexities(scale):
     """R of c V is c R of V, however small c: what is no rounding counts."""
 

@@ -213,6 +213,7 @@ def test_sorted_data_are_as_good_as_shuffled_data(name):
     assert second.mean() > 90
 
 
+@pytest.mark.slow
 def test_the_order_of_sorted_data_ruins_batch_norm():
     """The same weights in the order of the data: each ghost batch is of one class."""
     law = noise.cov(300, 30)

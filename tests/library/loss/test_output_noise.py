@@ -103,6 +103,7 @@ def test_covariance_is_that_of_the_cotangents(name, law):
     assert abs(size.mean() - 1.21 * np.trace(expected)) > 2 * Z * error
 
 
+@pytest.mark.slow
 def test_the_losses_are_what_they_were():
     for loss_of_outputs, cotangents, _ in CASES.values():
         noisy = loss.with_output_noise(outputs_fn, loss_of_outputs, cotangents)

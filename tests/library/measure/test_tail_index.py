@@ -26,6 +26,7 @@ def test_hill_of_worked_samples():
         assert found.estimate.value == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_hill_beside_its_value_for_gaussians():
     for share, wanted in ((2000, 4.717482130), (1000, 5.998456720), (200, 9.004106013)):
         found = measure.hill_index(projections(noise.fisher(N, 8)).noise[:, 0], num_top=share)
@@ -55,6 +56,7 @@ def test_blocks_of_worked_samples():
     [(noise.cov(N, 8), 2.0, 2.0), (noise.sgd(N, 1), 1.6095, 2.0524)],
     ids=["cov", "sgd, b = 1"],
 )
+@pytest.mark.slow
 def test_the_block_estimator_sees_heavy_tails_in_bounded_noise_and_says_so(law, vector, scalar):
     """The limits without tails as checked (1.6095 for SGD of batch size 1), the estimates there."""
     losses, params = problem()

@@ -131,6 +131,7 @@ def test_strong_order_one_under_schedules(shape):
     assert wrong.standard_error < 0.05
 
 
+@pytest.mark.slow
 def test_the_constant_rate_is_no_approximation_of_the_scheduled_sde():
     """Near miss: training at eta, on the same path, stays far from the SDE of the schedule."""
     eta = 0.05

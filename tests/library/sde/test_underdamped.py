@@ -142,6 +142,7 @@ def order(name):
     return sde.ErrorSweep(np.array(ETAS), errors, spreads, 199).order
 
 
+@pytest.mark.slow
 def test_strong_order_one_half_in_eta():
     """Order 1 in the time step sqrt(eta). Standard error about 0.01: z < 4 around 0.5."""
     measured = order("right")
