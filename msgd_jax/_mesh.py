@@ -98,15 +98,26 @@ def spread(function: Callable[..., Any], sharding: NamedSharding | None) -> Call
     return jax.jit(function, out_shardings=layout)
 
 
+def everywhere(function: Callable[..., Any], sharding: NamedSharding) -> Callable[..., Any]:
+    """`function` with its results whole on every device, and computed there."""
+    layout = NamedSharding(sharding.mesh, PartitionSpec())
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        function = jax.sharding.auto_axes(function, out_sharding=layout)
+    return jax.jit(function, out_shardings=layout)
+
+
 def summed(
-    terms_of: Callable[..., tuple[PyTree, ModelState, PyTree]], sharding: NamedSharding | None
+    terms_of: Callable[..., tuple[PyTree, ModelState, PyTree]],
+    sharding: NamedSharding | None,
+    layout: Callable[[PyTree, NamedSharding], PyTree],
 ) -> Callable[..., tuple[PyTree, ModelState, PyTree]]:
     """Adds up ``terms_of(params, examples, model_state, keys)`` over the devices.
 
-    That is ``(terms, model_state, arrays)``. Parameters come whole along the mesh axes of the
-    examples, and stay as they are along the others. The sum of the terms, in float32 or wider, is
-    the one reduction; statistics are averaged with it. The arrays stay on their devices, an axis of
-    devices in front.
+    That is ``(terms, model_state, arrays)``. ``layout(examples, sharding)`` says how the leaves of
+    the examples are spread, a prefix of their tree. Parameters come whole along the mesh axes of
+    the examples, and stay as they are along the others. The sum of the terms, in float32 or wider,
+    is the one reduction; statistics are averaged with it. The arrays stay on their devices, an axis
+    of devices in front.
     """
     if sharding is None:
         return terms_of
@@ -121,13 +132,13 @@ def summed(
         return jax.lax.psum(terms, names), model_state, jax.tree.map(lambda x: x[None], arrays)
 
     everywhere, parts = PartitionSpec(), PartitionSpec(sharding.spec[0])
-    places = (everywhere, parts, everywhere, everywhere)
-    on_parts = _on_parts(of_part, sharding, places, (everywhere, everywhere, parts))
 
     def total(
         params: Params, examples: PyTree, model_state: ModelState, keys: Any
     ) -> tuple[PyTree, ModelState, PyTree]:
         params, model_state = _whole(sharding, (params, model_state))
+        places = (everywhere, layout(examples, sharding), everywhere, everywhere)
+        on_parts = _on_parts(of_part, sharding, places, (everywhere, everywhere, parts))
         return on_parts(params, examples, model_state, keys)
 
     return jax.jit(total)
@@ -177,7 +188,12 @@ def _on_parts(
 
 def like(leaf: Any, value: Array) -> Array:
     """`value` in the dtype of `leaf`, and in its layout where that is part of its type."""
-    value = value.astype(jnp.result_type(leaf))
+    dtype = jnp.result_type(leaf)
+    if value.dtype == jnp.float32 and jnp.finfo(dtype).bits < 32:
+        # Changes nothing, but XLA moves the cast through the reduction before it, which would then
+        # add up in the narrow type on TPUs. It does not move this.
+        value = jax.lax.reduce_precision(value, exponent_bits=8, mantissa_bits=23)
+    value = value.astype(dtype)
     layout = jax.typeof(leaf).sharding
     if layout.mesh.empty or AxisType.Explicit not in layout.mesh.axis_types:
         return value

@@ -21,7 +21,7 @@ from msgd_jax._typing import (
     PyTree,
     Step,
 )
-from msgd_jax.loss import _outputs, _walker
+from msgd_jax.loss import _outputs, _walker, _weights
 from msgd_jax.loss._outputs import Constants, Outputs, Takes
 from msgd_jax.noise import Weights
 
@@ -151,6 +151,24 @@ def at_drawn(
 
     total = _walker.sums(one_batch, microbatch_size, sharding)
 
+    def needs_runs(
+        held: tuple[Params, list[Constants]], data: Data, moving: ModelState, keys: _walker.Keys
+    ) -> bool:
+        """Whether the number of runs has to be known: of ghost batches, of stacked arrays."""
+        if takes.has_state and (jax.tree.leaves(moving) or not held[1]):
+            return True
+        if not takes.has_aux:
+            return False
+        one = jnp.zeros(1, jnp.int32)
+
+        def of_one(data: Data) -> PyTree:
+            entries = _walker.Entries(
+                jnp.zeros(1), _walker.keys_of_examples(keys.losses)(one), None
+            )
+            return one_batch(held, _walker.take(data, one), entries, moving).stacked
+
+        return bool(jax.tree.leaves(jax.eval_shape(of_one, data)))
+
     def value_and_grad(
         params: Params,
         data: Data,
@@ -164,17 +182,18 @@ def at_drawn(
 
         def checked(*args: Any) -> tuple[Array, Array | None]:
             weights = draw(*args)
-            _walker.check_weights(weights, data_size, sharding, read=read)
+            _weights.check(weights, data_size, sharding, read=read)
             indices = None if weights.indices is None else jnp.asarray(weights.indices)
             return jnp.asarray(weights.values), indices
 
-        examples = _walker.weighted_examples(
-            data, checked, tuple(args), sharding,
-            read=read, numbered=takes.has_keys or reports_weights, marked=takes.has_aux,
-        )  # fmt: skip
         # Constants go where the parameters go: into each micro-batch as they are, to all devices.
         moving, constants = _outputs.without_constants(model_state)
         held = (params, constants)
+        examples = _walker.weighted_examples(
+            data, checked, tuple(args), sharding,
+            read=read, numbered=takes.has_keys or reports_weights, marked=takes.has_aux,
+            equal_parts=sharding is not None and needs_runs(held, data, moving, keys),
+        )  # fmt: skip
         ((value, sums), grads), moving, stacked = total(held, examples, moving, keys)
         model_state = _outputs.with_constants(moving, constants)
         grads = like(params, grads)

@@ -21,7 +21,7 @@ from msgd_jax._typing import (
     PositiveInt,
     PyTree,
 )
-from msgd_jax.loss import _drawn, _outputs, _walker
+from msgd_jax.loss import _drawn, _outputs, _walker, _weights
 
 
 def per_example(
@@ -121,7 +121,7 @@ def sum_over_examples(
     microbatch_size = _drawn.check_arguments(of_batch, microbatch_size, sharding)
     length = _validate.leading_axis("data", data)
     size = length if num_examples is None else int(num_examples)
-    _walker.check_length(size, length, sharding)
+    _weights.check_length(size, length, sharding)
 
     def one_batch(
         params: Params, batch: Batch, entries: _walker.Entries, model_state: Any

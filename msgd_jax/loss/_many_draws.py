@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from msgd_jax import _dtypes, _narrow, _programs, _validate
 from msgd_jax._typing import Batch, Data, Gradients, LossVectorFn, ModelState, Params, PositiveInt
-from msgd_jax.loss import _drawn, _outputs, _walker
+from msgd_jax.loss import _drawn, _outputs, _walker, _weights
 from msgd_jax.noise import Weights
 
 
@@ -92,7 +92,7 @@ def weighted_values_and_grads(
         params: Params, data: Data, weights: Weights
     ) -> tuple[Float[Array, " draws"], Gradients]:
         _validate.floating_params(params)
-        _walker.check_weights(weights, _validate.leading_axis("data", data), sharding, stacked=True)
+        _weights.check(weights, _validate.leading_axis("data", data), sharding, stacked=True)
 
         leaves, made_of = jax.tree.flatten(weights)
 

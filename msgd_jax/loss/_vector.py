@@ -22,7 +22,7 @@ from msgd_jax._typing import (
     PyTree,
     ValueAndGradOfData,
 )
-from msgd_jax.loss import _drawn, _fixed_keys, _gradients, _many_draws, _outputs, _walker
+from msgd_jax.loss import _drawn, _fixed_keys, _gradients, _many_draws, _outputs, _walker, _weights
 from msgd_jax.loss._examples import (
     gradients_of_batch,
     losses_of_batch,
@@ -122,7 +122,7 @@ class LossVector:
         length = _validate.leading_axis("data", data)
         if num_examples is not None:
             num_examples = _validate.positive_int("num_examples", num_examples)
-            _walker.check_length(num_examples, length, sharding)
+            _weights.check_length(num_examples, length, sharding)
         takes = _outputs.Takes(has_keys=key is not None)
         _outputs.check_takes(loss_vector_fn, takes, f"key={'...' if takes.has_keys else None} says")
         if key is not None:
@@ -346,7 +346,7 @@ class LossVector:
         if weights is None:
             dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
             weights = jnp.full(n, 1 / n, _dtypes.accumulator(*dtypes))
-        return _walker.as_weights(weights, n)
+        return _weights.as_weights(weights, n)
 
     # Programs: of the function alone, for one that held this object would keep it alive -----------
 

@@ -6,24 +6,31 @@ Everything that is computed of many examples goes through here, by one of two fu
 * `maps` puts together what they give for each example ([N, ...]).
 
 Both take the examples in runs of `microbatch_size`, on each device those that it holds, and fill
-up the last run from the first examples: real ones, at which every loss is as finite as elsewhere.
-In a sum these count at weight 0, and of a map they are cut off. What is walked is positions and
-weights; data are gathered run by run and never copied.
+up the last run with examples of other runs: real ones, at which every loss is as finite as
+elsewhere. In a sum these count at weight 0, and of a map they are cut off. What is walked is
+positions and weights; data are read run by run and never copied:
+
+* in the order they are in as slices, for compilers of accelerators lay out anew whatever is
+  gathered from, which is all examples (`optax.microbatching` deals examples out like cards, and
+  its micro-batches are no slices);
+* listed or shuffled ones by gathering;
+* listed ones that are spread over devices where they are, by the device that holds them (`_held`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from msgd_jax import _dtypes, _mesh, _validate
 from msgd_jax._streams import of_examples, repeated
 from msgd_jax._typing import Batch, Data, ModelState, Params, PyTree
-from msgd_jax.noise import Weights, permute
+from msgd_jax.loss import _held
+from msgd_jax.noise import permute
 
 
 class Keys(NamedTuple):
@@ -89,12 +96,15 @@ def weighted_examples(
     read: bool = False,
     numbered: bool = False,
     marked: bool = False,
+    equal_parts: bool = True,
 ) -> WeightedExamples:
-    """The data and the weights ``values, indices = weights_of(*args)``, in equal parts if spread.
+    """The data and the weights ``values, indices = weights_of(*args)``, in parts if spread.
 
     What draws the weights belongs into `weights_of`: then each device draws its part only. With
     `read`, the data are the examples that the indices list, and nothing else. `numbered` and
-    `marked` ask for `numbers` and `real`.
+    `marked` ask for `numbers` and `real`. Spread examples that are listed are sent to where their
+    weights are, in equal parts; or, without `equal_parts`, stay where they are, and their weights
+    are drawn on every device.
     """
 
     def in_equal_parts(data: Data, *args: Any) -> WeightedExamples:
@@ -119,7 +129,17 @@ def weighted_examples(
             data = _fill_up(data, missing)
         return WeightedExamples(data, None, _mesh.fill_zeros(values, missing), numbers, real)
 
-    return _mesh.spread(in_equal_parts, sharding)(data, *args)
+    def where_they_are() -> WeightedExamples:
+        values, indices = _mesh.everywhere(weights_of, sharding)(*args)
+        indices = indices.astype(jnp.int32)
+        missing = _mesh.missing(_validate.leading_axis("data", data), sharding)
+        filled = _mesh.spread(functools.partial(_fill_up, missing=missing), sharding)(data)
+        real = jnp.ones(values.shape, bool) if marked else None
+        return WeightedExamples(filled, indices, values, indices if numbered else None, real)
+
+    if sharding is None or read or equal_parts or jax.eval_shape(weights_of, *args)[1] is None:
+        return _mesh.spread(in_equal_parts, sharding)(data, *args)
+    return where_they_are()
 
 
 def sums(
@@ -137,22 +157,41 @@ def sums(
     def terms_of(
         params: Params, examples: WeightedExamples, model_state: ModelState, keys: Keys
     ) -> tuple[tuple[PyTree, PyTree], ModelState, PyTree]:
-        keys_of = _keys_of_examples(keys.losses)
+        keys_of = keys_of_examples(keys.losses)
         support = examples.values.shape[0]
-        if microbatch_size is None or microbatch_size >= support:
-            batch = take(examples.data, examples.indices)
-            entries = Entries(examples.values, keys_of(examples.numbers), examples.real)
-            terms = one_batch(params, batch, entries, model_state)
+
+        def of_run(params: Params, run: WeightedExamples, model_state: ModelState) -> Terms:
+            batch = take(run.data, run.indices)
+            entries = Entries(run.values, keys_of(run.numbers), run.real)
+            return one_batch(params, batch, entries, model_state)
+
+        if sharding is not None and examples.indices is not None:
+
+            def add(params: Params, terms: Terms, run: WeightedExamples) -> Terms:
+                return _plus(terms, of_run(params, run, model_state))
+
+            zero = lambda run: _zero(of_run, params, run, model_state)  # noqa: E731
+            terms = _held.total(add, zero, params, examples, microbatch_size, sharding)
+        elif microbatch_size is None or microbatch_size >= support:
+            terms = of_run(params, examples, model_state)
             terms = terms._replace(stacked=jax.tree.map(lambda x: x[None], terms.stacked))
         else:
-            examples = _in_order(examples, keys.order, sharding)
-            terms = _accumulate(one_batch, params, examples, keys_of, model_state, microbatch_size)
+            run_of, num_runs = _runs(examples, keys.order, model_state, microbatch_size, sharding)
+            terms = _accumulate(of_run, params, run_of, num_runs, model_state)
         return (terms.value, terms.grads), terms.model_state, terms.stacked
 
-    return _mesh.summed(terms_of, sharding)
+    return _mesh.summed(terms_of, sharding, _layout)
 
 
-def _keys_of_examples(
+def _layout(examples: WeightedExamples, sharding: NamedSharding) -> PyTree:
+    """Of listed examples the data alone are spread, all else is the same on every device."""
+    parts, everywhere = PartitionSpec(sharding.spec[0]), PartitionSpec()
+    if examples.indices is None:
+        return parts
+    return jax.tree.map(lambda _: everywhere, examples)._replace(data=parts)
+
+
+def keys_of_examples(
     key: Key[Array, ""] | None,
 ) -> Callable[[Int[Array, " B"] | None], Key[Array, " B"] | None]:
     """The keys of a batch from the numbers of its examples: never those of all at once."""
@@ -173,10 +212,12 @@ def maps(
         size = _validate.leading_axis("data", data)
         if microbatch_size is None or microbatch_size >= size:
             return one_batch(params, data)
-        positions = _filled_up(jnp.arange(size, dtype=jnp.int32), microbatch_size)
-        runs = positions.reshape(-1, microbatch_size)
-        found = jax.lax.map(lambda run: one_batch(params, take(data, run)), runs)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], found)
+        starts = jnp.minimum(jnp.arange(0, size, microbatch_size), size - microbatch_size)
+        cut = functools.partial(_slice, size=microbatch_size)
+        found = jax.lax.map(lambda start: one_batch(params, cut(data, start)), starts)
+        seen = -size % microbatch_size  # of the last run, which starts so much earlier
+        ends = lambda x: [x[:-1].reshape(-1, *x.shape[2:]), x[-1, seen:]]  # noqa: E731
+        return jax.tree.map(lambda x: jnp.concatenate(ends(x)), found)
 
     mapped = _mesh.mapped(of_part, sharding)
 
@@ -187,6 +228,45 @@ def maps(
         return jax.tree.map(lambda x: _mesh.cut(x, num_examples), mapped(params, data))
 
     return of_all
+
+
+def _runs(
+    examples: WeightedExamples,
+    order: Key[Array, ""] | None,
+    model_state: ModelState,
+    microbatch_size: int,
+    sharding: NamedSharding | None,
+) -> tuple[Callable[[Int[Array, ""]], WeightedExamples], int]:
+    """The examples of run k, as a function of k, and how many runs there are."""
+    support = examples.values.shape[0]
+    missing = -support % microbatch_size
+    num_runs = (support + missing) // microbatch_size
+    cut = functools.partial(_slice, size=microbatch_size)
+
+    if order is None and examples.indices is None and not jax.tree.leaves(model_state):
+
+        def slices(k: Int[Array, ""]) -> WeightedExamples:
+            # The last run starts earlier, and what it has in common with the one before is seen.
+            seen = jnp.maximum(k * microbatch_size - (support - microbatch_size), 0)
+            run = cut(examples, k * microbatch_size - seen)
+            if missing == 0:
+                return run
+            new = jnp.arange(microbatch_size) >= seen
+            draws = (1,) * (run.values.ndim - 1)
+            values = jnp.where(new.reshape(-1, *draws), run.values, 0)
+            return run._replace(values=values, real=None if run.real is None else run.real & new)
+
+        return slices, num_runs
+
+    # Whole runs: examples are filled up from the first ones, weights with zeros.
+    examples = _in_order(examples, order, sharding)
+    repeat = lambda x: jnp.concatenate([x, x[:missing]])  # noqa: E731
+    indices, numbers = jax.tree.map(repeat, (examples.indices, examples.numbers))
+    zeros = lambda x: _mesh.fill_zeros(x, missing)  # noqa: E731
+    values, real = jax.tree.map(zeros, (examples.values, examples.real))
+    filled = WeightedExamples((), indices, values, numbers, real)
+    of_run = lambda k: cut(filled, k * microbatch_size)  # noqa: E731
+    return lambda k: of_run(k)._replace(data=examples.data), num_runs
 
 
 def _in_order(
@@ -206,71 +286,43 @@ def _in_order(
 
 
 def _accumulate(
-    one_batch: Callable[..., Terms],
+    of_run: Callable[[Params, WeightedExamples, ModelState], Terms],
     params: Params,
-    examples: WeightedExamples,
-    keys_of: Callable[[Int[Array, " B"] | None], Key[Array, " B"] | None],
+    run_of: Callable[[Int[Array, ""]], WeightedExamples],
+    num_runs: int,
     model_state: ModelState,
-    microbatch_size: int,
 ) -> Terms:
-    """Sums `one_batch` over micro-batches in order, the statistics threaded through."""
-    # Whole runs: examples are filled up from the first ones, weights with zeros.
-    data, missing = examples.data, -examples.values.shape[0] % microbatch_size
-    repeat = lambda x: _filled_up(x, microbatch_size)  # noqa: E731
-    zeros = lambda x: _mesh.fill_zeros(x, missing)  # noqa: E731
-    filled = (
-        *jax.tree.map(repeat, (examples.indices, examples.numbers)),
-        *jax.tree.map(zeros, (examples.values, examples.real)),
+    """Sums `of_run` over the runs in order, the statistics threaded through."""
+
+    def add(terms: Terms, k: Int[Array, ""]) -> tuple[Terms, PyTree]:
+        new = of_run(params, run_of(k), terms.model_state)
+        return _plus(terms, new), new.stacked
+
+    runs = jnp.arange(num_runs, dtype=jnp.int32)
+    zero = _zero(of_run, params, jax.eval_shape(run_of, runs[0]), model_state)
+    terms, stacked = jax.lax.scan(add, zero, runs)
+    return terms._replace(stacked=stacked)
+
+
+def _zero(
+    of_run: Callable[..., Terms], params: Params, run: PyTree, model_state: ModelState
+) -> Terms:
+    """No terms yet: totals are float32 or wider, whatever the micro-batches give."""
+    shapes = jax.eval_shape(of_run, params, run, model_state)
+    value, grads = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, _dtypes.accumulator(x.dtype)), (shapes.value, shapes.grads)
     )
-    runs = jax.tree.map(lambda x: _for_microbatching(x, microbatch_size), filled)
-    num_runs = (examples.values.shape[0] + missing) // microbatch_size
+    return Terms(value, grads, model_state)
 
-    def of_run(run: PyTree, model_state: ModelState) -> Terms:
-        indices, numbers, values, real = run
-        entries = Entries(values, keys_of(numbers), real)
-        return one_batch(params, take(data, indices), entries, model_state)
 
-    def add(terms: Any, run: PyTree, index: Any) -> Terms:
-        new = of_run(run, terms.model_state)
-        value, grads = jax.tree.map(
-            lambda total, term: total + term.astype(total.dtype),
-            (terms.value, terms.grads),
-            (new.value, new.grads),
-        )
-        stacked = jax.tree.map(lambda all, x: all.at[index].set(x), terms.stacked, new.stacked)
-        return Terms(value, grads, new.model_state, stacked)
-
-    def zero(run: PyTree) -> Terms:
-        # Totals are float32 or wider, whatever the micro-batches give.
-        shapes = jax.eval_shape(of_run, run, model_state)
-        value, grads = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, _dtypes.accumulator(x.dtype)), (shapes.value, shapes.grads)
-        )
-        stacked = jax.tree.map(lambda x: jnp.zeros((num_runs, *x.shape), x.dtype), shapes.stacked)
-        return Terms(value, grads, model_state, stacked)
-
-    accumulator = optax.microbatching.Accumulator(
-        init=zero, update=add, finalize=lambda terms: terms, aggregate=lambda terms: terms
+def _plus(terms: Terms, new: Terms) -> Terms:
+    """The totals with those of one more run, and the statistics after it."""
+    value, grads = jax.tree.map(
+        lambda total, term: total + term.astype(total.dtype),
+        (terms.value, terms.grads),
+        (new.value, new.grads),
     )
-    walk = optax.microbatching.microbatch(
-        lambda *run: run, argnums=(0, 1, 2, 3), microbatch_size=microbatch_size,
-        accumulator=accumulator,
-    )  # fmt: skip
-    return walk(*runs)
-
-
-def _filled_up(positions: Int[Array, " size"], microbatch_size: int) -> Int[Array, " filled"]:
-    """Positions in whole micro-batches: the last one is filled up with the first positions."""
-    return jnp.concatenate([positions, positions[: -positions.shape[0] % microbatch_size]])
-
-
-def _for_microbatching(values: Shaped[Array, "size *rest"], microbatch_size: int) -> Array:
-    """Orders entries so that optax's micro-batch k holds its k-th run of consecutive entries.
-
-    `optax.microbatching` deals entries out like cards (column-major), to keep shardings in place.
-    """
-    runs = values.reshape(-1, microbatch_size, *values.shape[1:])
-    return runs.swapaxes(0, 1).reshape(values.shape)
+    return Terms(value, grads, new.model_state)
 
 
 def _fill_up(data: Data, missing: int) -> Data:
@@ -285,71 +337,7 @@ def take(data: Data, indices: Int[Array, " size"] | None) -> Batch:
     return jax.tree.map(lambda x: jnp.take(x, indices, axis=0, mode="clip"), data)
 
 
-def check_length(num_examples: int, length: int, sharding: NamedSharding | None) -> None:
-    """Raises ValueError unless data of this length are so many examples, filled up or not."""
-    filled = num_examples + _mesh.missing(num_examples, sharding)
-    if length not in (num_examples, filled):
-        raise ValueError(
-            f"num_examples must be the length of the data, {length}, before they were filled up "
-            f"for the devices, got {num_examples}."
-        )
-
-
-def as_weights(weights: Weights | Array, num_examples: int) -> Weights:
-    """What stands for weights, as weights of so many examples; their shape is checked later."""
-    if not isinstance(weights, Weights):
-        if not hasattr(weights, "shape") or not hasattr(weights, "dtype"):
-            raise TypeError(
-                "weights must be a noise.Weights or an array of one weight per example, got "
-                f"{_validate.shown(weights)}."
-            )
-        if not jnp.issubdtype(weights.dtype, jnp.floating):
-            raise TypeError(f"weights must be floating point, got {weights.dtype}.")
-        weights = Weights(jnp.asarray(weights), None, num_examples)
-    if weights.num_examples != num_examples:
-        raise ValueError(
-            f"weights are for num_examples = {weights.num_examples}, but the data have "
-            f"{num_examples} examples."
-        )
-    return weights
-
-
-def check_weights(
-    weights: Weights,
-    data_size: int,
-    sharding: NamedSharding | None,
-    stacked: bool = False,
-    read: bool = False,
-) -> None:
-    """Raises TypeError or ValueError unless these are weights of the data, or a stack of such.
-
-    With `read`, the data are the examples that the weights list.
-    """
-    if not isinstance(weights, Weights):
-        raise TypeError(f"weights must be a noise.Weights, got {type(weights).__name__}.")
-    num_examples = weights.values.shape[-1] if read else weights.num_examples
-    filled = num_examples + _mesh.missing(num_examples, sharding)
-    if data_size not in (num_examples, filled):
-        or_filled = f" ({filled} when filled up for its devices)" if filled > num_examples else ""
-        hint = (
-            f" Weights for a batch that a loader drew from {num_examples} examples are draws of "
-            f"noise.batch_cov({num_examples}, batch_size).of({data_size}), or of batch_fisher's."
-        )
-        raise ValueError(
-            f"weights are for num_examples = {num_examples}{or_filled}, but data has {data_size} "
-            f"examples on its leading axis.{hint if data_size < num_examples else ''}"
-        )
-    shape, indices = weights.values.shape, weights.indices
-    dims, draws = (2, "(draws, ") if stacked else (1, "(")
-    if indices is None and (len(shape) != dims or shape[-1] != num_examples):
-        comma = "" if stacked else ","
-        raise ValueError(
-            f"weights.values must have shape {draws}{num_examples}{comma}), one for each example, "
-            f"got {shape}."
-        )
-    if indices is not None and (len(shape) != dims or indices.shape != shape):
-        kind = "stacks of vectors" if stacked else "vectors"
-        raise ValueError(
-            f"weights.values and weights.indices must be {kind} of the same length, "
-            f"got shapes {shape} and {indices.shape}."
-        )
+def _slice(tree: PyTree, start: Int[Array, ""], size: int) -> PyTree:
+    """So many entries from a place on, of all leaves."""
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size)  # noqa: E731
+    return jax.tree.map(cut, tree)

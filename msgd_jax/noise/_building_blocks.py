@@ -79,12 +79,21 @@ def centre_symmetric(values: Float[Array, " size"]) -> Float[Array, " size"]:
     """
     size = values.shape[0]
     fractional_bits = _fractional_bits(values)
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(values)))
-    unit = jnp.ldexp(jnp.ones((), values.dtype), exponent - fractional_bits)
+    unit = _power_of_two_above(jnp.max(jnp.abs(values))) * 2.0**-fractional_bits
     counts = values / unit  # exact: a power of two
     rest = (counts - jnp.round(counts)) * 2.0**fractional_bits
     total = _rounded_sum(counts) + _rounded_sum(rest) * 2.0**-fractional_bits
     return values - total * (unit / size)
+
+
+def _power_of_two_above(value: Float[Array, ""]) -> Float[Array, ""]:
+    """The smallest power of two above a value, by the exponent of the float32 next to it.
+
+    That may be rounded up to a power of two. (TPUs have no exponents of float64.)
+    """
+    _, exponent = jnp.frexp(value.astype(jnp.float32))
+    power = jnp.ldexp(jnp.ones((), jnp.float32), exponent).astype(value.dtype)
+    return jnp.where(power > 2 * value, power / 2, power)
 
 
 def _fractional_bits(values: Float[Array, " size"]) -> int:
