@@ -1,0 +1,170 @@
+"""The compilers of TPUs and of H100s, without one: what they make of a program for many chips.
+
+What they say is their own account of a program (operations, bytes, memory of one chip, collectives)
+and no run. They need `libtpu` and `jax-cuda12-plugin`, but no driver and no chip: see
+`make test-pods`.
+"""
+
+import collections
+import importlib.util
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from benchmarks.weak_scaling import BYTES
+
+# One card of 80 GB, as the compiler has to know it where there is none to ask.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+_PACKAGES = {"v5e": "libtpu", "H100": "jax_cuda12_plugin"}
+_KINDS = (
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+    "collective-broadcast", "ragged-all-to-all",
+)  # fmt: skip
+
+
+class Account(NamedTuple):
+    """What a compiler says of one chip's program.
+
+    Attributes:
+        flops: operations, the body of a loop counted once; None where the compiler does not say.
+        bytes: read and written in memory, counted the same way; None where it does not say.
+        temporaries: bytes of intermediate results.
+        peak: bytes that are in use at once, arguments included.
+        collectives: bytes of the results of all collectives of a step, by kind and type of numbers,
+            those in a loop times its iterations, infinite where their number is not known.
+    """
+
+    flops: float | None
+    bytes: float | None
+    temporaries: int
+    peak: int
+    collectives: dict[tuple[str, str], float]
+
+    @property
+    def sent(self) -> float:
+        """Bytes of all collectives."""
+        return sum(self.collectives.values())
+
+
+def missing(chip: str) -> str | None:
+    """Why there is no compiler for a kind of chip, "v5e" or "H100"; None where there is one."""
+    package = _PACKAGES[chip]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed, which compiles for {chip} (make test-pods installs it)"
+    return None
+
+
+def mesh(chip: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
+    """A mesh of chips that are not there."""
+    count = math.prod(shape)
+    if chip == "H100":
+        described = topologies.get_topology_desc(
+            "", platform="cuda", topology=f"1x1x{count}", target_config=_H100
+        )
+    else:
+        # Neither asks the machine what it is in the cloud, nor minds another process.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        side = math.isqrt(count)
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{chip}:{count // side}x{side}"
+        )
+    return Mesh(np.asarray(described.devices).reshape(shape), axes)
+
+
+def account(program: Any, *arguments: Any) -> Account:
+    """Compiles a function for the chips on which its arguments (shapes with shardings) lie."""
+    compiled = jax.jit(program).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    try:
+        costs = compiled.cost_analysis() or {}
+    except jax.errors.JaxRuntimeError:  # the CUDA compiler gives no account without a card
+        costs = {}
+    return Account(
+        costs.get("flops"),
+        costs.get("bytes accessed"),
+        memory.temp_size_in_bytes,
+        memory.peak_memory_in_bytes,
+        collectives_of(compiled.as_text() or ""),
+    )
+
+
+def collectives_of(text: str) -> dict[tuple[str, str], float]:
+    """Bytes of the collectives of a compiled program, by kind and type of numbers."""
+    computations, entry = _computations(text)
+    totals: dict[tuple[str, str], float] = collections.defaultdict(float)
+
+    def visit(name: str, times: float) -> None:
+        for line in computations[name]:
+            for kind, dtype, size in _collective(line):
+                totals[kind, dtype] += times * size
+            trips = times * _trips(line) if " while(" in line else times
+            for called in _called(line):
+                if called in computations:
+                    visit(called, trips)
+
+    visit(entry, 1.0)
+    return dict(totals)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation by its name, and the name of the one that is run."""
+    found: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        start = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+        if start:
+            name = start[2]
+            found[name] = []
+            entry = name if start[1] else entry
+        elif name:
+            found[name].append(line)
+    return found, entry
+
+
+def _collective(line: str) -> list[tuple[str, str, int]]:
+    """Kind, type and bytes of each result of a collective; nothing of another instruction."""
+    found = re.match(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.+?) ({'|'.join(_KINDS)})(-start)?\(", line)
+    if found is None:
+        return []
+    shapes = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", re.sub(r"\{[^{}]*\}", "", found[1]))
+    if found[3] and found[2] != "all-reduce":
+        shapes = shapes[len(shapes) // 2 :]  # what is begun lists what it takes, too
+    sizes = [(t, math.prod(int(n) for n in shape.split(",") if n)) for t, shape in shapes]
+    return [(found[2], t, BYTES[t] * n) for t, n in sizes]
+
+
+def _trips(line: str) -> float:
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+    return int(known[1]) if known else math.inf
+
+
+def _called(line: str) -> list[str]:
+    """The computations that an instruction runs; not what a reduction applies to its numbers."""
+    names = re.findall(
+        r"(?:body|condition|calls|true_computation|false_computation)=%?([\w.\-]+)", line
+    )
+    if " call(" in line:
+        names += re.findall(r"to_apply=%?([\w.\-]+)", line)
+    for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
+        names += re.findall(r"%?([\w.\-]+)", branches)
+    return names
