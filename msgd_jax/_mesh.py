@@ -189,15 +189,24 @@ def _on_parts(
 def like(leaf: Any, value: Array) -> Array:
     """`value` in the dtype of `leaf`, and in its layout where that is part of its type."""
     dtype = jnp.result_type(leaf)
-    if value.dtype == jnp.float32 and jnp.finfo(dtype).bits < 32:
-        # Changes nothing, but XLA moves the cast through the reduction before it, which would then
-        # add up in the narrow type on TPUs. It does not move this.
-        value = jax.lax.reduce_precision(value, exponent_bits=8, mantissa_bits=23)
-    value = value.astype(dtype)
+    # Or the reduction before it would be of the narrow type, on TPUs.
+    value = (cast_here(value) if jnp.finfo(dtype).bits < 32 else value).astype(dtype)
     layout = jax.typeof(leaf).sharding
     if layout.mesh.empty or AxisType.Explicit not in layout.mesh.axis_types:
         return value
     return jax.sharding.reshard(value, layout)
+
+
+def cast_here(value: Array) -> Array:
+    """`value`, where a cast that follows stays behind what makes it.
+
+    XLA moves casts to narrow types to the front: through the reduction whose result is cast, out of
+    the loop in which a part of an array is. It does not move them through this, which rounds to the
+    type that float32 is.
+    """
+    if value.dtype != jnp.float32:
+        return value
+    return jax.lax.reduce_precision(value, exponent_bits=8, mantissa_bits=23)
 
 
 def zeros(size: int, like: jax.ShapeDtypeStruct) -> Shaped[Array, "size *shape"]:

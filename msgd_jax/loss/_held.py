@@ -83,9 +83,12 @@ def _run(held: Any, before: Int[Array, " support"], k: Int[Array, ""], *, size: 
     entries = jnp.minimum(entries, before.shape[0] - 1)
     real = numbers < before[-1]
     taken = jax.tree.map(lambda x: x[entries], held._replace(data=()))
+    places = jnp.where(real, taken.indices, 0)
+    batch = jax.tree.map(lambda x: jnp.take(x, places, axis=0, mode="clip"), held.data)
     return taken._replace(
-        data=held.data,
-        indices=jnp.where(real, taken.indices, 0),
+        # Or XLA would cast all examples at once, for TPUs: a copy of the data.
+        data=jax.tree.map(_mesh.cast_here, batch),
+        indices=None,
         values=jnp.where(real, taken.values, 0),
         real=None if held.real is None else real,
     )
