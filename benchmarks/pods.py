@@ -192,8 +192,9 @@ def main(config: Config) -> list[report.Headline]:
         start = time.perf_counter()
         case = CASES[name]
         found[name] = compare(case._replace(laws=case.laws[:2]) if config.quick else case)
-        rows += [_row(name, CASES[name], one) for one in found[name]]
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        own = [_row(name, CASES[name], one) for one in found[name]]
+        print(f"{report.table(own)}\n{time.perf_counter() - start:.0f} s\n", flush=True)
+        rows += own
     headlines = _headlines(found)
     report.publish(
         "pods", config, rows, headlines, functools.partial(_plot, found), said_by=SAID_BY,

@@ -209,13 +209,13 @@ def cast_here(value: Array) -> Array:
     return jax.lax.reduce_precision(value, exponent_bits=8, mantissa_bits=23)
 
 
-def zeros(size: int, like: jax.ShapeDtypeStruct) -> Shaped[Array, "size *shape"]:
-    """Room for so many arrays of a kind, in their layout where that is part of their type."""
-    shape, layout = (size, *like.shape), getattr(like, "sharding", None)
-    if layout is None or AxisType.Explicit not in layout.mesh.axis_types:
-        return jnp.zeros(shape, like.dtype)
-    layout = NamedSharding(layout.mesh, PartitionSpec(None, *layout.spec))
-    return jax.sharding.reshard(jnp.zeros(shape, like.dtype), layout)
+def zeros(like: jax.ShapeDtypeStruct, dtype: Any, *sizes: int) -> Shaped[Array, "*sizes *shape"]:
+    """Zeros of a shape, in its layout where that is part of its type, with more axes in front."""
+    zeros, layout = jnp.zeros((*sizes, *like.shape), dtype), getattr(like, "sharding", None)
+    if layout is None or layout.mesh.empty or AxisType.Explicit not in layout.mesh.axis_types:
+        return zeros
+    spec = PartitionSpec(*(None,) * len(sizes), *layout.spec)
+    return jax.sharding.reshard(zeros, NamedSharding(layout.mesh, spec))
 
 
 def _whole(sharding: NamedSharding, tree: PyTree) -> PyTree:

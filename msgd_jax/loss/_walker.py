@@ -310,7 +310,7 @@ def _zero(
     """No terms yet: totals are float32 or wider, whatever the micro-batches give."""
     shapes = jax.eval_shape(of_run, params, run, model_state)
     value, grads = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, _dtypes.accumulator(x.dtype)), (shapes.value, shapes.grads)
+        lambda x: _mesh.zeros(x, _dtypes.accumulator(x.dtype)), (shapes.value, shapes.grads)
     )
     return Terms(value, grads, model_state)
 

@@ -12,18 +12,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from msgd_jax import loss, noise, sharding, train, transform
 from msgd_jax._streams import Stream, derive
 from tests.support.noises import ROWS
-from tests.support.problems import Regression, loss_vector_fn, regression
+from tests.support.problems import loss_vector_fn, regression
+from tests.support.spread import assert_is_dense_gradient, spread
 
 KEY = jax.random.key(314)
 N = 1003  # divided by none of the numbers of devices
-
-
-def spread(num_devices: int, mode: AxisType = AxisType.Auto, **other: int) -> NamedSharding:
-    """Examples over an axis "data" of so many devices, the mesh's other axes behind it."""
-    sizes = (num_devices, *other.values())
-    devices = jax.devices()[: int(np.prod(sizes))]
-    mesh = jax.make_mesh(sizes, ("data", *other), axis_types=(mode,) * len(sizes), devices=devices)
-    return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def assert_same_bits(a: jax.Array, b: jax.Array) -> None:
@@ -84,24 +77,6 @@ def test_as_many_examples_as_devices_and_fewer():
 
 
 # The gradients ------------------------------------------------------------------------------------
-
-
-def assert_is_dense_gradient(problem: Regression, weights: noise.Weights, value, grads) -> None:
-    """Against the dense product in float64.
-
-    A float32 sum of n terms is off by at most (n - 1) u times the sum of their sizes, in whatever
-    order, u = 2^-24; 32 u more for the terms themselves (a dot product of 5, a sigmoid, a product).
-    Leaving out one example of 1,003 is some ten times more.
-    """
-    w = np.abs(np.asarray(weights.dense(), np.float64))
-    unit = (len(w) + 32) * 2.0**-24
-    exact, sizes = np.asarray(weights.dense(), np.float64), {}
-    for leaf, matrix in problem.gradient_matrix().items():
-        sizes[leaf] = np.tensordot(w, np.abs(matrix), 1)
-        error = np.abs(np.asarray(grads[leaf], np.float64) - np.tensordot(exact, matrix, 1))
-        assert (error <= unit * sizes[leaf]).all()
-    losses = problem.losses()
-    assert abs(float(value) - exact @ losses) <= unit * (w @ losses)
 
 
 @pytest.mark.parametrize(
