@@ -209,7 +209,7 @@ def cast_here(value: Array) -> Array:
     return jax.lax.reduce_precision(value, exponent_bits=8, mantissa_bits=23)
 
 
-def zeros(like: jax.ShapeDtypeStruct, dtype: Any, *sizes: int) -> Shaped[Array, "*sizes *shape"]:
+def zeros(like: jax.ShapeDtypeStruct, dtype: Any, *sizes: int) -> Array:
     """Zeros of a shape, in its layout where that is part of its type, with more axes in front."""
     zeros, layout = jnp.zeros((*sizes, *like.shape), dtype), getattr(like, "sharding", None)
     if layout is None or layout.mesh.empty or AxisType.Explicit not in layout.mesh.axis_types:

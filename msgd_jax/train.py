@@ -318,7 +318,7 @@ def make_loop(
                 f"returned {difference[1]}. Where it is the optimizer's (optax.monitor's, say), "
                 "make the first step by jax.jit(step), and the others from there in the loop."
             )
-        history = jax.tree.map(functools.partial(_mesh.zeros, max_steps), shapes)
+        history = jax.tree.map(lambda x: _mesh.zeros(x, x.dtype, max_steps), shapes)
 
         def body(i: Int[Array, ""], carry: PyTree) -> PyTree:
             state, history = carry
