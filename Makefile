@@ -4,16 +4,18 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo docs test test-slow test-oldest package benchmark lint format clean help
+.PHONY: demo docs test test-slow test-oldest test-pods package benchmark benchmark-pods lint format clean help
 
 help:
 	@echo "make demo         train on real images, print a table, draw curves.png (under 3 minutes)"
 	@echo "make test         lint, types and the test suite (under 12 minutes)"
 	@echo "make test-slow    the tests that take long: every benchmark, more orders of the SDE"
 	@echo "make test-oldest  the tests with the oldest versions allowed"
+	@echo "make test-pods    what compilers make of our steps for TPU pods and H100s; no chip needed"
 	@echo "make package      wheel and sdist in dist, the wheel tried in an environment of its own"
 	@echo "make docs         the documentation site in docs/_build/html, its pages run (5 minutes)"
 	@echo "make benchmark    all benchmarks on this machine (under 20 minutes; installs PyTorch)"
+	@echo "make benchmark-pods  the same at the sizes of real nets (an hour on two cores)"
 	@echo "make lint         ruff and pyright alone"
 	@echo "make format       ruff's formatter and its safe fixes"
 
@@ -31,6 +33,17 @@ test-slow: $(VENV)/.test
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# The compilers of TPUs and H100s need no chip, but an environment of their own.
+test-pods: .venv-pods/.pods-ready
+	.venv-pods/bin/python -m pytest -q -rs tests/benchmarks/test_pods.py
+
+benchmark-pods: .venv-pods/.pods-ready
+	JAX_PLATFORMS=cpu .venv-pods/bin/python -m benchmarks.pods
+
+.venv-pods/.pods-ready: pyproject.toml $(CONSTRAINTS)
+	$(MAKE) VENV=.venv-pods .venv-pods/.pods
+	@touch $@
 
 # What a user gets: the wheel alone, without extras, outside the checkout.
 package: $(VENV)/.test
@@ -63,9 +76,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each extra: the demo does not wait for the tools of the tests.
-$(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+$(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs $(VENV)/.pods: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-package dist docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-package .venv-pods dist docs/_build .pytest_cache .ruff_cache .hypothesis

@@ -218,7 +218,7 @@ def compare(case: Case) -> list[Compared]:
         law = LAWS[name](n, case.batch_size, dtype=jnp.float64 if case.wide else jnp.float32)
         sparse = law.support_size < n
         step = pods_nets.ours(net, law, places, n, case.microbatch_size)
-        batch_size = case.batch_size if sparse else None
+        batch_size = -(-law.support_size // case.chips) * case.chips if sparse else None
         return Compared(
             name, sparse, compilers.account(*step), plain(batch_size), net.gradient_bytes
         )

@@ -43,10 +43,10 @@ def weighted_value_and_grad(
     it is.) With parameters of this kind the error of the gradient is below 2 % at up to 1e7
     examples in one pass.
 
-    With `microbatch_size`, `optax.microbatching` walks through the examples in order, in runs of
-    that many; memory for activations is that of one run, and without `has_state` nothing else
-    changes but the rounding. If it does not divide the number of examples, the last run is filled
-    up with examples from the first, at weight 0.
+    With `microbatch_size`, the examples are walked through in order, in runs of that many; memory
+    for activations is that of one run, and without `has_state` nothing else changes but the
+    rounding. If it does not divide the number of examples, the last run is filled up with examples
+    of other runs, at weight 0.
 
     With `has_state`, mutable statistics are carried through the micro-batches: a micro-batch is a
     ghost batch. Only here can losses depend on each other, within one ghost batch. The examples
@@ -75,8 +75,11 @@ def weighted_value_and_grad(
     and one reduction adds up the gradients. The result is that of one device up to rounding.
     Parameters enter whole along the axes of the examples and keep their layout along the other axes
     of the mesh. Examples that the devices do not divide are filled up at weight 0, on each call; to
-    do it once, see `sharding.shard_examples`. Sparse weights send the examples they list to the
-    devices that compute them. Statistics pass through the micro-batches of each device from the
+    do it once, see `sharding.shard_examples`. Of sparse weights, which are drawn on every
+    device, each computes the examples that it holds, in as many runs as that takes: no example
+    moves, and a device has the more to do the more of them it holds by chance. (With `has_state`,
+    or arrays stacked over the micro-batches, every device needs equally many: then the examples are
+    sent around.) Statistics pass through the micro-batches of each device from the
     same start, and are averaged over devices then: they depend on the number of devices.
 
     Args:

@@ -1,0 +1,132 @@
+"""What the compilers of TPUs and H100s make of small steps for many chips: no chip, and no run.
+
+`make test-pods` has the compilers; where they are missing the tests that need one are skipped.
+"""
+
+import functools
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import compilers, pods, pods_nets
+
+CHIPS, N, B = 16, 2**14, 2**11
+FLAT = functools.partial(pods_nets.flat, 2048, 128)
+BFLOAT16 = functools.partial(pods_nets.flat, 2048, 128, jnp.bfloat16)
+IMAGES = functools.partial(pods_nets.images, "lenet", (32, 32, 3))
+
+
+def compiles_for(*chips: str) -> pytest.MarkDecorator:
+    reasons = [reason for chip in chips if (reason := compilers.missing(chip)) is not None]
+    return pytest.mark.skipif(bool(reasons), reason="; ".join(reasons))
+
+
+def compared(net, chip, laws, **case) -> list[pods.Compared]:
+    settings = {"chips": CHIPS, "num_examples": N, "microbatch_size": None, "batch_size": B} | case
+    return pods.compare(pods.Case(net, chip, laws=tuple(laws), **settings))
+
+
+def assert_nothing_moves(one: pods.Compared, batch_size: int = B) -> None:
+    """One gradient in float32, and at most two numbers for each example of a subset."""
+    assert one.ours.sent >= one.gradient
+    assert one.besides <= 8 * batch_size, one
+    types = {dtype for kind, dtype in one.ours.collectives if "reduce" in kind}
+    assert not types & {"bf16", "f16"}, one
+
+
+@compiles_for("v5e")
+def test_every_law_costs_what_a_plain_step_costs():
+    for one in compared(FLAT, "v5e", pods.LAWS):
+        assert_nothing_moves(one)
+        if not one.sparse:
+            assert one.ratio("flops") <= pods.MOST_OPERATIONS, one
+            assert one.ratio("bytes") <= pods.MOST_BYTES, one
+            assert one.ratio("peak") <= pods.MOST_MEMORY, one
+
+
+@compiles_for("v5e")
+def test_images_in_micro_batches_are_sliced_not_copied():
+    """Also where the last run is not whole; memory depends on a chip's share alone."""
+    dense, sparse = compared(
+        IMAGES, "v5e", ("cov", "sparse_cov"), num_examples=N + 5, microbatch_size=512
+    )
+    assert_nothing_moves(dense)
+    assert_nothing_moves(sparse)
+    assert dense.ratio("flops") <= pods.MOST_OPERATIONS, dense
+    assert dense.ratio("bytes") <= pods.MOST_BYTES, dense
+    assert dense.ratio("peak") <= pods.MOST_MEMORY, dense
+    (four_times,) = compared(
+        IMAGES, "v5e", ("cov",), chips=4 * CHIPS, num_examples=4 * N + 5, microbatch_size=512
+    )
+    assert four_times.ours.peak <= 1.01 * dense.ours.peak
+
+
+@compiles_for("v5e")
+def test_narrow_parameters_are_added_up_in_float32():
+    for one in compared(BFLOAT16, "v5e", ("cov", "sgd"), microbatch_size=512):
+        assert_nothing_moves(one)
+
+
+@compiles_for("v5e")
+def test_parameters_in_parts_are_gathered_and_reduced_as_by_the_plain_step():
+    (one,) = compared(FLAT, "v5e", ("cov",), fsdp=True)
+    assert abs(one.besides) <= 64, one
+
+
+@compiles_for("v5e")
+def test_weights_in_float64_compile():
+    for one in compared(FLAT, "v5e", ("student_t", "cov", "sparse_fisher"), wide=True):
+        assert_nothing_moves(one)
+
+
+@compiles_for("H100")
+@pytest.mark.parametrize("net", [FLAT, BFLOAT16], ids=["float32", "bfloat16"])
+def test_the_same_for_h100s(net):
+    for one in compared(net, "H100", ("cov", "student_t", "sparse_cov"), microbatch_size=512):
+        assert_nothing_moves(one)
+        assert one.sparse or one.ratio("peak") <= pods.MOST_MEMORY, one
+
+
+@compiles_for("v5e")
+def test_the_benchmark_says_that_nothing_is_run(tmp_path, capsys):
+    headlines = pods.main(pods.Config(quick=True, out=tmp_path / "pods"))
+    record = json.loads((tmp_path / "pods" / "result.json").read_text())
+    assert record["headlines"] == [headline._asdict() for headline in headlines] != []
+    assert "not a run" in record["said_by"]
+    assert "The compiler's account of one chip's program, not a run" in capsys.readouterr().out
+
+
+TEXT = """HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-reduce.1 = (f32[8]{0:T(128)}, /*index=1*/bf16[2,3]{1,0}) all-reduce(%x, %y), to_apply=%add
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %gathered = (f32[8]{0}, f32[128]{0}) all-gather-start(%p), dimensions={0}
+  %done = f32[128]{0} all-gather-done(%gathered)
+  %loop = (s32[], f32[8]) while(%t), condition=%condition, body=%body%TRIPS%
+}
+"""
+
+
+def test_collectives_in_loops_count_times_their_iterations():
+    known = TEXT.replace("%TRIPS%", ', backend_config={"known_trip_count":{"n":"5"}}')
+    found = {("all-gather", "f32"): 512, ("all-reduce", "f32"): 160, ("all-reduce", "bf16"): 60}
+    assert compilers.collectives_of(known) == found
+    assert compilers.collectives_of(TEXT.replace("%TRIPS%", ""))["all-reduce", "f32"] == math.inf
+
+
+def test_unknown_cases_are_named():
+    with pytest.raises(ValueError, match=r"only must name cases .* got \['vgg19'\]"):
+        pods.Config(only=("vgg19",))
