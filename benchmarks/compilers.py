@@ -94,7 +94,7 @@ def mesh(chip: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
 def account(program: Any, *arguments: Any) -> Account:
     """Compiles a function for the chips on which its arguments (shapes with shardings) lie."""
     compiled = jax.jit(program).lower(*arguments).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     try:
         costs = compiled.cost_analysis() or {}
     except jax.errors.JaxRuntimeError:  # the CUDA compiler gives no account without a card

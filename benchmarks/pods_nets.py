@@ -43,7 +43,7 @@ class Places(NamedTuple):
 
     def of_leaf(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         """A parameter, spread along its first axis that the chips divide, or the same on all."""
-        chips, spec = math.prod(self.rows.mesh.devices.shape), PartitionSpec()
+        chips, spec = self.rows.mesh.size, PartitionSpec()
         if self.fsdp:
             axes = [i for i, size in enumerate(leaf.shape) if size % chips == 0 and size]
             spec = PartitionSpec(*(None,) * axes[0], *self.rows.spec) if axes else spec
@@ -121,7 +121,7 @@ def transformer(
 
 def examples(net: Net, num_examples: int, rows: NamedSharding) -> Any:
     """Shapes of the data, filled up for the chips."""
-    filled = num_examples + -num_examples % math.prod(rows.mesh.devices.shape)
+    filled = num_examples + -num_examples % rows.mesh.size
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((filled, *x.shape), x.dtype, sharding=rows), net.example
     )
@@ -151,7 +151,7 @@ def plain(
     """
     mesh, names = places.rows.mesh, places.rows.spec[0]
     data = examples(net, num_examples, places.rows)
-    chips = math.prod(mesh.devices.shape)
+    chips = mesh.size
     local = (
         jax.tree.leaves(data)[0].shape[0] // chips if batch_size is None else batch_size // chips
     )

@@ -129,7 +129,7 @@ def weighted_examples(
             data = _fill_up(data, missing)
         return WeightedExamples(data, None, _mesh.fill_zeros(values, missing), numbers, real)
 
-    def where_they_are() -> WeightedExamples:
+    def where_they_are(sharding: NamedSharding) -> WeightedExamples:
         values, indices = _mesh.everywhere(weights_of, sharding)(*args)
         indices = indices.astype(jnp.int32)
         missing = _mesh.missing(_validate.leading_axis("data", data), sharding)
@@ -139,7 +139,7 @@ def weighted_examples(
 
     if sharding is None or read or equal_parts or jax.eval_shape(weights_of, *args)[1] is None:
         return _mesh.spread(in_equal_parts, sharding)(data, *args)
-    return where_they_are()
+    return where_they_are(sharding)
 
 
 def sums(
