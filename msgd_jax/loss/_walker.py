@@ -170,14 +170,22 @@ def sums(
             def add(params: Params, terms: Terms, run: WeightedExamples) -> Terms:
                 return _plus(terms, of_run(params, run, model_state))
 
-            zero = lambda run: _zero(of_run, params, run, model_state)  # noqa: E731
+            def zero(run: WeightedExamples) -> Terms:
+                return _zero(jax.eval_shape(of_run, params, run, model_state), model_state)
+
             terms = _held.total(add, zero, params, examples, microbatch_size, sharding)
         elif microbatch_size is None or microbatch_size >= support:
             terms = of_run(params, examples, model_state)
             terms = terms._replace(stacked=jax.tree.map(lambda x: x[None], terms.stacked))
         else:
-            run_of, num_runs = _runs(examples, keys.order, model_state, microbatch_size, sharding)
-            terms = _accumulate(of_run, params, run_of, num_runs, model_state)
+            listed = examples.indices is not None
+            part = examples._replace(data=()) if listed else examples
+            run = jax.eval_shape(lambda part: _slice(part, jnp.int32(0), microbatch_size), part)
+            run = run._replace(data=examples.data) if listed else run
+            shapes = jax.eval_shape(of_run, params, run, model_state)
+            run_of, num_runs = _runs(examples, keys.order, shapes, microbatch_size, sharding)
+            of_run_at = functools.partial(of_run, params)
+            terms = _accumulate(of_run_at, run_of, num_runs, _zero(shapes, model_state))
         return (terms.value, terms.grads), terms.model_state, terms.stacked
 
     return _mesh.summed(terms_of, sharding, _layout)
@@ -233,17 +241,22 @@ def maps(
 def _runs(
     examples: WeightedExamples,
     order: Key[Array, ""] | None,
-    model_state: ModelState,
+    terms: Terms,
     microbatch_size: int,
     sharding: NamedSharding | None,
 ) -> tuple[Callable[[Int[Array, ""]], WeightedExamples], int]:
-    """The examples of run k, as a function of k, and how many runs there are."""
+    """The examples of run k, as a function of k, and how many runs there are.
+
+    `terms` are the shapes of what a run gives.
+    """
     support = examples.values.shape[0]
     missing = -support % microbatch_size
     num_runs = (support + missing) // microbatch_size
     cut = functools.partial(_slice, size=microbatch_size)
 
-    if order is None and examples.indices is None and not jax.tree.leaves(model_state):
+    # Statistics and stacked arrays tell what a last run is filled up with: from the first ones.
+    told = missing and jax.tree.leaves((terms.model_state, terms.stacked))
+    if order is None and examples.indices is None and not told:
 
         def slices(k: Int[Array, ""]) -> WeightedExamples:
             # The last run starts earlier, and what it has in common with the one before is seen.
@@ -286,29 +299,23 @@ def _in_order(
 
 
 def _accumulate(
-    of_run: Callable[[Params, WeightedExamples, ModelState], Terms],
-    params: Params,
+    of_run: Callable[[WeightedExamples, ModelState], Terms],
     run_of: Callable[[Int[Array, ""]], WeightedExamples],
     num_runs: int,
-    model_state: ModelState,
+    zero: Terms,
 ) -> Terms:
     """Sums `of_run` over the runs in order, the statistics threaded through."""
 
     def add(terms: Terms, k: Int[Array, ""]) -> tuple[Terms, PyTree]:
-        new = of_run(params, run_of(k), terms.model_state)
+        new = of_run(run_of(k), terms.model_state)
         return _plus(terms, new), new.stacked
 
-    runs = jnp.arange(num_runs, dtype=jnp.int32)
-    zero = _zero(of_run, params, jax.eval_shape(run_of, runs[0]), model_state)
-    terms, stacked = jax.lax.scan(add, zero, runs)
+    terms, stacked = jax.lax.scan(add, zero, jnp.arange(num_runs, dtype=jnp.int32))
     return terms._replace(stacked=stacked)
 
 
-def _zero(
-    of_run: Callable[..., Terms], params: Params, run: PyTree, model_state: ModelState
-) -> Terms:
+def _zero(shapes: Terms, model_state: ModelState) -> Terms:
     """No terms yet: totals are float32 or wider, whatever the micro-batches give."""
-    shapes = jax.eval_shape(of_run, params, run, model_state)
     value, grads = jax.tree.map(
         lambda x: _mesh.zeros(x, _dtypes.accumulator(x.dtype)), (shapes.value, shapes.grads)
     )
