@@ -1,5 +1,8 @@
 """Examples spread over virtual devices, and gradients against dense algebra."""
 
+import math
+import re
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -32,3 +35,15 @@ def assert_is_dense_gradient(problem: Regression, weights: noise.Weights, value,
         assert (error <= unit * sizes[leaf]).all()
     losses = problem.losses()
     assert abs(float(value) - exact @ losses) <= unit * (w @ losses)
+
+
+def sent(program: str) -> int:
+    """Bytes of the results of all collectives of a compiled program; none may be in a loop."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    lines = re.findall(rf"^.* = .*? (?:{kinds})(?:-start)?\(.*$", program, re.MULTILINE)
+    assert not [line for line in lines if "/while/" in line]
+    results = [re.split(rf" (?:{kinds})", line)[0] for line in lines]
+    arrays = re.findall(r"[a-z](\d+)\[([\d,]*)\]", " ".join(results))
+    return sum(
+        int(bits) // 8 * math.prod(map(int, filter(None, n.split(",")))) for bits, n in arrays
+    )
