@@ -155,7 +155,7 @@ def make_trainer(
             # One seed: a program over devices is not mapped over seeds.
             state, metrics = step(jax.tree.map(lambda leaf: leaf[0], states), examples)
             return jax.tree.map(lambda leaf: leaf[None], (state, metrics))
-        if algorithm.diagonal_langevin:
+        if algorithm.diagonal_langevin or models.MODELS[config.model_name].one_seed_at_a_time:
             # Under `vmap` both branches of a `cond` are computed: no variances would be kept.
             return jax.lax.map(lambda state: step(state, examples), states)
         return jax.vmap(step, in_axes=(0, None))(states, examples)
@@ -339,6 +339,10 @@ def model_functions(
             model: tuple[Params, Statistics], batch: Batch, counts: Array
         ) -> tuple[Array, Array]:
             params, stats = model
+            if net.one_seed_at_a_time:
+                return jax.lax.map(
+                    lambda model: sums(model[0], model[1], batch, counts), (params, stats)
+                )
             return jax.vmap(sums, in_axes=(0, 0, None, None))(params, stats, batch, counts)
 
         total = loss.sum_over_examples(
