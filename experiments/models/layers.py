@@ -11,8 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from experiments.models._conv_same import conv_same
 from experiments.models.conv import conv_max_pool
-from experiments.models.conv_same import conv_same
 
 __all__ = [
     "Conv",

@@ -11,7 +11,7 @@ from flax import nnx
 
 from experiments import models
 from experiments.models import conv, layers, resnet
-from experiments.models.conv_same import conv_same
+from experiments.models._conv_same import conv_same
 from msgd_jax import loss
 from msgd_jax.noise import Weights
 
