@@ -1,15 +1,15 @@
-"""Training on examples that are read as they are needed: indices first, then just those examples.
+"""Training on examples that are read when they are needed.
 
-A sparse noise says which examples a step uses from (key, step) alone, so they can be read while
-earlier steps are computed, and no others ever are. Memory is that of a few batches, whatever N is.
-The reading threads are grain's: ``pip install 'msgd-jax[streaming]'``::
+Which examples a step uses is a function of (key, step) for a sparse law. So they are read while
+earlier steps are computed, and no other examples are read. Memory holds a few batches, for any N.
+The reading threads are those of grain: ``pip install 'msgd-jax[streaming]'``::
 
   source = streaming.ArraySource((np.load("images.npy", mmap_mode="r"), labels))
   loop = streaming.make_loop(loss_vector_fn, optimizer, noise.sgd(len(source), 50), source)
   state, metrics = loop(train.init(params, optimizer, key), 1000)
 
-Where a data loader of yours draws the batches, its laws are `noise.batch_cov` and
-`noise.batch_fisher`, and `batches` takes so many of them.
+If a data loader of yours draws the batches, use the laws `noise.batch_cov` and
+`noise.batch_fisher`, and take the batches of the loader by `batches`.
 """
 
 import collections
@@ -32,7 +32,7 @@ from msgd_jax.train import StepMetrics, TrainState, step_of
 
 __all__ = ["ArraySource", "BatchSource", "LoaderEnded", "Source", "batches", "make_loop"]
 
-# Steps whose results nobody has waited for: one that runs, one that is ready to.
+# How many steps may be on the device at a time: one that runs and one that is ready to run.
 _IN_FLIGHT = 2
 
 
@@ -40,9 +40,9 @@ _IN_FLIGHT = 2
 class Source(Protocol):
     """Examples by their number: grain's and tfds's data sources, grain's ``MapDataset``, or yours.
 
-    ``source[i]`` is one example, a pytree of arrays, numbers or PRNG keys, the same structure,
-    shapes and dtypes for all; it is called from several threads. A source that is quicker at many
-    examples at once is a `BatchSource`; no other method of it is called.
+    ``source[i]`` is one example: a pytree of arrays, numbers or PRNG keys, whose structure, shapes
+    and dtypes are the same for all examples. It is called from several threads. A source that reads
+    many examples at once more quickly can be a `BatchSource`; no other method is called.
     """
 
     def __len__(self) -> int:
@@ -67,8 +67,8 @@ class ArraySource:
     """A pytree of arrays [N, ...] as a source: numpy's, memory-mapped ones too, and PRNG keys.
 
     Raises:
-        TypeError: if there is a leaf that is not an array.
-        ValueError: if the leading axes disagree, or there are no arrays.
+        TypeError: if a leaf of the data is not an array.
+        ValueError: if the leading axes of the arrays differ, or there are no arrays.
     """
 
     def __init__(self, data: Data) -> None:
@@ -102,34 +102,37 @@ def make_loop(
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """`train.make_step` in a loop, on examples that are read while earlier steps are computed.
 
-    The parameters are those of the same noise and key on data that are all on the device, bit for
-    bit: only where the examples come from differs. What is read is a function of the state's key
-    and step, so a loop goes on from any state, also in another process; nothing else has to be
-    saved.
+    The parameters are bit for bit those of training with the same law and key on data that are all
+    on the device: only the place that the examples come from differs. Which examples are read is a
+    function of the state's key and step, so a loop can continue from any state, also in another
+    process, and nothing else has to be saved.
 
     Under `jax.distributed` every process reads the examples of its own devices only.
 
     Args:
         loss_vector_fn: as in `train.make_step`.
         optimizer: as in `train.make_step`.
-        law: a law whose draws list the examples that they use, so not a dense one.
+        law: a sparse law, one whose draws list the examples that they use.
         source: the examples; see `Source`.
         microbatch_size: as in `train.make_step`.
         has_state: as in `train.make_step`.
         has_aux: as in `train.make_step`.
-        has_keys: as in `train.make_step`; an example's key is that of its number in the source.
+        has_keys: as in `train.make_step`; the key of an example depends on its number in the
+          source.
         sharding: as in `train.make_step`; it spreads the examples of each step.
 
     Returns:
-        ``loop(state, num_steps, *, prefetch=4, num_threads=4) -> (state, metrics)``; arrays in
-        `metrics` are [num_steps]; `prefetch` steps are read ahead, each by one of `num_threads`
-        threads. It raises what reading raises, and ValueError where examples do not stack. `state`
-        is copied, not donated: when reading fails, it is there to go on from.
+        ``loop(state, num_steps, *, prefetch=4, num_threads=4) -> (state, metrics)``. The arrays in
+        `metrics` have a leading axis [num_steps]. `prefetch` steps are read ahead, each by one of
+        `num_threads` threads. The loop raises whatever reading raises, and ValueError if examples
+        differ in structure, shape or dtype. `state` is copied, not donated, so that after a failure
+        to read you can continue from it.
 
     Raises:
         ImportError: if grain is not installed.
-        TypeError, ValueError: as `train.make_step`, or if the law is dense, or for another number
-            of examples than the source has.
+        TypeError: as `train.make_step`, or if `source` has no ``__len__`` and ``__getitem__``.
+        ValueError: as `train.make_step`, or if `law` is dense, or is for a number of examples that
+            is not the length of `source`.
 
     Example:
         >>> from msgd_jax import loss, noise, streaming, train
@@ -193,7 +196,7 @@ def _run(
     metrics: list[StepMetrics] = []
     in_flight: collections.deque[StepMetrics] = collections.deque()
     for batch in batches:
-        if len(in_flight) == _IN_FLIGHT:  # or batches would pile up on the device
+        if len(in_flight) == _IN_FLIGHT:  # so that batches do not pile up on the device
             jax.block_until_ready(in_flight.popleft())
         state, new = step(state, place(batch))
         metrics.append(new)
@@ -218,8 +221,8 @@ class _Reader:
         self._own = own  # the positions that this process needs, ascending
 
     def of_key(self, key: Key[Array, ""]) -> Callable[[int], Batch]:
-        """``read(step)``: the examples that this process computes, in memory."""
-        # On the host, whatever the devices of training are busy with.
+        """``read(step)``, which returns in memory the examples that this process computes."""
+        # Weights are drawn on the host, so as not to wait for the devices that train.
         key = _on_the_host(*_mesh.as_words(key))
 
         def read(step: int) -> Batch:
@@ -230,7 +233,7 @@ class _Reader:
         return read
 
     def place(self, batch: Batch) -> Batch:
-        """On the device, or each device's part on it."""
+        """The batch on the device; if it is spread, each part on its own device."""
 
         def on_devices(leaf: Any) -> Array:
             words, made_of = _mesh.as_words(leaf)
@@ -289,7 +292,7 @@ def _stacked(*leaves: Any) -> Any:
 
 
 def _on_the_host(words: Any, made_of: Any) -> Any:
-    """`_mesh.from_words` with keys on the CPU, in whatever thread and beside whatever device."""
+    """`_mesh.from_words` with keys on the CPU, in any thread and with any other devices."""
     if made_of is not None:
         words = jax.device_put(words, jax.local_devices(backend="cpu")[0])
     return _mesh.from_words(words, made_of)
