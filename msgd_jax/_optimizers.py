@@ -170,7 +170,7 @@ def check_no_updates(updates: Updates, params: Params, extra_args: dict[str, Any
         raise ValueError(
             "multiplicative_noise makes the gradient itself, and so does the function that this "
             "optimizer was given to (train.make_step, streaming.make_loop, transform.with_noise): "
-            "give it an optimizer without noise, such as optax.sgd(0.1) instead of "
+            "give it the optimizer alone, such as optax.sgd(0.1) instead of "
             "transform.msgd(0.1, law, key)."
         )
     raise ValueError(
