@@ -1,4 +1,4 @@
-"""What the studies of gradient noise are told, as a dataclass that is also the command line."""
+"""The options of the studies of gradient noise, as a dataclass that is also the command line."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ NoiseName = Literal[
     "gd", "sgd", "sgd-other-key", "cov", "bernoulli", "sparse_cov", "student_t", "isotropic"
 ]
 MAX_BATCH = 400
-"""Of the digits 1,000 are trained on; `sparse_cov` takes twice the batch size of them."""
+"""The largest batch size: 1,000 digits are for training, and `sparse_cov` uses 2 b of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class NoiseStudyConfig:
 
     @property
     def measured_at(self) -> tuple[int, ...]:
-        """The steps at which is measured, 0 first."""
+        """The steps at which quantities are measured, from 0."""
         return tuple(round(i * self.steps / self.checkpoints) for i in range(self.checkpoints + 1))
 
     @property

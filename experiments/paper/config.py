@@ -1,4 +1,4 @@
-"""What figures, lists and reports are made of, as dataclasses that are also the command line."""
+"""The options of figures, lists and reports, as dataclasses that are also the command line."""
 
 import dataclasses
 import pathlib
@@ -46,7 +46,7 @@ class DemoConfig:
     )
 
     def runs(self) -> dict[AlgorithmName, TrainConfig]:
-        """One training run for each algorithm."""
+        """One training run per algorithm."""
         return {
             algorithm: TrainConfig(
                 algorithm=algorithm,
