@@ -48,7 +48,7 @@ def random_images(
 
 
 def two_layer_net(num_parameters: int, num_examples: int, seed: int = 0) -> Problem:
-    """A fully connected net with one hidden layer, ten classes and about `num_parameters` parameters.
+    """A fully connected net with one hidden layer, ten classes and about D parameters.
 
     The work per example is proportional to the number of parameters, so growth with D is easy to
     see.
