@@ -176,8 +176,8 @@ def local_complexities(
     if num_draws is None:
         if not isinstance(losses, loss.LossVector):
             raise ValueError(
-                "num_draws = None takes every v once, so losses must be a loss.LossVector. For a "
-                "function of a key give num_draws."
+                "num_draws = None takes every v once, so losses must be a loss.LossVector, not a "
+                "function of a key: give num_draws."
             )
     else:
         num_draws = _validate.positive_int("num_draws", num_draws, minimum=2)

@@ -98,7 +98,7 @@ def _interpretation(diffrax: Any, solver: Any, control: Any) -> str:
     while isinstance(solver, diffrax.AbstractWrappedSolver):
         solver = solver.solver
     name = type(solver).__name__
-    instead = "Use for example diffrax.Euler() (Itô) or diffrax.Heun() (Stratonovich)."
+    instead = "Use diffrax.Euler() (Itô) or diffrax.Heun() (Stratonovich), for example."
     if isinstance(solver, diffrax.AbstractFosterLangevinSRK):
         raise ValueError(f"solver must not be {name}: it is for Langevin dynamics. {instead}")
     if isinstance(solver, diffrax.AbstractSRK) and solver.tableau.is_additive_noise():
