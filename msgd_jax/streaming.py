@@ -177,6 +177,7 @@ def make_loop(
         first = int(state.step)
         most = _validate.MAX_STEP - first
         num_steps = _validate.positive_int("num_steps", num_steps, maximum=most)
+        # Threads read the examples of the next steps while earlier steps are computed.
         read = reader.of_key(state.key)
         steps = grain.MapDataset.range(first, first + num_steps).map(read)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)

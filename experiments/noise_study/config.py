@@ -16,11 +16,11 @@ MAX_BATCH = 400
 
 @dataclasses.dataclass(frozen=True)
 class NoiseStudyConfig:
-    """Asks where training stabilises under noises that share SGD's covariance, on the digits.
+    """Measures where training stabilises with laws that share SGD's covariance, on the digits.
 
-    Trains a small net with squared loss under each noise, and measures batch sharpness and the
-    largest eigenvalue of the Hessian on the way. Prints a table; writes edge.jsonl, edge.png and
-    summary.json. Stopped before, it goes on; what is recorded is never run again.
+    Trains a small net with squared loss with each law, and measures batch sharpness and the largest
+    eigenvalue of the Hessian along the way. Prints a table; writes edge.jsonl, edge.png and
+    summary.json. A study that was stopped is continued; recorded runs are never made again.
 
     Attributes:
         parts: The studies to make: "edge" is that of the edge of stochastic stability.

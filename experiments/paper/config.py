@@ -64,10 +64,10 @@ class DemoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FigureConfig:
-    """Draws a panel of the paper's figures: runs what is missing, reuses what is there.
+    """Draws a panel of the paper's figures: makes the missing runs, and reuses the others.
 
-    Every run has a folder of its own under `runs`, named after what it computes, and goes on where
-    it was stopped. Writes a picture, a table as CSV, and a page, into `out`.
+    Every run has its own folder under `runs`, named after its settings, and is continued if it was
+    stopped. Writes a picture, a table as CSV, and a page into `out`.
 
     Attributes:
         panel: The panel; those with a word in their name are not in the paper.

@@ -130,6 +130,7 @@ def theorem1_rows(config: ComplexityConfig) -> Iterator[dict[str, Any]]:
             batch_size=case.batch_size,
             **common,
         )
+        # The paper's bound without and with replacement (where it is false), and the right one.
         found["without"] = bound(bound="paper")
         found["with"] = bound(replace=True, bound="paper")
         found["with, corrected"] = bound(replace=True)

@@ -167,6 +167,7 @@ def paths(config: SDEConfig, learning_rate: float, horizon: float = 12.0, many: 
     @jax.jit
     @jax.vmap
     def every(key: Any) -> dict[str, Any]:
+        # SGD draws from another key, so that it does not share the path.
         own_key = derive(key, Stream.CASES, 0)
         return {
             "SDE": euler(key, 32),

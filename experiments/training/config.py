@@ -80,8 +80,8 @@ class TrainConfig:
         microbatch_size: The number of examples in one pass, and in one ghost batch of a net with
             batch norm; None stands for all of them at once.
         data_dir: The folder in which data sets are looked for, and to which they are downloaded.
-        out: The folder of the run. It is new, or that of the same run, which then goes on; None
-            stands for one named after the run.
+        out: The folder of the run, which must be new or that of the same run, which is then
+            continued; None stands for one named after the run.
         dataset_sha256: The checksum of the file that `dataset` names, found when the run begins;
             None for a data set with a name.
     """

@@ -160,6 +160,7 @@ class _Run:
                         self._evaluate(state, scalars, checkpoints)
                     if self.step == self.config.total_steps:
                         break
+                    # All processes make the same number of steps, and stop at the same one.
                     num_steps, stopped_by = _agreed(self._num_steps(), stop.number)
                     if stopped_by:
                         self._save(checkpoints, state)

@@ -26,6 +26,7 @@ def of_examples(
         def of_one(example: Example, *key: Key[Array, ""]) -> Any:
             rngs, own = _parts.streams_of(parts.rngs, key[0], has_keys) if key else (parts.rngs, ())
             model = parts.merged(params, carried, rngs)
+            # Batch norm layers take their means over the examples of the micro-batch.
             model.set_attributes(nnx.BatchNorm, axis_name=EXAMPLES, raise_if_not_found=False)
             found = loss_fn(model, example, *own)
             losses, aux = _in_two(found) if takes.has_aux else (found, ())
@@ -42,6 +43,7 @@ def of_examples(
                 batch, *keys
             )
         except ValueError as error:
+            # With out_axes=None, vmap raises if the statistics differ between examples.
             if "out_axes" not in str(error):
                 raise
             names = ", ".join(_parts.named(path, x) for path, x in _parts.variables(carried.stats))

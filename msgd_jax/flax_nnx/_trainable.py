@@ -166,6 +166,7 @@ def trainable(
     wrt = nnx.Param if wrt is None else wrt
     mutable = nnx.BatchStat if mutable is None else mutable
     frozen = nnx.Param if frozen is None else nnx.Any(nnx.Param, frozen)
+    # A variable belongs to the first filter that takes it: `frozen` gets what `wrt` leaves out.
     filters = (nnx.RngState, wrt, mutable, frozen)
     params, carried, graph, rngs = _parts.taken_apart(module, filters)
     if not jax.tree.leaves(params):

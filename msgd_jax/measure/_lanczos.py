@@ -90,6 +90,7 @@ def lanczos(
     first = random(0) if start is None else ravel_pytree(start)[0].astype(wide)
     diagonal, off_diagonal = _tridiagonal(flat_product, first, random, num_steps)
     matrix = jnp.diag(diagonal) + jnp.diag(off_diagonal[:-1], 1) + jnp.diag(off_diagonal[:-1], -1)
+    # Residuals and weights are the last and first entries of the tridiagonal's eigenvectors.
     values, vectors = jnp.linalg.eigh(matrix)
     return Ritz(
         values[::-1],
@@ -129,6 +130,7 @@ def _tridiagonal(
         rest = orthogonal(image, basis)
         length = jnp.linalg.norm(rest)
         scale = jnp.maximum(scale, jnp.abs(along) + length)
+        # If only rounding is left, the space is exhausted: continue in a new random direction.
         exhausted = length <= tiny * scale
         length = jnp.where(exhausted, 0, length)
         onwards = rest / jnp.where(exhausted, 1, length)

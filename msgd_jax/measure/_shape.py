@@ -320,6 +320,7 @@ def batch_sharpness(
     curvature, squares = jax.jit(measured)(params, losses.data, key, first)
     _estimates.check_finite(losses, params, (curvature, squares))
     total = curvature.sum(), squares.sum()
+    # The jackknife: the ratio of the sums without each draw in turn.
     without = (total[0] - curvature) / (total[1] - squares)
     return BatchSharpness(
         _estimates.estimate(total[0] / total[1], _estimates.spread_without(without), num_draws - 1),
