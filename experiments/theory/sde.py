@@ -211,8 +211,7 @@ class NetworkRun(NamedTuple):
         learning_rate: eta.
         times: the times, from 0, [saved].
         displacement: the distance of the SDE from its start, root mean square over paths, [saved].
-        distances: the distance of every iteration from the SDE at the same time, root mean square
-            over paths, by name, [saved].
+        distances: the same for the distance of every iteration from the SDE, by name, [saved].
     """
 
     learning_rate: float

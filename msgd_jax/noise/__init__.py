@@ -1,8 +1,8 @@
 r"""Laws of random weight vectors W in R^N with mean 1/N, drawn by pure functions of (key, step).
 
 A noisy gradient is ``grad(L(theta) . W)``, a vector of per-example losses times a weight vector
-that does not depend on theta (the paper's Eq. 6). The paper calls W - 1/N an M-noise. All laws in
-this table are exchangeable, so the covariance of W is given by two numbers that are known exactly,
+that does not depend on theta (the paper's Eq. 6), the M-noise of the paper. All laws in this table
+are exchangeable, so the covariance of W is given by two numbers that are known exactly,
 ``Cov(W) = alpha I + beta 1 1^T``. The noisy gradient then has covariance ``alpha N F + beta N^2
 grad L grad L^T``, with F the empirical Fisher matrix.
 
