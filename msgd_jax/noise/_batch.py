@@ -43,7 +43,7 @@ class BatchLaw:
 
     @property
     def name(self) -> str:
-        """The constructor and its arguments, for people."""
+        """The constructor and its arguments, for messages."""
         kind = "batch_cov" if self.centred else "batch_fisher"
         return f"{kind}({self.num_examples}, {self.batch_size}, matching={self.matching!r})"
 
