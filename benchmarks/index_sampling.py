@@ -1,8 +1,8 @@
 """Mini-batches without replacement from N examples: `noise.permute` against `jax.random.choice`.
 
 ``python -m benchmarks.index_sampling``. `jax.random.choice(replace=False)` sorts N numbers;
-`permute` computes the b indices asked for, and nothing else. Memory is what XLA sets aside for one
-draw. The sizes of `permute` take turns, for the ratio between them.
+`permute` only computes the b indices. Memory is what XLA allocates for one draw. The sizes of
+`permute` take turns, so that the ratio between them is exact.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from msgd_jax import noise
 
 OURS, BASELINE = "permute", "jax.random.choice"
 KIB = 2**10
-FLAT_FROM = 10_000  # below, `permute` sorts as well (up to 1,024), or its grid is a small one
+FLAT_FROM = 10_000  # for smaller N, `permute` sorts too (up to 1,024), or its grid is small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _again(draw: Any, times: int) -> Any:
 
 
 def _seconds_sorted(n: int, b: int, repeats: int) -> np.ndarray:
-    """The baseline at one size: fewer rounds where one takes seconds, or half a minute."""
+    """The seconds of the baseline at one size; with fewer rounds if one takes seconds or more."""
     draw = _choice(n, b)
     repeats = repeats if n < 10**6 else 3 if n < 10**7 else 1
     seconds = timing.alternate(
@@ -98,7 +98,7 @@ def _seconds_sorted(n: int, b: int, repeats: int) -> np.ndarray:
 
 
 def _memory(draw: Any) -> float:
-    """Bytes that one draw sets aside, its result included; nan where the backend does not say."""
+    """The bytes that one draw allocates, with its result; nan if the backend does not report it."""
     analysis = draw.lower(jax.random.key(1)).compile().memory_analysis()
     if analysis is None:
         return float("nan")
@@ -123,7 +123,7 @@ def _row(
 def _headlines(
     config: Config, b: int, draws: dict[int, Any], seconds: dict[str, np.ndarray]
 ) -> list[report.Headline]:
-    """Time and memory at each N over those at the first N of at least `FLAT_FROM`."""
+    """The time and memory at each N, divided by those at the first N of at least `FLAT_FROM`."""
     sizes = [n for n in config.examples if n >= FLAT_FROM]
     first = sizes[0]
     ratios = {n: timing.ratio(seconds, str(n), str(first)) for n in sizes[1:]}

@@ -1,6 +1,6 @@
-"""What it costs to measure the noise, in gradients of the mean loss: `measure` on LeNet.
+"""The cost of measuring the noise with `measure`, in gradients of the mean loss, on LeNet.
 
-``python -m benchmarks.measuring``. The same examples in the same micro-batches everywhere.
+``python -m benchmarks.measuring``. All contestants use the same examples and micro-batches.
 """
 
 import dataclasses
@@ -76,14 +76,14 @@ def main(config: Config) -> list[report.Headline]:
 
 
 def _contestants(config: Config) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-    """What is timed, and how many draws or steps each call makes of it."""
+    """The functions that are timed, and the number of draws or steps in each call."""
     problem = problems.lenet(config.examples)
     fn, params, data, k = problem.loss_vector_fn, problem.params, problem.data, config.draws
     law = noise.cov(config.examples, problems.BATCH_SIZE)
     sparse = noise.sgd(config.examples, min(problems.BATCH_SIZE, config.examples))
 
     def of_losses(measured: Callable[[loss.LossVector, Any], Any]) -> Callable[[], Any]:
-        """Compiled once, data and parameters its arguments."""
+        """A call of a program that is compiled once, with data and parameters as arguments."""
 
         @jax.jit
         def program(params: Any, data: Any) -> Any:

@@ -16,9 +16,9 @@ __all__ = ["ArraySource", "BatchSource", "Source", "on_the_host", "read_batch", 
 class Source(Protocol):
     """Examples by their number: grain's and tfds's data sources, grain's ``MapDataset``, or yours.
 
-    ``source[i]`` is one example, a pytree of arrays, numbers or PRNG keys, the same structure,
-    shapes and dtypes for all; it is called from several threads. A source that is quicker at many
-    examples at once is a `BatchSource`; no other method of it is called.
+    ``source[i]`` is one example: a pytree of arrays, numbers or PRNG keys, whose structure, shapes
+    and dtypes are the same for all examples. It is called from several threads. A source that reads
+    many examples at once more quickly can be a `BatchSource`; no other method is called.
     """
 
     def __len__(self) -> int:
@@ -43,8 +43,8 @@ class ArraySource:
     """A pytree of arrays [N, ...] as a source: numpy's, memory-mapped ones too, and PRNG keys.
 
     Raises:
-        TypeError: if there is a leaf that is not an array.
-        ValueError: if the leading axes disagree, or there are no arrays.
+        TypeError: if a leaf of the data is not an array.
+        ValueError: if the leading axes of the arrays differ, or there are no arrays.
     """
 
     def __init__(self, data: Data) -> None:

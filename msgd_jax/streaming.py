@@ -1,15 +1,15 @@
-"""Training on examples that are read as they are needed: indices first, then just those examples.
+"""Training on examples that are read when they are needed.
 
-A sparse noise says which examples a step uses from (key, step) alone, so they can be read while
-earlier steps are computed, and no others ever are. Memory is that of a few batches, whatever N is.
-The reading threads are grain's: ``pip install 'msgd-jax[streaming]'``::
+Which examples a step uses is a function of (key, step) for a sparse law. So they are read while
+earlier steps are computed, and no other examples are read. Memory holds a few batches, for any N.
+The reading threads are those of grain: ``pip install 'msgd-jax[streaming]'``::
 
   source = streaming.ArraySource((np.load("images.npy", mmap_mode="r"), labels))
   loop = streaming.make_loop(loss_vector_fn, optimizer, noise.sgd(len(source), 50), source)
   state, metrics = loop(train.init(params, optimizer, key), 1000)
 
-Where a data loader of yours draws the batches, its laws are `noise.batch_cov` and
-`noise.batch_fisher`, and `batches` takes so many of them.
+If a data loader of yours draws the batches, use the laws `noise.batch_cov` and
+`noise.batch_fisher`, and take the batches of the loader by `batches`.
 """
 
 import collections
@@ -35,7 +35,7 @@ from msgd_jax.train import StepMetrics, TrainState, step_of
 
 __all__ = ["ArraySource", "BatchSource", "LoaderEnded", "Source", "batches", "make_loop"]
 
-# Programs whose results nobody has waited for: one that runs, one that is ready to.
+# How many programs may be on the device at a time: one that runs and one that is ready to run.
 _IN_FLIGHT = 2
 
 # How many steps one call of a program makes at most, and the bytes that their examples may take:
@@ -62,35 +62,38 @@ def make_loop(
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """`train.make_step` in a loop, on examples that are read while earlier steps are computed.
 
-    The parameters are those of the same noise and key on data that are all on the device, bit for
-    bit: only where the examples come from differs. (The losses that are reported may differ in the
-    last bit.) Small steps are made several in one call of a compiled program, 16 at most. What is
-    read is a function of the state's key and step, so a loop goes on from any state, also in
-    another process; nothing else has to be saved.
+    The parameters are bit for bit those of training with the same law and key on data that are all
+    on the device: only the place that the examples come from differs. (The reported losses may
+    differ in the last bit.) Small steps are made several in one call of a compiled program, 16 at
+    most. Which examples are read is a function of the state's key and step, so a loop can continue
+    from any state, also in another process, and nothing else has to be saved.
 
     Under `jax.distributed` every process reads the examples of its own devices only.
 
     Args:
         loss_vector_fn: as in `train.make_step`.
         optimizer: as in `train.make_step`.
-        law: a law whose draws list the examples that they use, so not a dense one.
+        law: a sparse law, one whose draws list the examples that they use.
         source: the examples; see `Source`.
         microbatch_size: as in `train.make_step`.
         has_state: as in `train.make_step`.
         has_aux: as in `train.make_step`.
-        has_keys: as in `train.make_step`; an example's key is that of its number in the source.
+        has_keys: as in `train.make_step`; the key of an example depends on its number in the
+          source.
         sharding: as in `train.make_step`; it spreads the examples of each step.
 
     Returns:
-        ``loop(state, num_steps, *, prefetch=4, num_threads=4) -> (state, metrics)``; arrays in
-        `metrics` are [num_steps]; `prefetch` steps are read ahead, each by one of `num_threads`
-        threads. It raises what reading raises, and ValueError where examples do not stack. `state`
-        is copied, not donated: when reading fails, it is there to go on from.
+        ``loop(state, num_steps, *, prefetch=4, num_threads=4) -> (state, metrics)``. The arrays in
+        `metrics` have a leading axis [num_steps]. `prefetch` steps are read ahead, each by one of
+        `num_threads` threads. The loop raises whatever reading raises, and ValueError if examples
+        differ in structure, shape or dtype. `state` is copied, not donated, so that after a failure
+        to read you can continue from it.
 
     Raises:
         ImportError: if grain is not installed.
-        TypeError, ValueError: as `train.make_step`, or if the law is dense, or for another number
-            of examples than the source has.
+        TypeError: as `train.make_step`, or if `source` has no ``__len__`` and ``__getitem__``.
+        ValueError: as `train.make_step`, or if `law` is dense, or is for a number of examples that
+            is not the length of `source`.
 
     Example:
         >>> from msgd_jax import loss, noise, streaming, train
@@ -135,6 +138,7 @@ def make_loop(
         first = int(state.step)
         most = _validate.MAX_STEP - first
         num_steps = _validate.positive_int("num_steps", num_steps, maximum=most)
+        # Threads read the examples of the next steps while earlier steps are computed.
         read = reader.of_key(state.key)
         steps = grain.MapDataset.range(first, first + num_steps).map(read)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
@@ -225,7 +229,7 @@ def _run(
     metrics: list[StepMetrics] = []
     in_flight: collections.deque[StepMetrics] = collections.deque()
     for batch in batches:
-        if len(in_flight) == _IN_FLIGHT:  # or batches would pile up on the device
+        if len(in_flight) == _IN_FLIGHT:  # so that batches do not pile up on the device
             jax.block_until_ready(in_flight.popleft())
         state, new = step(state, place(batch))
         metrics.append(new)
@@ -254,8 +258,8 @@ class _Reader:
         self._own = own  # the positions that this process needs, ascending
 
     def of_key(self, key: Key[Array, ""]) -> Callable[[int], Batch]:
-        """``read(step)``: the examples that this process computes, in memory."""
-        # On the host, whatever the devices of training are busy with.
+        """``read(step)``, which returns in memory the examples that this process computes."""
+        # Weights are drawn on the host, so as not to wait for the devices that train.
         key = _sources.on_the_host(*_mesh.as_words(key))
 
         @functools.lru_cache(maxsize=8)  # of this key alone: threads read steps next to each other
@@ -274,7 +278,7 @@ class _Reader:
         return read
 
     def place(self, batch: Batch) -> Batch:
-        """On the device, or each device's part on it."""
+        """The batch on the device; if it is spread, each part on its own device."""
 
         def on_devices(leaf: Any) -> Array:
             words, made_of = _mesh.as_words(leaf)

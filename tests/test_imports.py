@@ -16,8 +16,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 MODULES = ["complexity", "covariance", "flax_nnx", "loss", "measure", "noise", "sde", "sharding",
            "streaming", "train", "transform"]  # fmt: skip
 # Helpers that every module may use.
-SHARED = {"_dtypes", "_estimate", "_loaders", "_sources", "_mesh", "_narrow", "_optimizers", "_programs",
-          "_streams", "_typing", "_validate", "_values"}  # fmt: skip
+SHARED = {"_dtypes", "_estimate", "_loaders", "_mesh", "_narrow", "_optimizers", "_programs",
+          "_sources", "_streams", "_typing", "_validate", "_values"}  # fmt: skip
 # Everything else (flax, tensorflow_datasets, matplotlib, ...) belongs to the extras.
 FORBIDDEN = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "tyro",
              "tqdm", "diffrax", "equinox", "lineax", "psutil", "torch", "grain", "experiments",

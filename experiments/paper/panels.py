@@ -1,7 +1,7 @@
-"""The panels of the paper's Figures 1, 2 and 3, and three of ours: every number in one place.
+"""The panels of the paper's Figures 1, 2 and 3, and three of ours, with all their numbers.
 
-Numbers from the paper have their section beside them. Where it is silent the choice is ours, and
-said to be: among `assumptions`, which the figures' pages print.
+A comment names the section of the paper that a number is from. Numbers that the paper does not give
+are our choice; they are listed in `assumptions`, which the pages of the figures print.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from experiments.training.config import AlgorithmName, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """What is drawn together.
+    """The runs that are drawn in one figure.
 
     Attributes:
-        title: of the figure.
-        runs: the training runs, in the order of the legend; the first with algorithm "sgd" is what
-            the others are compared with.
-        small: what `--scale small` changes in each of them.
-        assumptions: what is our choice, since the paper does not say.
+        title: the title of the figure.
+        runs: the training runs, in the order of the legend; the others are compared with the first
+            one whose algorithm is "sgd".
+        small: the changes that `--scale small` makes to each run.
+        assumptions: our choices where the paper does not give a number.
     """
 
     title: str
@@ -30,12 +30,12 @@ class Panel:
     assumptions: tuple[str, ...]
 
     def at_scale(self, small: bool) -> tuple[TrainConfig, ...]:
-        """The runs in full, or reduced to what two cores can do."""
+        """The runs in full, or reduced so that two cores can make them."""
         return tuple(_reduced(run, self.small) for run in self.runs) if small else self.runs
 
 
 def _reduced(run: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """Fewer steps, images and channels; decays at the same fractions of the way."""
+    """A run with fewer steps, images and channels, and decays at the same fraction of steps."""
     steps = changes.get("steps", run.steps)
     decay_at = tuple(round(at * steps / run.steps) for at in run.decay_at)
     settings = dataclasses.replace(run.noise, **_sizes(run.noise, changes))
@@ -55,7 +55,7 @@ def _each(base: TrainConfig, *algorithms: AlgorithmName, **changes: Any) -> tupl
 
 
 def _regularisation(base: TrainConfig) -> tuple[TrainConfig, ...]:
-    """The algorithms of panels (a) and (d), and the baseline that the field compares with."""
+    """The algorithms of panels (a) and (d), and a baseline that is often used for comparison."""
     return _each(
         base, "gd", "sgd", "m-sgd-fisher", "m-sgd-cov", "m-sgd-bernoulli", "gd-rademacher",
         "langevin-diagonal-fisher",
@@ -70,7 +70,7 @@ def _estimation(base: TrainConfig) -> tuple[TrainConfig, ...]:
 
 
 def _large_batch(base: TrainConfig, *sizes: int) -> tuple[TrainConfig, ...]:
-    """SGD with b and with larger batches, and sparse noises of b in the larger batches."""
+    """SGD with b and with larger batches, and sparse laws with the noise of b in these batches."""
     runs = list(_each(base, "sgd"))
     for size in sizes:
         noise = dataclasses.replace(base.noise, support_size=size)

@@ -58,7 +58,7 @@ MISTAKES = {
     ),
     "unhandled state": (
         lambda: flax_nnx.trainable(Counting(nnx.Rngs(0)), cross_entropy),
-        "module", "calls (Count). Give its type as mutable=",
+        "module", "calls (Count). Give their type as mutable=",
     ),
     "a frozen variable changes": (
         lambda: losses_of(
