@@ -82,6 +82,7 @@ def test_gradients_of_each_example_are_ours(name):
     assert [d.shape for d in draws] == [g.shape[1:] for g in gradients()]
 
 
+@pytest.mark.slow
 def test_the_order_of_the_first_step_is_its_own():
     """With ghost batch norm who shares a batch is drawn; the probe finds what the step does."""
     row = rows.TINY["resnet18-8"]
@@ -109,6 +110,7 @@ def worker():
     worker.close()
 
 
+@pytest.mark.slow
 def test_a_process_prepares_measures_and_says_what_is_wrong(worker):
     row = rows.Row("lenet", None, 6, 3)
     reference = rows.reference(row)
@@ -191,6 +193,7 @@ def test_bad_configurations_are_refused_before_anything_is_measured():
         against_torch.Config(device="tpu")
 
 
+@pytest.mark.slow
 def test_time_that_is_up_leaves_out_and_says_so(capsys, tmp_path):
     from benchmarks import step_overhead
 

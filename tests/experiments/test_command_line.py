@@ -106,6 +106,7 @@ def test_train_prints_a_table(tmp_path, capsys):
     assert read(tmp_path / "run" / "summary.json")["step"] == 3
 
 
+@pytest.mark.slow
 def test_sgd_learns_the_digits():
     """Real images: above 95 % of 797 test images in 1,500 steps (97 % measured, s.e. 0.6 %)."""
     plan = config.TrainConfig(
@@ -115,6 +116,7 @@ def test_sgd_learns_the_digits():
     assert last.test_accuracy[0] > 0.95
 
 
+@pytest.mark.slow
 def test_a_seed_does_not_depend_on_its_neighbours_or_on_the_evaluations():
     plan = config.TrainConfig(
         algorithm="m-sgd-sparse-fisher", dataset="digits", steps=20, learning_rate=0.1,

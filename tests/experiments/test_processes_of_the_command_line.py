@@ -87,6 +87,7 @@ def folder(tmp_path_factory):
     return path, first.stdout.decode("ascii"), first.stderr.decode("ascii")
 
 
+@pytest.mark.slow
 def test_a_log_has_plain_lines_and_no_bars(folder):
     _, out, err = folder
     lines = err.splitlines()
@@ -274,6 +275,7 @@ def _controls(terminal):
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
 
 
+@pytest.mark.slow
 def test_signals_on_a_terminal_save_the_state(tmp_path):
     """Ctrl-C while it compiles, then SIGTERM to the same command, which goes on; and the bar."""
     command = [*COMMAND, *TRAIN, "--steps", "100000", "--num-test", "50", "--out", "run"]

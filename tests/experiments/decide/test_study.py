@@ -64,6 +64,7 @@ def test_every_other_class_is_as_likely():
     assert ((counts[1:] - 1_000) ** 2 / 1_000).sum() < 37.3
 
 
+@pytest.mark.slow
 def test_every_seed_draws_its_own_subset_labels_and_weights(runner):
     state, _ = runner._started("gd", [100, 101], None)
     kernel, keys = state.params["conv1"]["kernel"], jax.random.key_data(state.noise_keys)
@@ -130,6 +131,7 @@ def test_the_diagonal_of_s_is_that_of_the_dense_matrix():
     np.testing.assert_allclose(got, np.var(np.asarray(gradients, np.float64), axis=0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_isotropic_noise_has_the_trace_of_the_diagonal_one(runner):
     traces = []
     for name in ("isotropic", "diagonal"):
@@ -168,6 +170,7 @@ def test_a_seed_does_not_depend_on_its_chunk(runner):
     assert not np.allclose(losses[0][-1, 0], losses[0][-1, 1], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_fastest_choice_comes_first_and_the_budget_ends_the_search(images):
     choices, told = [(_runs.Options(groups=groups), 2) for groups in (1, 2)], []
     timings = _calibration.calibrate(

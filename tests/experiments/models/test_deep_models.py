@@ -220,6 +220,7 @@ def test_statistics_are_float32_when_the_net_is_narrower():
 # The nets -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_normalised
 def test_a_step_over_ghost_batches_is_one_over_each(name):
     """Micro-batches of the library are ghost batches: gradients add up, statistics in order."""

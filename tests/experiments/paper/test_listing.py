@@ -137,6 +137,7 @@ def test_runs_of_every_command_are_listed_and_those_with_curves_reported(tmp_pat
     assert "* complexity: stopped" in printed
 
 
+@pytest.mark.slow
 def test_a_real_distributed_run_is_listed(tmp_path, capsys):
     """Ten steps on the digits over the tests' eight devices; then what it did is shown again."""
     out = tmp_path / "runs" / "many"

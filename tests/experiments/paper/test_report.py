@@ -108,6 +108,7 @@ def test_the_recorded_figures_are_drawn_again_from_their_runs(tmp_path, monkeypa
                         assert value == number
 
 
+@pytest.mark.slow
 def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
     root = tmp_path / "runs"
     main(["figure", "1a", "--scale", "small", "--runs", str(root)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msgd_jax import covariance, loss, noise
-from tests.support.noises import ROWS, spared
+from tests.support.noises import ROWS
 from tests.support.problems import linear
 
 DRAWS = 20_000
@@ -109,7 +109,7 @@ def test_closed_form_by_the_library_is_that_by_hand():
         np.testing.assert_allclose(found, wanted, atol=atol)
 
 
-@pytest.mark.parametrize("name", spared(list(ROWS)))
+@pytest.mark.parametrize("name", list(ROWS))
 def test_covariance_of_the_noisy_gradient_is_the_closed_form_entry_by_entry(name):
     law = ROWS[name].make(N, B)
     mean, wanted = by_hand().mean(0), target(law)

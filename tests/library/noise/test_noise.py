@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msgd_jax import noise
-from tests.support.noises import ROWS, cases, spared
+from tests.support.noises import ROWS, cases
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -51,7 +51,7 @@ def z_scores(w: np.ndarray, covariance: noise.Exchangeable) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("name", "n", "b"),
     [
-        *spared(cases((1, 1), (100, 10))),
+        *cases((1, 1), (100, 10)),
         # Few enough examples to be enumerated, which other tests do.
         *(pytest.param(*case, marks=pytest.mark.slow) for case in cases((7, 3))),
     ],

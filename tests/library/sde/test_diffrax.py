@@ -25,7 +25,8 @@ def motion():
     return diffrax.VirtualBrownianTree(0.0, 1.0, tol=2**-10, shape=(N,), key=jax.random.key(2))
 
 
-@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [1, 2])
 def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
     problem, key = logistic(N, dtype=jnp.float64), jax.random.key(0)
     law = noise.cov(N, B, dtype=jnp.float64)
@@ -89,7 +90,6 @@ STRATONOVICH = {
     "EulerHeun", "GeneralShARK", "HalfSolver", "Heun", "Midpoint", "Ralston", "ReversibleHeun",
     "SPaRK", "SlowRK", "StratonovichMilstein",
 }  # fmt: skip
-QUICK = {"EulerHeun", "ItoMilstein", "ReversibleHeun"}
 
 
 def saddle(params, batch):
@@ -145,14 +145,9 @@ def distance(one, other):
     return math.sqrt(((one - other) ** 2).sum(1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:.*not marked as converging")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=() if n in QUICK else pytest.mark.slow)
-        for n in sorted(ITO | STRATONOVICH)
-    ],
-)
+@pytest.mark.parametrize("name", sorted(ITO | STRATONOVICH))
 def test_every_solver_finds_the_solution_of_ito(name):
     """With the terms made for it, the distance to a fine Euler path shrinks with the step.
 
@@ -164,6 +159,7 @@ def test_every_solver_finds_the_solution_of_ito(name):
     assert fine < 0.5 * coarse
 
 
+@pytest.mark.slow
 def test_terms_for_the_other_kind_have_another_solution():
     """The near miss: however fine the steps, Heun with Euler's terms ends elsewhere."""
     wrong = ends(diffrax.EulerHeun(), terms_for=diffrax.Euler())
@@ -188,9 +184,8 @@ def test_every_solver_works_or_is_refused_before_diffrax_does(name):
     assert len(str(refused.value)) <= 400
 
 
-@pytest.mark.parametrize(
-    "law", [LAW, pytest.param(noise.fisher(N, B), marks=pytest.mark.slow)], ids=["cov", "fisher"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("law", [LAW, noise.fisher(N, B)], ids=["cov", "fisher"])
 def test_stratonovich_drift_against_dense_algebra(x64, law):
     """-grad L - eta/4 grad tr(C C^T), the trace of a dense covariance differentiated by jax."""
     problem = logistic(N, dtype=jnp.float64)

@@ -149,6 +149,7 @@ def test_standard_errors_are_the_scatter_over_keys():
     assert 7.5 / 23 < (scatter / expected) ** 2 < 49.7 / 23
 
 
+@pytest.mark.slow
 def test_passes_of_few_paths_change_nothing():
     problem, law = regression(N), noise.cov(N, B)
     run = functools.partial(

@@ -39,6 +39,7 @@ def test_increments_have_nothing_to_do_with_what_the_user_draws(impl, size):
     assert np.abs(r).max() < 5 / math.sqrt(size)
 
 
+@pytest.mark.slow
 def test_paths_of_an_error_are_apart_from_draws_of_the_same_key(monkeypatch):
     """The coarse increments that `strong_error` and `weak_error` simulate, seen on their way."""
     from msgd_jax.sde import _brownian
