@@ -38,9 +38,13 @@ def test_the_nets_are_the_same_functions(name):
     running = torch_nets.in_torch_layout(jax.tree.map(np.asarray, stats))
     for microbatched, channels_last in ((True, False), (False, True)):
         step = torch_nets.Step(
-            row, reference, device="cpu", microbatched=microbatched,
-            channels_last=channels_last, compiled=None,
-        )  # fmt: skip
+            row,
+            reference,
+            device="cpu",
+            microbatched=microbatched,
+            channels_last=channels_last,
+            compiled=None,
+        )
         assert step.check(reference.weights)[0] == pytest.approx(float(value), rel=1e-4)
         found = torch_nets.gradients(step.net)
         assert found.keys() == expected.keys()
@@ -199,9 +203,15 @@ def test_time_that_is_up_leaves_out_and_says_so(capsys, tmp_path):
 
     start = time.monotonic()
     config = step_overhead.Config(
-        examples=12, batch_size=2, support_size=4, microbatch_size=4, repeats=1, sparse_steps=1,
-        seconds=1e-3, out=tmp_path / "out",
-    )  # fmt: skip
+        examples=12,
+        batch_size=2,
+        support_size=4,
+        microbatch_size=4,
+        repeats=1,
+        sparse_steps=1,
+        seconds=1e-3,
+        out=tmp_path / "out",
+    )
     headlines = step_overhead.main(config)
     said = capsys.readouterr().out
     assert "no time to compile: " in said

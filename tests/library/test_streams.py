@@ -105,8 +105,9 @@ def test_permutations_are_independent_of_a_users(size, impl):
         key = jax.random.key(seed, impl=impl)
         keys = [key, *jax.random.split(key), jax.random.fold_in(key, 0)]
         ours = noise.permute(key, jnp.arange(size), size)
-        return jnp.stack([(ours == jax.random.permutation(jax.random.clone(k), size)).sum()
-                          for k in keys])  # fmt: skip
+        return jnp.stack(
+            [(ours == jax.random.permutation(jax.random.clone(k), size)).sum() for k in keys]
+        )
 
     counts = jax.jit(lambda: jax.lax.map(agreements, jnp.arange(50)))()
     z = (np.asarray(counts).mean(0) - 1) * np.sqrt(50)

@@ -23,10 +23,21 @@ from msgd_jax import loss
 
 TINY = dataclasses.replace(
     settings.DIGITS,
-    steps=12, evaluations=3, num_train=20, pool=60, num_test=50, batch_size=4, supports=(8, 10),
-    seeds=(100, 4), tuning_seeds=(40, 2), tuning_factors=(1.0, 2.0), longer=2, refresh_every=5,
-    family=("sgd-other-key", "cov", "isotropic", "diagonal", "gd-best"), others=(),
-)  # fmt: skip
+    steps=12,
+    evaluations=3,
+    num_train=20,
+    pool=60,
+    num_test=50,
+    batch_size=4,
+    supports=(8, 10),
+    seeds=(100, 4),
+    tuning_seeds=(40, 2),
+    tuning_factors=(1.0, 2.0),
+    longer=2,
+    refresh_every=5,
+    family=("sgd-other-key", "cov", "isotropic", "diagonal", "gd-best"),
+    others=(),
+)
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +166,9 @@ def test_gd_is_gradient_descent_with_the_decay(runner):
         log_p = jax.nn.log_softmax(net.logits(params, examples.image))
         return -jnp.take_along_axis(log_p, examples.label[:, None], 1).mean()
 
-    descend = jax.jit(lambda p, rate: jax.tree.map(
-        lambda x, g: x - rate * g, p, jax.grad(mean_loss)(p)
-    ))  # fmt: skip
+    descend = jax.jit(
+        lambda p, rate: jax.tree.map(lambda x, g: x - rate * g, p, jax.grad(mean_loss)(p))
+    )
     for step in range(12):
         params = descend(params, 0.2 if step < 8 else 0.02)  # 70 % of 12 steps are 8
     final = advance(state, 0, 12).params
@@ -179,9 +190,14 @@ def test_the_fastest_choice_comes_first_and_the_budget_ends_the_search(images):
     assert [timing.runner.options for timing in timings] == [_runs.Options(groups=1)]
     assert len(told) == 2
     timings = _calibration.calibrate(
-        TINY, images, [*choices, (_runs.Options(microbatch_size=2), 2)], name="sgd", steps=3,
-        budget_seconds=1e6, told=told.append,
-    )  # fmt: skip
+        TINY,
+        images,
+        [*choices, (_runs.Options(microbatch_size=2), 2)],
+        name="sgd",
+        steps=3,
+        budget_seconds=1e6,
+        told=told.append,
+    )
     assert len(timings) == 3
     speeds = [timing.seconds_per_seed_step for timing in timings]
     assert speeds == sorted(speeds)
@@ -260,10 +276,14 @@ def test_gds_own_rate_is_the_best_on_the_tuning_seeds_alone():
     found = {
         _records.Run("gd", factor, seed): curve(accuracy)
         for factor, seed, accuracy in (
-            (1.0, 40, 0.5), (1.0, 41, 0.7), (2.0, 40, 0.9), (2.0, 41, 0.4),
-            (1.0, 100, 0.0), (2.0, 100, 1.0),
+            (1.0, 40, 0.5),
+            (1.0, 41, 0.7),
+            (2.0, 40, 0.9),
+            (2.0, 41, 0.4),
+            (1.0, 100, 0.0),
+            (2.0, 100, 1.0),
         )
-    }  # fmt: skip
+    }
     assert study.best_factor(TINY, found) == 2.0
     found[_records.Run("gd", 2.0, 41)] = curve(0.2)
     assert study.best_factor(TINY, found) == 1.0

@@ -89,9 +89,13 @@ def test_conv_same_and_its_gradients_equal_xlas(size, stride):
 
     def xlas(images, kernel):
         return jax.lax.conv_general_dilated(
-            images, kernel, (stride, stride), padding, dimension_numbers=("CHWN", "HWIO", "CHWN"),
+            images,
+            kernel,
+            (stride, stride),
+            padding,
+            dimension_numbers=("CHWN", "HWIO", "CHWN"),
             precision="highest",
-        )  # fmt: skip
+        )
 
     found, pull = jax.vjp(ours, images, kernel)
     expected, pull_expected = jax.vjp(xlas, images, kernel)
@@ -295,9 +299,13 @@ def test_resnet_is_the_reference_in_evaluation():
     def convolve(x, layer, norm, stride=1):
         pad = layer["kernel"].shape[0] // 2
         x = jax.lax.conv_general_dilated(
-            x, layer["kernel"], (stride, stride), [(pad, pad)] * 2, precision="highest",
+            x,
+            layer["kernel"],
+            (stride, stride),
+            [(pad, pad)] * 2,
+            precision="highest",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )  # fmt: skip
+        )
         scale, bias = (norm[name][None, None, None] for name in ("scale", "bias"))
         return x / np.sqrt(1 + 1e-5) * scale + bias
 
@@ -329,9 +337,13 @@ def test_vgg_is_the_reference():
         for number in range(1, 9):
             layer = params[f"conv{number}"]
             x = jax.lax.conv_general_dilated(
-                x, layer["kernel"], (1, 1), "SAME", precision="highest",
+                x,
+                layer["kernel"],
+                (1, 1),
+                "SAME",
+                precision="highest",
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )  # fmt: skip
+            )
             x = jax.nn.relu(x + layer["bias"][None, None, None])
             if number in (1, 2, 4, 6, 8):
                 n, h, w, c = x.shape

@@ -16,8 +16,8 @@ def training(out, *arguments: str) -> list[str]:
     plan = "--dataset digits --algorithm m-sgd-cov --learning-rate 0.1 --steps 40 --num-train 203"
     more = "--checkpoint-every 5 --microbatch-size 13 --noise.batch-size 20 --num-test 100"
     every = ["--eval-every", "5"]
-    return ["experiments", "distributed", *plan.split(), *more.split(), *every, "--out", str(out),
-            *arguments]  # fmt: skip
+    options = [*plan.split(), *more.split(), *every, "--out", str(out), *arguments]
+    return ["experiments", "distributed", *options]
 
 
 def of_two(out) -> list[list[str]]:

@@ -27,16 +27,23 @@ def test_decays_multiply_the_rate_at_their_iterations():
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("sqrt", 2), ("linear", 4)])
 def test_the_rate_of_a_large_batch(scaling, factor):
     settings = NoiseSettings(batch_size=25, support_size=100)
-    plan = TrainConfig(algorithm="sgd-b", learning_rate=0.1, noise=settings,
-                       learning_rate_scaling=scaling)  # fmt: skip
+    plan = TrainConfig(
+        algorithm="sgd-b", learning_rate=0.1, noise=settings, learning_rate_scaling=scaling
+    )
     assert _optimizers.scaled_learning_rate(plan) == pytest.approx(0.1 * factor)
     assert plan.total_steps == plan.steps
 
 
 def test_without_regime_adaptation_epochs_are_kept():
     settings = NoiseSettings(batch_size=25, support_size=100)
-    plan = TrainConfig(algorithm="sgd-b", steps=1000, decay_at=(400,), noise=settings,
-                       learning_rate=1.0, regime_adaptation=False)  # fmt: skip
+    plan = TrainConfig(
+        algorithm="sgd-b",
+        steps=1000,
+        decay_at=(400,),
+        noise=settings,
+        learning_rate=1.0,
+        regime_adaptation=False,
+    )
     assert plan.total_steps == 250
     rates = [float(_optimizers.schedule(plan)(step)) for step in (99, 100)]
     np.testing.assert_allclose(rates, [1, 0.1], rtol=1e-6)

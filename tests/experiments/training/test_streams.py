@@ -36,10 +36,11 @@ def key_calls(source):
         elif isinstance(node, ast.comprehension):
             targets, value = [node.target], node.iter
         if value is not None and any(
-            isinstance(part, ast.Call) and isinstance(part.func, ast.Name)
+            isinstance(part, ast.Call)
+            and isinstance(part.func, ast.Name)
             and part.func.id == "derive"
             for part in ast.walk(value)
-        ):  # fmt: skip
+        ):
             derived |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("jax.random."):
@@ -62,9 +63,8 @@ def test_nothing_is_drawn_or_made_of_a_key_but_by_derive(path):
 
 def test_the_reader_of_sources_sees_a_draw_with_the_runs_own_key():
     found = "a = derive(key, 1)\nb, c = (derive(key, i) for i in range(2))\n"
-    assert list(key_calls(found + "jax.random.normal(a, ())\njax.random.normal(c, ())")) == [
-        ("normal", True), ("normal", True),
-    ]  # fmt: skip
+    drawn = key_calls(found + "jax.random.normal(a, ())\njax.random.normal(c, ())")
+    assert list(drawn) == [("normal", True)] * 2
     for wrong in ("jax.random.normal(key, ())", "jax.random.normal(jax.random.key(0))"):
         assert ("normal", False) in list(key_calls(found + wrong))
 
@@ -146,9 +146,12 @@ def test_draws_are_the_same_with_64_bit_types(kind):
         params = {"a": jnp.zeros(5, jnp.float32)}
         transform = _optimizers.diagonal_langevin(key, batch_size=1)
         noise, _ = transform.update(
-            params, transform.init(params), params,
-            loss_vector_fn=lambda p, data: data @ p["a"], data=jnp.eye(5, dtype=jnp.float32),
-        )  # fmt: skip
+            params,
+            transform.init(params),
+            params,
+            loss_vector_fn=lambda p, data: data @ p["a"],
+            data=jnp.eye(5, dtype=jnp.float32),
+        )
         return np.asarray(noise["a"])
 
     narrow = draw()

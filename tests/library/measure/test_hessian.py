@@ -33,8 +33,9 @@ def test_products_of_mean_and_weighted_losses(microbatch_size):
     for law in (noise.cov(N, 8), noise.sgd(N, 8)):
         weights = law.sample(KEY, 0)
         found = measure.hessian_product(losses, params, weights)(vector)
-        wanted = np.einsum("i,ijk,k->j", np.asarray(weights.dense(), np.float64),
-                           dense().hessians, flat)  # fmt: skip
+        wanted = np.einsum(
+            "i,ijk,k->j", np.asarray(weights.dense(), np.float64), dense().hessians, flat
+        )
         np.testing.assert_allclose(ravel_pytree(found)[0], wanted, rtol=1e-10)
 
 

@@ -17,8 +17,12 @@ KEY = jax.random.key(0)
 def remembered(law, **options) -> Any:
     losses, params = problem()
     options = {
-        "directions": jnp.eye(D), "steps": range(20), "max_lag": 4, "num_runs": 300, **options
-    }  # fmt: skip
+        "directions": jnp.eye(D),
+        "steps": range(20),
+        "max_lag": 4,
+        "num_runs": 300,
+        **options,
+    }
     return measure.noise_autocorrelation(losses, params, law, KEY, **options)
 
 

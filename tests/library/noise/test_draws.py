@@ -215,8 +215,16 @@ def test_noise_is_a_static_argument():
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
     # Those whose batch size is but a scale take any number above 0.
-    SCALED = ("fisher", "cov", "rademacher", "estimated_fisher", "estimated_cov", "student_t",
-              "scaled", "coloured")  # fmt: skip
+    SCALED = (
+        "fisher",
+        "cov",
+        "rademacher",
+        "estimated_fisher",
+        "estimated_cov",
+        "student_t",
+        "scaled",
+        "coloured",
+    )
 
     @pytest.mark.parametrize("name", [name for name in ROWS if name != "gd"])
     @pytest.mark.parametrize("batch_size", [0, -1, 8])

@@ -257,8 +257,10 @@ def test_covariances_between_steps_are_exact(n, b):
         same, different = Fraction(0), Fraction(0)
         if s // epoch_length == t // epoch_length:
             for order in orders:
-                one, other = ([i in order[k * b : (k + 1) * b] for i in range(n)]
-                              for k in (s % epoch_length, t % epoch_length))  # fmt: skip
+                one, other = (
+                    [i in order[k * b : (k + 1) * b] for i in range(n)]
+                    for k in (s % epoch_length, t % epoch_length)
+                )
                 same += Fraction(one[0] * other[0], b**2 * len(orders))
                 different += Fraction(one[0] * other[-1] if n > 1 else 0, b**2 * len(orders))
             exact = same - Fraction(1, n**2), different - Fraction(1, n**2) if n > 1 else different
@@ -295,8 +297,12 @@ def test_noises_of_independent_steps_have_no_covariance_between_them():
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
     def test_more_examples_than_indices(self):
-        for make in (noise.gd, lambda n: noise.sgd(n, 8), lambda n: noise.fisher(n, 8),
-                     lambda n: noise.permute(key(), jnp.arange(3), n)):  # fmt: skip
+        for make in (
+            noise.gd,
+            lambda n: noise.sgd(n, 8),
+            lambda n: noise.fisher(n, 8),
+            lambda n: noise.permute(key(), jnp.arange(3), n),
+        ):
             with pytest.raises(ValueError, match=r"at most 2\^31 - 1 = 2147483647, .*int32.*got"):
                 make(2**31)
 

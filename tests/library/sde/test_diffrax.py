@@ -31,10 +31,9 @@ def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
     problem, key = logistic(N, dtype=jnp.float64), jax.random.key(0)
     law = noise.cov(N, B, dtype=jnp.float64)
     steps, substeps = 5, 4
-    increments = jnp.concatenate([
-        sde.brownian_increments(key, step, N, substeps=substeps, dtype=jnp.float64)
-        for step in range(steps)
-    ])  # fmt: skip
+    options = {"substeps": substeps, "dtype": jnp.float64}
+    drawn = [sde.brownian_increments(key, step, N, **options) for step in range(steps)]
+    increments = jnp.concatenate(drawn)
     path = jnp.concatenate([jnp.zeros((1, N)), math.sqrt(ETA) * jnp.cumsum(increments, 0)])
     times = ETA / substeps * jnp.arange(steps * substeps + 1)
     terms = sde.diffrax_terms(
@@ -77,9 +76,10 @@ def every_solver():
     """All solvers that diffrax exports and that can be made, also those that it will add."""
     classes = [value for value in vars(diffrax).values() if inspect.isclass(value)]
     concrete = [
-        value for value in classes
+        value
+        for value in classes
         if issubclass(value, diffrax.AbstractSolver) and not value.__name__.startswith("Abstract")
-    ]  # fmt: skip
+    ]
     inner = {"HalfSolver": (diffrax.EulerHeun(),), "SemiImplicitEuler": ()}
     return {value.__name__: value(*inner.get(value.__name__, ())) for value in concrete}
 
@@ -87,9 +87,17 @@ def every_solver():
 SOLVERS = every_solver()
 ITO = {"Euler", "ItoMilstein"}
 STRATONOVICH = {
-    "EulerHeun", "GeneralShARK", "HalfSolver", "Heun", "Midpoint", "Ralston", "ReversibleHeun",
-    "SPaRK", "SlowRK", "StratonovichMilstein",
-}  # fmt: skip
+    "EulerHeun",
+    "GeneralShARK",
+    "HalfSolver",
+    "Heun",
+    "Midpoint",
+    "Ralston",
+    "ReversibleHeun",
+    "SPaRK",
+    "SlowRK",
+    "StratonovichMilstein",
+}
 
 
 def saddle(params, batch):

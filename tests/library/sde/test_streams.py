@@ -158,9 +158,17 @@ def test_without_a_law_the_path_has_the_type_of_the_parameters(x64):
     problem, key = regression(N, dtype=jnp.float64), jax.random.key(6)
     law = noise.fisher(N, B, dtype=jnp.float64)
     ends = [
-        of_sde(sde.euler_maruyama, loss_vector_fn, problem.params, problem.data, given,
-            learning_rate=0.2, num_steps=3, key=key, substeps=2,
+        of_sde(
+            sde.euler_maruyama,
+            loss_vector_fn,
+            problem.params,
+            problem.data,
+            given,
+            learning_rate=0.2,
+            num_steps=3,
+            key=key,
+            substeps=2,
         ).last_params["w"]
         for given in (law, law.covariance)
-    ]  # fmt: skip
+    ]
     np.testing.assert_array_equal(*ends)
