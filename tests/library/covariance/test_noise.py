@@ -10,11 +10,11 @@ import pytest
 from msgd_jax import covariance, loss, noise
 from tests.support.noises import ROWS
 from tests.support.problems import linear
+from tests.support.statistics import bound
 
 DRAWS = 20_000
 N, B = 12, 4
-# The largest of 300 entries' |z| is below 5 with probability 1 - 2e-4 if all is right.
-Z = 5.0
+Z = bound(300)  # the entries of a mean of 23 and of its covariance
 
 
 @functools.cache
