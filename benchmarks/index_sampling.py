@@ -35,8 +35,16 @@ class Config(report.Config):
     """
 
     examples: tuple[int, ...] = (
-        10**3, 10**4, 10**5, 100_003, 10**6, 10**7, 10**8, 10**9, 2**31 - 1,
-    )  # fmt: skip
+        10**3,
+        10**4,
+        10**5,
+        100_003,
+        10**6,
+        10**7,
+        10**8,
+        10**9,
+        2**31 - 1,
+    )
     batch_sizes: tuple[int, ...] = (50, 1_000)
     largest_sorted: int = 10**7
     inner: int = 20
@@ -65,12 +73,16 @@ def main(config: Config) -> list[report.Headline]:
             rows.append(_row(n, b, ours[b][str(n)], baseline[b].get(str(n)), memory))
         headlines += _headlines(config, b, draws, ours[b])
     report.publish(
-        "index_sampling", config, rows, headlines, functools.partial(_plot, ours, baseline),
+        "index_sampling",
+        config,
+        rows,
+        headlines,
+        functools.partial(_plot, ours, baseline),
         seconds={
             name: {str(b): {n: v.tolist() for n, v in s.items()} for b, s in of_b.items()}
             for name, of_b in ((OURS, ours), (BASELINE, baseline))
         },
-    )  # fmt: skip
+    )
     return headlines
 
 
@@ -134,15 +146,20 @@ def _headlines(
     ratio = ratios[worst]
     return [
         report.Headline(
-            "index_sampling", f"time of a draw, largest over that of the smallest N, {where}",
+            "index_sampling",
+            f"time of a draw, largest over that of the smallest N, {where}",
             f"{ratio.median:.2f} (quartiles {ratio.low:.2f} to {ratio.high:.2f}) at N = {worst:,}",
-            "<= 1.1", ratio.median <= 1.1,
+            "<= 1.1",
+            ratio.median <= 1.1,
         ),
         report.Headline(
-            "index_sampling", f"memory of a draw, largest over smallest, {where}",
-            f"{growth:.2f} ({max(memory) / KIB:.1f} KiB)", "<= 1.1", growth <= 1.1,
+            "index_sampling",
+            f"memory of a draw, largest over smallest, {where}",
+            f"{growth:.2f} ({max(memory) / KIB:.1f} KiB)",
+            "<= 1.1",
+            growth <= 1.1,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _plot(

@@ -61,17 +61,23 @@ def main(config: Config) -> list[report.Headline]:
     ]
     headlines = [
         report.Headline(
-            "measuring", f"{name}, in gradients of the mean loss",
+            "measuring",
+            f"{name}, in gradients of the mean loss",
             f"{in_gradients[name].median:.2f} "
             f"(quartiles {in_gradients[name].low:.2f} to {in_gradients[name].high:.2f})",
-            f"<= {target}", in_gradients[name].median <= target,
+            f"<= {target}",
+            in_gradients[name].median <= target,
         )
         for name, target in ((PRODUCT, 4), (PER_DRAW, 1))
-    ]  # fmt: skip
+    ]
     report.publish(
-        "measuring", config, rows, headlines, functools.partial(_plot, in_gradients),
+        "measuring",
+        config,
+        rows,
+        headlines,
+        functools.partial(_plot, in_gradients),
         seconds={name: values.tolist() for name, values in samples.items()},
-    )  # fmt: skip
+    )
     return headlines
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import machine
+from experiments import tables
 from experiments.training import runs
 
 
@@ -94,17 +95,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return "Nothing was measured."
     columns = list(rows[0])
-    cells = [columns, *[[_text(row[column]) for column in columns] for row in rows]]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in cells
-    ]
-    return "\n".join(
-        [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-    )
+    cells = [[_text(row[column]) for column in columns] for row in rows]
+    return tables.markdown_table(columns, cells, padded=True)
 
 
 def headline_table(headlines: Sequence[Headline]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from experiments import tables
 from experiments.decide import _records, statistics, study
 from experiments.decide.settings import BASELINES, CONTESTANTS, Setting, label
 
@@ -16,6 +17,21 @@ _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
 _GREEN = "#009E73"
 AT_EQUAL_LOSS = "GD at SGD's training loss"
 """The row for GD stopped where its training loss is that of the same seed's SGD at the end."""
+
+_HEADER = [
+    "algorithm",
+    "seeds",
+    "test accuracy",
+    "minus SGD",
+    "p (Holm)",
+    "minus GD",
+    "p (Holm)",
+    "share of the gap closed",
+    "p of equivalence with SGD",
+    "training loss",
+    "training accuracy",
+    "test loss",
+]
 
 Values = Float[np.ndarray, " seeds"]
 
@@ -182,13 +198,11 @@ def markdown(setting: Setting, table: list[Row], found: list[dict[str, Any]]) ->
         f"SGD - GD: {_shown(gap)} points of test accuracy ({gap.num_seeds} seeds, p = "
         f"{gap.p_value:.2g}). Margin of equivalence: {100 * setting.margin:.2f} points.",
         "",
-        "| algorithm | seeds | test accuracy | minus SGD | p (Holm) | minus GD | p (Holm) | share "
-        "of the gap closed | p of equivalence with SGD | training loss | training accuracy | test "
-        "loss |",
-        "|---" * 12 + "|",
+        tables.markdown_table(_HEADER, [_line(row) for row in table]),
+        "",
+        _notes(setting, table, found),
+        "",
     ]
-    lines += [_line(row) for row in table]
-    lines += ["", _notes(setting, table, found), ""]
     return "\n".join(lines)
 
 
@@ -206,16 +220,24 @@ def _described(setting: Setting) -> str:
     )
 
 
-def _line(row: Row) -> str:
+def _line(row: Row) -> list[str]:
     compared = row.to_sgd or row.to_gd
     assert compared is not None
-    return (
-        f"| {row.label}{'' if row.in_family or row.to_sgd is None or row.to_gd is None else ' *'} "
-        f"| {compared.num_seeds} | {row.accuracy:.2f} | {_shown(row.to_sgd)} "
-        f"| {_p_value(row.adjusted_to_sgd)} | {_shown(row.to_gd)} | {_p_value(row.adjusted_to_gd)} "
-        f"| {_share(row.share)} | {_p_value(row.equivalent)} | {row.train_loss:.2g} "
-        f"| {row.train_accuracy:.1f} | {row.test_loss:.2f} |"
-    )
+    outside = not row.in_family and row.to_sgd is not None and row.to_gd is not None
+    return [
+        f"{row.label} *" if outside else row.label,
+        str(compared.num_seeds),
+        f"{row.accuracy:.2f}",
+        _shown(row.to_sgd),
+        _p_value(row.adjusted_to_sgd),
+        _shown(row.to_gd),
+        _p_value(row.adjusted_to_gd),
+        _share(row.share),
+        _p_value(row.equivalent),
+        f"{row.train_loss:.2g}",
+        f"{row.train_accuracy:.1f}",
+        f"{row.test_loss:.2f}",
+    ]
 
 
 def _notes(setting: Setting, table: list[Row], found: list[dict[str, Any]]) -> str:

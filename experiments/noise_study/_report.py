@@ -62,8 +62,11 @@ def rows(found: list[dict[str, Any]], rate: float, margin: float) -> list[dict[s
     """
     result = []
     for line in found:
-        at_same = {other["noise"]: other for other in found
-                   if other["learning_rate"] == line["learning_rate"]}  # fmt: skip
+        at_same = {
+            other["noise"]: other
+            for other in found
+            if other["learning_rate"] == line["learning_rate"]
+        }
         row: dict[str, Any] = {
             "noise": line["noise"],
             "learning_rate": line["learning_rate"],
@@ -131,8 +134,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    header = ["noise", "eta", "seeds", "eigenvalue", "SGD's BS there", "own BS",
-              "SGD's, mean of ratios", "loss"]  # fmt: skip
+    header = [
+        "noise",
+        "eta",
+        "seeds",
+        "eigenvalue",
+        "SGD's BS there",
+        "own BS",
+        "SGD's, mean of ratios",
+        "loss",
+    ]
     differences = [
         [LABELS[row["noise"]], QUANTITIES[name], *_difference(row[f"{name}_to_sgd"])]
         for row in rows
@@ -214,16 +225,25 @@ def _along(axis: Any, line: dict[str, Any], quantity: str) -> None:
 def _against_rate(axis: Any, found: list[dict[str, Any]]) -> None:
     """Draws the endpoints of the laws that ran at several learning rates."""
     for place, name in enumerate(("gd", "sgd", "cov")):
-        lines = sorted((one for one in found if one["noise"] == name),
-                       key=lambda one: one["learning_rate"])  # fmt: skip
+        lines = sorted(
+            (one for one in found if one["noise"] == name), key=lambda one: one["learning_rate"]
+        )
         for quantity, marker, style in (("eigenvalue", "s", ":"), ("own_sharpness", "o", "-")):
             points = [(one["learning_rate"], _mean(endpoint(one, quantity))) for one in lines]
             shown = [(x * 1.02 ** (place - 1), *y) for x, y in points if y is not None]
             if not shown:
                 continue
             x, mean, half = np.array(shown).T
-            axis.errorbar(x, mean, half, fmt=marker + style, color=_COLOURS[name], markersize=5,
-                          capsize=2, lw=1)  # fmt: skip
+            axis.errorbar(
+                x,
+                mean,
+                half,
+                fmt=marker + style,
+                color=_COLOURS[name],
+                markersize=5,
+                capsize=2,
+                lw=1,
+            )
     axis.plot([], [], "ks:", label="largest eigenvalue", markersize=5)
     axis.plot([], [], "ko-", label="own batch sharpness", markersize=5)
     axis.legend(fontsize=8, loc="lower right")

@@ -51,8 +51,15 @@ class NoiseStudyConfig:
 
     parts: tuple[Literal["edge"], ...] = ("edge",)
     noises: tuple[NoiseName, ...] = (
-        "gd", "sgd", "sgd-other-key", "cov", "bernoulli", "sparse_cov", "student_t", "isotropic",
-    )  # fmt: skip
+        "gd",
+        "sgd",
+        "sgd-other-key",
+        "cov",
+        "bernoulli",
+        "sparse_cov",
+        "student_t",
+        "isotropic",
+    )
     learning_rate: float = 0.2
     other_rates: tuple[float, ...] = (0.1, 0.4)
     batch_size: int = 16

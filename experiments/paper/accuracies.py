@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments import records
+from experiments import records, tables
 from experiments.decide import statistics
 from experiments.training import Evaluation
 
@@ -210,11 +210,15 @@ def write_csv(rows: list[Row], path: pathlib.Path) -> None:
 
 def markdown_table(rows: list[Row]) -> str:
     """The rows as a table, accuracies in percent."""
-    lines = [
-        f"| algorithm | train loss | test accuracy % | minus {reference_of(rows)} | p (equivalent "
-        f"within {100 * MARGIN:g} %) | |",
-        "|---|---|---|---|---|---|",
+    header = [
+        "algorithm",
+        "train loss",
+        "test accuracy %",
+        f"minus {reference_of(rows)}",
+        f"p (equivalent within {100 * MARGIN:g} %)",
+        "",
     ]
+    lines = []
     for row in rows:
         accuracy = _with_interval(row.test_accuracy, row.half_width)
         if np.isnan(row.difference):
@@ -223,10 +227,8 @@ def markdown_table(rows: list[Row]) -> str:
             difference = _with_interval(row.difference, row.difference_half_width, sign="+")
             p = "" if np.isnan(row.equivalence_p) else f"{row.equivalence_p:.2g}"
         verdict = row.verdict if row.seeds > 1 else ""
-        lines.append(
-            f"| {row.label} | {row.train_loss:.4f} | {accuracy} | {difference} | {p} | {verdict} |"
-        )
-    return "\n".join(lines)
+        lines.append([row.label, f"{row.train_loss:.4f}", accuracy, difference, p, verdict])
+    return tables.markdown_table(header, lines)
 
 
 def reference_of(rows: list[Row]) -> str:

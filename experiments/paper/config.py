@@ -9,9 +9,20 @@ import tyro
 from experiments.training import AlgorithmName, NoiseSettings, TrainConfig
 
 PanelName = Literal[
-    "1a", "1b", "1c", "1d", "1e", "1f", "2a", "2b", "3a", "3b",
-    "1a-converged", "1b-converged", "large-batch",
-]  # fmt: skip
+    "1a",
+    "1b",
+    "1c",
+    "1d",
+    "1e",
+    "1f",
+    "2a",
+    "2b",
+    "3a",
+    "3b",
+    "1a-converged",
+    "1b-converged",
+    "large-batch",
+]
 
 
 @dataclasses.dataclass(frozen=True)

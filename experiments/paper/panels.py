@@ -57,9 +57,15 @@ def _each(base: TrainConfig, *algorithms: AlgorithmName, **changes: Any) -> tupl
 def _regularisation(base: TrainConfig) -> tuple[TrainConfig, ...]:
     """The algorithms of panels (a) and (d), and a baseline that is often used for comparison."""
     return _each(
-        base, "gd", "sgd", "m-sgd-fisher", "m-sgd-cov", "m-sgd-bernoulli", "gd-rademacher",
+        base,
+        "gd",
+        "sgd",
+        "m-sgd-fisher",
+        "m-sgd-cov",
+        "m-sgd-bernoulli",
+        "gd-rademacher",
         "langevin-diagonal-fisher",
-    )  # fmt: skip
+    )
 
 
 def _estimation(base: TrainConfig) -> tuple[TrainConfig, ...]:
@@ -125,10 +131,18 @@ _CIFAR_RESNET_BEST = dataclasses.replace(
     weight_decay=5e-4,  # B.3
 )
 _COLOUR_SMALL = {
-    "num_train": 500, "num_test": 1_000, "width": 8, "steps": 200, "eval_every": 50, "seeds": 2,
-    "batch_size": 50, "estimate_size": 50, "support_size": 250, "microbatch_size": 50,
+    "num_train": 500,
+    "num_test": 1_000,
+    "width": 8,
+    "steps": 200,
+    "eval_every": 50,
+    "seeds": 2,
+    "batch_size": 50,
+    "estimate_size": 50,
+    "support_size": 250,
+    "microbatch_size": 50,
     "checkpoint_every": 50,
-}  # fmt: skip
+}
 
 _ALL = (
     "number of iterations and of seeds",
@@ -151,39 +165,90 @@ _CONVERGED = (
 )
 
 PANELS: Mapping[str, Panel] = {
-    "1a": Panel("FashionMNIST, LeNet: which noises regularise as SGD's", _regularisation(_LENET),
-                _LENET_SMALL, (*_ALL, _INITIAL_LENET)),
-    "1b": Panel("FashionMNIST, LeNet: covariances estimated from b examples", _estimation(_LENET),
-                _LENET_SMALL, (*_ALL, _INITIAL_LENET)),
-    "1c": Panel("CIFAR-10, ResNet-18, augmentation and weight decay: large batches",
-                _large_batch(_CIFAR_RESNET_BEST, 5_000), _COLOUR_SMALL,
-                (*_ALL, *_LARGE, _GHOST, _AUGMENTED)),
-    "1d": Panel("SVHN, VGG-11: which noises regularise as SGD's", _regularisation(_SVHN),
-                _COLOUR_SMALL, (*_ALL, _INITIAL_VGG)),
-    "1e": Panel("SVHN, VGG-11: covariances estimated from b examples", _estimation(_SVHN),
-                _COLOUR_SMALL, (*_ALL, _INITIAL_VGG)),
-    "1f": Panel("SVHN, VGG-11: large batches", _large_batch(_SVHN, 2_000), _COLOUR_SMALL,
-                (*_ALL, *_LARGE, _INITIAL_VGG)),
-    "2a": Panel("CIFAR-10, VGG-11: which noises regularise as SGD's", _regularisation(_CIFAR_VGG),
-                _COLOUR_SMALL, (*_ALL, _INITIAL_VGG)),
-    "2b": Panel("CIFAR-10, VGG-11: large batches", _large_batch(_CIFAR_VGG, 2_000), _COLOUR_SMALL,
-                (*_ALL, *_LARGE, _INITIAL_VGG)),
-    "3a": Panel("CIFAR-10, ResNet-18: which noises regularise as SGD's",
-                tuple(run for run in _regularisation(_CIFAR_RESNET)
-                      if run.algorithm != "langevin-diagonal-fisher"),
-                _COLOUR_SMALL, (*_ALL, _GHOST, "no diagonal Langevin: batch norm has no losses of "
-                                "single examples")),
-    "3b": Panel("CIFAR-10, ResNet-18: large batches", _large_batch(_CIFAR_RESNET, 2_000),
-                _COLOUR_SMALL, (*_ALL, *_LARGE, _GHOST)),
-    "1a-converged": Panel("FashionMNIST, LeNet, to convergence: which noises regularise as SGD's",
-                          _regularisation(_LENET_CONVERGED), _LENET_SMALL,
-                          (*_ALL, _INITIAL_LENET, _CONVERGED)),
-    "1b-converged": Panel("FashionMNIST, LeNet, to convergence: covariances estimated from b",
-                          _estimation(_LENET_CONVERGED), _LENET_SMALL,
-                          (*_ALL, _INITIAL_LENET, _CONVERGED)),
-    "large-batch": Panel("FashionMNIST, LeNet, to convergence: large batches",
-                         (*_large_batch(_LENET_CONVERGED, 500),
-                          *_each(_LENET_CONVERGED, "gd", "m-sgd-fisher", "m-sgd-cov")),
-                         _LENET_SMALL, (*_ALL, _INITIAL_LENET, _CONVERGED, "the panel itself")),
-}  # fmt: skip
+    "1a": Panel(
+        "FashionMNIST, LeNet: which noises regularise as SGD's",
+        _regularisation(_LENET),
+        _LENET_SMALL,
+        (*_ALL, _INITIAL_LENET),
+    ),
+    "1b": Panel(
+        "FashionMNIST, LeNet: covariances estimated from b examples",
+        _estimation(_LENET),
+        _LENET_SMALL,
+        (*_ALL, _INITIAL_LENET),
+    ),
+    "1c": Panel(
+        "CIFAR-10, ResNet-18, augmentation and weight decay: large batches",
+        _large_batch(_CIFAR_RESNET_BEST, 5_000),
+        _COLOUR_SMALL,
+        (*_ALL, *_LARGE, _GHOST, _AUGMENTED),
+    ),
+    "1d": Panel(
+        "SVHN, VGG-11: which noises regularise as SGD's",
+        _regularisation(_SVHN),
+        _COLOUR_SMALL,
+        (*_ALL, _INITIAL_VGG),
+    ),
+    "1e": Panel(
+        "SVHN, VGG-11: covariances estimated from b examples",
+        _estimation(_SVHN),
+        _COLOUR_SMALL,
+        (*_ALL, _INITIAL_VGG),
+    ),
+    "1f": Panel(
+        "SVHN, VGG-11: large batches",
+        _large_batch(_SVHN, 2_000),
+        _COLOUR_SMALL,
+        (*_ALL, *_LARGE, _INITIAL_VGG),
+    ),
+    "2a": Panel(
+        "CIFAR-10, VGG-11: which noises regularise as SGD's",
+        _regularisation(_CIFAR_VGG),
+        _COLOUR_SMALL,
+        (*_ALL, _INITIAL_VGG),
+    ),
+    "2b": Panel(
+        "CIFAR-10, VGG-11: large batches",
+        _large_batch(_CIFAR_VGG, 2_000),
+        _COLOUR_SMALL,
+        (*_ALL, *_LARGE, _INITIAL_VGG),
+    ),
+    "3a": Panel(
+        "CIFAR-10, ResNet-18: which noises regularise as SGD's",
+        tuple(
+            run
+            for run in _regularisation(_CIFAR_RESNET)
+            if run.algorithm != "langevin-diagonal-fisher"
+        ),
+        _COLOUR_SMALL,
+        (*_ALL, _GHOST, "no diagonal Langevin: batch norm has no losses of single examples"),
+    ),
+    "3b": Panel(
+        "CIFAR-10, ResNet-18: large batches",
+        _large_batch(_CIFAR_RESNET, 2_000),
+        _COLOUR_SMALL,
+        (*_ALL, *_LARGE, _GHOST),
+    ),
+    "1a-converged": Panel(
+        "FashionMNIST, LeNet, to convergence: which noises regularise as SGD's",
+        _regularisation(_LENET_CONVERGED),
+        _LENET_SMALL,
+        (*_ALL, _INITIAL_LENET, _CONVERGED),
+    ),
+    "1b-converged": Panel(
+        "FashionMNIST, LeNet, to convergence: covariances estimated from b",
+        _estimation(_LENET_CONVERGED),
+        _LENET_SMALL,
+        (*_ALL, _INITIAL_LENET, _CONVERGED),
+    ),
+    "large-batch": Panel(
+        "FashionMNIST, LeNet, to convergence: large batches",
+        (
+            *_large_batch(_LENET_CONVERGED, 500),
+            *_each(_LENET_CONVERGED, "gd", "m-sgd-fisher", "m-sgd-cov"),
+        ),
+        _LENET_SMALL,
+        (*_ALL, _INITIAL_LENET, _CONVERGED, "the panel itself"),
+    ),
+}
 """The panels by name."""

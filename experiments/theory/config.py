@@ -12,22 +12,37 @@ from experiments.training.config import AlgorithmName, check_seeds
 
 # The parts that read each option; options that are not listed are read by all parts.
 _SDE_PARTS = {"strong_paths": ("strong",), "weak_paths": ("weak",)} | dict.fromkeys(
-    ("learning_rate", "halvings", "network_paths", "iterations", "batch_size", "substeps", "points",
-     "microbatch_size"),
+    (
+        "learning_rate",
+        "halvings",
+        "network_paths",
+        "iterations",
+        "batch_size",
+        "substeps",
+        "points",
+        "microbatch_size",
+    ),
     ("network",),
-)  # fmt: skip
+)
 _COMPLEXITY_PARTS = (
     {"theorem1_draws": ("theorem1",)}
     | dict.fromkeys(
         ("regularizer_steps", "regularizer_radius", "regularizer_scale"), ("regularizer",)
     )
     | dict.fromkeys(
-        ("algorithms", "steps", "every", "radius", "trace_draws", "ascent_steps",
-         "microbatch_size"),
+        (
+            "algorithms",
+            "steps",
+            "every",
+            "radius",
+            "trace_draws",
+            "ascent_steps",
+            "microbatch_size",
+        ),
         ("trace",),
     )
     | dict.fromkeys(("batch_size", "seeds"), ("regularizer", "trace"))
-)  # fmt: skip
+)
 SDEPart = Literal["strong", "weak", "paths", "network"]
 ComplexityPart = Literal["theorem1", "regularizer", "trace"]
 

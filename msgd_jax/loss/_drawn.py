@@ -171,9 +171,14 @@ def at_drawn(
             return jnp.asarray(weights.values), indices
 
         examples = _walker.weighted_examples(
-            data, checked, tuple(args), sharding,
-            read=read, numbered=takes.has_keys or reports_weights, marked=takes.has_aux,
-        )  # fmt: skip
+            data,
+            checked,
+            tuple(args),
+            sharding,
+            read=read,
+            numbered=takes.has_keys or reports_weights,
+            marked=takes.has_aux,
+        )
         # Constants are treated like the parameters: unchanged in micro-batches, on all devices.
         moving, constants = _outputs.without_constants(model_state)
         held = (params, constants)

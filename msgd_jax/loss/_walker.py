@@ -253,9 +253,11 @@ def _accumulate(
         init=zero, update=add, finalize=lambda terms: terms, aggregate=lambda terms: terms
     )
     walk = optax.microbatching.microbatch(
-        lambda *run: run, argnums=(0, 1, 2, 3), microbatch_size=microbatch_size,
+        lambda *run: run,
+        argnums=(0, 1, 2, 3),
+        microbatch_size=microbatch_size,
         accumulator=accumulator,
-    )  # fmt: skip
+    )
     return walk(*runs)
 
 

@@ -136,8 +136,12 @@ def _tridiagonal(
         onwards = rest / jnp.where(exhausted, 1, length)
         vector = jnp.where(exhausted, unit(orthogonal(random(i + 1), basis)), onwards)
         return (
-            basis, vector, diagonal.at[i].set(along), off_diagonal.at[i].set(length), scale,
-        )  # fmt: skip
+            basis,
+            vector,
+            diagonal.at[i].set(along),
+            off_diagonal.at[i].set(length),
+            scale,
+        )
 
     empty = jnp.zeros(num_steps, dtype)
     basis = jnp.zeros((num_steps, start.size), dtype)

@@ -122,9 +122,15 @@ def noise_scale_monitor(
         none = jnp.zeros((), jnp.int32)
         # One new array per attribute, so that the state can be donated.
         return NoiseScaleState(
-            none, mean, zeros, none + 0, jnp.zeros(2, dtype), zeros + 0, zeros + 0,
-            jnp.zeros((3, *zeros.shape), dtype),
-        )  # fmt: skip
+            inside=none,
+            mean=mean,
+            spread=zeros,
+            groups=none + 0,
+            weight=jnp.zeros(2, dtype),
+            trace=zeros + 0,
+            squared=zeros + 0,
+            products=jnp.zeros((3, *zeros.shape), dtype),
+        )
 
     def update(
         updates: Updates, state: OptState, params: Params | None = None

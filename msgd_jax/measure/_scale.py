@@ -161,9 +161,14 @@ def noise_scale_from_draws(
     n = losses.num_examples
     of_s = _draws.moments_of(_draws.independent(law, n), n).of_s
     drawn = _draws.draw(
-        losses, params, law, key,
-        first_step=first_step, num_draws=num_draws, draws_per_pass=draws_per_pass,
-    )  # fmt: skip
+        losses,
+        params,
+        law,
+        key,
+        first_step=first_step,
+        num_draws=num_draws,
+        draws_per_pass=draws_per_pass,
+    )
     pair = _pair_of_draws(drawn, of_s)
     _estimates.check_finite(losses, params, pair)
     return assembled(params, pair, num_draws - 1)

@@ -101,9 +101,14 @@ def alignment(
     def measured(params: Params, data: Data, key: Key[Array, ""]) -> _Parts:
         own = losses.replace(data=data)
         drawn = _draws.draw(
-            own, params, law, key,
-            first_step=first_step, num_draws=num_draws, draws_per_pass=draws_per_pass,
-        )  # fmt: skip
+            own,
+            params,
+            law,
+            key,
+            first_step=first_step,
+            num_draws=num_draws,
+            draws_per_pass=draws_per_pass,
+        )
         hc, hs = _quadratic(own, params, drawn)
         h, h2 = _hessian.probed(losses, params, data, key, num_probes=num_probes, kind="rademacher")
         return _Parts(hc, hs / of_s, _gram(drawn.noise()), h, h2)

@@ -130,11 +130,16 @@ def multiplicative_noise(
         >>> int(state[0].step), updates.shape
         (1, ())
     """
-    alone = optax.identity()
     whole = with_noise(
-        alone, law, key, microbatch_size=microbatch_size, sharding=sharding,
-        model_state=model_state, aux=aux, has_keys=has_keys,
-    )  # fmt: skip
+        optax.identity(),
+        law,
+        key,
+        microbatch_size=microbatch_size,
+        sharding=sharding,
+        model_state=model_state,
+        aux=aux,
+        has_keys=has_keys,
+    )
 
     def init_fn(params: Params) -> MultiplicativeNoiseState:
         state: Any = whole.init(params)
@@ -143,7 +148,7 @@ def multiplicative_noise(
     def update_fn(
         updates: Updates, state: Any, params: Params = None, **extra_args: Any
     ) -> tuple[Updates, MultiplicativeNoiseState]:
-        both: Any = state, alone.init(params)
+        both: Any = state, optax.EmptyState()
         updates, both = whole.update(updates, both, params, **extra_args)
         return updates, both[0]
 

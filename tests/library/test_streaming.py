@@ -156,11 +156,15 @@ class KeysInBatches(streaming.ArraySource):
     [{}, {"microbatch_size": 8}, {"sharding": spread(8)}],
     ids=["whole", "runs", "spread"],
 )
-@pytest.mark.parametrize("make", [
-    streaming.ArraySource,
-    KeysInBatches,
-    lambda data: [jax.tree.map(lambda leaf, i=i: leaf[i], data) for i in range(N)],
-], ids=["arrays", "batches", "examples"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        streaming.ArraySource,
+        KeysInBatches,
+        lambda data: [jax.tree.map(lambda leaf, i=i: leaf[i], data) for i in range(N)],
+    ],
+    ids=["arrays", "batches", "examples"],
+)
 def test_keys_among_the_examples(make, options):
     """The bits of training with the keys on the device, and not those of other keys."""
     step = train.make_step(dropped_out, OPTIMIZER, LAWS["sgd"], **options)
@@ -267,8 +271,13 @@ MISTAKES = [
     ("prefetch", lambda: make()(start(), 1, prefetch=2.5), "2.5 of type float"),
     ("num_threads", lambda: make()(start(), 1, num_threads=True), "True of type bool"),
     ("num_threads", lambda: make()(start(), 1, num_threads=np.zeros(3)), "shape (3,)"),
-    ("optimizer", lambda: streaming.make_loop(loss_vector_fn, optax.adam, LAWS["sgd"],
-                                              streaming.ArraySource(DATA)), "optax.sgd(0.1)"),
+    (
+        "optimizer",
+        lambda: streaming.make_loop(
+            loss_vector_fn, optax.adam, LAWS["sgd"], streaming.ArraySource(DATA)
+        ),
+        "optax.sgd(0.1)",
+    ),
     ("state", lambda: make()({"params": PROBLEM.params}, 2), "train.TrainState, got {"),
     ("num_steps", lambda: make()(start(), 2**31), "between 1 and 2147483647"),
     ("num_steps", lambda: make()(start(), "3"), "'3' of type str"),
@@ -279,7 +288,7 @@ MISTAKES = [
     ("['name'] must hold", lambda: make([{"name": "cat"}] * 10, ALL_TEN)(start(), 1), "<U3"),
     ("data['name']", lambda: streaming.ArraySource({"name": "cats"}), "of type str"),
     ("data['name']", lambda: streaming.ArraySource({"name": np.array(["cat"])}), "<U3"),
-]  # fmt: skip
+]
 
 
 class TestBadInput:
