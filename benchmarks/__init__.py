@@ -1,1 +1,1 @@
-"""Benchmarks: one question a file, contestants side by side in one run."""
+"""Benchmarks: one question per file, with the contestants side by side in one run."""

@@ -48,7 +48,7 @@ class Config:
 
 
 def main(config: Config) -> pathlib.Path:
-    """Runs them; returns the folder."""
+    """Runs the benchmarks; returns the folder of the results."""
     folder = config.out or runs.default_folder("benchmarks")
     runs.create(folder)
     start = time.perf_counter()
@@ -57,7 +57,7 @@ def main(config: Config) -> pathlib.Path:
     for name in config.only:
         module = importlib.import_module(f"benchmarks.{name}")
         headlines += module.main(module.Config(quick=config.quick, out=folder / name))
-        # After each one: a benchmark that fails does not take along what was measured before it.
+        # Written after each one, so that a benchmark that fails does not lose earlier results.
         text = _summarise(folder, headlines, (time.perf_counter() - start) / 60)
     print(f"\n{text}\n{folder / 'summary.md'}")
     return folder

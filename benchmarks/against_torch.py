@@ -1,10 +1,10 @@
-"""The same full-batch M-SGD step in PyTorch, written in every way that may be its fastest.
+"""The same full-batch M-SGD step in PyTorch, in all variants that may be its fastest.
 
-``python -m benchmarks.against_torch``. Five rows: LeNet, VGG-11 and ResNet-18 at two widths each.
-PyTorch takes the batch whole or in micro-batches, with channels first or last, eagerly or through
-`torch.compile`; on a CPU each of those also told to keep the memory that it frees, since PyTorch
-otherwise gives pages back to the system at every step. Every contestant's first step is checked
-against ours. What there was no time for is listed.
+``python -m benchmarks.against_torch``. The table has five rows: LeNet, and VGG-11 and ResNet-18 at
+two widths each. PyTorch computes the batch whole or in micro-batches, with channels first or last,
+eagerly or with `torch.compile`. On a CPU each of these also runs with an allocator that keeps freed
+memory, since PyTorch otherwise gives pages back to the system at every step. The first step of
+every contestant is compared with ours. Contestants that there was no time for are listed.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from benchmarks.workers import (
     WorkerError,
 )
 
-Name = tuple[Contestant, str]  # with its allocator
+Name = tuple[Contestant, str]  # a contestant and its allocator
 MIN_ROUNDS = 3
 TOLERANCE = {"cpu": 1e-3, "cuda": 3e-2}  # of the first step; TF32 keeps ten bits
 
@@ -70,13 +70,14 @@ class Config(report.Config):
 
 @dataclasses.dataclass
 class Measured:
-    """What came of one row.
+    """The results of one row.
 
     Attributes:
-        row: which.
-        seconds: of a step, round by round, by contestant.
-        left_out: contestants that there are no figures of, and why.
-        checks: loss and gradient norm of each one's first step, and seconds to get ready.
+        row: the row.
+        seconds: the seconds of a step in each round, by contestant.
+        left_out: the contestants without results, and the reasons.
+        checks: the loss and the gradient norm of each contestant's first step, and its seconds to
+            get ready.
     """
 
     row: rows.Row
@@ -85,7 +86,7 @@ class Measured:
     checks: dict[Name, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def ours(self) -> Name | None:
-        """The experiments' own way: in micro-batches, no page kept on purpose."""
+        """Our step as in the experiments: in micro-batches, with the default allocator."""
         mine = [n for n in self.seconds if n[0].library == OURS and n[1] == AS_IS]
         return min(mine, key=lambda n: (not n[0].microbatched, n[0].loop)) if mine else None
 
@@ -96,10 +97,10 @@ class Measured:
 
 
 def contestants(row: rows.Row, device: str, *, tf32: bool = True) -> list[Name]:
-    """Everyone who takes part in a row, the most important first."""
+    """The contestants of a row, the most important first."""
     splits = row.microbatch_size < row.num_examples
     batchings = (True, False) if splits else (False,)
-    # With ghost batch norm, ours in one batch would be another function.
+    # With ghost batch norm, our step in one batch would be another function.
     mine = [
         Contestant(OURS, m, tf32=tf32) for m in batchings if m or not (splits and row.normalises)
     ]
@@ -146,7 +147,7 @@ def main(config: Config) -> list[report.Headline]:
 
 
 def _on_cpu(config: Config, chosen: list[tuple[rows.Row, bool]]) -> Iterable[Measured]:
-    """Row after row, every contestant in a process of its own."""
+    """Measures row by row, with one process per contestant."""
     end = time.monotonic() + config.seconds
     for i, (row, _) in enumerate(chosen):
         found = Measured(row)
@@ -174,9 +175,9 @@ def _on_cpu(config: Config, chosen: list[tuple[rows.Row, bool]]) -> Iterable[Mea
 
 
 def _on_gpu(config: Config, chosen: list[tuple[rows.Row, bool]]) -> Iterable[Measured]:
-    """One process for ours, one for eager PyTorch, one for each compilation of PyTorch.
+    """Measures with one process for ours, one for eager PyTorch, and one per compiled PyTorch.
 
-    Everything is compiled first, by all cores, and nothing runs beside what is measured.
+    Everything is compiled first, on all cores, and nothing else runs during a measurement.
     """
     start = time.monotonic()
     prepared_by, end = start + 0.6 * config.seconds, start + config.seconds
@@ -192,13 +193,13 @@ def _on_gpu(config: Config, chosen: list[tuple[rows.Row, bool]]) -> Iterable[Mea
     workers = {job: Worker(_settings(names[0][1], config.device)) for job, names in jobs.items()}
     try:
         for job, names in jobs.items():
-            # Loops last: they are a second program of the same step.
+            # Loops come last, since they are a second program of the same step.
             names.sort(key=lambda who: who[1][0].loop)
             tasks = [Task((id(m), n), n[0], m.row, references[m.row]) for m, n in names]
             threads = min(4, machine.usable_cores()) if job == OURS else 1
             workers[job].send("prepare", tasks, prepared_by - time.monotonic(), threads)
         where: dict[int, dict[Name, Worker]] = {id(measured): {} for measured in found}
-        # Those that are shared first, since they are not ended because one of them is slow.
+        # Shared processes first, since they are not ended if one contestant is slow.
         for job in sorted(jobs, key=lambda job: job not in (OURS, TORCH)):
             limit = min(start + config.compile_seconds, prepared_by) - time.monotonic()
             for measured, name in _collect(
@@ -238,7 +239,7 @@ def _collect(
 
 
 def _check(found: Measured, tolerated: float) -> None:
-    """Leaves out whoever does not compute what ours does, in the first step."""
+    """Leaves out contestants whose first step does not compute what ours does."""
     first = next((c for n, c in found.checks.items() if n[0].library == OURS), None)
     for name, check in found.checks.items():
         for quantity, wanted in (first or {}).items():
@@ -252,14 +253,14 @@ def _check(found: Measured, tolerated: float) -> None:
 def _take_turns(
     found: Measured, workers: dict[Name, Worker], repeats: int, until: float, at_least: float
 ) -> None:
-    """Rounds until the time is up, in an order that goes back and forth.
+    """Measures in rounds until the time is up; every second round is in reverse order.
 
     Args:
-        found: filled in.
-        workers: who takes part, and in which process.
-        repeats: rounds, at most.
-        until: `time.monotonic` after which no round begins, once there are MIN_ROUNDS.
-        at_least: seconds of one measurement; quicker steps are made several times.
+        found: the results, which are filled in.
+        workers: the contestants and their processes.
+        repeats: the largest number of rounds.
+        until: the `time.monotonic` after which no round begins, once there are MIN_ROUNDS.
+        at_least: the smallest seconds of one measurement; quicker steps are made several times.
     """
     steps: dict[Name, int] = {}
     samples: dict[Name, list[float]] = {n: [] for n in workers if n not in found.left_out}
@@ -275,7 +276,7 @@ def _take_turns(
                 continue
             if round_:
                 samples[name].append(seconds)
-            else:  # not counted: it says how many steps to take from now on
+            else:  # the first round is not counted: it determines the number of steps
                 steps[name] = int(np.clip(np.ceil(at_least / seconds), 1, 500))
         if round_ >= MIN_ROUNDS and time.monotonic() > until:
             break
@@ -288,7 +289,7 @@ def _title(found: Measured) -> str:
 
 
 def _lines(found: Measured) -> list[dict[str, Any]]:
-    """The table of a row, the fastest first; ratios are to PyTorch's fastest."""
+    """The lines of a row's table, the fastest first; ratios are to PyTorch's fastest."""
     best = found.best(TORCH)
     lines = []
     for name in sorted(found.seconds, key=lambda n: np.median(found.seconds[n])):
@@ -311,7 +312,7 @@ def _lines(found: Measured) -> list[dict[str, Any]]:
 
 
 def _headline(found: Measured) -> report.Headline:
-    """The experiments' own step against PyTorch's best, by medians and by minima."""
+    """The ratio of our step to PyTorch's best, by medians and by minima."""
     ours, best, quickest = found.ours(), found.best(TORCH), found.best(TORCH, np.min)
     assert ours is not None
     assert best is not None
@@ -335,7 +336,7 @@ def _headline(found: Measured) -> report.Headline:
 
 
 def _record(found: Measured) -> dict[str, Any]:
-    """Raw samples, as JSON values."""
+    """The raw samples of a row, as JSON values."""
     return {
         "row": _title(found),
         "seconds": {" | ".join(map(str, n)): s.tolist() for n, s in found.seconds.items()},

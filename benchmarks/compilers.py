@@ -36,9 +36,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 _PACKAGES = {"v5e": "libtpu", "H100": "jax_cuda12_plugin"}
 _KINDS = (
-    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
-    "collective-broadcast", "ragged-all-to-all",
-)  # fmt: skip
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 
 
 class Account(NamedTuple):

@@ -1,4 +1,4 @@
-"""What `import msgd_jax` costs beyond `import jax, optax, chex`, in fresh interpreters.
+"""The time of `import msgd_jax` beyond that of `import jax, optax, chex`, in fresh interpreters.
 
 ``python -m benchmarks.import_time``.
 """
@@ -67,9 +67,10 @@ def main(config: Config) -> list[report.Headline]:
 
 
 def _with_bytecode(cache: str) -> dict[str, str]:
-    """This environment, with bytecode kept in `cache` even where it forbids writing any.
+    """This environment, with bytecode written to `cache` even if the environment forbids writing.
 
-    Else a checkout's own modules would be compiled at every import, and an installed library's not.
+    Otherwise the modules of a checkout would be compiled at every import, unlike those of installed
+    libraries.
     """
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -77,7 +78,7 @@ def _with_bytecode(cache: str) -> dict[str, str]:
 
 
 def _import(statement: str, environment: dict[str, str]) -> tuple[float, list[str]]:
-    """Seconds of an import statement in a fresh interpreter, and the packages it pulled in."""
+    """The seconds of an import statement in a fresh interpreter, and the packages it imported."""
     script = (
         "import sys, time, json\n"
         "start = time.perf_counter()\n"

@@ -1,8 +1,8 @@
 """Mini-batches without replacement from N examples: `noise.permute` against `jax.random.choice`.
 
 ``python -m benchmarks.index_sampling``. `jax.random.choice(replace=False)` sorts N numbers;
-`permute` computes the b indices asked for, and nothing else. Memory is what XLA sets aside for one
-draw. The sizes of `permute` take turns, for the ratio between them.
+`permute` only computes the b indices. Memory is what XLA allocates for one draw. The sizes of
+`permute` take turns, so that the ratio between them is exact.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from msgd_jax import noise
 
 OURS, BASELINE = "permute", "jax.random.choice"
 KIB = 2**10
-FLAT_FROM = 10_000  # below, `permute` sorts as well (up to 1,024), or its grid is a small one
+FLAT_FROM = 10_000  # for smaller N, `permute` sorts too (up to 1,024), or its grid is small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,16 @@ class Config(report.Config):
     """
 
     examples: tuple[int, ...] = (
-        10**3, 10**4, 10**5, 100_003, 10**6, 10**7, 10**8, 10**9, 2**31 - 1,
-    )  # fmt: skip
+        10**3,
+        10**4,
+        10**5,
+        100_003,
+        10**6,
+        10**7,
+        10**8,
+        10**9,
+        2**31 - 1,
+    )
     batch_sizes: tuple[int, ...] = (50, 1_000)
     largest_sorted: int = 10**7
     inner: int = 20
@@ -65,12 +73,16 @@ def main(config: Config) -> list[report.Headline]:
             rows.append(_row(n, b, ours[b][str(n)], baseline[b].get(str(n)), memory))
         headlines += _headlines(config, b, draws, ours[b])
     report.publish(
-        "index_sampling", config, rows, headlines, functools.partial(_plot, ours, baseline),
+        "index_sampling",
+        config,
+        rows,
+        headlines,
+        functools.partial(_plot, ours, baseline),
         seconds={
             name: {str(b): {n: v.tolist() for n, v in s.items()} for b, s in of_b.items()}
             for name, of_b in ((OURS, ours), (BASELINE, baseline))
         },
-    )  # fmt: skip
+    )
     return headlines
 
 
@@ -88,7 +100,7 @@ def _again(draw: Any, times: int) -> Any:
 
 
 def _seconds_sorted(n: int, b: int, repeats: int) -> np.ndarray:
-    """The baseline at one size: fewer rounds where one takes seconds, or half a minute."""
+    """The seconds of the baseline at one size; with fewer rounds if one takes seconds or more."""
     draw = _choice(n, b)
     repeats = repeats if n < 10**6 else 3 if n < 10**7 else 1
     seconds = timing.alternate(
@@ -98,7 +110,7 @@ def _seconds_sorted(n: int, b: int, repeats: int) -> np.ndarray:
 
 
 def _memory(draw: Any) -> float:
-    """Bytes that one draw sets aside, its result included; nan where the backend does not say."""
+    """The bytes that one draw allocates, with its result; nan if the backend does not report it."""
     analysis = draw.lower(jax.random.key(1)).compile().memory_analysis()
     if analysis is None:
         return float("nan")
@@ -123,7 +135,7 @@ def _row(
 def _headlines(
     config: Config, b: int, draws: dict[int, Any], seconds: dict[str, np.ndarray]
 ) -> list[report.Headline]:
-    """Time and memory at each N over those at the first N of at least `FLAT_FROM`."""
+    """The time and memory at each N, divided by those at the first N of at least `FLAT_FROM`."""
     sizes = [n for n in config.examples if n >= FLAT_FROM]
     first = sizes[0]
     ratios = {n: timing.ratio(seconds, str(n), str(first)) for n in sizes[1:]}
@@ -134,15 +146,20 @@ def _headlines(
     ratio = ratios[worst]
     return [
         report.Headline(
-            "index_sampling", f"time of a draw, largest over that of the smallest N, {where}",
+            "index_sampling",
+            f"time of a draw, largest over that of the smallest N, {where}",
             f"{ratio.median:.2f} (quartiles {ratio.low:.2f} to {ratio.high:.2f}) at N = {worst:,}",
-            "<= 1.1", ratio.median <= 1.1,
+            "<= 1.1",
+            ratio.median <= 1.1,
         ),
         report.Headline(
-            "index_sampling", f"memory of a draw, largest over smallest, {where}",
-            f"{growth:.2f} ({max(memory) / KIB:.1f} KiB)", "<= 1.1", growth <= 1.1,
+            "index_sampling",
+            f"memory of a draw, largest over smallest, {where}",
+            f"{growth:.2f} ({max(memory) / KIB:.1f} KiB)",
+            "<= 1.1",
+            growth <= 1.1,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _plot(

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and how fast that multiplies matrices."""
+"""A description of the machine, and its speed in matrix products."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def _cpu_model() -> str:
 def matmul_rate(
     dtype: Any = jnp.float32, sizes: tuple[int, ...] = (512, 1024, 2048), repeats: int = 9
 ) -> float:
-    """Floating-point operations a second of square matrix products, the best size's median."""
+    """Floating-point operations per second in square matrix products: the best size's median."""
     rates = []
     for size in sizes:
         matrix = jnp.ones((size, size), dtype)
@@ -70,15 +70,15 @@ def matmul_rate(
 
 
 def in_fresh_process(name: str, *arguments: Any, environment: dict[str, str] | None = None) -> Any:
-    """Runs ``python -m benchmarks.NAME``; what its last line of output says, in JSON.
+    """Runs ``python -m benchmarks.NAME``; returns its last line of output, which is JSON.
 
     Args:
-        name: of the benchmark.
-        arguments: of the command line.
-        environment: variables to add.
+        name: the name of the benchmark.
+        arguments: the arguments of the command line.
+        environment: environment variables to add.
 
     Raises:
-        RuntimeError: if it fails, with what it wrote.
+        RuntimeError: if the process fails; the error contains its output.
     """
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
     ran = subprocess.run(

@@ -1,6 +1,6 @@
-"""What it costs to measure the noise, in gradients of the mean loss: `measure` on LeNet.
+"""The cost of measuring the noise with `measure`, in gradients of the mean loss, on LeNet.
 
-``python -m benchmarks.measuring``. The same examples in the same micro-batches everywhere.
+``python -m benchmarks.measuring``. All contestants use the same examples and micro-batches.
 """
 
 import dataclasses
@@ -61,29 +61,35 @@ def main(config: Config) -> list[report.Headline]:
     ]
     headlines = [
         report.Headline(
-            "measuring", f"{name}, in gradients of the mean loss",
+            "measuring",
+            f"{name}, in gradients of the mean loss",
             f"{in_gradients[name].median:.2f} "
             f"(quartiles {in_gradients[name].low:.2f} to {in_gradients[name].high:.2f})",
-            f"<= {target}", in_gradients[name].median <= target,
+            f"<= {target}",
+            in_gradients[name].median <= target,
         )
         for name, target in ((PRODUCT, 4), (PER_DRAW, 1))
-    ]  # fmt: skip
+    ]
     report.publish(
-        "measuring", config, rows, headlines, functools.partial(_plot, in_gradients),
+        "measuring",
+        config,
+        rows,
+        headlines,
+        functools.partial(_plot, in_gradients),
         seconds={name: values.tolist() for name, values in samples.items()},
-    )  # fmt: skip
+    )
     return headlines
 
 
 def _contestants(config: Config) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-    """What is timed, and how many draws or steps each call makes of it."""
+    """The functions that are timed, and the number of draws or steps in each call."""
     problem = problems.lenet(config.examples)
     fn, params, data, k = problem.loss_vector_fn, problem.params, problem.data, config.draws
     law = noise.cov(config.examples, problems.BATCH_SIZE)
     sparse = noise.sgd(config.examples, min(problems.BATCH_SIZE, config.examples))
 
     def of_losses(measured: Callable[[loss.LossVector, Any], Any]) -> Callable[[], Any]:
-        """Compiled once, data and parameters its arguments."""
+        """A call of a program that is compiled once, with data and parameters as arguments."""
 
         @jax.jit
         def program(params: Any, data: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Peak memory of a full-batch step as N grows, at a fixed micro-batch: the data, and no more.
+"""The peak memory of a full-batch step as N grows, at a fixed micro-batch: it is that of the data.
 
-``python -m benchmarks.memory``. A fresh process for each N (`--measure N`) compiles the step, then
-makes random images in place, as uint8, trains three steps of M-SGD-Fisher on LeNet, and reports how
-much more memory than before the images it held at most: resident memory on CPU, the device's own
-count elsewhere. (Compiling takes ten times as much, and varies by tens of megabytes.)
+``python -m benchmarks.memory``. One fresh process per N (`--measure N`) compiles the step, makes
+random images in place, as uint8, and trains three steps of M-SGD-Fisher on LeNet. It reports the
+peak of its memory above that before the images: resident memory on CPU, the device's own count
+elsewhere. (Compiling takes ten times as much, and varies by tens of megabytes.)
 """
 
 import ctypes
@@ -73,7 +73,7 @@ def main(config: Config) -> list[report.Headline]:
 
 
 def measure(num_examples: int, microbatch_size: int) -> dict[str, float]:
-    """Bytes: the peak above what the process held before, the data, the program's own buffers."""
+    """The bytes of the peak above the memory before, of the data, and of the program's buffers."""
     problem = problems.lenet(1)
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((num_examples, *leaf.shape[1:]), leaf.dtype),
@@ -86,7 +86,7 @@ def measure(num_examples: int, microbatch_size: int) -> dict[str, float]:
     compiled = jax.jit(step, donate_argnums=0).lower(state, shapes).compile()
     before = start_over()
     data = jax.block_until_ready(images_in_place(num_examples))
-    start_over()  # it is the step that is measured, not how the images came to be
+    start_over()  # so that only the steps are measured, not the making of the images
     for _ in range(STEPS):
         state, _ = jax.block_until_ready(compiled(state, data))
     analysis = compiled.memory_analysis()
@@ -98,19 +98,19 @@ def measure(num_examples: int, microbatch_size: int) -> dict[str, float]:
 
 
 def images_in_place(num_examples: int) -> tuple[jax.Array, jax.Array]:
-    """Random images and labels, made in slices so that nothing but the result takes memory."""
+    """Random images and labels, made in slices so that only the result takes memory."""
     rng = np.random.default_rng(0)
     image = np.empty((num_examples, *models.LeNet.image_shape), np.uint8)
     for start in range(0, num_examples, 1_000):
         part = image[start : start + 1_000]
         part[...] = rng.integers(0, 256, part.shape, np.uint8)
     label = rng.integers(0, 10, num_examples, np.int32)
-    # jax may alias a numpy array on CPU; may_alias keeps it from holding the images twice.
+    # With may_alias, jax uses numpy's memory on CPU instead of holding the images twice.
     return jax.device_put((image, label), may_alias=True)
 
 
 def start_over() -> int:
-    """Gives freed memory back and forgets the peak so far; returns the bytes held now."""
+    """Returns freed memory to the system and resets the peak; returns the bytes held now."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
@@ -120,7 +120,7 @@ def start_over() -> int:
 
 
 def peak_bytes() -> int:
-    """The device's peak where it counts one, else the process's peak resident memory."""
+    """The device's peak if it counts one, else the peak resident memory of the process."""
     statistics = jax.devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"]

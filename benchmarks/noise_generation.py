@@ -1,8 +1,8 @@
 """One draw of gradient noise with covariance S/b at a new point: one backward pass, or a matrix?
 
 ``python -m benchmarks.noise_generation``. Every draw starts from parameters and data, as a training
-step does: the baselines have to make their matrix anew, and do not even add the mean gradient,
-which ours includes. PyTorch's ways to per-example gradients take part where they are installed.
+step does: the baselines compute their matrix anew, and do not even add the mean gradient, which
+ours includes. Per-example gradients in PyTorch take part if the packages are installed.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ OURS = "grad(L.W)"
 LIBRARY = ("svd", "eigh", "cholesky")
 NAMES = (OURS, "gradient matrix", *torch_gradients.NAMES, "diagonal", *LIBRARY[::-1])
 REFERENCE_PARAMETERS = 11_330
-# What a D x D factorisation needs, for a guess at what takes seconds and what takes minutes.
+# The cost of a D x D factorisation in D^3 operations, to estimate its time in advance.
 CUBIC_FLOPS = {"svd": 22, "eigh": 9, "cholesky": 1 / 3}
 COPIES = {"svd": 6, "eigh": 5, "cholesky": 4}
 
@@ -54,7 +54,7 @@ class Config(report.Config):
 
 
 def draw_function(name: str, problem: problems.Problem) -> Any:
-    """One draw, compiled, as a function of the key: from parameters and data to the noise."""
+    """A compiled function of the key for one draw, from parameters and data to the noise."""
     loss_vector_fn, params, data, _ = problem
     law = noise.cov(problem_examples(problem), problems.BATCH_SIZE)
 
@@ -128,14 +128,14 @@ def main(config: Config) -> list[report.Headline]:
 
 @dataclasses.dataclass
 class Point:
-    """Seconds of one draw: samples; or a guess where the time ran out; or why there is none."""
+    """The seconds of one draw: samples, an extrapolation, or the reason why there are none."""
 
     samples: list[float]
     note: str = ""
 
     @property
     def median(self) -> float | None:
-        """Median seconds, None if it was not measured."""
+        """The median of the seconds; None if it was not measured."""
         return float(np.median(self.samples)) if self.samples else None
 
 
@@ -143,7 +143,7 @@ Points = dict[str, Point]
 
 
 def _measure(num_parameters: int, num_examples: int, config: Config, rate: float) -> Points:
-    """All contestants at one size: the quick ones in turn, the slow ones once, by themselves."""
+    """Measures all contestants at one size: quick ones in turn, slow ones once and separately."""
     print(f"D = {num_parameters:,}, N = {num_examples:,} ...", flush=True)
     problem = problems.two_layer_net(num_parameters, num_examples)
     points: Points = {}
@@ -171,7 +171,7 @@ def _measure(num_parameters: int, num_examples: int, config: Config, rate: float
 
 
 def _bytes(name: str, problem: problems.Problem) -> float:
-    """About how much memory a contestant needs."""
+    """An estimate of the memory that a contestant needs, in bytes."""
     dim, num_examples = problem.num_parameters, problem_examples(problem)
     if name == OURS:
         return 0.0
@@ -195,7 +195,7 @@ def _alone(name: str, num_parameters: int, num_examples: int, limit: float) -> P
 
 
 def _answer(process: Any, answers: Any, timeout: float) -> float | None:
-    """The process's next answer, None if it takes too long; raises RuntimeError if it died."""
+    """The next answer of the process; None if it takes too long. Raises RuntimeError if it died."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
@@ -218,7 +218,7 @@ def _draw_once(name: str, num_parameters: int, num_examples: int, answers: Any) 
 
 
 def _extrapolate(points: dict[int, Points]) -> None:
-    """Guesses what ran out of time, by D^3 from the largest size that did not; says so."""
+    """Extrapolates times over the limit by D^3 from the largest size below it, with a note."""
     for name in LIBRARY:
         done = [size for size, at in points.items() if at[name].samples]
         for size, at in points.items():
@@ -229,7 +229,7 @@ def _extrapolate(points: dict[int, Points]) -> None:
 
 
 def _growth(points: dict[int, Points], name: str) -> timing.Growth | None:
-    """The exponent over the upper half of the measured sizes: below, overheads hide it."""
+    """The exponent over the upper half of the measured sizes; overheads hide it at smaller ones."""
     measured = [
         (size, at[name].median)
         for size, at in points.items()
@@ -260,7 +260,7 @@ def _growth_row(axis: str, growth: dict[str, timing.Growth | None]) -> dict[str,
 
 
 def _lenet(config: Config) -> float:
-    """Our draw for the convolutional net of the same size, which computes more per parameter."""
+    """The seconds of our draw for a convolutional net of the same size, with more work each."""
     problem = problems.lenet(config.examples)
     value_and_grad = loss.weighted_value_and_grad(problem.loss_vector_fn, microbatch_size=100)
     law = noise.cov(config.examples, problems.BATCH_SIZE)

@@ -137,7 +137,12 @@ CASES: dict[str, Case] = {
     "flat-float64": Case(_FLAT, "v5e", 16, 2**18, None, 2**14, tuple(LAWS), wide=True),
     "flat-microbatches": Case(_FLAT, "v5e", 16, 2**18, 4096, 2**14, _SOME),
     "flat-bfloat16": Case(
-        functools.partial(pods_nets.flat, 2048, 128, jnp.bfloat16), "v5e", 16, 2**18, None, 2**14,
+        functools.partial(pods_nets.flat, 2048, 128, jnp.bfloat16),
+        "v5e",
+        16,
+        2**18,
+        None,
+        2**14,
         _SOME,
     ),
     "flat-256": Case(_FLAT, "v5e", 256, 2**22, None, 2**16, _SOME),
@@ -151,14 +156,19 @@ CASES: dict[str, Case] = {
     "flat-h100": Case(_FLAT, "H100", 16, 2**18, 4096, 2**14, tuple(LAWS)),
     "flat-h100-float64": Case(_FLAT, "H100", 16, 2**18, 4096, 2**14, tuple(LAWS), wide=True),
     "flat-h100-bfloat16": Case(
-        functools.partial(pods_nets.flat, 2048, 128, jnp.bfloat16), "H100", 16, 2**18, None, 2**14,
+        functools.partial(pods_nets.flat, 2048, 128, jnp.bfloat16),
+        "H100",
+        16,
+        2**18,
+        None,
+        2**14,
         _SOME,
     ),
     "vgg11-h100": Case(_VGG, "H100", 16, SVHN, 256, 2**14, ("cov", "sparse_cov")),
     "transformer-h100": Case(
         pods_nets.transformer, "H100", 16, 2**12, 4, 2**9, ("cov", "sparse_cov")
     ),
-}  # fmt: skip
+}
 """What is compiled, by the name that ``--only`` takes."""
 
 
@@ -197,8 +207,13 @@ def main(config: Config) -> list[report.Headline]:
         rows += own
     headlines = _headlines(found)
     report.publish(
-        "pods", config, rows, headlines, functools.partial(_plot, found), said_by=SAID_BY,
-    )  # fmt: skip
+        "pods",
+        config,
+        rows,
+        headlines,
+        functools.partial(_plot, found),
+        said_by=SAID_BY,
+    )
     print(f"\n{SAID_BY}. The body of a loop counts once, except for collectives.")
     return headlines
 

@@ -56,9 +56,11 @@ def flat(inputs: int, hidden: int, dtype: Any = jnp.float32) -> Net:
     """Two fully connected layers."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     params = {
-        "w1": shape((inputs, hidden)), "b1": shape((hidden,)),
-        "w2": shape((hidden, 10)), "b2": shape((10,)),
-    }  # fmt: skip
+        "w1": shape((inputs, hidden)),
+        "b1": shape((hidden,)),
+        "w2": shape((hidden, 10)),
+        "b2": shape((10,)),
+    }
 
     def loss_vector_fn(params: Any, batch: Any) -> jax.Array:
         features, labels = batch
@@ -88,13 +90,18 @@ def transformer(
     """A decoder-only transformer as of GPT-2: of these sizes it has 110 million parameters."""
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     layer = {
-        "qkv": shape(width, 3 * width), "out": shape(width, width),
-        "up": shape(width, 4 * width), "down": shape(4 * width, width),
-        "scale1": shape(width), "scale2": shape(width),
-    }  # fmt: skip
+        "qkv": shape(width, 3 * width),
+        "out": shape(width, width),
+        "up": shape(width, 4 * width),
+        "down": shape(4 * width, width),
+        "scale1": shape(width),
+        "scale2": shape(width),
+    }
     params = {
-        "words": shape(words, width), "places": shape(length, width), "layers": [layer] * layers
-    }  # fmt: skip
+        "words": shape(words, width),
+        "places": shape(length, width),
+        "layers": [layer] * layers,
+    }
 
     def normal(x: jax.Array, scale: jax.Array) -> jax.Array:
         x = x - x.mean(-1, keepdims=True)
@@ -190,9 +197,12 @@ def plain(
 
     spread = PartitionSpec(names)
     on_parts = jax.shard_map(
-        part, mesh=mesh, in_specs=(PartitionSpec(), spread, spread, spread),
-        out_specs=PartitionSpec(), check_vma=False,
-    )  # fmt: skip
+        part,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), spread, spread, spread),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
 
     def step(params: Any, data: Any, listed: Any, counted: jax.Array) -> Any:
         value, grads = on_parts(params, data, listed, counted)

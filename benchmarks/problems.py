@@ -1,4 +1,4 @@
-"""What is timed: nets and data, the same for every contestant."""
+"""The nets and data that are timed, the same for all contestants."""
 
 from typing import Any, NamedTuple
 
@@ -23,8 +23,8 @@ class Problem(NamedTuple):
 
 
 def lenet(num_examples: int, seed: int = 0) -> Problem:
-    """The paper's net of 11,330 parameters on random images, kept as uint8. (Speed is what is
-    measured: it does not depend on what the pixels are.)
+    """The paper's net of 11,330 parameters on random images, kept as uint8. (Speed does not depend
+    on the values of the pixels.)
     """
     model = models.functional(models.LeNet)
     image, label = random_images(num_examples, models.LeNet.image_shape, seed)
@@ -48,9 +48,10 @@ def random_images(
 
 
 def two_layer_net(num_parameters: int, num_examples: int, seed: int = 0) -> Problem:
-    """A fully connected net with one hidden layer and ten classes, with about so many parameters.
+    """A fully connected net with one hidden layer, ten classes and about D parameters.
 
-    Per-example work is proportional to the number of parameters: growth with D is clean to see.
+    The work per example is proportional to the number of parameters, so growth with D is easy to
+    see.
     """
     hidden, inputs = layer_sizes(num_parameters)
     rng = np.random.default_rng(seed)
@@ -78,7 +79,7 @@ def two_layer_net(num_parameters: int, num_examples: int, seed: int = 0) -> Prob
 def layer_sizes(num_parameters: int) -> tuple[int, int]:
     """Hidden units h and inputs f with h (f + 11) + 10 parameters, h near sqrt(D) / 2.6.
 
-    Exactly `num_parameters` where the hidden units can divide them, as near as it gets otherwise.
+    The number is exactly `num_parameters` if a suitable h divides, and as near as possible if not.
     """
     wanted = num_parameters**0.5 / 2.6
     exact = [h for h in range(2, int(4 * wanted) + 2) if (num_parameters - 10) % h == 0]

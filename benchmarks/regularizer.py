@@ -1,9 +1,10 @@
-"""What the Rademacher regulariser costs in training: a step with it against a plain step.
+"""The cost of the Rademacher regulariser in training: a step with it against a plain step.
 
-``python -m benchmarks.regularizer``. The same LeNet and examples on both sides, gradient descent.
-As the paper trains it, without supremum and absolute value, it is an M-noise and its step is a
-plain one; in full it takes ``1 + 2 (K + 1)`` gradients more, for ascents of K steps. Micro-batches
-on both sides: without them a single gradient in a program waits for its memory, several do not.
+``python -m benchmarks.regularizer``. Both sides are gradient descent on the same LeNet and
+examples. As the paper trains it, without supremum and absolute value, the regulariser is a law of
+weights and its step is a plain one. In full it takes ``1 + 2 (K + 1)`` more gradients, for ascents
+of K steps. Both sides use micro-batches: without them, a program with a single gradient waits for
+memory, and one with several gradients does not.
 """
 
 import dataclasses
@@ -92,7 +93,7 @@ def main(config: Config) -> list[report.Headline]:
 def _loop(
     problem: problems.Problem, microbatch_size: int, law: noise.MNoise, added: Any = None
 ) -> Callable[[], Any]:
-    """One step of gradient descent with this noise, and with what is added to the gradient."""
+    """One step of gradient descent with this law and this addition to the gradient."""
     sgd = optax.sgd(step_overhead.LEARNING_RATE)
     optimizer = sgd if added is None else optax.chain(added, sgd)
     step = train.make_step(problem.loss_vector_fn, optimizer, law, microbatch_size=microbatch_size)

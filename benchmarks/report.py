@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a table on the screen, result.json, and a picture."""
+"""The output of a benchmark: a table on the screen, result.json, and a picture."""
 
 import dataclasses
 import datetime
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import machine
+from experiments import tables
 from experiments.training import runs
 
 
@@ -23,7 +24,7 @@ class Headline(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What every benchmark can be told.
+    """The options of every benchmark.
 
     Attributes:
         repeats: The number of rounds that count; medians are over them.
@@ -37,7 +38,7 @@ class Config:
     out: pathlib.Path | None = None
 
     def __post_init__(self):
-        # Before anything is measured: `publish` would find out only after minutes of it.
+        # Checked before anything is measured, since `publish` would raise only after minutes.
         if self.out is not None and self.out.exists():
             raise FileExistsError(
                 f"{self.out} exists already, and results are never overwritten: "
@@ -56,12 +57,12 @@ def publish(
     """Prints rows and headlines, writes result.json and NAME.png into a new folder.
 
     Args:
-        name: of the benchmark.
+        name: the name of the benchmark.
         config: its configuration.
         rows: the table; the first row names the columns. Lists (raw samples) go to the file only.
-        headlines: figures against targets.
-        draw: draws into matplotlib axes.
-        **details: what else belongs into the file, as JSON values.
+        headlines: figures and their targets.
+        draw: a function that draws into matplotlib axes.
+        **details: further entries of the file, as JSON values.
 
     Returns:
         The folder.
@@ -94,17 +95,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return "Nothing was measured."
     columns = list(rows[0])
-    cells = [columns, *[[_text(row[column]) for column in columns] for row in rows]]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in cells
-    ]
-    return "\n".join(
-        [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-    )
+    cells = [[_text(row[column]) for column in columns] for row in rows]
+    return tables.markdown_table(columns, cells, padded=True)
 
 
 def headline_table(headlines: Sequence[Headline]) -> str:
@@ -116,7 +108,7 @@ def headline_table(headlines: Sequence[Headline]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in a unit that suits them."""
+    """A duration as text, in a suitable unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"

@@ -1,7 +1,7 @@
-"""The five full-batch steps on which the contestants meet, and our side of them.
+"""The five full-batch steps that are compared (the rows of the table), and our side of them.
 
-Every row trains a net of the experiments by plain SGD on weighted cross-entropy, the weights drawn
-anew at every step by ``noise.cov``. Images stay uint8 on the device and are scaled at every step.
+Every row trains a net of the experiments by plain SGD on weighted cross-entropy, with weights drawn
+anew at every step from ``noise.cov``. Images stay uint8 on the device and are scaled in each step.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Row(NamedTuple):
         net: its name in `models.MODELS`.
         width: channels of the first convolution; None for a net that has one size.
         num_examples: N.
-        microbatch_size: examples in one pass of the experiments, and in one ghost batch.
+        microbatch_size: the examples in one pass of the experiments, and in one ghost batch.
     """
 
     net: str
@@ -61,19 +61,19 @@ TINY = {
     "resnet18-8": Row("resnet18", 2, 8, 4),
     "resnet18-64": Row("resnet18", 4, 4, 4),
 }
-"""The same in sizes that only show that everything runs."""
+"""The same rows in tiny sizes, to show that everything runs."""
 
 
 class Reference(NamedTuple):
-    """What all contestants start from, as numpy arrays.
+    """The starting point of all contestants, as numpy arrays.
 
     Attributes:
         params: the parameters, under the names of flax.
         images: [N, H, W, C], uint8.
         labels: [N].
         weights: W of our first step, [N], for the check that all compute the same.
-        order: the order in which our first step walks through the examples, [N].
-        num_parameters: how many scalars the parameters are.
+        order: the order in which our first step computes the examples, [N].
+        num_parameters: the number of scalars in the parameters.
     """
 
     params: Any
@@ -118,7 +118,7 @@ def reference(row: Row) -> Reference:
 
 
 def _first_order(row: Row) -> Any:
-    """Which examples share a ghost batch is drawn anew at every step: the first step's order."""
+    """The order of the examples in the first step; ghost batches are drawn anew in every step."""
     if not row.normalises:
         return jnp.arange(row.num_examples)
 
@@ -137,7 +137,7 @@ def _first_order(row: Row) -> Any:
 
 
 def loss_vector_fn(row: Row) -> Callable[..., Any]:
-    """Losses of a micro-batch; with ghost batch norm also the running statistics after it."""
+    """The losses of a micro-batch; with ghost batch norm also the running statistics after it."""
     apply = model(row).apply
 
     def losses(params: Any, batch: Any, stats: Any) -> tuple[Any, Any]:

@@ -1,12 +1,12 @@
-"""What multiplicative noise costs: an M-SGD step against a plain `optax.sgd` step.
+"""The cost of multiplicative noise: an M-SGD step against a plain `optax.sgd` step.
 
-``python -m benchmarks.step_overhead``. The same net, examples, loss vector function, micro-batches
-and reported numbers (loss and gradient norm) on both sides. It runs on jax's default device, and
-says which that was. Dense noises stand against
-plain gradient descent on the N examples; sparse ones against mini-batch SGD with as many a step,
-which has to draw its batch too: without replacement as a permutation's first entries, or, for the
-noise that draws with replacement, as random integers. The plain step competes twice: how far its
-second run is from its first says how much of the other ratios is the machine.
+``python -m benchmarks.step_overhead``. Both sides have the same net, examples, loss vector
+function, micro-batches and reported numbers (loss and gradient norm). The benchmark runs on jax's
+default device, and reports it. Dense laws are compared with plain gradient descent on the N
+examples, and sparse laws with mini-batch SGD on as many examples per step, which has to draw its
+batch too: without replacement as the first entries of a permutation, or, for the law that draws
+with replacement, as random integers. The plain step is measured twice: the ratio of both runs shows
+how much of the other ratios is due to the machine.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from msgd_jax import noise, train
 
 LEARNING_RATE = 0.01
 PLAIN, CONTROL = "plain", "(plain again)"
-COMPILING = 0.6  # part of the time that compiling may take
+COMPILING = 0.6  # the fraction of the time that compiling may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Config(report.Config):
 
 
 class Group(NamedTuple):
-    """Noises that stand against the same plain step.
+    """Laws that are compared with the same plain step.
 
     Attributes:
         kind: dense or sparse.
         replace: whether the plain step draws its batch with replacement.
-        laws: the noises by name.
+        laws: the laws by name.
     """
 
     kind: str
@@ -73,7 +73,7 @@ class Group(NamedTuple):
 
 
 def groups(config: Config) -> list[Group]:
-    """Every noise of the library."""
+    """All laws of the library."""
     n, b, support = config.examples, config.batch_size, config.support_size
     scale = noise.matching_scale(noise.fisher(n, b))
     dense = {
@@ -85,7 +85,7 @@ def groups(config: Config) -> list[Group]:
         "estimated_fisher": noise.estimated_fisher(n, b, estimate_size=b),
         "estimated_cov": noise.estimated_cov(n, b, estimate_size=b),
         "student_t": noise.student_t(n, b, degrees_of_freedom=10),
-        # The examples of a step as a batch that a loader drew from ten times as many.
+        # The examples of a step, as a batch that a loader drew from ten times as many.
         "batch_cov": noise.batch_cov(10 * n, b).of(n),
         "batch_fisher": noise.batch_fisher(10 * n, b).of(n),
     }
@@ -157,9 +157,9 @@ def _steps(group: Group, config: Config) -> int:
 def _measure(
     group: Group, problem: problems.Problem, config: Config, budget: float
 ) -> dict[str, np.ndarray]:
-    """The plain step twice, the second time as a control, and the noises, all in turn.
+    """Times the plain step twice, the second time as a control, and the laws, all in turn.
 
-    Noises that are not begun to be compiled when a part of the budget, in seconds, is over are left
+    Laws whose compilation has not begun when a fraction of the budget, in seconds, is used are left
     out.
     """
     support = next(iter(group.laws.values())).support_size
@@ -175,7 +175,7 @@ def _measure(
     start = time.monotonic()
 
     def get_ready(name: str) -> bool:
-        # The plain steps and one noise are measured whatever the time.
+        # The plain steps and one law are measured in any case.
         needed = name in (PLAIN, CONTROL, next(iter(group.laws)))
         if not needed and time.monotonic() - start > COMPILING * budget:
             return False
@@ -213,7 +213,7 @@ def plain_step(
 ) -> train.StepFn:
     """A plain training step on all examples, or on a mini-batch drawn with or without replacement.
 
-    On the state of `train`, and with its two metrics, so that both sides keep the same books.
+    It uses the state of `train` and reports the same two metrics as our step.
     """
     optimizer = optax.sgd(LEARNING_RATE)
     num_examples = problem.data[1].shape[0]
@@ -247,7 +247,7 @@ def plain_step(
 
 
 def _in_microbatches(mean_gradient: Any, params: Any, batch: Any, size: int) -> tuple[Any, Any]:
-    """The mean over micro-batches, which divide the batch, of their mean losses and gradients."""
+    """The mean over micro-batches, whose size divides the batch, of mean losses and gradients."""
     batches = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batch)
     count = jax.tree.leaves(batches)[0].shape[0]
 
@@ -260,7 +260,7 @@ def _in_microbatches(mean_gradient: Any, params: Any, batch: Any, size: int) -> 
 
 
 def _loop(step: train.StepFn, problem: problems.Problem, steps: int) -> Callable[[], Any]:
-    """Many steps in one compiled loop, so that it is the step that is timed, not its dispatch."""
+    """Many steps in one compiled loop, so that steps are timed and not their dispatch."""
     loop = train.make_loop(step, max_steps=steps)
     state = train.init(problem.params, optax.sgd(LEARNING_RATE), jax.random.key(1))
 

@@ -1,4 +1,4 @@
-"""Timing contestants side by side: they take turns, and what counts is the ratio within a round."""
+"""Timing contestants side by side: they take turns, and ratios are formed within a round."""
 
 import gc
 import time
@@ -25,7 +25,7 @@ def spread(samples: Any) -> Spread:
 
 
 def ratio(samples: Mapping[Any, Any], name: Any, reference: Any) -> Spread:
-    """The ratio of two contestants, formed round by round: load that slows both cancels."""
+    """The ratio of two contestants, formed round by round, so that load that slows both cancels."""
     return spread(np.asarray(samples[name]) / np.asarray(samples[reference]))
 
 
@@ -37,17 +37,17 @@ def alternate(
     budget: float = float("inf"),
     description: str = "",
 ) -> dict[str, np.ndarray]:
-    """Times contestants in turn, in an order that goes back and forth from round to round.
+    """Times contestants in turn; every second round is in reverse order.
 
     Args:
-        contestants: functions of no arguments by name; what they return is waited for.
-        repeats: rounds that count.
-        warmups: rounds before them, for compilation.
-        budget: seconds after which no further round begins, once three count.
-        description: of the progress bar.
+        contestants: functions of no arguments by name; the timer waits for their results.
+        repeats: the number of rounds that count.
+        warmups: the number of rounds before them, for compilation.
+        budget: the seconds after which no further round begins, once three count.
+        description: the text of the progress bar.
 
     Returns:
-        Seconds of each round, [repeats], by name.
+        The seconds of each round, [repeats], by name.
 
     Raises:
         ValueError: if `repeats` is below 1.
@@ -68,7 +68,7 @@ def alternate(
 
 
 def once(contestant: Callable[[], Any]) -> float:
-    """Seconds of one call, the result waited for, Python's garbage collector held back."""
+    """The seconds of one call and its result, with Python's garbage collector disabled."""
     gc.disable()
     try:
         start = time.perf_counter()

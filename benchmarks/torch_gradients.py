@@ -1,4 +1,4 @@
-"""Per-example gradients in PyTorch, by the three usual ways, and gradient noise made of them.
+"""Per-example gradients in PyTorch, in the three usual ways, and gradient noise made of them.
 
 `torch.func` maps a gradient over examples; Opacus and BackPACK collect the gradients of the
 examples during one backward pass. All three hold N gradients at once.
@@ -18,7 +18,7 @@ NAMES = {"torch.func": "torch", "Opacus": "opacus", "BackPACK": "backpack"}
 
 
 def missing(name: str) -> str:
-    """Why a way cannot be tried here, in two words for a table; "" if it can."""
+    """The reason why a way cannot be tried here, as two words for a table; "" if it can."""
     for package in ("torch", NAMES[name]):
         if importlib.util.find_spec(package) is None:
             return f"no {package}"
@@ -33,13 +33,13 @@ def per_example(name: str, problem: problems.Problem) -> Callable[[], list[Any]]
         problem: parameters and data, which are copied.
 
     Returns:
-        A function of no arguments that computes them anew: [N, *shape] for each parameter, in the
-        order first weight, first bias, second weight, second bias.
+        A function of no arguments that computes the gradients anew: [N, *shape] per parameter, in
+        the order first weight, first bias, second weight, second bias.
     """
     import torch
     from torch import nn
 
-    # The data need no gradient, of which the hooks of Opacus and BackPACK warn at every pass.
+    # The hooks of Opacus and BackPACK warn at every pass that the data need no gradient.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     torch.set_num_threads(machine.usable_cores())
     features, labels = (torch.from_numpy(np.array(leaf)) for leaf in problem.data)

@@ -1,8 +1,8 @@
-"""The nets of the experiments written the natural way in PyTorch, and a full-batch step of them.
+"""The nets of the experiments in usual PyTorch code, and full-batch steps of them.
 
-PyTorch gets its images as floating point in [0, 1] and in its own layout, made once before the
-clock starts; we keep uint8 and scale at every step. Ghost batch norm of a batch that holds several
-ghost batches is one call of PyTorch's batch norm, each ghost batch with channels of its own.
+PyTorch gets its images as floating point in [0, 1] and in its own layout, converted once before the
+timing; we keep uint8 and scale in every step. Ghost batch norm of a batch with several ghost
+batches is one call of PyTorch's batch norm, in which each ghost batch has its own channels.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -75,7 +75,7 @@ class GhostBatchNorm(nn.BatchNorm2d):
         return normal.transpose(0, 1).reshape(input.shape)
 
     def _move(self, means: torch.Tensor, variances: torch.Tensor) -> None:
-        """Moves the running statistics a tenth of the way for each ghost batch, in order."""
+        """Moves the running statistics by a tenth of the difference per ghost batch, in order."""
         with torch.no_grad():
             ages = torch.arange(len(means) - 1, -1, -1, device=means.device)
             shares = (0.1 * 0.9**ages)[:, None]
@@ -131,8 +131,8 @@ def build(row: Row, params: Any) -> nn.Module:
     """The net of a row with these parameters.
 
     Args:
-        row: which net.
-        params: the parameters of our own net, as numpy arrays under the names of flax.
+        row: the row, which determines the net.
+        params: the parameters of our net, as numpy arrays under the names of flax.
 
     Raises:
         KeyError, RuntimeError: if the two nets do not have the same parameters.
@@ -165,7 +165,7 @@ def gradients(net: nn.Module) -> dict[str, np.ndarray]:
 
 
 def in_torch_layout(tree: Any) -> dict[str, np.ndarray]:
-    """A tree of our parameters, or a gradient of them, by PyTorch's names and in its layout."""
+    """Our parameters, or a gradient of them, under PyTorch's names and in its layout."""
     return dict(_named(tree))
 
 
@@ -176,7 +176,7 @@ def _named(tree: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
             continue
         array = np.asarray(value)
         if name == "kernel":
-            # HWIO is OIHW in PyTorch, and a matrix stands on its other side.
+            # HWIO is OIHW in PyTorch, and matrices are transposed.
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
         if f"{prefix}{name}" == "fc1.kernel":
             # LeNet's: our layers flatten an image pixel by pixel, PyTorch channel by channel.
@@ -204,7 +204,7 @@ class Step:
         """Builds net, optimizer and images on the device.
 
         Args:
-            row: which net, and how many examples.
+            row: the row, which determines the net and the number of examples.
             reference: parameters and images.
             device: cpu or cuda.
             microbatched: whether gradients are added up over micro-batches.
@@ -247,13 +247,13 @@ class Step:
         return total
 
     def __call__(self) -> None:
-        """One step, the weights of `noise.cov` drawn anew."""
+        """One step, with weights drawn anew from the law of `noise.cov`."""
         normal = torch.randn(self._num_examples, device=self._device)
         self.gradient(1 / self._num_examples + self._scale * (normal - normal.mean()))
         self._optimizer.step()
 
     def check(self, weights: np.ndarray) -> tuple[float, float]:
-        """Loss and gradient norm at the present parameters with these weights."""
+        """The loss and the gradient norm at the current parameters with these weights."""
         loss = self.gradient(torch.from_numpy(weights[self._order]).to(self._device))
         squares = sum(
             (parameter.grad.double() ** 2).sum().item()
@@ -264,18 +264,18 @@ class Step:
 
 
 def settle(device: str, threads: int) -> None:
-    """What PyTorch is told once: all cores, and on a GPU to look for its fastest convolutions."""
+    """Sets PyTorch's threads, and on a GPU lets it search for the fastest convolutions."""
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = device == "cuda"
 
 
 def allow_tf32(allow: bool) -> None:
-    """Allows TF32 in products and convolutions alike, or in neither."""
+    """Allows or forbids TF32, in products and in convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = allow
     torch.backends.cudnn.allow_tf32 = allow
 
 
 def synchronize(device: str) -> None:
-    """Waits for everything that was asked of the device."""
+    """Waits until the device has finished all its work."""
     if device == "cuda":
         torch.cuda.synchronize()

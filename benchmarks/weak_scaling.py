@@ -1,8 +1,9 @@
 """Weak scaling over virtual devices: k devices with n examples each against one with all k n.
 
-``python -m benchmarks.weak_scaling``. The devices share this machine's cores, so no step can get
-quicker by their number: the ratio to one device with the same work is what spreading costs, and
-what a device sends is read off the compiled step. Both run in one process of its own (`--measure`).
+``python -m benchmarks.weak_scaling``. The devices share this machine's cores, so more devices
+cannot make a step quicker: the ratio to one device with the same work is the cost of spreading. The
+bytes that a device sends are read from the compiled step. Both contestants run in one separate
+process (`--measure`).
 """
 
 import dataclasses
@@ -99,7 +100,7 @@ def main(config: Config) -> list[report.Headline]:
 
 
 def measure(config: Config) -> list[dict[str, Any]]:
-    """Seconds of both contestants for each k, and what the spread step reduces."""
+    """The seconds of both contestants per k, and the bytes that the spread step reduces."""
     return [_of_devices(config, k) for k in config.devices]
 
 
@@ -126,7 +127,7 @@ def _of_devices(config: Config, k: int) -> dict[str, Any]:
 def _contestant(
     problem: problems.Problem, microbatch_size: int, rows: NamedSharding | None
 ) -> tuple[str, Callable[[], Any]]:
-    """The compiled step as text, and a function that makes one."""
+    """The compiled step as text, and a function that makes one step."""
     n = len(jax.tree.leaves(problem.data)[0])
     law, optimizer = noise.cov(n, problems.BATCH_SIZE), optax.sgd(0.01)
     step = train.make_step(
@@ -148,7 +149,7 @@ def _contestant(
 
 
 def reductions(program: str) -> list[int]:
-    """Bytes of each all-reduce of a compiled program, tuples of arrays counted whole."""
+    """The bytes of each all-reduce of a compiled program; a tuple of arrays counts as one."""
     found = re.findall(r"= (.+?) all-reduce(?:-start)?\(", program)
     return [sum(map(_bytes, re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes))) for shapes in found]
 
@@ -159,7 +160,7 @@ def _bytes(array: tuple[str, str]) -> int:
 
 
 def _in_fresh_process(config: Config) -> list[dict[str, Any]]:
-    """Since jax fixes the number of devices when it starts."""
+    """Measures in a fresh process, since jax fixes the number of devices when it starts."""
     flags = f"--xla_force_host_platform_device_count={max(config.devices)}"
     environment = {
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",

@@ -1,7 +1,7 @@
-"""Processes that hold contestants, and run them when they are told.
+"""Processes that hold contestants and run them on request.
 
-Each contestant of `against_torch` is in a process of its own on a CPU, since how the C library
-treats freed memory is settled once for a process. On a GPU, where that matters little and a process
+On a CPU, each contestant of `against_torch` has a process of its own, since the C library's
+treatment of freed memory is set once per process. On a GPU, where that matters little and a process
 takes long to start, one process holds all contestants of a kind.
 """
 
@@ -53,10 +53,10 @@ class Task(NamedTuple):
     """A contestant to get ready.
 
     Attributes:
-        name: what it is called in later requests.
-        contestant: how it makes its steps.
-        row: of what.
-        reference: from where.
+        name: its name in later requests.
+        contestant: the way in which it makes its steps.
+        row: the row of the table.
+        reference: the starting point.
     """
 
     name: Any
@@ -66,13 +66,13 @@ class Task(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What holds for a whole process.
+    """The settings of a whole process.
 
     Attributes:
         library: OURS or TORCH.
         device: cpu or cuda.
-        allocator: AS_IS, or KEPT: memory that is freed stays with the process.
-        threads: cores to use.
+        allocator: AS_IS, or KEPT: freed memory stays with the process.
+        threads: the number of cores to use.
     """
 
     library: str
@@ -82,20 +82,20 @@ class Settings(NamedTuple):
 
 
 class WorkerError(RuntimeError):
-    """A process could not do what it was told, with its own words."""
+    """A request to a process failed; the text is that of the process."""
 
 
 class OutOfTimeError(WorkerError):
-    """It did not answer in time, and has been ended."""
+    """A process did not answer in time, and has been ended."""
 
 
 class Worker:
     """A process that answers requests one after the other; its errors come back as `WorkerError`.
 
-    Requests: ``prepare(tasks, seconds, threads)`` gets contestants ready, several at once where
-    there are several threads, and begins with none after so many seconds; it answers, for each
-    task, the dict of `prepare`, or a text that says why there is none. ``measure(name, steps)``
-    answers seconds a step.
+    The request ``prepare(tasks, seconds, threads)`` gets contestants ready, several at a time with
+    several threads, and begins none after this many seconds. Its answer is, per task, the dict of
+    `prepare`, or a text that says why there is none. The answer to ``measure(name, steps)`` is the
+    seconds per step.
     """
 
     def __init__(self, settings: Settings):
@@ -111,7 +111,7 @@ class Worker:
         theirs.close()
 
     def send(self, request: str, *arguments: Any) -> None:
-        """Asks for something, and does not wait for the answer."""
+        """Sends a request, and does not wait for the answer."""
         try:
             self._pipe.send((request, arguments))
         except (BrokenPipeError, OSError):
@@ -121,7 +121,7 @@ class Worker:
         """Waits for the answer to the oldest request that has none yet.
 
         Raises:
-            OutOfTimeError: if there is none after so many seconds; the process has been ended.
+            OutOfTimeError: if there is none after `timeout` seconds; the process has been ended.
             WorkerError: if the request failed, or the process died.
         """
         try:
@@ -152,7 +152,7 @@ class Worker:
 
 
 def _context() -> Any:
-    """Processes that do not inherit threads; where it can be, forked from one that has imported."""
+    """A context for processes without inherited threads; if possible, forked after the imports."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -161,7 +161,7 @@ def _context() -> Any:
 
 
 def keep_pages() -> bool:
-    """Tells glibc not to give freed memory back to the system; whether there is a glibc to tell."""
+    """Makes glibc keep freed memory instead of returning it; False if there is no glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
@@ -170,7 +170,7 @@ def keep_pages() -> bool:
 
 
 def _serve(pipe: Any, settings: Settings) -> None:
-    """Answers until the pipe is closed."""
+    """Answers requests until the pipe is closed."""
     prepared: dict[str, Callable[[int], float]] = {}
     try:
         _settle(settings)
@@ -203,7 +203,7 @@ def _prepare_all(
     seconds: float,
     threads: int,
 ) -> list[dict[str, float] | str]:
-    """Fills `prepared`; what came of each task."""
+    """Fills `prepared`; returns the result of each task."""
     until = time.monotonic() + seconds
 
     def one(task: Task) -> dict[str, float] | str:
@@ -227,7 +227,7 @@ def _brief(text: str) -> str:
 
 
 def _settle(settings: Settings) -> None:
-    """Before anything is allocated or run: allocator, platform, threads."""
+    """Sets allocator, platform and threads, before anything is allocated or run."""
     if settings.allocator == KEPT and not keep_pages():
         raise WorkerError("this system's C library has no mallopt")
     if settings.library == TORCH:
@@ -249,8 +249,8 @@ def prepare(
     """Compiles a contestant in this process and makes its first two steps.
 
     Returns:
-        A function that makes some steps and returns how many seconds they took, and a dict: loss
-        and gradient_norm of the first step, parameters (how many scalars), setup (seconds).
+        A function that makes some steps and returns their seconds, and a dict: loss and
+        gradient_norm of the first step, parameters (the number of scalars), setup (seconds).
     """
     begin = time.perf_counter()
     make = _ours if contestant.library == OURS else _torch
@@ -278,7 +278,7 @@ def _ours(
     step = rows.step(row, row.microbatch_size if contestant.microbatched else None)
     state = rows.start(row, reference.params)
     data = jax.tree.map(jnp.asarray, (reference.images, reference.labels))
-    # None leaves XLA its default, which is TF32 on GPUs that have it.
+    # None means XLA's default, which is TF32 on GPUs that have it.
     precision = None if contestant.tf32 else "float32"
 
     if contestant.loop:
@@ -298,7 +298,7 @@ def _ours(
             return state, metrics
 
     state, metrics = advance(state, 1)
-    metrics = jax.tree.map(jnp.ravel, metrics)  # the loop's have an axis for the steps
+    metrics = jax.tree.map(jnp.ravel, metrics)  # those of the loop have an axis of steps
 
     def run(steps: int) -> None:
         nonlocal state

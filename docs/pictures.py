@@ -7,6 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Ellipse
 
+from experiments import tables
+
 
 def setup() -> None:
     """Sharp lines, a light grid, nothing cut off."""
@@ -63,5 +65,4 @@ def table(header: list[str], rows: list[list[Any]]) -> Any:
     """A Markdown table as a cell's output."""
     from IPython.display import Markdown
 
-    lines = [header, ["---"] * len(header), *rows]
-    return Markdown("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
+    return Markdown(tables.markdown_table(header, [[str(cell) for cell in row] for row in rows]))

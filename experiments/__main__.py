@@ -6,10 +6,10 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command; what the user can mend is reported in one line, without a traceback.
+    """Runs one command; errors that the user can fix are reported in one line, not a traceback.
 
-    Exits with 1 for that, 2 where the arguments make no command, and as a shell expects with 130
-    after Ctrl-C and 143 after SIGTERM.
+    The exit code is 1 after such an error, 2 if the arguments are not a command, and, as shells
+    expect, 130 after Ctrl-C and 143 after SIGTERM.
     """
     try:
         _run(arguments)
@@ -17,13 +17,13 @@ def main(arguments: list[str] | None = None) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        # Who read the output has gone. Python would say so once more on the way out.
+        # The reader of the output has closed it; this keeps Python from reporting that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
 
 
 def _run(arguments: list[str] | None) -> None:
-    # In here, so that Ctrl-C while Python is loading all this is no traceback either.
+    # Imported here, so that Ctrl-C during these imports gives no traceback either.
     import contextlib
 
     import tyro
@@ -48,7 +48,7 @@ def _run(arguments: list[str] | None) -> None:
                 args=arguments,
             )
         commands.run(config)
-        sys.stdout.flush()  # in here, where a reader who has gone is no traceback
+        sys.stdout.flush()  # here, where a closed output gives no traceback
     except loop.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.code)
@@ -57,7 +57,7 @@ def _run(arguments: list[str] | None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        # Those of this package are sentences; the system's have a file and a reason.
+        # The errors of this package are sentences; those of the system have a file and a reason.
         file = f": {error.filename}" if error.filename else ""
         sys.exit(f"error: {error.strerror}{file}" if error.strerror else f"error: {error}")
 

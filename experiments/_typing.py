@@ -1,6 +1,6 @@
-"""The names of what the experiments pass around.
+"""Named types for annotations in the experiments.
 
-Shapes are those of the annotations of jaxtyping; what has none here is a pytree.
+Shapes are given by jaxtyping's annotations; types without a shape are pytrees.
 """
 
 from typing import Any, TypeAlias
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Num
 from msgd_jax import noise
 
 Tree: TypeAlias = Any
-"""A pytree of arrays. Python has no type for it."""
+"""A pytree of arrays, for which Python has no type."""
 Params: TypeAlias = dict[str, Any]
 """The parameters of a net: a nested dict of arrays."""
 Statistics: TypeAlias = dict[str, Any]
@@ -24,7 +24,7 @@ Images: TypeAlias = Num[Array, "batch height width channels"]
 ImageShape: TypeAlias = tuple[int, int, int]
 """Height and width (pixels) and channels of one image."""
 Logits: TypeAlias = Float[Array, "batch num_classes"]
-"""What a net makes of images."""
+"""The outputs of a net for a batch of images."""
 Law: TypeAlias = noise.MNoise
 """A law of weight vectors."""
 Record: TypeAlias = dict[str, Any]

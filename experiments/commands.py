@@ -1,4 +1,4 @@
-"""What the command line's commands do."""
+"""The commands of the command line."""
 
 import contextlib
 import pathlib
@@ -52,7 +52,7 @@ CONFIGS: dict[str, Any] = {
 
 
 def version() -> str:
-    """Of the library, and of what results depend on."""
+    """The versions of the library and of the packages that results depend on."""
     return " ".join(f"{name} {number}" for name, number in runs.versions().items())
 
 
@@ -82,9 +82,9 @@ def run(config: Config) -> pathlib.Path | None:
 
 
 def train(config: TrainConfig) -> pathlib.Path:
-    """Trains one algorithm, or goes on; writes its folder and curves.png, and prints a table.
+    """Trains one algorithm; writes its folder and curves.png, and prints a table.
 
-    Finished before, it prints the table again.
+    A run that was stopped is continued. For a run that has finished, the table is printed again.
     """
     config = config.resolved()
     folder = config.out or runs.default_folder(f"{config.dataset_name}-{config.algorithm}")
@@ -95,12 +95,12 @@ def train(config: TrainConfig) -> pathlib.Path:
 def demo(config: DemoConfig) -> pathlib.Path:
     """Trains six algorithms on the digits; writes their folders and curves.png, prints a table.
 
-    Stopped before, it goes on; finished before, it prints the table again.
+    A demo that was stopped is continued. For one that has finished, the table is printed again.
     """
     folder = config.out or runs.default_folder("demo")
     plans = {plan: folder / algorithm for algorithm, plan in config.runs().items()}
     if folder.is_dir() and any(folder.iterdir()) and not any(p.exists() for p in plans.values()):
-        runs.create(folder)  # which says that there is something else
+        runs.create(folder)  # which raises, since the folder is something else
     _train_all(plans, folder, named=config.out is not None)
     return folder
 
@@ -109,14 +109,14 @@ def distributed(config: DistributedConfig) -> pathlib.Path:
     """Trains as `train` does, over the devices of all processes, each of which calls this.
 
     Raises:
-        ValueError: if the plan is not one for several devices.
-        FileExistsError: if the folder is of another run.
+        ValueError: if the plan cannot run on several devices.
+        FileExistsError: if the folder belongs to another run.
         training.DivergedError: at the first loss that is not finite.
     """
     plan = config.plan.resolved()
     folder = check_distributed(plan)
     loop.check(plan)
-    # Every process looks, before any of them waits for the others.
+    # Every process checks the folder before any of them waits for the others.
     if runs.finished(folder, plan, "distributed"):
         _report({plan: accuracies.of_finished(folder)}, folder)
         print(f"{folder} has finished before: this is its result.")
@@ -133,12 +133,12 @@ def distributed(config: DistributedConfig) -> pathlib.Path:
 
 
 def _train_all(plans: dict[TrainConfig, pathlib.Path], folder: pathlib.Path, named: bool) -> None:
-    """Trains what has not finished, and shows all of it."""
+    """Trains the plans that have not finished, and shows the results of all."""
     for plan in plans:
         loop.check(plan)
     runs.check_writable(folder)
     done = [runs.finished(path, plan.resolved()) for plan, path in plans.items()]
-    # Once for all: they are of the same images.
+    # Loaded once, since all plans use the same images.
     dataset = None if all(done) else loop.load(next(iter(plans)))
     results = {}
     total = sum(plan.total_steps for plan in plans)
@@ -157,7 +157,7 @@ def _train_all(plans: dict[TrainConfig, pathlib.Path], folder: pathlib.Path, nam
 
 @contextlib.contextmanager
 def _stopped_in(folder: pathlib.Path, named: bool) -> Iterator[None]:
-    """Adds the folder to how a stopped run goes on, where the command did not name it."""
+    """Adds --out to the message of a stopped run if the command did not name the folder."""
     try:
         yield
     except loop.Stopped as stopped:
@@ -185,7 +185,7 @@ def _report(results: dict[TrainConfig, list[Evaluation]], folder: pathlib.Path) 
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
-    """The summaries as a table, one line an algorithm; accuracies in percent."""
+    """The summaries as a table with one line per algorithm; accuracies are in percent."""
     header = ["algorithm", "train accuracy %", "test accuracy %", "s / 1000 steps"]
     lines = []
     for label, numbers in summaries.items():

@@ -15,12 +15,12 @@ class Curve(NamedTuple):
 
 
 def plot_curves(curves: list[Curve], path: pathlib.Path, title: str) -> None:
-    """Draws test accuracy against iteration, a band of one standard error over seeds.
+    """Draws test accuracy against iteration, with a band of one standard error over seeds.
 
     Args:
-        curves: one for each algorithm.
-        path: of the picture to write.
-        title: of the figure.
+        curves: one curve per algorithm.
+        path: the picture to write.
+        title: the title of the figure.
     """
     import matplotlib
 
@@ -57,7 +57,7 @@ def save(figure: Any, path: pathlib.Path) -> None:
 
 
 def standard_error(values: np.ndarray) -> np.ndarray:
-    """Standard error of the mean over the last axis (seeds); 0 for a single seed."""
+    """The standard error of the mean over the last axis (seeds); 0 for a single seed."""
     seeds = values.shape[-1]
     if seeds == 1:
         return np.zeros(values.shape[:-1])

@@ -1,8 +1,8 @@
 """Records on the disk: files of strict JSON that are written whole or not at all.
 
-Whoever finds a record reads it, other programs too; so what is written has no `NaN`, and every
-reader here checks what it reads: a file that is cut short, or not ours, is a `DamagedRecordError`
-that names it.
+Other programs may read records too, so they contain no `NaN`. All functions that read records check
+them: for a file that is cut short or was not written by this package they raise a
+`DamagedRecordError` that names it.
 """
 
 import json
@@ -13,31 +13,31 @@ from typing import Any
 
 
 class DamagedRecordError(ValueError):
-    """A file of a run is not what this package writes; the text names it and says what is wrong."""
+    """A file of a run is not as this package writes it; the text names the file and the problem."""
 
 
 def brief(path: pathlib.Path | str) -> str:
-    """A path in a message, its middle left out where it is long."""
+    """A path for a message, with its middle left out if it is long."""
     text = str(path)
     return text if len(text) <= 120 else f"{text[:40]} ... {text[-75:]}"
 
 
 def as_line(record: dict[str, Any]) -> str:
-    """One line of strict JSON, as every record here: other programs read it too.
+    """A record as one line of strict JSON, which other programs can read too.
 
-    Numbers that are not finite, for which JSON has no numbers, are the strings "NaN", "Infinity"
-    and "-Infinity"; `read_json` and `read_lines` make them numbers again.
+    Numbers that are not finite do not exist in JSON; they become the strings "NaN", "Infinity" and
+    "-Infinity", which `read_json` and `read_lines` turn into numbers again.
     """
     return json.dumps(_with_names(record), allow_nan=False) + "\n"
 
 
 def as_text(record: dict[str, Any]) -> str:
-    """A file of strict JSON, indented for people; what JSON does not know becomes a string."""
+    """A record as indented strict JSON; values of types unknown to JSON become strings."""
     return json.dumps(_with_names(record), indent=2, default=str, allow_nan=False) + "\n"
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The contents of a JSON file; None if there is none. Raises DamagedRecordError."""
+    """The contents of a JSON file; None if there is no file. Raises DamagedRecordError."""
     text = _read_text(path)
     if text is None:
         return None
@@ -50,10 +50,10 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a file with one JSON object a line; a last line cut short does not count.
+    """The records of a file with one JSON object per line; a last line cut short is ignored.
 
     Raises:
-        DamagedRecordError: naming file and line, if one of them is not an object with a step.
+        DamagedRecordError: if a line is not an object with a step; it names the file and the line.
     """
     text = _read_text(path)
     records = []
@@ -69,7 +69,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file, which must be there. Raises DamagedRecordError."""
+    """The object in a JSON file, which must exist. Raises DamagedRecordError."""
     record = read_json(path)
     if not isinstance(record, dict):
         raise DamagedRecordError(f"{path} must be a JSON object, got {type(record).__name__}")
@@ -88,7 +88,7 @@ def _read_text(path: pathlib.Path) -> str | None:
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that at any moment it is the old one or the new one."""
+    """Writes a file so that at any moment it holds either the old text or the new one."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
@@ -101,7 +101,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _with_names(record: Any) -> Any:
-    """A record with names in the place of numbers that are not finite."""
+    """A record with numbers that are not finite replaced by their names."""
     if isinstance(record, dict):
         return {key: _with_names(value) for key, value in record.items()}
     if isinstance(record, list | tuple):
@@ -112,7 +112,7 @@ def _with_names(record: Any) -> Any:
 
 
 def _with_numbers(record: Any) -> Any:
-    """What `_with_names` was given."""
+    """The inverse of `_with_names`."""
     if isinstance(record, dict):
         return {key: _with_numbers(value) for key, value in record.items()}
     if isinstance(record, list):

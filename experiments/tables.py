@@ -1,4 +1,4 @@
-"""Tables of plain text, for a terminal."""
+"""Tables of plain text, for a terminal, and of Markdown, for a page."""
 
 from collections.abc import Sequence
 
@@ -32,3 +32,28 @@ def text_table(
 
     first = placed(header)
     return "\n".join([first, "-" * len(first), *map(placed, lines)])
+
+
+def markdown_table(
+    header: Sequence[str], lines: Sequence[Sequence[str]], *, padded: bool = False
+) -> str:
+    """The cells as a table in Markdown.
+
+    Args:
+        header: the names of the columns, of which some may be empty.
+        lines: the cells of each line, as many as there are columns.
+        padded: whether cells are filled up to the width of their column, to be read as they are.
+
+    Raises:
+        ValueError: if a line has more or fewer cells than there are columns.
+    """
+    columns = list(zip(header, *lines, strict=True))
+    widths = [max(map(len, column)) if padded else 0 for column in columns]
+
+    def placed(line: Sequence[str]) -> str:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        return "| " + " | ".join(cells) + " |"
+
+    names = placed(header).replace("|  |", "| |")  # a column without a name
+    rule = "|" + "|".join("-" * (max(width, 1) + 2) for width in widths) + "|"
+    return "\n".join([names, rule, *map(placed, lines)])

@@ -1,4 +1,4 @@
-"""What the command line shows while it works: progress, colours, and text for every terminal."""
+"""The output of the command line while it works: progress, colours, and text for any terminal."""
 
 import codecs
 import os
@@ -9,7 +9,7 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
-# Seconds between two lines where progress is not drawn but written, into a log or a pipe.
+# Seconds between two lines of progress that is written to a log or a pipe, not drawn as a bar.
 _BETWEEN_LINES = 30.0
 _COMPILING = "{desc}compiling ..."
 _IN_ASCII = str.maketrans(
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Silent:
-    """Progress that nobody sees; and what others have to offer."""
+    """Progress that is not shown; it is also the interface of the classes that show it."""
 
     def __enter__(self) -> "Silent":
         return self
@@ -36,9 +36,10 @@ class Silent:
 
 
 class Progress(Silent):
-    """A bar on a terminal; elsewhere a plain line now and then. Nothing before there is news.
+    """A progress bar on a terminal, and elsewhere a plain line from time to time.
 
-    While something is compiled it says so, instead of a count that does not move.
+    Nothing is shown before the first `update` or `compiling`. While something is compiled, the bar
+    says so instead of showing a count that does not change.
     """
 
     def __init__(self, total: int, unit: str = "step"):
@@ -109,7 +110,7 @@ class Progress(Silent):
 
 
 def each(items: Iterable[T], description: str, unit: str) -> Iterator[T]:
-    """The items, with the progress of what is done with them."""
+    """Yields the items, and shows how many of them have been used."""
     items = list(items)
     with Progress(len(items), unit) as progress:
         progress.compiling(description)
@@ -119,7 +120,7 @@ def each(items: Iterable[T], description: str, unit: str) -> Iterator[T]:
 
 
 def draws(stream: TextIO) -> bool:
-    """Whether a stream is a terminal on which a line can be drawn over: it has a size, too."""
+    """Whether a stream is a terminal, with a size, on which lines can be overwritten."""
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
         return False
     try:
@@ -136,7 +137,7 @@ def has_colours(stream: TextIO) -> bool:
 
 
 class WithoutColours:
-    """A stream that passes for no terminal, or for one: so is told who asks it for colours."""
+    """A stream that says whether it is a terminal, so that code which asks uses colours or not."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -158,7 +159,7 @@ class WithoutColours:
 
 
 def write_anything(*streams: Any) -> None:
-    """Lets the streams write what their encoding cannot: ± as +-, the unknown as its number."""
+    """Lets streams replace characters that they cannot encode: ± by +-, others by their number."""
     codecs.register_error(_ERRORS, _replace)
     for stream in streams:
         if getattr(stream, "errors", None) == "strict":

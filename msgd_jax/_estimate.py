@@ -10,10 +10,10 @@ class Estimate(NamedTuple):
     Attributes:
         value: the number.
         standard_error: its standard error, itself estimated from the same sample.
-        degrees_of_freedom: of the standard error: one less than the draws it comes from. Infinite
-            where it is known.
-        positive: whether the number cannot be negative: then its interval is that of its logarithm,
-            which covers better where few draws of a skew distribution are averaged.
+        degrees_of_freedom: the degrees of freedom of the standard error: one less than the number
+            of draws that it is estimated from; infinite where the standard error is known exactly.
+        positive: whether the number cannot be negative. If so, the interval is computed for its
+            logarithm, which covers better where few draws of a skew distribution are averaged.
     """
 
     value: float
@@ -25,10 +25,10 @@ class Estimate(NamedTuple):
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval, by Student's t with these degrees of freedom.
 
-        Where the error is infinite, or the number is and is not exact, nothing is excluded: the
-        whole line, or, if it cannot be negative, all from 0 on.
+        Where the standard error is infinite, or the value is infinite and its standard error is not
+        0, the interval excludes nothing: it is the whole line, or [0, inf) for a positive number.
         """
-        from scipy.stats import t  # here, since it takes a while to import
+        from scipy.stats import t  # imported here, since scipy.stats is slow to import
 
         if self.standard_error and math.isinf(self.value + self.standard_error):
             return (0.0 if self.positive else -math.inf), math.inf

@@ -1,4 +1,4 @@
-"""Checks of laws: of weights that are drawn, and of covariances that are used."""
+"""Checks of laws, before weights are drawn from them or their covariances are used."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from msgd_jax import _mesh, _validate
 from msgd_jax.noise import BatchLaw, Exchangeable, MNoise
 
 Law = MNoise | Exchangeable
-"""A law of weights where only its covariance counts: an `MNoise`, or its two exact moments."""
+"""A law of weights, for code that only uses its covariance: an `MNoise` or an `Exchangeable`."""
 
 
 def drawable(name: str, law: Any) -> MNoise:
-    """Returns `law` if weights can be drawn from it; raises TypeError."""
+    """Returns `law` if it is an `MNoise`, which weights can be drawn from; raises TypeError."""
     if isinstance(law, BatchLaw):
         raise TypeError(
             f"{name} must be a noise.MNoise, got {law.name}, which has no number of examples of "
@@ -23,7 +23,7 @@ def drawable(name: str, law: Any) -> MNoise:
 
 
 def of_steps(name: str, law: Any) -> MNoise | BatchLaw:
-    """Returns `law` if it has weights for data that are given at each step; raises TypeError."""
+    """Returns `law` if it is an `MNoise` or a `BatchLaw`; else raises TypeError."""
     if not isinstance(law, MNoise | BatchLaw):
         raise TypeError(
             f"{name} must be a noise.MNoise or a noise.BatchLaw, got {_validate.shown(law)}."
@@ -34,10 +34,11 @@ def of_steps(name: str, law: Any) -> MNoise | BatchLaw:
 def of_data(
     law: MNoise | BatchLaw, num_examples: int, sharding: NamedSharding | None = None
 ) -> MNoise:
-    """The law of the weights of data with so many examples, known when a step is traced.
+    """The law of the weights of data with `num_examples` examples, known when a step is traced.
 
     Raises:
-        ValueError: if there is none: the error says which law there is for the batches of a loader.
+        ValueError: if `law` is for another number of examples. The error says which law to use for
+            the batches of a loader.
     """
     if isinstance(law, BatchLaw):
         return law.of(num_examples)
@@ -59,7 +60,7 @@ def of_data(
 
 
 def of_size(name: str, law: MNoise, num_examples: int) -> None:
-    """Raises ValueError unless this is a law of so many weights."""
+    """Raises ValueError unless `law` is for `num_examples` examples."""
     if law.num_examples != num_examples:
         raise ValueError(
             f"{name} is for num_examples = {law.num_examples}, but the data have {num_examples} "
@@ -71,8 +72,9 @@ def eigenvalues(name: str, law: Any, num_examples: int) -> tuple[float, float]:
     """The eigenvalues of Cov(W): across the all-ones vector, and along it.
 
     Raises:
-        TypeError, ValueError: unless `law` is an `MNoise` of so many weights or an `Exchangeable`,
-            and is a covariance.
+        TypeError: if `law` is neither an `MNoise` nor an `Exchangeable`.
+        ValueError: if `law` is for another number of examples, states no covariance, or its two
+            numbers are not the covariance of `num_examples` weights.
     """
     if isinstance(law, Exchangeable):
         return law.eigenvalues(num_examples)

@@ -12,10 +12,10 @@ from msgd_jax._typing import Batch, PositiveInt
 
 
 class LoaderEnded(RuntimeError):  # noqa: N818 (as StopIteration)
-    """A loader had fewer batches than `batches` was to take from it.
+    """A loader ended before `batches` had taken `num_steps` batches from it.
 
     Attributes:
-        num_batches: how many it had.
+        num_batches: how many batches the loader had.
     """
 
     def __init__(self, message: str, num_batches: int) -> None:
@@ -26,34 +26,36 @@ class LoaderEnded(RuntimeError):  # noqa: N818 (as StopIteration)
 def batches(
     loader: Iterable[Batch], num_steps: PositiveInt, *, first_step: int = 0
 ) -> Iterator[Batch]:
-    """So many batches of a data loader, as arrays that jax takes.
+    """Yields `num_steps` batches of a data loader, as arrays that jax takes.
 
     Any iterable is a loader: PyTorch's ``DataLoader``, grain's datasets, tf.data by
-    ``as_numpy_iterator()``, a generator of your own. The state of the training stays yours::
+    ``as_numpy_iterator()``, a generator of your own. You keep the state of the training::
 
       law = noise.batch_cov(len(dataset), batch_size=32)
       step = jax.jit(train.make_step(loss_vector_fn, optimizer, law), donate_argnums=0)
       for batch in streaming.batches(loader, 1000, first_step=int(state.step)):
           state, metrics = step(state, batch)
 
-    A loader that ends early raises `LoaderEnded` where the next batch would have been: `state` is
-    then that of the last step made, and training goes on from it with another loader. One that has
-    more is left there. What the loader raises comes through, with a note that names the step.
+    If the loader ends early, `LoaderEnded` is raised in place of the next batch: `state` is then
+    the one after the last step made, and training can continue from it with another loader. If the
+    loader has more batches, they are not read. Exceptions that the loader raises are passed on,
+    with a note that names the step.
 
     Args:
         loader: batches, pytrees of arrays with a leading axis of examples. Tensors of PyTorch in
           memory, and whatever else numpy reads without a copy, become numpy arrays.
         num_steps: how many batches to take.
-        first_step: the step that the first batch is for, for messages alone.
+        first_step: the step that the first batch is for; it is used in messages only.
 
     Yields:
         Batches, pytrees of numpy or jax arrays [B, ...].
 
     Raises:
-        TypeError: if `loader` is not an iterable, or a leaf of a batch is no array of numbers.
+        TypeError: if `loader` is not an iterable, or a leaf of a batch is not an array of numbers.
         ValueError: if `num_steps` is not positive, or the leaves of a batch do not share their
             leading axis.
-        LoaderEnded: if there are fewer batches: it says how many there were, and at which step.
+        LoaderEnded: if the loader has fewer than `num_steps` batches; the error says how many it
+            had, and at which step it ended.
 
     Example:
         >>> from msgd_jax import streaming
@@ -80,8 +82,8 @@ def _taken(loader: Iterable[Batch], num_steps: int, first_step: int) -> Iterator
         except StopIteration:
             raise LoaderEnded(
                 f"loader ended at step {first_step + number}: it had {number} batches for "
-                f"{num_steps} steps. The state is that of the last step made: go on from it with "
-                "another epoch of the loader, or with a loader that repeats.",
+                f"{num_steps} steps. The state is the one after the last step made: continue from "
+                "it with another epoch of the loader, or with a loader that repeats.",
                 number,
             ) from None
         except Exception as error:
@@ -91,7 +93,7 @@ def _taken(loader: Iterable[Batch], num_steps: int, first_step: int) -> Iterator
 
 
 def _array(path: KeyPath, leaf: Any) -> Any:
-    """What jax has no type for, as numpy's array of the same memory."""
+    """A leaf of a batch; an array of a type unknown to jax as a numpy array of the same memory."""
     if isinstance(leaf, jax.Array | np.ndarray | np.generic) or not hasattr(leaf, "__array__"):
         return leaf
     try:

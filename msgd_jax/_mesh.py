@@ -1,6 +1,7 @@
-"""Examples spread over the devices of a mesh: filled up, placed, and one reduction per step.
+"""Examples spread over the devices of a mesh: filled up, placed, and reduced once per step.
 
-Everything takes a sharding that may be None, for arrays that are not spread: one code path.
+Every function takes a sharding, which is None for arrays that are not spread, so that callers need
+one code path only.
 """
 
 import functools
@@ -19,7 +20,7 @@ from msgd_jax._typing import Data, ModelState, Params, PyTree
 
 
 def check(name: str, sharding: Any) -> NamedSharding | None:
-    """Returns `sharding` if it spreads a leading axis (or is None); raises."""
+    """Returns `sharding` if it is None or spreads a leading axis; else TypeError or ValueError."""
     if sharding is None:
         return None
     if not isinstance(sharding, NamedSharding):
@@ -43,35 +44,35 @@ def axes(sharding: NamedSharding) -> tuple[str, ...]:
 
 
 def count(sharding: NamedSharding | None) -> int:
-    """How many parts the examples are in."""
+    """The number of parts that the examples are divided into."""
     return 1 if sharding is None else math.prod(sharding.mesh.shape[a] for a in axes(sharding))
 
 
 def missing(size: int, sharding: NamedSharding | None) -> int:
-    """How many examples fill `size` up to equal parts."""
+    """The number of examples to add to `size` so that all parts are equal."""
     return -size % count(sharding)
 
 
 def as_words(leaf: Any) -> tuple[Any, Any]:
-    """Arrays as numpy has them: of PRNG keys their words, and the implementation (else None)."""
+    """An array and None; for PRNG keys, their words as a numpy array and their implementation."""
     if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf, None
     return np.asarray(jax.random.key_data(jax.random.clone(leaf))), jax.random.key_impl(leaf)
 
 
 def from_words(words: Any, implementation: Any) -> Any:
-    """What `as_words` was given, on the devices that `words` are on."""
+    """The inverse of `as_words`: the array or the keys, on the devices of `words`."""
     if implementation is None:
         return words
     return jax.random.wrap_key_data(words, impl=implementation)
 
 
 def fill(values: Shaped[Array, "size *rest"], missing: int) -> Shaped[Array, "filled *rest"]:
-    """Repeats the last example: a real one, at which every loss is as finite as elsewhere."""
+    """Repeats the last example: at a real example the loss is as finite as at all others."""
     if missing == 0:
         return values
     if jnp.issubdtype(values.dtype, jax.dtypes.prng_key):
-        # As words: the caller's keys stay unused, for jax's checker of keys.
+        # As words, so that jax's checker of reused keys does not count the caller's keys as used.
         words = fill(jax.random.key_data(jax.random.clone(values)), missing)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(values))
     return jnp.concatenate([values, jnp.broadcast_to(values[-1:], (missing, *values.shape[1:]))])
@@ -85,10 +86,10 @@ def fill_zeros(values: Shaped[Array, "size *rest"], missing: int) -> Shaped[Arra
 
 
 def spread(function: Callable[..., Any], sharding: NamedSharding | None) -> Callable[..., Any]:
-    """`function` with the leading axes of its results spread, and computed where they go.
+    """`function`, each part of whose results is computed on the device that it is placed on.
 
-    XLA's partitioner sees to that: a draw of N weights becomes draws of the parts, gathering from
-    spread data becomes gathering where they are.
+    XLA's partitioner does that: each device draws its part of N weights, and data are gathered on
+    the devices that hold them.
     """
     if sharding is None:
         return function
@@ -113,11 +114,11 @@ def summed(
 ) -> Callable[..., tuple[PyTree, ModelState, PyTree]]:
     """Adds up ``terms_of(params, examples, model_state, keys)`` over the devices.
 
-    That is ``(terms, model_state, arrays)``. ``layout(examples, sharding)`` says how the leaves of
-    the examples are spread, a prefix of their tree. Parameters come whole along the mesh axes of
-    the examples, and stay as they are along the others. The sum of the terms, in float32 or wider,
-    is the one reduction; statistics are averaged with it. The arrays stay on their devices, an axis
-    of devices in front.
+    ``layout(examples, sharding)`` gives how the leaves of the examples are spread, as a prefix of
+    their tree. `terms_of` returns ``(terms, model_state, arrays)``. It gets whole parameters along
+    the mesh axes of the examples, in the layout that they have along the other axes. The sum of the
+    terms, in float32 or wider, is the only reduction; the statistics in `model_state` are averaged in it.
+    The arrays stay on their devices and get a leading axis of devices.
     """
     if sharding is None:
         return terms_of
@@ -147,9 +148,9 @@ def summed(
 def mapped(
     of_part: Callable[[Params, Data], PyTree], sharding: NamedSharding | None
 ) -> Callable[[Params, Data], PyTree]:
-    """``of_part(params, data)``, whose results have a leading axis of examples, on each device.
+    """``of_part(params, data)`` on each device; its results have a leading axis of examples.
 
-    Parameters come as in `summed`; the results stay where their examples are.
+    `of_part` gets the parameters as in `summed`; the results stay on the devices of their examples.
     """
     if sharding is None:
         return of_part
@@ -159,7 +160,7 @@ def mapped(
 
 
 def gathered(leaf: Array) -> Array:
-    """A leaf that is whole everywhere, where layouts are part of types; elsewhere as it is."""
+    """The leaf, whole on every device, if layouts are part of types; otherwise unchanged."""
     layout = jax.typeof(leaf).sharding
     if layout.mesh.empty or AxisType.Explicit not in layout.mesh.axis_types:
         return leaf
@@ -167,15 +168,15 @@ def gathered(leaf: Array) -> Array:
 
 
 def cut(values: Shaped[Array, "filled *rest"], size: int) -> Shaped[Array, "size *rest"]:
-    """The first entries, without those that fill up the devices."""
+    """The first `size` entries, without those that `fill` appended."""
     return values if values.shape[0] == size else gathered(values)[:size]
 
 
 def _on_parts(
     function: Callable[..., Any], sharding: NamedSharding, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """`function` of each device's part, along the mesh axes of the examples."""
-    # Without varying-axes types: loss functions are the users', and know nothing of them.
+    """`function` applied to the part of each device, along the mesh axes of the examples."""
+    # Without varying-axes types: the users' loss functions are not written for them.
     return jax.shard_map(
         function,
         mesh=sharding.mesh,
@@ -219,9 +220,9 @@ def zeros(like: jax.ShapeDtypeStruct, dtype: Any, *sizes: int) -> Array:
 
 
 def _whole(sharding: NamedSharding, tree: PyTree) -> PyTree:
-    """Gathers what is spread over the axes of the examples, where layouts are part of types.
+    """Gathers the leaves spread over the axes of the examples, if layouts are part of types.
 
-    In the other modes of a mesh XLA does that by itself.
+    In the other modes of a mesh XLA gathers them by itself.
     """
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return tree
@@ -242,7 +243,7 @@ def _whole(sharding: NamedSharding, tree: PyTree) -> PyTree:
 
 
 def _agreed(names: tuple[str, ...], leaf: Array) -> Array:
-    """One value for all parts: the mean of statistics; counters are the same everywhere."""
+    """One value for all parts: the mean of a statistic, or the counter that all parts share."""
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
         return jax.lax.pmean(leaf, names)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

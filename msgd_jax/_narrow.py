@@ -1,12 +1,12 @@
-"""Models that compute in float16 or bfloat16: their sums over examples in float32.
+"""Sums over examples in float32, for models that compute in float16 or bfloat16.
 
 Where an array is used for many examples at once, its gradient is a sum over these uses, and jax
-adds it up in the type of the array: a thousand equal terms make 256 in bfloat16, which has eight
-bits. Products of matrices and convolutions add up in float32 on every platform; what is left are
-`gather` (an embedding looked up), whatever repeats an array (a bias added) and what a loop uses in
-every iteration, whose transposes are a scatter-add, a sum and a running sum. Here these are
-computed in float32 and rounded afterwards: the same values to the last bit, and so their transposes
-sum in float32 and round once.
+adds it up in the type of the array: in bfloat16, which has eight bits, a thousand terms of 1 add up
+to 256. Products of matrices and convolutions add up in float32 on every platform. Three kinds of
+operations do not: `gather` (looking up an embedding), operations that repeat an array (adding a
+bias), and arrays that a loop uses in every iteration. Their transposes are a scatter-add, a sum and
+a running sum. This module computes these operations in float32 and rounds the result: the values
+are the same to the last bit, and the transposes sum in float32 and round once.
 """
 
 import math
@@ -20,21 +20,21 @@ from jaxtyping import Array, Float
 
 from msgd_jax import _dtypes
 
-# Their transposes are sums.
+# Operations whose transposes are sums.
 _SPREADING = ("gather", "broadcast_in_dim")
-# Repeat an operand along axes of size 1, and then theirs are too.
+# Operations that repeat an operand along axes of size 1; the transpose of that is a sum too.
 _ELEMENTWISE = ("add", "sub", "mul", "div", "max", "min", "pow")
-# Calls of a function that has a name, which are written out.
+# Calls of a named function, which are replaced by the function's body.
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
-# Have derivatives of their own, which stay as they are.
+# Operations with derivatives of their own, which are not changed.
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin")
 
 
 def wide_sums(function: Callable[[Any], Any], params: Any) -> tuple[Callable[[Any], Any], bool]:
-    """The same function, with sums of its gradient in float32; and whether it is narrow anywhere.
+    """The function with the sums of its gradient in float32, and whether any type in it is narrow.
 
-    `function` is traced once, at the shapes of `params`. Where it computes in float32 or wider
-    throughout, it comes back as it is.
+    `function` is traced once, at the shapes of `params`. If it computes in float32 or wider
+    throughout, it is returned unchanged.
     """
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(params)
     if not _is_narrow(traced.jaxpr):
@@ -50,9 +50,9 @@ def wide_sums(function: Callable[[Any], Any], params: Any) -> tuple[Callable[[An
 def scale(weights: Float[Array, " batch"]) -> Float[Array, ""]:
     """A power of two that brings the weights of a pass into the range of float16.
 
-    Weights of 1/N vanish in float16 from N = 4e7 on, and lose digits from 16,000 on. Times this,
-    the largest of m is about 1/sqrt(m), and a sum of m of them sqrt(m): as far from one end of the
-    range as from the other. A power of two, so that nothing is rounded.
+    Weights of 1/N vanish in float16 from N = 4e7 on, and lose digits from 16,000 on. Multiplied by
+    the scale, the largest of m weights is about 1/sqrt(m) and the sum of m weights sqrt(m): equally
+    far from both ends of the range. The scale is a power of two, so that nothing is rounded.
     """
     largest = jnp.max(jnp.abs(weights)).astype(jnp.float32)
     _, exponent = jnp.frexp(jnp.where(largest > 0, largest, 1))
@@ -61,12 +61,12 @@ def scale(weights: Float[Array, " batch"]) -> Float[Array, ""]:
 
 
 def scaled(weights: Float[Array, " batch"], scale: Float[Array, ""] | None) -> Array:
-    """The weights times the scale; as they are without one."""
+    """The weights times the scale; unchanged if the scale is None."""
     return weights if scale is None else weights * scale.astype(weights.dtype)
 
 
 def unscaled(tree: Any, scale: Float[Array, ""] | None) -> Any:
-    """The tree divided by the scale, in float32 or wider; as it is without one."""
+    """The tree divided by the scale, in float32 or wider; unchanged if the scale is None."""
     if scale is None:
         return tree
 
@@ -78,7 +78,7 @@ def unscaled(tree: Any, scale: Float[Array, ""] | None) -> Any:
 
 
 def _evaluate(jaxpr: jex.Jaxpr, consts: Any, args: Any) -> list[Any]:
-    """Evaluates a jaxpr, operations whose transposes are sums in float32 or wider."""
+    """Evaluates a jaxpr; operations whose transposes are sums are computed in float32 or wider."""
     values: dict[Any, Any] = dict(
         zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
     )
@@ -98,7 +98,7 @@ def _apply(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:
     if name in _CALLS and "jaxpr" in params:
         return _evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, args)
     if name in _SPREADING and _spreads_narrow(eqn):
-        # Gathered or repeated in float32: the same numbers, and their transpose a sum in float32.
+        # In float32 the gathered or repeated numbers are the same, and the transpose sums in it.
         wide = eqn.primitive.bind(args[0].astype(jnp.float32), *args[1:], **params)
         return [wide.astype(args[0].dtype)]
     if name in _ELEMENTWISE and _spreads_narrow(eqn):
@@ -108,27 +108,30 @@ def _apply(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:
     elif name not in _CUSTOM and any(map(_has_narrow_spreading, _inner(params))):
         params = {key: _rewritten(value) for key, value in params.items()}
     bound = eqn.primitive.get_bind_params(params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # jax 0.9 has functions
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # functions: jax 0.9
     out = eqn.primitive.bind(*functions, *args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def _scan(eqn: jex.JaxprEqn, args: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-    """A loop enters with its constants in float32: their gradient is a sum over its iterations."""
+    """A loop's arguments and parameters, its constants in float32.
+
+    The gradient of a constant is a sum over the iterations.
+    """
     wide = frozenset(i for i, v in enumerate(_constants(eqn)) if _narrow(v.aval))
     args = [arg.astype(jnp.float32) if i in wide else arg for i, arg in enumerate(args)]
     return args, {**eqn.params, "jaxpr": _rewritten(eqn.params["jaxpr"], wide)}
 
 
 def _constants(eqn: jex.JaxprEqn) -> list[Any]:
-    """Those of a loop's arguments that are the same in every iteration."""
+    """The arguments of a loop that are the same in every iteration."""
     return eqn.invars[: eqn.params["num_consts"]]
 
 
 def _rewritten(value: Any, wide: frozenset[int] = frozenset()) -> Any:
-    """What a parameter of a loop or a branch becomes: jaxprs are rewritten, alone or in a tuple.
+    """A parameter of a loop or a branch, with its jaxprs (one, or a tuple of them) rewritten.
 
-    The arguments numbered in `wide` come in float32, and are rounded inside.
+    The arguments whose numbers are in `wide` are passed in float32 and rounded inside.
     """
     if isinstance(value, tuple):
         return tuple(map(_rewritten, value))
@@ -150,11 +153,11 @@ def _rewritten(value: Any, wide: frozenset[int] = frozenset()) -> Any:
 
 
 def _repeated(operand: Any, shape: tuple[int, ...]) -> Any:
-    """An operand in the shape of the result, repeated in float32 where it has to be."""
+    """An operand in the shape of the result; if it has to be repeated, it is in float32."""
     if jnp.shape(operand) == shape:
         return operand
     operand = jnp.asarray(operand)
-    axes = range(operand.ndim)  # a scalar has none, anything else those of the result
+    axes = range(operand.ndim)  # none for a scalar; other operands have the axes of the result
     wide = jax.lax.broadcast_in_dim(operand.astype(jnp.float32), shape, axes)
     return wide.astype(operand.dtype)
 
@@ -183,7 +186,7 @@ def _narrow(aval: Any) -> bool:
 
 
 def _equations(jaxpr: Any) -> Iterator[jex.JaxprEqn]:
-    """Those of a jaxpr and of all that are in it."""
+    """The equations of a jaxpr and of all jaxprs inside it."""
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield eqn
         for inner in _inner(eqn.params):

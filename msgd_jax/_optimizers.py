@@ -1,4 +1,4 @@
-"""Calling optax: an optimizer gets all that it may ask for, and masks are looked through."""
+"""Calling optax: optimizers get the extra arguments that they take, and masks are handled."""
 
 import inspect
 from collections.abc import Callable
@@ -24,10 +24,10 @@ from msgd_jax._typing import (
 
 
 def updater(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
-    """``update(grads, state, params, **offered)``: passes on of `offered` what is taken.
+    """``update(grads, state, params, **offered)``, which passes on the arguments that are taken.
 
-    optax knows two kinds of transformations, with and without further arguments; those of
-    `optax.contrib.sam` take some and no others.
+    optax has two kinds of transformations, with and without extra arguments; the one of
+    `optax.contrib.sam` takes certain extra arguments and no others.
     """
     _validate.optimizer("optimizer", optimizer)
     takes = _keywords(optimizer)
@@ -54,11 +54,11 @@ def updater(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Any,
 def offers(
     value_and_grad: ValueAndGrad, value: Float[Array, ""], grads: Gradients
 ) -> dict[str, Any]:
-    """What optimizers may ask for besides the gradient; functions cost nothing until called.
+    """The arguments that optimizers may take besides the gradient; a function costs nothing unused.
 
-    All are of the same step, so of the same weights: `value` and `grad` at its parameters, and as
-    functions of other parameters ``value_fn(params)`` (the line searches, L-BFGS), ``obj_fn``, the
-    same by another name (Sophia), and ``grad_fn(params, i)`` (SAM).
+    All of them use the weights of the same step. `value` and `grad` are taken at its parameters.
+    Functions of other parameters are ``value_fn(params)`` (line searches, L-BFGS), ``obj_fn``, the
+    same function under another name (Sophia), and ``grad_fn(params, i)`` (SAM).
     """
     value_fn = _differentiable(value_and_grad)
 
@@ -76,10 +76,10 @@ def offers(
 
 
 def _differentiable(value_and_grad: ValueAndGrad) -> Callable[..., Float[Array, ""]]:
-    """The value as a function that can be differentiated, forwards and backwards and once more.
+    """The value as a function that can be differentiated forwards, backwards, and twice.
 
-    Its derivative is the gradient that was summed in micro-batches: differentiated as it stands,
-    what all micro-batches have in memory would be kept for the way back.
+    Its derivative is defined as the gradient that was summed over micro-batches: automatic
+    differentiation would keep the residuals of all micro-batches in memory.
     """
 
     @jax.custom_jvp
@@ -93,7 +93,7 @@ def _differentiable(value_and_grad: ValueAndGrad) -> Callable[..., Float[Array, 
             jnp.add, jax.tree.map(lambda g, t: _product(g, t, value.dtype), grads, tangents[0])
         )
 
-    # optax's line searches insist on a function that takes all that they were offered.
+    # optax's line searches require a function that takes every extra argument they were given.
     def value_fn(
         params: Params,
         *,
@@ -114,7 +114,7 @@ def _product(gradient: Array, tangent: Array, dtype: jnp.dtype) -> Float[Array, 
 
 
 def _keywords(optimizer: Any) -> set[str] | None:
-    """The names that an ``update`` takes, None for any."""
+    """The names of the extra arguments that an ``update`` takes; None if it takes any."""
     plain = isinstance(optimizer, optax.GradientTransformation)
     if plain and not isinstance(optimizer, optax.GradientTransformationExtraArgs):
         return set()
@@ -130,10 +130,10 @@ def _keywords(optimizer: Any) -> set[str] | None:
 
 
 def keep_last(make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
-    """``made(function, arguments)``: ``make(function)``, made anew for another function only.
+    """``made(function, arguments)``: ``make(function)``, kept until `function` is another one.
 
-    Where an argument is traced it is made each time, and not kept: the function may hold what is
-    traced, and there is nothing to compile.
+    Where an argument is traced, the result is made each time and not kept: the function may hold
+    traced values, and there is nothing to compile.
     """
     last: tuple[Any, Any] = (None, None)
 
@@ -159,26 +159,31 @@ def has_masked(params: Params) -> bool:
 
 
 def check_no_updates(updates: Updates, params: Params, extra_args: dict[str, Any]) -> None:
-    """What is passed in would be lost, unless it is there for the parameters hidden by a mask."""
+    """Raises ValueError if updates are passed in although no mask hides any parameters.
+
+    They would be lost, since `multiplicative_noise` makes the gradient itself. With a mask they are
+    the updates of the parameters that it hides.
+    """
     if not jax.tree.leaves(updates) or has_masked(params):
         return
     if "grad_fn" in extra_args:
         raise ValueError(
-            "multiplicative_noise makes the gradient itself, and so does what this optimizer was "
-            "given to (train.make_step, streaming.make_loop, transform.with_noise): give it the "
-            "optimizer alone, such as optax.sgd(0.1) instead of transform.msgd(0.1, law, key)."
+            "multiplicative_noise makes the gradient itself, and so does the function that this "
+            "optimizer was given to (train.make_step, streaming.make_loop, transform.with_noise): "
+            "give it the optimizer alone, such as optax.sgd(0.1) instead of "
+            "transform.msgd(0.1, law, key)."
         )
     raise ValueError(
         "multiplicative_noise makes the gradient itself and would discard the updates passed to "
-        "it: pass () and put it first in the chain. Around it MultiSteps has nothing to "
-        "accumulate (microbatch_size bounds memory), and apply_if_finite, conditionally_transform, "
-        "lookahead and sam nothing to look at: put them behind, "
+        "it: pass () and put it first in the chain. MultiSteps (microbatch_size bounds memory), "
+        "apply_if_finite, conditionally_transform, lookahead and sam cannot go around it, since "
+        "they need a gradient: put them behind it, "
         "transform.with_noise(optax.MultiSteps(...), law, key)."
     )
 
 
 def unmasked(loss_vector_fn: LossVectorFn, full_params: Params) -> LossVectorFn:
-    """The loss vector function of the parameters that optax.masked lets through."""
+    """The loss vector function as a function of the parameters that optax.masked lets through."""
     if full_params is None:
         raise ValueError(
             "multiplicative_noise inside optax.masked sees only some of the parameters, and the "
@@ -198,7 +203,10 @@ def unmasked(loss_vector_fn: LossVectorFn, full_params: Params) -> LossVectorFn:
 
 
 def check_per_example(updates: Updates, params: Params) -> int:
-    """How many examples these are gradients of: like `params`, with that axis in front; raises."""
+    """The number of examples of per-example gradients: like `params` after a leading axis.
+
+    Raises ValueError or TypeError if `updates` are not of that kind.
+    """
     _validate.passed_to_update("aggregate_per_example", params=params)
     given, expected = (len(jax.tree.leaves(tree)) for tree in (updates, params))
     if given != expected:

@@ -1,4 +1,4 @@
-"""Programs that belong to the function that a user has made."""
+"""Compiled programs that are owned by a function that the user has made."""
 
 import functools
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from jax.core import Tracer
 
 
 def compiled_if(condition: bool, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, called eagerly as one program that it owns, where `condition` says so.
+    """`function`; if `condition` holds, eager calls run a compiled program that the result owns.
 
-    Called on traced arguments it is part of the program around it: traced with that, anew.
+    Calls with traced arguments are traced anew, as part of the surrounding program.
     """
     if not condition:
         return function

@@ -1,7 +1,7 @@
-"""Types with names, for annotations.
+"""Named types for annotations.
 
-A pytree is any nesting of containers around arrays; jax's own type for one says nothing, and
-neither does `Any`. The names here say which pytree is meant.
+A pytree is any nesting of containers around arrays. Neither jax's type for pytrees nor `Any` says
+which pytree is meant; the names here do.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Params: TypeAlias = Any
 """Parameters: a pytree of floating-point arrays, of the user's own structure."""
 
 Gradients: TypeAlias = Any
-"""A pytree like the parameters: a gradient, a direction, or another vector of that space."""
+"""A pytree like the parameters: a gradient, a direction, or another vector in their space."""
 
 PerExampleGradients: TypeAlias = Any
 """A pytree like the parameters, with leaves ``[N, *parameter shape]``."""
@@ -41,7 +41,7 @@ Updates: TypeAlias = Any
 """What an optax transformation takes and returns: a pytree like the parameters."""
 
 DType: TypeAlias = Any
-"""Whatever jax accepts as the name of a type: ``jnp.float32``, ``"float32"``, ``np.dtype(...)``."""
+"""Anything that jax accepts as a dtype: ``jnp.float32``, ``"float32"``, ``np.dtype(...)``."""
 
 PositiveInt: TypeAlias = int | np.integer[Any]
 """A positive integer that is known when a program is built."""

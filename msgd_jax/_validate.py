@@ -40,17 +40,20 @@ def num_examples(name: str, value: Any, minimum: int = 1) -> int:
 
 
 def positions(name: str, value: Any, size: int) -> Int[Array, "*shape"]:
-    """Returns integers in [0, size) as an int32 array; raises (traced ones are clipped)."""
+    """Returns integers in [0, size) as an int32 array; raises TypeError or ValueError otherwise.
+
+    Traced integers cannot be checked and are clipped.
+    """
     dtype = integer_dtype(name, value)
     indices(name, value, size)
-    # Types that cannot hold `size` are widened first; the others are clipped before they are cut.
+    # Types that cannot hold `size` are widened first; wider types are clipped before they are cut.
     if dtype.itemsize < 4:
         value = jnp.asarray(value, jnp.int32)
     return jnp.clip(jnp.asarray(value), 0, size - 1).astype(jnp.int32)
 
 
 def indices(name: str, value: Any, size: int) -> None:
-    """Raises ValueError unless all are in [0, size) (traced ones are taken on trust)."""
+    """Raises ValueError unless all indices are in [0, size); traced ones are not checked."""
     if not isinstance(value, Tracer) and np.size(value):
         low, high = int(np.min(value)), int(np.max(value))
         if low < 0 or high >= size:
@@ -68,7 +71,7 @@ def integer_dtype(name: str, value: Any) -> jnp.dtype:
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: short, with its type; of an array, dtype and shape."""
+    """A value as error messages show it: shortened, with its type; an array by shape and dtype."""
     if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape != ():
         return f"an array of shape {value.shape} and dtype {value.dtype}"
     text = repr(value)
@@ -77,7 +80,7 @@ def shown(value: Any) -> str:
 
 
 def instance(name: str, value: Any, kind: type, called: str) -> None:
-    """Raises TypeError unless `value` is one of a class, which users know by the name `called`."""
+    """Raises TypeError unless `value` is a `kind`, a class that users know as `called`."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {called}, got {shown(value)}.")
 
@@ -98,14 +101,14 @@ def finite_nonnegative(name: str, value: Any) -> float:
 
 
 def positive_scalar(name: str, value: Any) -> None:
-    """Raises unless `value` is a finite real scalar above 0 (a traced one is taken on trust)."""
+    """Raises unless `value` is a finite real scalar above 0; a traced value is not checked."""
     _real_scalar(name, value)
     if not isinstance(value, Tracer) and not 0 < float(value) < math.inf:
         raise ValueError(f"{name} must be finite and above 0, got {value}.")
 
 
 def nonnegative_scalar(name: str, value: Any) -> None:
-    """Raises unless `value` is a finite real scalar >= 0 (a traced one is taken on trust)."""
+    """Raises unless `value` is a finite real scalar >= 0; a traced value is not checked."""
     _real_scalar(name, value)
     if not isinstance(value, Tracer) and not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {value}.")
@@ -137,7 +140,7 @@ def function(name: str, value: Any) -> None:
 
 
 def optimizer(name: str, value: Any) -> None:
-    """Raises TypeError unless `value` has what optax's transformations have."""
+    """Raises TypeError unless `value` has the functions ``init`` and ``update``."""
     if not all(callable(getattr(value, part, None)) for part in ("init", "update")):
         raise TypeError(
             f"{name} must be an optax.GradientTransformation such as optax.sgd(0.1), "
@@ -155,7 +158,7 @@ def passed_to_update(transformation: str, hint: str = "", **arguments: Any) -> N
 def float_dtype(name: str, dtype: Any, allowed: str = "a floating-point type") -> jnp.dtype:
     """Returns a floating-point dtype; raises TypeError or ValueError."""
     try:
-        # numpy takes None for float64, which nobody means.
+        # numpy reads None as float64, which is hardly ever meant.
         resolved = None if dtype is None else jnp.dtype(dtype)
     except TypeError:
         resolved = None
@@ -171,8 +174,8 @@ def wide_float_dtype(name: str, dtype: Any) -> jnp.dtype:
     resolved = float_dtype(name, dtype, "float32 or float64")
     if resolved not in (jnp.dtype("float32"), jnp.dtype("float64")):
         raise ValueError(
-            f"{name} must be float32 or float64, got {resolved}: weights are sums' coefficients "
-            "and stay wide also when the model runs in a narrower type."
+            f"{name} must be float32 or float64, got {resolved}: weights are coefficients of sums "
+            "and stay wide even if the model computes in a narrower type."
         )
     if jax.dtypes.canonicalize_dtype(resolved) != resolved:
         raise ValueError(f"{name} {resolved} needs jax.config.update('jax_enable_x64', True).")
@@ -198,8 +201,8 @@ def prng_key(name: str, key: Any) -> None:
 def step(value: Any, name: str = "step") -> Int[Array, ""]:
     """Returns a step as an int32 scalar; raises TypeError or ValueError.
 
-    Any integer type is welcome, and means the same. What cannot be a step, from 0 to 2^31 - 1, is
-    refused; of traced ones the type alone is known.
+    All integer types are allowed, and the type makes no difference. A step must be between 0 and
+    2^31 - 1; of a traced step only the type and the shape are checked.
     """
     integer_dtype(name, value)
     if jnp.shape(value) != ():
@@ -216,14 +219,17 @@ def leaf_dtype(where: str, leaf: Any) -> Any:
         dtype = jnp.result_type(leaf)
     if dtype is None:
         raise TypeError(
-            f"{where} must be an array, got {shown(leaf)}. Of a whole model pass the arrays alone, "
-            "as equinox.partition(model, equinox.is_inexact_array) or flax.nnx.split give them."
+            f"{where} must be an array, got {shown(leaf)}. Pass only the arrays of a model, as "
+            "given by equinox.partition(model, equinox.is_inexact_array) or flax.nnx.split."
         )
     return dtype
 
 
 def floating_params(params: Any, name: str = "params") -> None:
-    """Raises TypeError, naming the leaf, unless `params` has leaves and all are real floating."""
+    """Raises ValueError if `params` has no leaves, TypeError if a leaf is not real floating point.
+
+    The error names the leaf.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError(f"{name} has no leaves: there is nothing to differentiate.")
@@ -243,11 +249,11 @@ def leading_axis(name: str, tree: Any) -> int:
     for path, leaf in leaves:
         where = place(name, path)
         dtype = leaf_dtype(where, leaf)
-        kind = getattr(dtype, "type", None)  # numpy's types have one, and keys'
+        kind = getattr(dtype, "type", None)  # numpy's dtypes and those of keys have one
         if not (isinstance(kind, type) and issubclass(kind, np.generic | jax.dtypes.extended)):
             raise TypeError(
                 f"{where} must be an array of numpy or jax, got {type(leaf).__name__} of dtype "
-                f"{str(dtype)[:40]}. Tensors in memory become numpy's by "
+                f"{str(dtype)[:40]}. Convert tensors in memory by "
                 "jax.tree.map(numpy.asarray, batch); streaming.batches does that for a loader."
             )
         if isinstance(dtype, np.dtype) and (dtype.kind in "OSUMm" or dtype.type is np.void):
@@ -267,7 +273,7 @@ def leading_axis(name: str, tree: Any) -> int:
 
 
 def same_kind(function: str, name: str, given: Any, returned: Any) -> None:
-    """Raises ValueError unless two pytrees have one structure, shapes and dtypes, leaf by leaf."""
+    """Raises ValueError unless two pytrees have the same structure, shapes and dtypes."""
     if (difference := first_difference(name, given, returned)) is not None:
         raise ValueError(
             f"{function} must return {name} with the structure, shapes and dtypes it was given: "
@@ -276,7 +282,10 @@ def same_kind(function: str, name: str, given: Any, returned: Any) -> None:
 
 
 def first_difference(name: str, one: Any, other: Any) -> tuple[str, str] | None:
-    """What the first leaf that differs in place, shape or dtype is in two pytrees; None if none."""
+    """Descriptions, one per pytree, of the first leaf whose place, shape or dtype differs.
+
+    None if there is no such leaf.
+    """
     leaves = [jax.tree_util.tree_leaves_with_path(tree) for tree in (one, other)]
     for (path, leaf), (path_2, leaf_2) in zip(*leaves, strict=False):
         kinds = [(leaf_dtype(name, x), np.shape(x)) for x in (leaf, leaf_2)]
@@ -292,12 +301,12 @@ def first_difference(name: str, one: Any, other: Any) -> tuple[str, str] | None:
 
 
 def place(name: str, path: Any) -> str:
-    """Where in an argument a leaf is, for a message: params['w'], say."""
+    """The place of a leaf in an argument, for a message: params['w'], for example."""
     return name + _cut(jax.tree_util.keystr(path), 70)
 
 
 def _cut(text: str, length: int) -> str:
-    """A text with its middle left out if it is long."""
+    """The text, with its middle left out if it is longer than `length`."""
     half = length // 2 - 3
     return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
 

@@ -1,4 +1,4 @@
-"""Functions that compare by value, of which laws are made."""
+"""Functions that compare by value; laws are made of them, so that laws do too."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A function with its first arguments given; equal where function and arguments are."""
+    """A function with its first arguments given; equal if function and arguments are equal."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]

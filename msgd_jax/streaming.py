@@ -1,20 +1,22 @@
-"""Training on examples that are read as they are needed: indices first, then just those examples.
+"""Training on examples that are read when they are needed.
 
-A sparse noise says which examples a step uses from (key, step) alone, so they can be read while
-earlier steps are computed, and no others ever are. Memory is that of a few batches, whatever N is.
-The reading threads are grain's: ``pip install 'msgd-jax[streaming]'``::
+Which examples a step uses is a function of (key, step) for a sparse law. So they are read while
+earlier steps are computed, and no other examples are read. Memory holds a few batches, for any N.
+The reading threads are those of grain: ``pip install 'msgd-jax[streaming]'``::
 
   source = streaming.ArraySource((np.load("images.npy", mmap_mode="r"), labels))
   loop = streaming.make_loop(loss_vector_fn, optimizer, noise.sgd(len(source), 50), source)
   state, metrics = loop(train.init(params, optimizer, key), 1000)
 
-Where a data loader of yours draws the batches, its laws are `noise.batch_cov` and
-`noise.batch_fisher`, and `batches` takes so many of them.
+If a data loader of yours draws the batches, use the laws `noise.batch_cov` and
+`noise.batch_fisher`, and take the batches of the loader by `batches`.
 """
 
 import collections
+import functools
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,69 +25,27 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
-from msgd_jax import _laws, _mesh, _validate
+from msgd_jax import _laws, _mesh, _sources, _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax._loaders import LoaderEnded, batches
-from msgd_jax._typing import Batch, Data, Example, PositiveInt
+from msgd_jax._sources import ArraySource, BatchSource, Source
+from msgd_jax._typing import Batch, PositiveInt
 from msgd_jax.noise import MNoise
 from msgd_jax.train import StepMetrics, TrainState, step_of
 
 __all__ = ["ArraySource", "BatchSource", "LoaderEnded", "Source", "batches", "make_loop"]
 
-# Steps whose results nobody has waited for: one that runs, one that is ready to.
+# How many programs may be on the device at a time: one that runs and one that is ready to run.
 _IN_FLIGHT = 2
 
+# How many steps one call of a program makes at most, and the bytes that their examples may take:
+# calling a program costs as much as a small step.
+_STEPS_IN_ONE_CALL = 16
+_BYTES_IN_ONE_CALL = 2**21
 
-@runtime_checkable
-class Source(Protocol):
-    """Examples by their number: grain's and tfds's data sources, grain's ``MapDataset``, or yours.
-
-    ``source[i]`` is one example, a pytree of arrays, numbers or PRNG keys, the same structure,
-    shapes and dtypes for all; it is called from several threads. A source that is quicker at many
-    examples at once is a `BatchSource`; no other method of it is called.
-    """
-
-    def __len__(self) -> int:
-        """N."""
-        ...
-
-    def __getitem__(self, index: Any, /) -> Example:
-        """One example."""
-        ...
-
-
-@runtime_checkable
-class BatchSource(Source, Protocol):
-    """A `Source` that reads many examples at once: one with a method ``read_batch``."""
-
-    def read_batch(self, indices: Int[np.ndarray, " size"], /) -> Any:
-        """The examples at these indices, a pytree of arrays [size, ...], numpy's or jax's."""
-        ...
-
-
-class ArraySource:
-    """A pytree of arrays [N, ...] as a source: numpy's, memory-mapped ones too, and PRNG keys.
-
-    Raises:
-        TypeError: if there is a leaf that is not an array.
-        ValueError: if the leading axes disagree, or there are no arrays.
-    """
-
-    def __init__(self, data: Data) -> None:
-        self._size = _validate.leading_axis("data", data)
-        leaves, self._structure = jax.tree.flatten(data)
-        self._leaves = [_mesh.as_words(leaf) for leaf in leaves]
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, index: Any, /) -> Any:
-        taken = [_on_the_host(words[index], made_of) for words, made_of in self._leaves]
-        return jax.tree.unflatten(self._structure, taken)
-
-    def read_batch(self, indices: Int[np.ndarray, " size"], /) -> Any:
-        """The examples at these indices, [size, ...]."""
-        return jax.tree.map(_array, self[indices])
+# How many steps' indices are drawn together, and how many indices at most.
+_STEPS_AT_ONCE = 32
+_INDICES_AT_ONCE = 2**16
 
 
 def make_loop(
@@ -102,34 +62,38 @@ def make_loop(
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """`train.make_step` in a loop, on examples that are read while earlier steps are computed.
 
-    The parameters are those of the same noise and key on data that are all on the device, bit for
-    bit: only where the examples come from differs. What is read is a function of the state's key
-    and step, so a loop goes on from any state, also in another process; nothing else has to be
-    saved.
+    The parameters are bit for bit those of training with the same law and key on data that are all
+    on the device: only the place that the examples come from differs. (The reported losses may
+    differ in the last bit.) Small steps are made several in one call of a compiled program, 16 at
+    most. Which examples are read is a function of the state's key and step, so a loop can continue
+    from any state, also in another process, and nothing else has to be saved.
 
     Under `jax.distributed` every process reads the examples of its own devices only.
 
     Args:
         loss_vector_fn: as in `train.make_step`.
         optimizer: as in `train.make_step`.
-        law: a law whose draws list the examples that they use, so not a dense one.
+        law: a sparse law, one whose draws list the examples that they use.
         source: the examples; see `Source`.
         microbatch_size: as in `train.make_step`.
         has_state: as in `train.make_step`.
         has_aux: as in `train.make_step`.
-        has_keys: as in `train.make_step`; an example's key is that of its number in the source.
+        has_keys: as in `train.make_step`; the key of an example depends on its number in the
+          source.
         sharding: as in `train.make_step`; it spreads the examples of each step.
 
     Returns:
-        ``loop(state, num_steps, *, prefetch=4, num_threads=4) -> (state, metrics)``; arrays in
-        `metrics` are [num_steps]; `prefetch` steps are read ahead, each by one of `num_threads`
-        threads. It raises what reading raises, and ValueError where examples do not stack. `state`
-        is copied, not donated: when reading fails, it is there to go on from.
+        ``loop(state, num_steps, *, prefetch=4, num_threads=4) -> (state, metrics)``. The arrays in
+        `metrics` have a leading axis [num_steps]. `prefetch` steps are read ahead, each by one of
+        `num_threads` threads. The loop raises whatever reading raises, and ValueError if examples
+        differ in structure, shape or dtype. `state` is copied, not donated, so that after a failure
+        to read you can continue from it.
 
     Raises:
         ImportError: if grain is not installed.
-        TypeError, ValueError: as `train.make_step`, or if the law is dense, or for another number
-            of examples than the source has.
+        TypeError: as `train.make_step`, or if `source` has no ``__len__`` and ``__getitem__``.
+        ValueError: as `train.make_step`, or if `law` is dense, or is for a number of examples that
+            is not the length of `source`.
 
     Example:
         >>> from msgd_jax import loss, noise, streaming, train
@@ -157,8 +121,8 @@ def make_loop(
         sharding=sharding,
         read=True,
     )
-    one_step = step_of(loss_vector_fn, evaluate, takes, optimizer, None)
-    step = jax.jit(one_step, donate_argnums=0)
+    step = step_of(loss_vector_fn, evaluate, takes, optimizer, None)
+    programs = _Programs(jax.jit(step, donate_argnums=0), jax.jit(_in_turn(step), donate_argnums=0))
 
     def loop(
         state: TrainState,
@@ -174,14 +138,86 @@ def make_loop(
         first = int(state.step)
         most = _validate.MAX_STEP - first
         num_steps = _validate.positive_int("num_steps", num_steps, maximum=most)
+        # Threads read the examples of the next steps while earlier steps are computed.
         read = reader.of_key(state.key)
         steps = grain.MapDataset.range(first, first + num_steps).map(read)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         state = jax.tree.map(jnp.copy, state)
-        state, metrics = _run(step, state, iter(steps.to_iter_dataset(options)), reader.place)
-        return state, jax.tree.map(lambda *values: jnp.stack(values), *metrics)
+        batches = iter(steps.to_iter_dataset(options))
+        if sharding is None:
+            return _run_in_turn(programs, state, batches, num_steps, reader.place)
+        return _run(programs.step, state, batches, reader.place)
 
     return loop
+
+
+class _Programs(NamedTuple):
+    """The compiled functions of a loop.
+
+    Attributes:
+        step: ``step(state, batch)``, one step.
+        in_turn: ``in_turn(state, stacked, count)``, the first `count` of the steps whose batches
+            are stacked; any number runs the same machine code.
+    """
+
+    step: Callable[..., tuple[TrainState, StepMetrics]]
+    in_turn: Callable[..., tuple[TrainState, StepMetrics]]
+
+
+def _in_turn(step: Callable[..., Any]) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    def steps(
+        state: TrainState, stacked: Batch, count: Int[Array, ""]
+    ) -> tuple[TrainState, StepMetrics]:
+        room = jax.tree.leaves(stacked)[0].shape[0]
+
+        def at(i: int | Int[Array, ""]) -> Batch:
+            # The barrier keeps reading out of the computation, whose last bits it could change.
+            return jax.lax.optimization_barrier(jax.tree.map(lambda leaf: leaf[i], stacked))
+
+        _, shapes = jax.eval_shape(lambda: step(state, at(0)))
+
+        def body(i: Int[Array, ""], carry: Any) -> Any:
+            state, history = carry
+            state, metrics = step(state, at(i))
+            put = lambda h, m: jax.lax.dynamic_update_index_in_dim(h, m, i, 0)  # noqa: E731
+            return state, jax.tree.map(put, history, metrics)
+
+        history = jax.tree.map(lambda x: _mesh.zeros(x, x.dtype, room), shapes)
+        return jax.lax.fori_loop(0, count, body, (state, history))
+
+    return steps
+
+
+def _run_in_turn(
+    programs: _Programs,
+    state: TrainState,
+    batches: Iterator[Batch],
+    num_steps: int,
+    place: Callable[[Batch], Batch],
+) -> tuple[TrainState, StepMetrics]:
+    """Several small steps in each call, or large ones by themselves."""
+    first = next(batches)
+    batches = itertools.chain([first], batches)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
+    # Whatever the number of steps: to stop and go on elsewhere runs the same machine code.
+    together = min(_STEPS_IN_ONE_CALL, _BYTES_IN_ONE_CALL // max(size, 1))
+    after, _ = jax.eval_shape(programs.step, state, first)
+    # The state of some optimizers changes its kind in the first step; a loop refuses that.
+    if together < 2 or _validate.first_difference("state", state, after) is not None:
+        return _run(programs.step, state, batches, place)
+    metrics: list[StepMetrics] = []
+    in_flight: collections.deque[StepMetrics] = collections.deque()
+    while some := list(itertools.islice(batches, together)):
+        count = len(some)
+        # A last call that is not full is filled up, so that it runs the same program.
+        some += some[-1:] * (together - count)
+        stacked = place(jax.tree.map(_sources.stacked, *some))
+        if len(in_flight) == _IN_FLIGHT:  # or batches would pile up on the device
+            jax.block_until_ready(in_flight.popleft())
+        state, history = programs.in_turn(state, stacked, np.int32(count))
+        in_flight.append(history)
+        metrics.append(history)
+    return state, jax.tree.map(lambda *values: jnp.concatenate(values)[:num_steps], *metrics)
 
 
 def _run(
@@ -189,16 +225,16 @@ def _run(
     state: TrainState,
     batches: Iterator[Batch],
     place: Callable[[Batch], Batch],
-) -> tuple[TrainState, list[StepMetrics]]:
+) -> tuple[TrainState, StepMetrics]:
     metrics: list[StepMetrics] = []
     in_flight: collections.deque[StepMetrics] = collections.deque()
     for batch in batches:
-        if len(in_flight) == _IN_FLIGHT:  # or batches would pile up on the device
+        if len(in_flight) == _IN_FLIGHT:  # so that batches do not pile up on the device
             jax.block_until_ready(in_flight.popleft())
         state, new = step(state, place(batch))
         metrics.append(new)
         in_flight.append(new)
-    return state, metrics
+    return state, jax.tree.map(lambda *values: jnp.stack(values), *metrics)
 
 
 class _Reader:
@@ -208,7 +244,11 @@ class _Reader:
         size = law.support_size
         self._source = source
         self._num_read = size + _mesh.missing(size, sharding)
-        self._indices = jax.jit(lambda key, step: law.sample(key, step).indices)
+        # Drawing is a program of its own, which it pays to call for many steps at once.
+        self._steps_at_once = max(1, min(_STEPS_AT_ONCE, _INDICES_AT_ONCE // max(size, 1)))
+        self._indices = jax.jit(
+            jax.vmap(lambda key, step: law.sample(key, step).indices, in_axes=(None, 0))
+        )
         self._layout = None
         own = np.arange(self._num_read)
         if sharding is not None:
@@ -218,19 +258,27 @@ class _Reader:
         self._own = own  # the positions that this process needs, ascending
 
     def of_key(self, key: Key[Array, ""]) -> Callable[[int], Batch]:
-        """``read(step)``: the examples that this process computes, in memory."""
-        # On the host, whatever the devices of training are busy with.
-        key = _on_the_host(*_mesh.as_words(key))
+        """``read(step)``, which returns in memory the examples that this process computes."""
+        # Weights are drawn on the host, so as not to wait for the devices that train.
+        key = _sources.on_the_host(*_mesh.as_words(key))
+
+        @functools.lru_cache(maxsize=8)  # of this key alone: threads read steps next to each other
+        def draw(block: int) -> Int[np.ndarray, "steps size"]:
+            # A last block may reach beyond the last step there can be.
+            steps = block * self._steps_at_once + np.arange(self._steps_at_once)
+            steps = np.minimum(steps, _validate.MAX_STEP).astype(np.int32)
+            return np.asarray(self._indices(jax.random.clone(key), steps))
 
         def read(step: int) -> Batch:
-            indices = np.asarray(self._indices(jax.random.clone(key), np.int32(step)))
+            block, place = divmod(step, self._steps_at_once)
+            indices = draw(block)[place]
             filled = indices[np.minimum(self._own, len(indices) - 1)]
-            return _batch(self._source, filled)
+            return _sources.read_batch(self._source, filled)
 
         return read
 
     def place(self, batch: Batch) -> Batch:
-        """On the device, or each device's part on it."""
+        """The batch on the device; if it is spread, each part on its own device."""
 
         def on_devices(leaf: Any) -> Array:
             words, made_of = _mesh.as_words(leaf)
@@ -252,47 +300,6 @@ class _Reader:
         shape = (self._num_read, *own.shape[1:])
         own = own.astype(dtype, copy=False)
         return jax.make_array_from_callback(shape, layout, part, dtype=dtype)
-
-
-def _batch(source: Source, indices: Int[np.ndarray, " size"]) -> Batch:
-    """The examples at these indices, stacked."""
-    if isinstance(source, BatchSource):
-        batch = source.read_batch(indices)
-        size = _validate.leading_axis("source.read_batch(indices)", batch)
-        if size != len(indices):
-            raise ValueError(
-                f"source.read_batch(indices) must return {len(indices)} examples, one for each "
-                f"index, got {size}."
-            )
-        return batch
-    examples = [jax.tree.map(_array, source[int(index)]) for index in indices]
-    for index, example in zip(indices, examples, strict=True):
-        difference = _validate.first_difference("example", examples[0], example)
-        if difference is not None:
-            raise ValueError(
-                "source must have examples of one structure, shape and dtype: "
-                f"source[{indices[0]}] has {difference[0]}, source[{index}] has {difference[1]}."
-            )
-    batch = jax.tree.map(_stacked, *examples)
-    _validate.leading_axis(f"source[{indices[0]}]", batch)
-    return batch
-
-
-def _array(leaf: Any) -> Any:
-    words, made_of = _mesh.as_words(leaf)
-    return np.asarray(words) if made_of is None else leaf
-
-
-def _stacked(*leaves: Any) -> Any:
-    arrays, made_of = zip(*map(_mesh.as_words, leaves), strict=True)
-    return _on_the_host(np.stack(arrays), made_of[0])
-
-
-def _on_the_host(words: Any, made_of: Any) -> Any:
-    """`_mesh.from_words` with keys on the CPU, in whatever thread and beside whatever device."""
-    if made_of is not None:
-        words = jax.device_put(words, jax.local_devices(backend="cpu")[0])
-    return _mesh.from_words(words, made_of)
 
 
 def _check(law: MNoise, source: Source) -> None:

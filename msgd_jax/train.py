@@ -1,8 +1,7 @@
 """Training: a state that is one pytree, a pure step, and many steps in one compiled loop.
 
 It works with any model and any optax optimizer, line searches included: the noise is in the
-weights, and the optimizer need not know of it. To train several seeds at once, ``jax.vmap`` the
-step::
+weights, so the optimizer needs no change. To train several seeds at once, ``jax.vmap`` the step::
 
   def start(key):
       params_key, run_key = jax.random.split(key)
@@ -46,14 +45,15 @@ __all__ = ["StepDetails", "StepMetrics", "TrainState", "init", "make_loop", "mak
 
 
 class TrainState(NamedTuple):
-    """Everything a run needs to go on, as one pytree of arrays: save it, restore it, resume.
+    """Everything that a run needs to continue, as one pytree of arrays that can be saved.
 
     Attributes:
         params: the parameters, any pytree of floating-point arrays.
         opt_state: the state of the optimizer.
-        model_state: mutable statistics (batch norm's running ones, say); () where there are none.
+        model_state: mutable statistics, such as the running means of batch norm; () if the model
+            has none.
         key: the PRNG key of the run, the same at every step.
-        step: steps made so far.
+        step: the number of steps made so far.
     """
 
     params: Params
@@ -70,7 +70,7 @@ class StepMetrics(NamedTuple):
         loss: the weighted loss, an unbiased estimate of the mean loss before the step.
         gradient_norm: the Euclidean norm of the noisy gradient, in float32 or wider.
         aux: the extra outputs of the forward pass, a `loss.Outputs`; () without `has_aux`.
-        extra: what `metrics_fn` returned; () without one.
+        extra: the result of `metrics_fn`; () without `metrics_fn`.
     """
 
     loss: Float[Array, "*steps"]
@@ -80,14 +80,14 @@ class StepMetrics(NamedTuple):
 
 
 class StepDetails(NamedTuple):
-    """What a step hands to `metrics_fn`; what is not used costs nothing.
+    """What a step passes to `metrics_fn`; attributes that it does not use cost nothing.
 
     Attributes:
-        weights: the weights W of the step, as they were drawn for it.
-        gradient: the noisy gradient, like the parameters.
-        updates: what the optimizer made of it, to be added to the parameters.
+        weights: the weights W that were drawn for the step.
+        gradient: the noisy gradient, a pytree like the parameters.
+        updates: the optimizer's updates, which are added to the parameters.
         params: the parameters before the step.
-        step: its number.
+        step: the number of the step, from 0.
     """
 
     weights: Weights
@@ -110,9 +110,9 @@ def init(
 ) -> TrainState:
     """The state before the first step.
 
-    Every leaf is an array of its own, a copy in the place where the original is, so that the state
-    can be donated: nothing of yours is deleted, and nothing twice where an optimizer's state keeps
-    the parameters. Numbers become arrays.
+    Every leaf is a copy on the device of the original, so that the state can be donated: your
+    arrays are not deleted, and no array is deleted twice if the optimizer's state holds the
+    parameters too. Numbers become arrays.
 
     Args:
         params: a pytree of floating-point arrays; for `optax.lookahead`
@@ -137,9 +137,10 @@ def init(
 
 
 def _own(name: str, tree: PyTree) -> PyTree:
-    """Copies, in buffers of their own, with types that do not change when they are computed with.
+    """Copies of the leaves, in buffers of their own and with strong types.
 
-    A number's type is weak and an update's is not: a loop would be compiled once for each.
+    The type of a Python number is weak and that of an update is strong: a loop would be compiled
+    once for each of them.
     """
 
     def copy(path: KeyPath, leaf: ArrayLike) -> Array:
@@ -167,19 +168,21 @@ def make_step(
 
     Args:
         loss_vector_fn: as in `loss.weighted_value_and_grad`.
-        optimizer: an optax transformation of the noisy gradient. Those that take more get it, all
-          of the same step and so of the same weights W and the same keys: ``value=`` and ``grad=``;
-          ``value_fn=`` for line searches and L-BFGS (``obj_fn=`` for Sophia), L(params) . W at any
-          parameters; ``grad_fn=`` for SAM, its gradient; ``data=``, and ``loss_vector_fn=`` where
-          that is a function of (params, batch) that returns losses alone. With `has_state` the
-          functions leave the statistics as they were before the step.
+        optimizer: an optax transformation of the noisy gradient. It also gets the extra arguments
+          that it takes, all for the weights W and the keys of the same step: ``value=`` and
+          ``grad=``; ``value_fn=`` for line searches and L-BFGS (``obj_fn=`` for Sophia), which is
+          L(params) . W at any parameters; ``grad_fn=`` for SAM, the gradient of that; ``data=``;
+          and ``loss_vector_fn=`` if that is a function of (params, batch) that returns losses
+          alone. With `has_state` these functions do not change the statistics.
         law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
           data; with a `BatchLaw` the data are a batch that a loader drew, of any size.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         has_state: whether `loss_vector_fn` takes and returns mutable statistics, which the state
           keeps as `model_state`.
-        has_aux: whether it returns extra outputs, a `loss.Outputs`, which the metrics report.
-        has_keys: whether it takes a key per example; it is that of (key of the run, step, example).
+        has_aux: whether `loss_vector_fn` returns extra outputs, a `loss.Outputs`, which the metrics
+          report.
+        has_keys: whether `loss_vector_fn` takes one key per example, a function of (key of the run,
+          step, example).
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
         metrics_fn: ``metrics_fn(details)`` returns a pytree of arrays that the metrics report as
           `extra`, of a `StepDetails`: ``lambda of: {"indices": of.weights.indices}``.
@@ -189,9 +192,9 @@ def make_step(
         ``donate_argnums=0``), ``jax.vmap``, or `make_loop`.
 
     Raises:
-        TypeError: if `loss_vector_fn` is not a function of so many arguments, `optimizer` is not an
-            optax transformation, `law` is no law, `sharding` is not a
-            `NamedSharding`, or `metrics_fn` is not a function.
+        TypeError: if `loss_vector_fn` is not a function of the arguments that `has_state` and
+            `has_keys` say, `optimizer` is not an optax transformation, `law` is not a law,
+            `sharding` is not a `NamedSharding`, or `metrics_fn` is not a function.
         ValueError: if `microbatch_size` is not positive, or `sharding` does not spread the leading
             axis alone.
 
@@ -225,7 +228,7 @@ def step_of(
     optimizer: optax.GradientTransformation,
     metrics_fn: Callable[[StepDetails], PyTree] | None,
 ) -> Callable[[TrainState, Data], tuple[TrainState, StepMetrics]]:
-    """A step along ``evaluate(params, data, key, step, model_state)``, of `loss`'s kind."""
+    """A step along the gradient from ``evaluate(params, data, key, step, model_state)``."""
     update = _optimizers.updater(optimizer)
     if metrics_fn is not None:
         _validate.function("metrics_fn", metrics_fn)
@@ -241,6 +244,7 @@ def step_of(
             found = at(params)
             return found.value, found.grads
 
+        # The gradient, and the extra arguments of the optimizer: all for the same draw of weights.
         found = at(_moving(state.params))
         offers = _optimizers.offers(value_and_grad, found.value, found.grads)
         updates, opt_state = update(
@@ -253,6 +257,7 @@ def step_of(
         if metrics_fn is not None and found.weights is not None:
             of_step = StepDetails(found.weights, found.grads, updates, state.params, state.step)
             metrics = metrics._replace(extra=jax.tree.map(_strong, metrics_fn(of_step)))
+        # Strong types, so that a loop is compiled once: see `_own`.
         model_state = found.model_state if takes.has_state else state.model_state
         params, opt_state, model_state = jax.tree.map(_strong, (params, opt_state, model_state))
         return TrainState(params, opt_state, model_state, state.key, state.step + 1), metrics
@@ -261,12 +266,12 @@ def step_of(
 
 
 def _moving(params: Params) -> Params:
-    """Where the gradient is taken: `optax.lookahead` keeps a second set of parameters."""
+    """The parameters at which the gradient is taken: `optax.lookahead` keeps a second set."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
 def _strong(leaf: ArrayLike) -> Array:
-    """A leaf whose type is as `init` makes it, also where an optimizer returns a number."""
+    """A leaf with a strong type, as `init` makes it, even if an optimizer returns a number."""
     leaf = jnp.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
@@ -276,24 +281,26 @@ def _strong(leaf: ArrayLike) -> Array:
 def make_loop(
     step: StepFn[State, Metrics], *, max_steps: PositiveInt
 ) -> Callable[[State, Data, PositiveInt], tuple[State, Metrics]]:
-    """Many steps in one compiled loop: Python is left only once every `max_steps`.
+    """Many steps in one compiled loop, without a return to Python between them.
 
     The number of steps is an argument of the compiled loop, not a constant in it: any number up
-    to `max_steps` runs the same machine code, so stopping anywhere and going on from the state
+    to `max_steps` runs the same machine code. So stopping anywhere and continuing from the state
     gives bit-identical parameters, and nothing is compiled twice.
 
     Args:
         step: ``step(state, data) -> (state, metrics)``, from `make_step` or vmapped from it.
-        max_steps: the most steps one call can make; room for their metrics is set aside.
+        max_steps: the largest number of steps per call; memory for their metrics is allocated.
 
     Returns:
-        ``loop(state, data, num_steps) -> (state, metrics)``, compiled, `state` donated; every array
-        in `metrics` has a new leading axis of `num_steps`. To stream metrics out, call it again
-        and again.
+        ``loop(state, data, num_steps) -> (state, metrics)``, a compiled function that donates
+        `state`. Every array in `metrics` has a new leading axis of length `num_steps`. To see
+        metrics along the way, call the loop several times with fewer steps.
 
     Raises:
-        TypeError, ValueError: if `step` is not a function, or `max_steps` not a positive integer.
-            `loop` raises the same on `num_steps`, which must be at most `max_steps`.
+        TypeError: if `step` is not a function, or `max_steps` (in `loop`, `num_steps`) is not an
+            integer.
+        ValueError: if `max_steps` is below 1, or, in `loop`, `num_steps` is below 1 or above
+            `max_steps`, or `step` changes the structure, a shape or a dtype of the state.
 
     Example:
         >>> from msgd_jax import loss, noise, train
@@ -315,8 +322,8 @@ def make_loop(
         if (difference := _validate.first_difference("state", state, after)) is not None:
             raise ValueError(
                 f"step must return a state of the kind it was given: given {difference[0]}, "
-                f"returned {difference[1]}. Where it is the optimizer's (optax.monitor's, say), "
-                "make the first step by jax.jit(step), and the others from there in the loop."
+                f"returned {difference[1]}. If this is the optimizer's state (as optax.monitor's), "
+                "make the first step by jax.jit(step), and the others in the loop."
             )
         history = jax.tree.map(lambda x: _mesh.zeros(x, x.dtype, max_steps), shapes)
 

@@ -24,13 +24,29 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", False)
 
 
-def pytest_collection_modifyitems(items):
+SLOW_CASES = pathlib.Path(__file__).parent / "slow_cases.txt"
+COLLECTED = pytest.StashKey[dict[str, bool]]()
+
+
+def pytest_collection_modifyitems(config, items):
     """Marks as slow what `slow_cases.txt` lists: cases of tests of which others always run."""
-    text = (pathlib.Path(__file__).parent / "slow_cases.txt").read_text()
-    listed = set(text.splitlines())
+    listed = set(SLOW_CASES.read_text().splitlines())
     for item in items:
         if item.nodeid in listed:
             item.add_marker(pytest.mark.slow)
+    # Before -m and -k leave some out; `test_slow_cases.py` compares it with the file.
+    config.stash[COLLECTED] = {
+        item.nodeid: item.get_closest_marker("slow") is not None for item in items
+    }
+
+
+@pytest.fixture
+def collected(request):
+    """By the id of each case of every file that was collected as a whole: whether it is slow."""
+    parts = any("::" in argument for argument in request.config.args)
+    if parts or request.config.getoption("lf", False):
+        pytest.skip("only parts of files were collected")
+    return request.config.stash[COLLECTED]
 
 
 @pytest.fixture

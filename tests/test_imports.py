@@ -13,15 +13,56 @@ import pytest
 import msgd_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODULES = ["complexity", "covariance", "flax_nnx", "loss", "measure", "noise", "sde", "sharding",
-           "streaming", "train", "transform"]  # fmt: skip
+MODULES = [
+    "complexity",
+    "covariance",
+    "flax_nnx",
+    "loss",
+    "measure",
+    "noise",
+    "sde",
+    "sharding",
+    "streaming",
+    "train",
+    "transform",
+]
 # Helpers that every module may use.
-SHARED = {"_dtypes", "_estimate", "_loaders", "_mesh", "_narrow", "_optimizers", "_programs",
-          "_streams", "_typing", "_validate", "_values"}  # fmt: skip
+SHARED = {
+    "_dtypes",
+    "_estimate",
+    "_loaders",
+    "_mesh",
+    "_narrow",
+    "_optimizers",
+    "_programs",
+    "_sources",
+    "_streams",
+    "_typing",
+    "_validate",
+    "_values",
+}
 # Everything else (flax, tensorflow_datasets, matplotlib, ...) belongs to the extras.
-FORBIDDEN = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "tyro",
-             "tqdm", "diffrax", "equinox", "lineax", "psutil", "torch", "grain", "experiments",
-             "benchmarks", "pytest", "hypothesis", "beartype")  # fmt: skip
+FORBIDDEN = (
+    "flax",
+    "orbax",
+    "tensorflow",
+    "tensorflow_datasets",
+    "matplotlib",
+    "sklearn",
+    "tyro",
+    "tqdm",
+    "diffrax",
+    "equinox",
+    "lineax",
+    "psutil",
+    "torch",
+    "grain",
+    "experiments",
+    "benchmarks",
+    "pytest",
+    "hypothesis",
+    "beartype",
+)
 
 
 @pytest.mark.parametrize("module", ["msgd_jax", *(f"msgd_jax.{name}" for name in MODULES)])

@@ -1,12 +1,12 @@
-"""The room of data sets: images and labels as arrays in the computer's memory, every byte checked.
+"""Data sets: images and labels as arrays in the computer's memory, with every byte checked.
 
-Begin at `load`. What is drawn from a data set depends on its name and a seed only, never on where
-its bytes came from.
+Start with `load`. The examples drawn from a data set depend on its name and a seed only, never on
+the place that its bytes came from.
 
     datasets        the data sets by name, loading and drawing
-    svhn, cifar10,  one data set each, as a value: what it is, and how its files are read
+    svhn, cifar10,  one data set each, as a value: its description, and how its files are read
     fashion_mnist
-    npz             data sets of the user's own
+    npz             the user's own data sets
 """
 
 from experiments.data._draws import MAX_SEED

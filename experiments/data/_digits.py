@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, which come with it: no file and no network are needed."""
+"""The handwritten digits that come with scikit-learn: they need neither files nor a network."""
 
 import dataclasses
 from pathlib import Path
@@ -11,10 +11,10 @@ from experiments.data._originals import Dataset, Original, Split, Splits, as_exa
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Bundled(Original):
-    """The digits: one original split, of which some are trained on and the others tested on."""
+    """The digits: one original split, from which the training and the test images are drawn."""
 
     def read(self, data_dir: Path | None, download: bool) -> tuple[Splits, str]:
-        """Returns all digits as "train"; nothing is looked for."""
+        """Returns all digits as "train"; no files are read."""
         del data_dir, download
         import sklearn
         import sklearn.datasets
@@ -25,7 +25,7 @@ class Bundled(Original):
         return {"train": Split(images, labels)}, source
 
     def load(self, seed: int = 0, data_dir: Path | None = None, download: bool = True) -> Dataset:
-        """Draws the digits to train on; the others, in the order drawn, are tested on."""
+        """Draws the training digits; the others, in the order drawn, are the test digits."""
         _draws.check_seed(seed)
         splits, source = self.read(data_dir, download)
         digits = as_examples(splits["train"])
@@ -50,4 +50,4 @@ DIGITS = Bundled(
     max_value=16,
     net="digits_net",
 )
-"""The 1,797 digits: 1,000 are drawn to train on, the rest is tested on."""
+"""The 1,797 digits: 1,000 training digits are drawn, and the others are the test digits."""

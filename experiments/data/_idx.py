@@ -2,7 +2,7 @@
 
 An IDX file is two zero bytes, one byte for the type of the values (8: unsigned bytes), one byte
 for the number of axes, the length of every axis as a big-endian 32-bit integer, and then the
-values in row-major order. (No package of those we use reads the format.)
+values in row-major order. (None of the packages we use reads the format.)
 """
 
 import math
@@ -23,16 +23,16 @@ def read(path: str | os.PathLike[str], shape: tuple[int, ...]) -> np.ndarray:
 
     Args:
         path: the file.
-        shape: of the array that it has to hold; the first axis counts the examples.
+        shape: the shape of the array that the file must hold; the first axis counts the examples.
 
     Returns:
         uint8 array of that shape, read-only.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DamagedDatasetError: if the file is cut short, does not unpack, or is not an IDX file of
-            this shape. The text names the file. Whether the values are the published ones is not
-            checked here.
+        DamagedDatasetError: if the file is cut short, cannot be unpacked, or is not an IDX file of
+            this shape; the text names the file. The values are not compared with the published
+            ones here.
     """
     compressed = Path(path).read_bytes()
     try:
@@ -46,13 +46,13 @@ def parse(content: bytes, shape: tuple[int, ...]) -> np.ndarray:
 
     Args:
         content: the whole file.
-        shape: the shape that it has to have.
+        shape: the shape that the array must have.
 
     Returns:
         uint8 array of that shape, a read-only view of `content`.
 
     Raises:
-        ValueError: if the file has another type of values, another shape or another length.
+        ValueError: if the type of the values, the shape or the length of the file is wrong.
     """
     num_axes = len(shape)
     expected_magic = bytes([0, 0, _UNSIGNED_BYTES, num_axes])
@@ -73,15 +73,15 @@ def parse(content: bytes, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _content_length(shape: tuple[int, ...]) -> int:
-    """Length in bytes of an unpacked IDX file of unsigned bytes of this shape."""
+    """The length in bytes of an unpacked IDX file of unsigned bytes of this shape."""
     return 4 + 4 * len(shape) + math.prod(shape)
 
 
 def _decompress(compressed: bytes, limit: int) -> bytes:
     """Unpacks a gzip file, checks its CRC, and stops one byte after `limit` bytes.
 
-    (`gzip.decompress` has no limit: a small file could fill the memory.) The one byte more lets the
-    parser see that a file is too long, however long it would become.
+    (`gzip.decompress` has no limit, so a small file could fill the memory.) The additional byte
+    shows the parser that a file is too long.
     """
     decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)  # 16: gzip, and nothing else
     content = decompressor.decompress(compressed, limit + 1)

@@ -1,7 +1,7 @@
-"""Data sets as values: what one is, before and after it is loaded.
+"""Data sets as values, before and after they are loaded.
 
-An `Original` says what a data set is without loading it: its name, its sizes, the shape of its
-images, how an experiment splits it. Its `load` makes a `Dataset`: arrays in the computer's memory.
+An `Original` describes a data set without loading it: its name, its sizes, the shape of its images,
+and how an experiment splits it. Its `load` makes a `Dataset`: arrays in the computer's memory.
 """
 
 import abc
@@ -16,11 +16,11 @@ from experiments.data import _draws
 
 
 class DamagedDatasetError(ValueError):
-    """A data set is there, but its contents are not what they have to be."""
+    """A data set was found, but its contents are not the expected ones."""
 
 
 class DatasetNotFoundError(FileNotFoundError):
-    """A data set is in none of the places looked in and cannot be downloaded."""
+    """A data set is in none of the places that were searched, and cannot be downloaded."""
 
 
 class Split(NamedTuple):
@@ -68,7 +68,7 @@ class Dataset:
         train_indices: int64 array of shape [N_train]; `train` example i is example
             `train_indices[i]`, counted from 0, of the original split that it was drawn from.
         source: where the bytes came from, in words.
-        sha256: of its `Original`.
+        sha256: the checksum of its `Original`.
     """
 
     name: str
@@ -89,20 +89,19 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Original(abc.ABC):
-    """A data set as a value: what it is, and how an experiment splits it.
+    """The description of a data set, and how an experiment splits it.
 
     Attributes:
-        name: its name here.
+        name: its name in this package.
         image_shape: height, width (pixels) and channels of its images.
         num_examples: the number of examples in the original splits "train" and "test".
-        net: the name of the net that is trained on it unless another is asked for; None for one
-            that fits the shape of its images.
-        trained_on: the original split that is trained on; the other one is tested on.
-        num_train: how many examples of that split are drawn for training; None for all of them, in
-            their order.
+        net: the name of the default net for it; None for one that fits the shape of its images.
+        trained_on: the original split that is used for training; the other one is the test split.
+        num_train: the number of examples of that split that are drawn for training; None for all of
+            them, in their order.
         num_classes: number of different labels.
         max_value: value of the brightest possible pixel.
-        sha256: of the data set's contents where these are not known by its name; "" otherwise.
+        sha256: the checksum of the contents if the name does not determine them; "" otherwise.
     """
 
     name: str
@@ -117,31 +116,31 @@ class Original(abc.ABC):
 
     @property
     def tested_on(self) -> str:
-        """The original split that is tested on."""
+        """The original split that is the test split."""
         return "test" if self.trained_on == "train" else "train"
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """How many images it trains on, and tests on: known before it is loaded."""
+        """The numbers of training and test images, known before the data set is loaded."""
         train = self.num_examples[self.trained_on] if self.num_train is None else self.num_train
         return train, self.num_examples[self.tested_on]
 
     @abc.abstractmethod
     def read(self, data_dir: Path | None, download: bool) -> tuple[Splits, str]:
-        """Returns the original splits, checked, and where they came from in words."""
+        """Returns the checked original splits, and a text that says where they came from."""
 
     def load(self, seed: int = 0, data_dir: Path | None = None, download: bool = True) -> Dataset:
         """Reads the original splits and draws the training examples.
 
         Args:
-            seed: decides which examples are drawn, where not all of them are trained on.
-            data_dir: folder to look in and to download into; None for the default places.
+            seed: determines which examples are drawn if not all of them are used for training.
+            data_dir: the folder to search and to download to; None for the default places.
             download: whether the network may be used.
 
         Raises:
             ValueError: if the seed or `num_train` is out of range.
             DatasetNotFoundError: if no place holds the data set and it cannot be downloaded.
-            DamagedDatasetError: if the first place that holds it does not hold what it has to.
+            DamagedDatasetError: if the first place that holds it holds other contents.
         """
         _draws.check_seed(seed)
         available = self.num_examples[self.trained_on]
@@ -166,5 +165,5 @@ class Original(abc.ABC):
 
 
 def as_examples(split: Split) -> Examples:
-    """A split with labels as the training loop wants them, int32."""
+    """A split as `Examples`, with int32 labels."""
     return Examples(image=split.images, label=split.labels.astype(np.int32))

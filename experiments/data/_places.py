@@ -26,15 +26,15 @@ def read(
 
     Args:
         original: the data set.
-        data_dir: folder to look in and to download into; None means tfds's default folder.
+        data_dir: the folder to search and to download to; None means tfds's default folder.
         download: whether the network may be used.
 
     Returns:
-        The splits, and where they came from in words.
+        The splits, and a text that says where they came from.
 
     Raises:
         DatasetNotFoundError: if no place holds them and they cannot be downloaded.
-        DamagedDatasetError: if the first place that holds them does not hold what was published.
+        DamagedDatasetError: if the first place that holds them does not hold the published data.
     """
     own_folders = [] if data_dir is None else [data_dir, data_dir / original.name]
     places: list[Callable[[], tuple[Splits, str]]] = [
@@ -97,7 +97,7 @@ def _from_earlier_download(original: "Published", data_dir: Path | None) -> tupl
     missing = []
     for file in original.files.values():
         stored_name = resource.get_dl_fname(file.url, file.sha256)
-        # Versions of tfds differ in whether downloads have a folder for each data set.
+        # Some versions of tfds have one folder of downloads per data set, others do not.
         for path in (downloads / builder.name / stored_name, downloads / stored_name):
             if path.is_file():
                 paths[file.name] = path
@@ -121,7 +121,7 @@ def _from_network(original: "Published", data_dir: Path | None) -> tuple[Splits,
     downloads = Path(builder.data_dir_root) / "downloads"
     files = list(original.files.values())
     try:
-        # Without a network the manager tries again for minutes, so one short question goes first.
+        # Without a network the manager retries for minutes, so test the connection first.
         requests.head(files[0].url, timeout=_CONNECTION_TIMEOUT_SECONDS).raise_for_status()
         manager = tfds.download.DownloadManager(
             download_dir=downloads,
@@ -132,8 +132,8 @@ def _from_network(original: "Published", data_dir: Path | None) -> tuple[Splits,
             },
             force_checksums_validation=True,
         )
-        # One file at a time: of several at once, those under way when one fails would go on, and
-        # keep Python from ending. Not `download_and_extract`: unpacking needs TensorFlow.
+        # One file at a time: if one of several failed, the other downloads would continue and keep
+        # Python from exiting. Not `download_and_extract`, since unpacking needs TensorFlow.
         paths = {file.name: Path(manager.download(file.url)) for file in files}
     except download_manager.NonMatchingChecksumError as reason:
         raise DamagedDatasetError(str(reason)) from reason

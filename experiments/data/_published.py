@@ -1,4 +1,4 @@
-"""Data sets of which files were published: names, addresses, sizes, checksums, and where they lie.
+"""Data sets in published files: their names, addresses, sizes, checksums, and usual places.
 
 tensorflow-datasets (tfds) is the source of truth for names, addresses, sizes and checksums; the
 files themselves are parsed by the modules of the data sets, so that TensorFlow is not needed.
@@ -17,7 +17,7 @@ from experiments.data._originals import DamagedDatasetError, Original, Split, Sp
 
 @dataclasses.dataclass(frozen=True)
 class PublishedFile:
-    """What one published file has to be.
+    """The description of one published file.
 
     Attributes:
         name: file name.
@@ -34,17 +34,17 @@ class PublishedFile:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Published(Original):
-    """A data set of which files were published, all of which are needed.
+    """A data set in published files, all of which are needed.
 
-    A subclass is a file format: it says how the files are read and checked.
+    A subclass stands for a file format: it defines how the files are read and checked.
 
     Attributes:
         tfds_name: its name in tfds.
         file_names: the published names of its files.
         registered: the files; None for those that tfds registers under `file_names`.
-        other_folders: where a package of the operating system puts the published files.
-        advice: ways to get it that no other data set has, each in words.
-        remark: one more sentence for who does not have it.
+        other_folders: the folders where packages of the operating system put the published files.
+        advice: further ways to get this data set, as texts for the error message.
+        remark: one more sentence for the error message if it is not found.
     """
 
     tfds_name: str
@@ -56,7 +56,7 @@ class Published(Original):
 
     @property
     def files(self) -> Mapping[str, PublishedFile]:
-        """What the files have to be, by their published names."""
+        """The descriptions of the files, by their published names."""
         known = registered_files(self.tfds_name) if self.registered is None else self.registered
         return {name: known[name] for name in self.file_names}
 
@@ -79,9 +79,9 @@ class Published(Original):
             shuffled: whether tfds shuffled them.
 
         Raises:
-            ValueError: unless they are what was published, as far as that is known.
+            ValueError: if they are not the published examples, as far as that can be checked.
         """
-        del shuffled  # the ids tell the order
+        del shuffled  # the ids determine the order
         return _tfds_copies.in_order_of_ids(
             rows, split_name, image_shape=self.image_shape, num_classes=self.num_classes
         )
@@ -104,20 +104,20 @@ def registered_files(tfds_name: str) -> dict[str, PublishedFile]:
 
 
 def read_bytes(path: Path, published: PublishedFile) -> bytes:
-    """Reads a file whole, and hands it out only when it is the published one.
+    """Reads a whole file, and returns it only if it is the published one.
 
     Args:
-        path: the file to read; its own name does not matter.
-        published: what it has to be.
+        path: the file to read; its name does not matter.
+        published: the description of the file.
 
     Returns:
         The file's contents, which have the published size and checksum.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DamagedDatasetError: if it is another file, or cut short. The text names the file.
+        DamagedDatasetError: if it is another file, or cut short; the text names the file.
     """
-    size = path.stat().st_size  # so that a file that is far too long is not even read
+    size = path.stat().st_size  # checked first, so that a file that is too long is not read
     if size != published.size:
         raise DamagedDatasetError(
             f"{path} is damaged: it has {size:,} bytes, but {published.name} as published has "

@@ -1,8 +1,8 @@
-"""Reads copies of data sets that were that tensorflow-datasets (tfds) has prepared.
+"""Reads copies of data sets that tensorflow-datasets (tfds) has prepared.
 
-tfds stores the examples of a split in the order of a hash of their keys. Left in that order, the
-same seed would draw other images than it draws from the original files; so the published order is
-restored, from the hash or from the numbers that the examples carry.
+tfds stores the examples of a split in the order of a hash of their keys. In that order, a seed
+would draw other images than from the original files. So the published order is restored, from the
+hash or from the numbers stored with the examples.
 """
 
 import re
@@ -17,7 +17,7 @@ from experiments.data._originals import DamagedDatasetError, Split, Splits
 if TYPE_CHECKING:
     from experiments.data._published import Published
 
-# What a prepared data set gives: for every example its features by name.
+# The rows of a prepared data set: the features of each example by name.
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -26,18 +26,18 @@ class NotHereError(Exception):
 
 
 def read(original: "Published", data_dir: Path | None) -> tuple[Splits, str]:
-    """Reads a prepared copy and checks it as far as is known what it has to be.
+    """Reads a prepared copy and checks it as far as possible.
 
     Args:
         original: the data set.
         data_dir: the folder of tfds; None means its default folder.
 
     Returns:
-        The splits, and where they came from in words.
+        The splits, and a text that says where they came from.
 
     Raises:
-        NotHereError: if there is no prepared copy, or none that is read without TensorFlow.
-        DamagedDatasetError: if the copy does not hold what was published.
+        NotHereError: if there is no prepared copy that can be read without TensorFlow.
+        DamagedDatasetError: if the copy does not hold the published data.
     """
     builder = original.builder(data_dir)
     folder = builder.data_path
@@ -46,7 +46,7 @@ def read(original: "Published", data_dir: Path | None) -> tuple[Splits, str]:
     for name, data_source in data_sources.items():
         num_wanted = original.num_examples[name]
         num_registered = builder.info.splits[name].num_examples
-        # Stored as parquet, a copy can give fewer rows than it says it has, without an error.
+        # A copy stored as parquet may return fewer rows than it claims to have, without an error.
         if not len(data_source) == num_registered == num_wanted:
             raise DamagedDatasetError(
                 f"{folder} is damaged: split {name!r} gives {len(data_source):,} rows and says "
@@ -61,7 +61,7 @@ def read(original: "Published", data_dir: Path | None) -> tuple[Splits, str]:
 
 
 def _data_sources(original: "Published", builder: Any) -> dict[str, Any]:
-    """The rows of every split that is wanted, by the splits' names; nothing is read yet."""
+    """The rows of the wanted splits, by the names of the splits; nothing is read yet."""
     folder = builder.data_path
     if not (folder.exists() and builder.is_prepared()):
         raise NotHereError(f"{folder}: not prepared with tensorflow-datasets")
@@ -101,21 +101,22 @@ def in_order_of_ids(
 ) -> Split:
     """Puts rows with ids like "train_00042" back into the published order, and checks them.
 
-    Unlike the original files, a prepared copy has no published checksum. Checked are the ids, the
-    shape of every image and its type, uint8, and the range of the labels; not that the pixels and
+    Unlike the original files, a prepared copy has no published checksum. The ids, the shape and the
+    type (uint8) of every image, and the range of the labels are checked, but not whether pixels and
     labels are the published ones.
 
     Args:
         rows: all rows of the split, with features "id", "image" and "label".
         split_name: name of the split, with which every id begins.
-        image_shape: height, width and channels that every image has to have.
+        image_shape: the height, width and channels that every image must have.
         num_classes: number of different labels.
 
     Returns:
         The split.
 
     Raises:
-        ValueError: if the ids do not number the rows, or if images or labels are out of shape.
+        ValueError: if the ids do not number the rows, or if an image has a wrong shape or type, or
+            a label is out of range.
     """
     numbers = [_number_of_id(row["id"], split_name) for row in rows]
     if sorted(numbers) != list(range(len(rows))):

@@ -2,8 +2,8 @@
 
 A binary file is a sequence of records: one byte for the label, then 3 * 32 * 32 bytes for the
 pixels, all red ones first, then the green and the blue ones, each in row-major order. The archive
-is read in memory and nothing of it is written to the disk or executed; the edition of CIFAR-10 for
-Python, which consists of pickles, is not read at all.
+is read in memory, and nothing of it is written to the disk or executed; the Python version of
+CIFAR-10, which consists of pickles, is not read at all.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ _RECORD_LENGTH = 1 + math.prod(_IMAGE_SHAPE)
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class BinaryArchive(Published):
-    """A data set in one archive of binary files, all of them as long as that of the split "test".
+    """A data set in one archive of binary files, all of the length of the file for "test".
 
-    Of a copy prepared with tfds less is checked: see `_tfds_copies.in_order_of_ids`.
+    A copy prepared with tfds is checked less thoroughly: see `_tfds_copies.in_order_of_ids`.
     """
 
     def read_files(self, paths: Mapping[str, Path]) -> Splits:
@@ -73,8 +73,8 @@ def parse(content: bytes, num_records: int) -> Splits:
         The splits "train" and "test"; images have shape [N, 32, 32, 3].
 
     Raises:
-        ValueError: if it is no such archive, or if a binary file in it is missing, there twice,
-            longer or shorter than it has to be, or holds a label above 9.
+        ValueError: if it is not such an archive, or if a binary file in it is missing, is there
+            twice, has a wrong length, or holds a label above 9.
     """
     files = _unpack(content, num_records * _RECORD_LENGTH)
     splits = {}
@@ -102,7 +102,7 @@ def _unpack(content: bytes, expected_length: int) -> dict[str, bytes]:
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
             for member in archive:
-                # Any other name, such as "../x" or "/x", is not one of the wanted ones.
+                # Other names, such as "../x" or "/x", are ignored.
                 if member.name not in wanted:
                     continue
                 if member.name in files:

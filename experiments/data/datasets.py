@@ -1,4 +1,4 @@
-"""The data sets by name, and how one of them is loaded."""
+"""The data sets by name, loading one of them, and drawing a subset."""
 
 import dataclasses
 import os
@@ -17,11 +17,11 @@ from experiments.data.svhn import SVHN
 DATASETS: Mapping[str, Original] = {
     original.name: original for original in (DIGITS, FASHION_MNIST, SVHN, CIFAR10)
 }
-"""The data sets by name. A data set of the user's own has no name: it is a file."""
+"""The data sets by name. A user's own data set is not among them: it is given as a file."""
 
 
 def is_file(name: str) -> bool:
-    """Whether a data set is asked for by its file, and not by its name."""
+    """Whether a data set is given by its file, and not by its name."""
     return name.endswith(npz.SUFFIX)
 
 
@@ -32,7 +32,7 @@ def find(name: str) -> Original:
         name: one of `DATASETS`, or a file whose name ends in ".npz"; see `npz`.
 
     Raises:
-        ValueError: if it is neither, or if the file is not as it has to be.
+        ValueError: if it is neither, or if the file is not as `npz` says.
     """
     if is_file(name):
         return npz.open_npz(name)
@@ -55,9 +55,9 @@ def load(
 
     Args:
         name: as in `find`.
-        seed: decides which examples are trained on; from 0 to `MAX_SEED`. The same seed draws the
-            same examples on every machine, from every source and with every version of NumPy.
-        data_dir: folder to look in first and to download into; None means the default folder of
+        seed: determines the training examples; from 0 to `MAX_SEED`. The same seed draws the same
+            examples on every machine, from every source and with every version of NumPy.
+        data_dir: the folder to search first and to download to; None means the default folder of
             tensorflow-datasets (the environment variable TFDS_DATA_DIR, or ~/tensorflow_datasets).
         download: whether the network may be used when the data set is not on this machine.
 
@@ -65,8 +65,8 @@ def load(
         The data set, in the computer's memory.
 
     Raises:
-        ValueError: if the name is unknown, the seed out of range, or `data_dir` no folder.
-        DatasetNotFoundError: if the data set is nowhere to be had.
+        ValueError: if the name is unknown, the seed is out of range, or `data_dir` is not a folder.
+        DatasetNotFoundError: if the data set is in none of the places and cannot be downloaded.
         DamagedDatasetError: if it was found, but its contents are not the published ones.
     """
     original = find(name)
@@ -84,12 +84,12 @@ def subset(dataset: Dataset, num_train: int | None, num_test: int | None, *, see
 
     Args:
         dataset: a data set.
-        num_train: how many of the training images; None for all.
-        num_test: how many of the test images, the same for every seed; None for all.
-        seed: decides which training images.
+        num_train: the number of training images to draw; None for all.
+        num_test: the number of test images to draw, the same ones for all seeds; None for all.
+        seed: determines which training images are drawn.
 
     Raises:
-        ValueError: if there are not as many.
+        ValueError: if the data set has fewer images.
     """
 
     def drawn(name: str, examples: Examples, count: int | None, seed: int, draw: int) -> np.ndarray:

@@ -18,8 +18,8 @@ DEBIAN_PACKAGE = "dataset-fashion-mnist"
 class IdxFiles(Published):
     """A data set in IDX files: images and labels of "train", then images and labels of "test".
 
-    The contents have a checksum, so it does not matter who packed them: neither the gzip header of
-    a file nor a copy prepared with tfds makes a difference.
+    The contents have a checksum, so neither a different gzip header nor a copy prepared with tfds
+    makes a difference.
 
     Attributes:
         contents_sha256: for each split the checksum, in hexadecimal digits, of all pixels and then
@@ -71,7 +71,7 @@ FASHION_MNIST = IdxFiles(
         "t10k-images-idx3-ubyte.gz",
         "t10k-labels-idx1-ubyte.gz",
     ),
-    # tfds does not register checksums of the contents. These are of the files that have the
+    # tfds registers no checksums of the contents. These were computed from files that have the
     # registered checksums.
     contents_sha256={
         "train": "16d82e2b505296aa2b78bd5ea0992634f30419a4c97def7c907d154a35ac6157",

@@ -1,4 +1,4 @@
-"""Data sets of the user's own: one NumPy archive, FILE.npz, as Keras keeps its data sets.
+"""The user's own data sets: one NumPy archive, FILE.npz, in the format of Keras' data sets.
 
 It holds four arrays: `x_train` and `x_test`, the images, [N, H, W] or [N, H, W, C] with one or
 three channels, uint8 or other integers from 0 to 255; `y_train` and `y_test`, the classes, integers
@@ -29,14 +29,14 @@ class NpzFile(Original):
 
     Attributes:
         path: the file.
-        splits: what it holds.
+        splits: the splits that it holds.
     """
 
     path: Path
     splits: Splits
 
     def read(self, data_dir: Path | None, download: bool) -> tuple[Splits, str]:
-        """Returns what the file held; nothing else is looked for."""
+        """Returns the splits of the file; no other place is searched."""
         del data_dir, download
         return self.splits, f"the file {self.path} (sha256 {self.sha256})"
 
@@ -48,13 +48,13 @@ def open_npz(path: str | Path) -> NpzFile:
         path: the file, whose name ends in ".npz".
 
     Returns:
-        The data set; its `sha256` is that of the arrays, whatever the file is named, and however it
-        is compressed.
+        The data set; its `sha256` is that of the arrays and does not depend on the name and the
+        compression of the file.
 
     Raises:
         ValueError: if there is no such file, if it cannot be read without running code in it
-            (pickles), if an array is missing, has the wrong rank, shape, type or range, or if
-            images and labels are not as many. The text names the file, the array and what is wrong.
+            (pickles), if an array is missing or has a wrong rank, shape, type or range, or if the
+            numbers of images and labels differ. The text names the file, the array and the problem.
     """
     path = Path(path).expanduser()
     arrays = _arrays(path)
@@ -91,7 +91,7 @@ def open_npz(path: str | Path) -> NpzFile:
 
 
 def _arrays(path: Path) -> Mapping[str, np.ndarray]:
-    """The four arrays, whatever they hold; others in the file are not read."""
+    """The four arrays, unchecked; other arrays in the file are not read."""
     if not path.is_file():
         what = "which is no file" if path.exists() else "which does not exist"
         raise ValueError(f"dataset must be a name or a file, got {_brief(path)}, {what}.")
@@ -151,7 +151,7 @@ def _labels(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 def _num_classes(path: Path, splits: Splits) -> int:
     labels = np.concatenate([split.labels for split in splits.values()])
     smallest, largest = int(labels.min()), int(labels.max())
-    # A label that nothing else is near is a mistake, and would make a net of that many outputs.
+    # A label far above all others is a mistake, and would give the net that many outputs.
     if smallest > 0 or not 1 <= largest < len(labels):
         raise _wrong(
             path,

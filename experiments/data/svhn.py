@@ -19,14 +19,14 @@ _LABEL_OF_DIGIT_0 = 10
 class MatFiles(Published):
     """A data set with one MATLAB file for each of the splits "train" and "test", in this order.
 
-    Of a copy prepared with tfds less is checked: see `_tfds_copies.in_order_of_ids`.
+    A copy prepared with tfds is checked less thoroughly: see `_tfds_copies.in_order_of_ids`.
     """
 
     def read_files(self, paths: Mapping[str, Path]) -> Splits:
         """Reads and checks both original files; `paths` is keyed by their published names."""
         splits = {}
         for split_name, name in zip(("train", "test"), self.file_names, strict=True):
-            # Checked before it is parsed, since the parser is not made for files from anywhere.
+            # Checked before it is parsed, since the parser is not safe for untrusted files.
             content = read_bytes(paths[name], self.files[name])
             try:
                 splits[split_name] = parse(content, self.num_examples[split_name])
@@ -56,13 +56,13 @@ def parse(content: bytes, num_examples: int) -> Split:
 
     Args:
         content: the whole file.
-        num_examples: the number of images that it has to hold.
+        num_examples: the number of images that it must hold.
 
     Returns:
         The split; images have shape [N, 32, 32, 3].
 
     Raises:
-        ValueError: if it is no such file, or holds something else.
+        ValueError: if it is not such a file, or X or y has a wrong shape, type or label.
     """
     variables = _variables(content)
     expected_shapes = {"X": (*_IMAGE_SHAPE, num_examples), "y": (num_examples, 1)}
@@ -81,14 +81,14 @@ def parse(content: bytes, num_examples: int) -> Split:
     if len(wrong_labels):
         raise ValueError(f"y holds the label {wrong_labels[0]}, expected 1 to {_LABEL_OF_DIGIT_0}")
     return Split(
-        # MATLAB counts examples with the last axis; the copy puts every image in one piece.
+        # In MATLAB the last axis counts examples; the copy makes every image contiguous.
         images=np.ascontiguousarray(np.moveaxis(images, -1, 0)),
         labels=(labels % _LABEL_OF_DIGIT_0).astype(np.uint8),
     )
 
 
 def _variables(content: bytes) -> dict[str, np.ndarray]:
-    """The arrays X and y of a MATLAB file, as far as it holds them."""
+    """Those of the arrays X and y that a MATLAB file holds."""
     import scipy.io
     from scipy.io.matlab import MatReadError
 

@@ -1,7 +1,7 @@
-"""The room of the study that decides whether SGD beats GD, and which noises go with SGD.
+"""The study that decides whether SGD beats GD, and which laws perform like SGD.
 
-settings    what is compared on which data, declared before it is run
-study       runs what is missing, records it, and chooses GD's own learning rate
+settings    the comparisons and their data, declared before they are run
+study       makes and records the missing runs, and chooses GD's own learning rate
 statistics  paired differences, Holm, equivalence, the share of a gap that is closed
 report      the table and the figure, from the records
 command     ``python -m experiments decide``

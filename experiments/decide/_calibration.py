@@ -1,4 +1,4 @@
-"""Times how a setting is computed fastest on the device that is there."""
+"""Finds the options with which a setting is computed fastest on the device."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ from experiments.decide.settings import Setting
 
 
 class Timing(NamedTuple):
-    """How fast a choice is, with its runner, which has compiled already.
+    """The speed of a choice of options, with its runner, which has compiled already.
 
     Attributes:
-        runner: with the options that were timed.
-        seeds_at_once: runs side by side.
-        seconds_per_seed_step: for one step of one seed.
-        compile_seconds: before the first step.
+        runner: the runner with the options that were timed.
+        seeds_at_once: the number of runs side by side.
+        seconds_per_seed_step: the seconds for one step of one seed.
+        compile_seconds: the seconds before the first step.
     """
 
     runner: Runner
@@ -39,17 +39,18 @@ def calibrate(
 ) -> list[Timing]:
     """Times a few steps of each choice of options and seeds at once; returns the fastest first.
 
-    A choice that the device has no memory for is left out. None is tried that would end after
-    `budget_seconds` if it took as long as the slowest one before, except the first.
+    Choices that need more memory than the device has are left out. Except for the first, a choice
+    is not tried if it would end after `budget_seconds` in case it took as long as the slowest so
+    far.
 
     Args:
-        setting: what is timed.
-        images: its images.
-        choices: what to try, the most promising first.
+        setting: the setting to time.
+        images: the images of the setting.
+        choices: the choices to try, the most promising first.
         name: the contestant that is timed.
-        steps: how many steps.
-        budget_seconds: see above.
-        told: is told each result, in words.
+        steps: the number of steps that are timed.
+        budget_seconds: the time limit, in seconds; see above.
+        told: called with a text for each result.
 
     Raises:
         RuntimeError: if no choice works.

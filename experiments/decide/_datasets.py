@@ -1,4 +1,4 @@
-"""The images of a setting, and what each seed draws of them."""
+"""The images of a setting, and the examples that each seed draws from them."""
 
 import hashlib
 import pathlib
@@ -19,7 +19,7 @@ _MAX_VALUES = {"digits_net": 16.0, "vgg11": 255.0}
 # The order of the digits: fixed, so that the pool and the test images are the same for all seeds.
 _DIGITS_ORDER = 0
 _NUM_CLASSES = 10
-# What a seed draws by turns from its stream of cases.
+# The draws that a seed makes from its stream of cases.
 _LABELS, _NOISE = range(2)
 
 
@@ -40,7 +40,7 @@ class Images(NamedTuple):
 
 
 def max_value(setting: Setting) -> float:
-    """What pixels are divided by."""
+    """The number by which pixels are divided."""
     return _MAX_VALUES[setting.net]
 
 
@@ -48,7 +48,7 @@ def load(setting: Setting, path: pathlib.Path | None = None) -> Images:
     """Loads the images of a setting into the computer's memory.
 
     Args:
-        setting: says which images, and how many.
+        setting: the setting, which determines the images and their number.
         path: a `.npz` file with ``x_train, y_train, x_test, y_test``, images as uint8 [N, H, W, C]
             and labels from 0 to 9 (Keras' convention); None for the digits.
 
@@ -89,7 +89,7 @@ def load(setting: Setting, path: pathlib.Path | None = None) -> Images:
 
 
 def checksum(images: Images) -> str:
-    """Of the images and labels that are used, 16 hexadecimal digits."""
+    """The checksum of the images and labels that are used, 16 hexadecimal digits."""
     total = hashlib.sha256()
     for part in images:
         total.update(np.ascontiguousarray(part).tobytes())
@@ -112,11 +112,11 @@ def _npz(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 class Sample(NamedTuple):
-    """What a seed trains on.
+    """The training examples of a seed.
 
     Attributes:
-        positions: of its N images in the pool, int32, [N].
-        labels: the labels it is given, int32, [N].
+        positions: the positions of its N images in the pool, int32, [N].
+        labels: the labels that it is given, int32, [N].
     """
 
     positions: Int[Array, " N"]
@@ -124,11 +124,11 @@ class Sample(NamedTuple):
 
 
 def draw(setting: Setting, key: Key[Array, ""], pool_labels: Any) -> Sample:
-    """A seed's training subset, and its labels with noise: functions of the seed's key alone."""
+    """A seed's training subset and its labels with noise, which depend on the seed's key only."""
     subset_key, label_key = derive(key, Stream.EXAMPLES), derive(key, Stream.CASES, _LABELS)
     positions = noise.permute(subset_key, jnp.arange(setting.num_train), setting.pool)
     labels = pool_labels[positions]
-    # Exactly this many labels become another class, each other class equally likely.
+    # Exactly this many labels are replaced by one of the other classes, all equally likely.
     flipped = round(setting.label_noise * setting.num_train)
     places_key, classes_key = jax.random.split(label_key)
     if flipped:
@@ -139,5 +139,5 @@ def draw(setting: Setting, key: Key[Array, ""], pool_labels: Any) -> Sample:
 
 
 def noise_key(key: Key[Array, ""], name: int | Int[Array, ""]) -> Key[Array, ""]:
-    """The key that a contestant's noise is drawn from, by the number of its name."""
+    """The key from which a contestant's weights are drawn, by the number of its name."""
     return derive(key, Stream.CASES, _NOISE, name)

@@ -1,4 +1,4 @@
-"""The nets of `experiments.models` as functions of their parameters, the convolution chosen.
+"""The nets of `experiments.models` as functions of parameters, with a choice of convolution.
 
 Under `jax.vmap` over seeds a convolution has a kernel per seed and becomes a grouped one. Here it
 can be a batched matrix product of patches instead, on every platform. Initial parameters are those
@@ -41,9 +41,10 @@ def make(setting: Setting, convolution: Convolution = "product", groups: int = 1
     Args:
         setting: names the net and its width.
         convolution: how convolutions are computed.
-        groups: into how many runs of equal length the images of a pass are divided, each with a
-            copy of the parameters, where it divides them: the gradient of a kernel is then as many
-            short sums side by side instead of one long one. Rounding apart, nothing changes.
+        groups: the number of equal parts into which the images of a pass are divided, if it divides
+            their number. Each part has a copy of the parameters, so that the gradient of a kernel
+            is computed as several short sums in parallel instead of a long one. Results change by
+            rounding only.
 
     Raises:
         ValueError: if there is no such convolution, or `groups` is below 1.
@@ -63,7 +64,7 @@ def make(setting: Setting, convolution: Convolution = "product", groups: int = 1
         size = images.shape[0]
         if groups == 1 or size % groups or size == groups:
             return plain(params, images)
-        # The barrier keeps the compiler from adding up over groups inside the product again.
+        # The barrier keeps the compiler from moving the sum over groups into the product again.
         copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (groups, *x.shape)), params)
         runs = images.reshape(groups, size // groups, *images.shape[1:])
         return jax.vmap(plain)(jax.lax.optimization_barrier(copies), runs).reshape(size, -1)
@@ -98,7 +99,7 @@ class _Product:
 
 
 class _Lax:
-    """Images [B, H, W, C], which the libraries of graphics cards are fastest with."""
+    """Images [B, H, W, C], the layout in which the libraries of graphics cards are fastest."""
 
     def enter(self, images: Array) -> Array:
         return images

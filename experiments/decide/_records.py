@@ -1,7 +1,7 @@
-"""The records of a setting: a file of JSON lines, one for each chunk of a contestant's seeds.
+"""The records of a setting: a file of JSON lines, one per chunk of a contestant's seeds.
 
-Lines are added and never changed. A last line that was cut short, by a run that was killed while
-it wrote, is left out, and its seeds are run again.
+Lines are added and never changed. If a run was killed while it wrote, the last line is cut short;
+it is ignored, and its seeds are run again.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 
 
 class Run(NamedTuple):
-    """What identifies a run: equal ones give equal results, rounding apart."""
+    """The identity of a run: equal ones give equal results up to rounding."""
 
     contestant: str
     factor: float
@@ -31,14 +31,14 @@ class Run(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """The evaluations of one run, [evaluations] each; accuracies are shares.
+    """The evaluations of one run, [evaluations] each; accuracies are fractions.
 
     Attributes:
-        steps: after which it was evaluated; the last one is the endpoint.
-        train_loss: mean over its training images, with the labels that it was given.
-        train_accuracy: the same.
-        test_loss: mean over the test images, with their true labels.
-        test_accuracy: the same.
+        steps: the numbers of steps after which it was evaluated; the last one is the endpoint.
+        train_loss: the mean loss over its training images, with the labels that it was given.
+        train_accuracy: the accuracy on its training images, with the same labels.
+        test_loss: the mean loss over the test images, with their true labels.
+        test_accuracy: the accuracy on the test images.
     """
 
     steps: np.ndarray
@@ -65,7 +65,7 @@ def add(
     outcome: Outcome,
     options: Options,
 ) -> None:
-    """Adds what a chunk of runs reached, as one line: seeds, and factors of the learning rate."""
+    """Adds the results of a chunk of runs (seeds, and factors of the learning rate) as one line."""
     device = jax.devices()[0]
     scores = outcome.scores
     line = {
@@ -93,7 +93,7 @@ def add(
     text = json.dumps(line, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
-        # After a line that was cut short, a new one begins.
+        # If the last line was cut short, begin a new one.
         file.seek(0, os.SEEK_END)
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -104,10 +104,10 @@ def add(
 
 
 def lines(path: pathlib.Path, setting: Setting) -> list[dict[str, Any]]:
-    """Reads the records of a setting; none where there is no file.
+    """Reads the records of a setting; an empty list if there is no file.
 
     Raises:
-        ValueError: if the file holds records of something else, or of other images in parts.
+        ValueError: if the file holds records of another setting, or of different images.
     """
     if not path.exists():
         return []
@@ -146,7 +146,7 @@ def _parsed(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def curves(found: list[dict[str, Any]]) -> dict[Run, Curve]:
-    """The runs of these records; of one that was made twice, the first."""
+    """The runs of these records; of a run that was made twice, the first."""
     runs: dict[Run, Curve] = {}
     for line in found:
         numbers = {
@@ -167,7 +167,7 @@ def curves(found: list[dict[str, Any]]) -> dict[Run, Curve]:
 
 
 def _rounded(values: np.ndarray) -> list[list[float | None]]:
-    """To six significant digits; None where a run has diverged."""
+    """The values to six significant digits; None if a run has diverged."""
     return [
         [float(f"{value:.6g}") if math.isfinite(value) else None for value in row]
         for row in np.asarray(values, float).tolist()

@@ -1,8 +1,8 @@
 """Trains the contestants of a setting: all seeds of a chunk side by side, in one compiled loop.
 
-Contestants whose laws have the same support share one program, which draws from the law that it is
-told: compiling is what takes longest on a graphics card. Everything that is drawn is a function of
-the seed's key, so a seed's result depends on neither its chunk nor the program, rounding apart.
+Contestants whose laws have the same support share one program, which takes the number of the law as
+an argument, since compiling takes longest on a graphics card. All draws are functions of the seed's
+key, so the result of a seed does not depend on its chunk and its program, up to rounding.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ from msgd_jax._streams import Stream, derive
 
 # Large enough to keep the device busy, small enough for the activations of all seeds to fit.
 EVALUATION_BATCH = 500
-# Examples whose gradients are in memory together, per seed.
+# The number of examples whose gradients are in memory at the same time, per seed.
 GRADIENT_ROWS = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a setting is computed; rounding apart, no result depends on it.
+    """How a setting is computed; results depend on it by rounding only.
 
     Attributes:
-        convolution: see `nets.make`.
-        groups: see `nets.make`.
-        microbatch_size: examples of a seed in one pass; None for all of a step.
+        convolution: see `_nets.make`.
+        groups: see `_nets.make`.
+        microbatch_size: the examples of a seed in one pass; None for all examples of a step.
     """
 
     convolution: _nets.Convolution = "product"
@@ -45,10 +45,10 @@ class Options:
 
 
 class Shape(NamedTuple):
-    """What contestants have to share to share a program.
+    """The properties that contestants with the same program have in common.
 
     Attributes:
-        support: examples that a step computes; None for all N of them, in order.
+        support: the number of examples that a step computes; None for all N of them, in order.
         perturbed: whether Gaussian noise is added to the gradient.
     """
 
@@ -57,20 +57,20 @@ class Shape(NamedTuple):
 
 
 class Example(NamedTuple):
-    """Images and the labels that a seed is given, a leading axis for the examples."""
+    """The images and the labels of a seed, with a leading axis of examples."""
 
     image: UInt8[Array, "N height width channels"]
     label: Int[Array, " N"]
 
 
 class State(NamedTuple):
-    """Of a chunk of seeds; every array has a leading axis for them.
+    """The state of a chunk of seeds; every array has a leading axis of seeds.
 
     Attributes:
-        params: of the net.
-        variances: of the Gaussian noise per parameter, like `params`; () without such noise.
-        examples: what each seed trains on.
-        noise_keys: of the contestant.
+        params: the parameters of the net.
+        variances: the variances of the Gaussian noise, like `params`; () without such noise.
+        examples: the training examples of each seed.
+        noise_keys: the keys of the contestant's noise.
     """
 
     params: Any
@@ -82,7 +82,7 @@ class State(NamedTuple):
 class Score(NamedTuple):
     """Mean losses, and numbers of images classified correctly.
 
-    [seeds] each, on the device; [evaluations, seeds] in an `Outcome`, as NumPy arrays.
+    They are [seeds] on the device, and NumPy arrays [evaluations, seeds] in an `Outcome`.
     """
 
     train_loss: Any
@@ -95,7 +95,7 @@ class Ends(NamedTuple):
     """Compiled functions that all contestants of a setting share.
 
     Attributes:
-        start: ``start(images, seeds, noise_name) -> State``, the variances left out.
+        start: ``start(images, seeds, noise_name) -> State``, without the variances.
         evaluate: ``evaluate(params, examples, images) -> Score``.
     """
 
@@ -107,10 +107,10 @@ class Program(NamedTuple):
     """The compiled training loop of the contestants of one shape.
 
     Attributes:
-        names: the contestants; `which` of `advance` counts them.
+        names: the contestants; `which` of `advance` is an index of them.
         advance: ``advance(state, which, begin, end, learning_rates, decay_step) -> State`` makes
-            the steps from `begin` to `end` - 1, each seed at its own learning rate; the state given
-            is gone.
+            the steps from `begin` to `end` - 1, each seed at its own learning rate; it donates the
+            state.
     """
 
     names: tuple[str, ...]
@@ -127,7 +127,7 @@ def shape_of(setting: Setting, name: str) -> Shape:
 
 
 def make_ends(setting: Setting, options: Options) -> Ends:
-    """Makes what the contestants of a setting share: how a run starts, how it is evaluated."""
+    """Makes the functions that all contestants of a setting share: start and evaluation."""
     net = _nets.make(setting, options.convolution)
 
     def start_one(images: _datasets.Images, seed: Array, noise_name: Array) -> State:
@@ -187,7 +187,7 @@ def make_program(setting: Setting, shape: Shape, options: Options) -> Program:
     ) -> State:
         def one_step(step: Array, state: State) -> State:
             if shape.perturbed:
-                # Outside `vmap`, under which both branches would be computed at every step.
+                # Outside `vmap`, which would compute both branches at every step.
                 fresh = jax.lax.cond(
                     step % setting.refresh_every == 0,
                     lambda: jax.vmap(variances, in_axes=(0, 0, None))(
@@ -212,7 +212,7 @@ def covariance_diagonal(losses: Any, params: Any, examples: Example) -> Any:
 
 
 def _gaussian(key: Key[Array, ""], step: Array, variances: Any) -> Any:
-    """Independent normals with these variances, from a stream of their own."""
+    """Independent normals with these variances, from a separate stream."""
     leaves, structure = jax.tree.flatten(variances)
     keys = [derive(key, Stream.LANGEVIN, step, i) for i in range(len(leaves))]
     normals = [
@@ -223,7 +223,7 @@ def _gaussian(key: Key[Array, ""], step: Array, variances: Any) -> Any:
 
 
 def _sums(logits_of: Callable[..., Array], params: Any, examples: Example) -> tuple[Array, Array]:
-    """Mean loss and number of correct answers, a batch at a time."""
+    """The mean loss and the number of correct answers, computed batch by batch."""
     size = examples.label.shape[0]
     batch_size = min(EVALUATION_BATCH, size)
     positions = jnp.arange(-(-size // batch_size) * batch_size).reshape(-1, batch_size)
@@ -247,13 +247,13 @@ def noise_number(name: str) -> int:
 
 
 class Outcome(NamedTuple):
-    """What a contestant reached with the seeds of one chunk.
+    """The results of a contestant with the seeds of one chunk.
 
     Attributes:
-        steps: after which it was evaluated, [evaluations].
-        scores: arrays [evaluations, seeds].
-        seconds: wall time of steps and evaluations, without compiling.
-        compile_seconds: before the first step: compiling, and drawing the initial weights.
+        steps: the numbers of steps after which it was evaluated, [evaluations].
+        scores: the scores, with arrays [evaluations, seeds].
+        seconds: the wall time of steps and evaluations, without compiling.
+        compile_seconds: the time before the first step: compiling, and drawing the initial weights.
     """
 
     steps: list[int]
@@ -266,8 +266,8 @@ class Runner:
     """Runs chunks of one setting; it holds the images on the device, and the programs.
 
     Attributes:
-        setting: what is run.
-        options: how it is computed.
+        setting: the setting that is run.
+        options: the options with which it is computed.
     """
 
     def __init__(self, setting: Setting, images: _datasets.Images, options: Options):
@@ -294,10 +294,10 @@ class Runner:
         """Trains a contestant with these seeds, side by side.
 
         Args:
-            name: of the contestant.
-            seeds: of which everything is drawn: subset, labels, initial weights, noise.
-            factors: of the setting's learning rate, one per seed; None for 1.
-            advanced: is told how many steps have been made since it was last told.
+            name: the name of the contestant.
+            seeds: the seeds, from which subset, labels, initial weights and noise are drawn.
+            factors: the factors of the setting's learning rate, one per seed; None for 1.
+            advanced: called with the number of steps made since its last call.
         """
         contestant = CONTESTANTS[name]
         steps, before = contestant.evaluation_steps(self.setting), time.perf_counter()
@@ -329,7 +329,7 @@ class Runner:
     def _started(
         self, name: str, seeds: Sequence[int], factors: Sequence[float] | None
     ) -> tuple[State, Callable[[State, int, int], State]]:
-        """The state before the first step, and what advances it, compiled."""
+        """The state before the first step, and the compiled function that advances it."""
         contestant, program = CONTESTANTS[name], self._program(name)
         number = np.uint32(noise_number(contestant.key))
         state = self._ends.start(self._images, np.asarray(seeds, np.int32), number)
@@ -344,5 +344,5 @@ class Runner:
         def advance(state: State, begin: int, end: int) -> State:
             return program.advance(state, which, np.int32(begin), np.int32(end), rates, decay_step)
 
-        # No steps at all: this only compiles.
+        # Zero steps, which only compiles.
         return jax.block_until_ready(advance(state, 0, 0)), advance

@@ -1,4 +1,4 @@
-"""Table and figure of a setting, from its records alone."""
+"""The table and the figure of a setting, made from its records."""
 
 import dataclasses
 import math
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from experiments import tables
 from experiments.decide import _records, statistics, study
 from experiments.decide.settings import BASELINES, CONTESTANTS, Setting, label
 
@@ -17,26 +18,41 @@ _GREEN = "#009E73"
 AT_EQUAL_LOSS = "GD at SGD's training loss"
 """The row for GD stopped where its training loss is that of the same seed's SGD at the end."""
 
+_HEADER = [
+    "algorithm",
+    "seeds",
+    "test accuracy",
+    "minus SGD",
+    "p (Holm)",
+    "minus GD",
+    "p (Holm)",
+    "share of the gap closed",
+    "p of equivalence with SGD",
+    "training loss",
+    "training accuracy",
+    "test loss",
+]
+
 Values = Float[np.ndarray, " seeds"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What the study says about one contestant; accuracies and differences are in points.
+    """The row of one contestant in the table; accuracies and differences are in points.
 
     Attributes:
-        label: its name.
+        label: the name of the contestant.
         in_family: whether it belongs to the declared family.
-        accuracy: test accuracy at the endpoint, mean.
-        train_loss: the same of the training loss.
-        train_accuracy: on the labels that were given.
-        test_loss: mean.
+        accuracy: the mean test accuracy at the endpoint.
+        train_loss: the mean training loss at the endpoint.
+        train_accuracy: the mean training accuracy, on the labels that were given.
+        test_loss: the mean test loss.
         to_sgd, to_gd: paired differences; None for the baseline itself.
-        adjusted_to_sgd, adjusted_to_gd: their p-values by Holm's method over the family; NaN
-            outside it.
-        equivalent: p-value of equivalence with SGD within the margin, by Holm's method over the
+        adjusted_to_sgd, adjusted_to_gd: their p-values by Holm's method over the family; NaN for
+            contestants outside it.
+        equivalent: the p-value of equivalence with SGD within the margin, by Holm's method over the
             family; not adjusted outside it. NaN for SGD itself.
-        share: of the gap between GD and SGD that it closes; None for GD and SGD.
+        share: the share of the gap between GD and SGD that it closes; None for GD and SGD.
     """
 
     label: str
@@ -95,9 +111,10 @@ def _of(
 def _at_equal_loss(
     gd: dict[int, _records.Curve], sgd: dict[int, _records.Curve]
 ) -> dict[int, _records.Curve]:
-    """GD between the two evaluations where its training loss first falls to that of SGD's end.
+    """GD where its training loss first falls to the final training loss of SGD.
 
-    Interpolated in the logarithm of the loss; where it is never reached, the last evaluation.
+    It is interpolated between two evaluations in the logarithm of the loss. If GD never reaches
+    that loss, its last evaluation is taken.
     """
     stopped = {}
     for seed in gd.keys() & sgd.keys():
@@ -151,7 +168,7 @@ def _row(
 
 
 def _adjusted(setting: Setting, table: list[Row]) -> list[Row]:
-    """Holm's method over the declared family: both comparisons together, equivalence apart."""
+    """Applies Holm's method over the declared family, separately to differences and equivalence."""
     inside = [row for row in table if row.in_family]
     both = [row.to_sgd.p_value for row in inside] + [row.to_gd.p_value for row in inside]  # pyright: ignore[reportOptionalMemberAccess]
     differences = statistics.holm(both, 2 * len(setting.family))
@@ -169,7 +186,7 @@ def _adjusted(setting: Setting, table: list[Row]) -> list[Row]:
 
 
 def markdown(setting: Setting, table: list[Row], found: list[dict[str, Any]]) -> str:
-    """The table as Markdown, with what one has to know to read it."""
+    """The table as Markdown, with notes that explain it."""
     gap = next(row.to_gd for row in table if row.to_sgd is None)
     assert gap is not None
     lines = [
@@ -181,13 +198,11 @@ def markdown(setting: Setting, table: list[Row], found: list[dict[str, Any]]) ->
         f"SGD - GD: {_shown(gap)} points of test accuracy ({gap.num_seeds} seeds, p = "
         f"{gap.p_value:.2g}). Margin of equivalence: {100 * setting.margin:.2f} points.",
         "",
-        "| algorithm | seeds | test accuracy | minus SGD | p (Holm) | minus GD | p (Holm) | share "
-        "of the gap closed | p of equivalence with SGD | training loss | training accuracy | test "
-        "loss |",
-        "|---" * 12 + "|",
+        tables.markdown_table(_HEADER, [_line(row) for row in table]),
+        "",
+        _notes(setting, table, found),
+        "",
     ]
-    lines += [_line(row) for row in table]
-    lines += ["", _notes(setting, table, found), ""]
     return "\n".join(lines)
 
 
@@ -205,16 +220,24 @@ def _described(setting: Setting) -> str:
     )
 
 
-def _line(row: Row) -> str:
+def _line(row: Row) -> list[str]:
     compared = row.to_sgd or row.to_gd
     assert compared is not None
-    return (
-        f"| {row.label}{'' if row.in_family or row.to_sgd is None or row.to_gd is None else ' *'} "
-        f"| {compared.num_seeds} | {row.accuracy:.2f} | {_shown(row.to_sgd)} "
-        f"| {_p_value(row.adjusted_to_sgd)} | {_shown(row.to_gd)} | {_p_value(row.adjusted_to_gd)} "
-        f"| {_share(row.share)} | {_p_value(row.equivalent)} | {row.train_loss:.2g} "
-        f"| {row.train_accuracy:.1f} | {row.test_loss:.2f} |"
-    )
+    outside = not row.in_family and row.to_sgd is not None and row.to_gd is not None
+    return [
+        f"{row.label} *" if outside else row.label,
+        str(compared.num_seeds),
+        f"{row.accuracy:.2f}",
+        _shown(row.to_sgd),
+        _p_value(row.adjusted_to_sgd),
+        _shown(row.to_gd),
+        _p_value(row.adjusted_to_gd),
+        _share(row.share),
+        _p_value(row.equivalent),
+        f"{row.train_loss:.2g}",
+        f"{row.train_accuracy:.1f}",
+        f"{row.test_loss:.2f}",
+    ]
 
 
 def _notes(setting: Setting, table: list[Row], found: list[dict[str, Any]]) -> str:
@@ -267,7 +290,7 @@ def _share(share: statistics.Share | None) -> str:
 
 
 def draw(setting: Setting, table: list[Row], path: pathlib.Path) -> None:
-    """The differences with their intervals, a row per contestant; replaces an earlier figure."""
+    """Draws the differences with intervals, one row per contestant; replaces an earlier figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -308,10 +331,10 @@ def write(setting: Setting, folder: pathlib.Path) -> tuple[pathlib.Path, str]:
     """Writes ``SETTING.md`` and ``SETTING.png`` from the records in a folder.
 
     Returns:
-        The page's path, and its text.
+        The path and the text of the page.
 
     Raises:
-        ValueError: if the records are of something else, or too few.
+        ValueError: if the records are of another setting, or too few.
     """
     path = _records.path_of(folder, setting)
     found = _records.lines(path, setting)

@@ -1,7 +1,7 @@
-"""What the study runs, declared before it is run: settings, contestants, families, margins.
+"""The settings, contestants, families and margins of the study, declared before it is run.
 
-A `Setting` fixes everything that a result depends on but the seed. Its fingerprint stands in every
-record, so that results of two settings never stand in one file.
+A `Setting` fixes everything that a result depends on except the seed. Its fingerprint is in every
+record, so that results of two settings are never mixed in one file.
 """
 
 import dataclasses
@@ -16,45 +16,49 @@ import numpy as np
 from msgd_jax import noise
 
 DRAWS = 1
-"""Raised when the same setting and seed come to draw something else."""
+"""Increased when a change makes the same setting and seed draw something else."""
 
 Perturbation = Literal["none", "isotropic", "diagonal"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One data set, one net and one training procedure, and what is asked of them.
+    """One data set, one net and one training procedure, and the comparisons to make.
 
     Attributes:
-        name: of the setting, and of the file of its records.
+        name: the name of the setting, and of the file of its records.
         data: "digits", which come with scikit-learn, or "npz" for a file of images.
         net: "digits_net" or "vgg11".
         width: channels of the first layer of VGG-11; 0 for the digits net, which has one size.
-        train_part: the part of the `.npz` file to train on; the other one is tested on. "test" is
-            the paper's way round for SVHN.
-        num_train: N, images that a seed trains on.
-        pool: the first so many images of the part to train on, of which every seed draws its N.
-        num_test: the first so many images of the other part, on which all seeds are tested; fewer
-            where the file has fewer.
-        label_noise: share of the N labels that is replaced by another class, drawn per seed.
-        batch_size: b, the batch size of SGD and the scale of every other noise.
+        train_part: the part of the `.npz` file for training; the other one is for testing. The
+            paper uses "test" for SVHN.
+        num_train: N, the number of training images of a seed.
+        pool: the number of images, from the first on, of the training part from which every seed
+            draws its N images.
+        num_test: the number of images, from the first on, of the other part on which all seeds are
+            tested; fewer if the file has fewer.
+        label_noise: the fraction of the N labels that is replaced by another class, drawn per seed.
+        batch_size: b, the batch size of SGD and the scale of all other noises.
         learning_rate: eta.
         steps: iterations.
-        decay_at: share of the steps after which the learning rate is multiplied by `decay_factor`.
+        decay_at: the fraction of the steps after which the learning rate is multiplied by
+            `decay_factor`.
         decay_factor: see `decay_at`.
-        evaluations: evenly spaced evaluations; the last one, after all steps, is the endpoint.
-        seeds: first seed and number of seeds of the main runs.
-        tuning_seeds: first seed and number of seeds that choose GD's own learning rate.
-        tuning_factors: the learning rates tried there, as factors of `learning_rate`.
-        longer: how many times the steps GD has in `gd-longer`.
+        evaluations: the number of evenly spaced evaluations; the last one, after all steps, is the
+            endpoint.
+        seeds: the first seed and the number of seeds of the main runs.
+        tuning_seeds: the first seed and the number of seeds that choose GD's own learning rate.
+        tuning_factors: the learning rates that are tried, as factors of `learning_rate`.
+        longer: the factor of the number of steps in `gd-longer`.
         supports: the two support sizes of the sparse laws.
-        refresh_every: steps for which isotropic and diagonal noise keep their variances.
-        margin: of equivalence, a difference of test accuracies as a share: half of the gap that
-            pilot runs on other seeds found.
+        refresh_every: the number of steps for which isotropic and diagonal noise keep their
+            variances.
+        margin: the margin of equivalence, a difference of test accuracies as a fraction: half of
+            the gap that pilot runs on other seeds found.
         family: the contestants that are compared with SGD and with GD: one family for Holm's
-            method, two comparisons for each contestant.
-        others: contestants that can be run as well, and stand outside the family.
-        note: what a page about it has to say of the images.
+            method, with two comparisons per contestant.
+        others: further contestants that can be run, outside the family.
+        note: a text about the images, for the page.
     """
 
     name: str
@@ -118,10 +122,9 @@ class Setting:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides about a seed's result, 16 hexadecimal digits.
+        """A checksum of everything that determines the result of a seed, 16 hexadecimal digits.
 
-        Which seeds are run, the margin and the family decide about the analysis only, and are left
-        out.
+        The seeds, the margin and the family are left out, since they only affect the analysis.
         """
         left_out = ("seeds", "tuning_seeds", "tuning_factors", "margin", "family", "others", "note")
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
@@ -135,13 +138,13 @@ class Contestant:
 
     Attributes:
         label: its name in tables and figures.
-        law: the law of its weights, made from a setting.
-        key: the name of its noise key. No two contestants share one, except GD's variants, which
-            draw nothing: results of different laws share initial weights and data, not noise.
+        law: a function from a setting to the law of its weights.
+        key: the name of its noise key. Only the variants of GD, which draw nothing, share one, so
+            different laws share initial weights and data but not noise.
         perturbation: Gaussian noise that is added to the gradient, with the trace of S/b
             ("isotropic") or the diagonal of S/b ("diagonal").
         longer: whether it makes `Setting.longer` times the steps.
-        refinement: l of SVAG: l times the steps at a learning rate divided by l.
+        refinement: l of SVAG, for l times as many steps at a learning rate divided by l.
         tuned: whether it runs at the learning rate chosen for GD on the tuning seeds.
     """
 
@@ -154,15 +157,15 @@ class Contestant:
     tuned: bool = False
 
     def steps(self, setting: Setting) -> int:
-        """How many iterations it makes."""
+        """The number of its iterations."""
         return setting.steps * self.refinement * (setting.longer if self.longer else 1)
 
     def learning_rate(self, setting: Setting, factor: float = 1.0) -> float:
-        """Its learning rate before the decay, where `factor` is GD's own one over the setting's."""
+        """Its learning rate before the decay; `factor` is GD's own rate over the setting's."""
         return setting.learning_rate * factor / self.refinement
 
     def evaluation_steps(self, setting: Setting) -> list[int]:
-        """The iterations after which it is evaluated: evenly spaced, the last after all."""
+        """The evenly spaced iterations after which it is evaluated; the last is its last one."""
         places = np.linspace(0, self.steps(setting), setting.evaluations + 1)[1:]
         return [round(place) for place in places.tolist()]
 
@@ -231,7 +234,7 @@ CONTESTANTS: dict[str, Contestant] = {
 """The contestants by name, in the order in which they are run: the most important first."""
 
 BASELINES = ("gd", "sgd")
-"""What every contestant of a family is compared with."""
+"""The contestants that every contestant of a family is compared with."""
 
 
 def label(name: str, setting: Setting) -> str:
@@ -244,39 +247,87 @@ def label(name: str, setting: Setting) -> str:
 _ALL = tuple(name for name in CONTESTANTS if name not in BASELINES)
 
 DIGITS = Setting(
-    name="digits", data="digits", net="digits_net", width=0, train_part="train",
-    num_train=200, pool=800, num_test=997, label_noise=0.2,
-    batch_size=5, learning_rate=0.1, steps=8_000, decay_at=0.7, decay_factor=0.1, evaluations=12,
-    seeds=(100, 100), tuning_seeds=(40, 25), tuning_factors=(1.0, 2.0, 4.0, 8.0),
-    longer=4, supports=(10, 40), refresh_every=10,
-    margin=0.0095, family=_ALL,
+    name="digits",
+    data="digits",
+    net="digits_net",
+    width=0,
+    train_part="train",
+    num_train=200,
+    pool=800,
+    num_test=997,
+    label_noise=0.2,
+    batch_size=5,
+    learning_rate=0.1,
+    steps=8_000,
+    decay_at=0.7,
+    decay_factor=0.1,
+    evaluations=12,
+    seeds=(100, 100),
+    tuning_seeds=(40, 25),
+    tuning_factors=(1.0, 2.0, 4.0, 8.0),
+    longer=4,
+    supports=(10, 40),
+    refresh_every=10,
+    margin=0.0095,
+    family=_ALL,
     note="The digits of scikit-learn: a fixed pool of 800, tested on the other 997.",
-)  # fmt: skip
+)
 """The setting of the pilot, which found a gap of 1.9 points on 20 seeds that did not choose it."""
 
 SVHN = Setting(
-    name="svhn", data="npz", net="vgg11", width=8, train_part="test",
-    num_train=1_000, pool=1_952, num_test=4_434, label_noise=0.0,
-    batch_size=50, learning_rate=0.05, steps=1_500, decay_at=0.7, decay_factor=0.1, evaluations=12,
-    seeds=(100, 20), tuning_seeds=(40, 10), tuning_factors=(0.4, 1.0, 2.0, 4.0),
-    longer=2, supports=(100, 200), refresh_every=10,
-    margin=0.0125, family=(
-        "sgd-other-key", "cov", "fisher", "bernoulli", "sparse-cov-1", "sparse-fisher-1",
-        "sparse-cov-2", "sparse-fisher-2", "isotropic", "diagonal", "gd-best", "gd-longer",
+    name="svhn",
+    data="npz",
+    net="vgg11",
+    width=8,
+    train_part="test",
+    num_train=1_000,
+    pool=1_952,
+    num_test=4_434,
+    label_noise=0.0,
+    batch_size=50,
+    learning_rate=0.05,
+    steps=1_500,
+    decay_at=0.7,
+    decay_factor=0.1,
+    evaluations=12,
+    seeds=(100, 20),
+    tuning_seeds=(40, 10),
+    tuning_factors=(0.4, 1.0, 2.0, 4.0),
+    longer=2,
+    supports=(100, 200),
+    refresh_every=10,
+    margin=0.0125,
+    family=(
+        "sgd-other-key",
+        "cov",
+        "fisher",
+        "bernoulli",
+        "sparse-cov-1",
+        "sparse-fisher-1",
+        "sparse-cov-2",
+        "sparse-fisher-2",
+        "isotropic",
+        "diagonal",
+        "gd-best",
+        "gd-longer",
     ),
     note="A part of SVHN (Netzer et al. 2011): 1,952 and 4,434 images. As in the paper, the "
     "published test images are trained on, and the training images are tested on.",
     others=("student-t", "svag", "estimated-cov", "estimated-fisher", "rademacher"),
-)  # fmt: skip
+)
 """Panel 1(d) of the paper on a part of SVHN; the pilot's gap of 2.5 points is of one seed."""
 
 CIFAR10 = dataclasses.replace(
     SVHN,
-    name="cifar10", train_part="train", pool=7_000, num_test=3_000,
-    family=("sgd-other-key", "cov", "fisher", "isotropic", "diagonal"), others=("gd-best",),
+    name="cifar10",
+    train_part="train",
+    pool=7_000,
+    num_test=3_000,
+    family=("sgd-other-key", "cov", "fisher", "isotropic", "diagonal"),
+    others=("gd-best",),
     note="CIFAR-10 (Krizhevsky 2009): the first 7,000 training and 3,000 test images, from a "
     "copy in which 98 of 60,000 images are re-encoded. No pilot was run: the margin is SVHN's.",
-)  # fmt: skip
+)
 """The same recipe on CIFAR-10: a try without a pilot, with SVHN's margin for want of another."""
 
 SETTINGS: dict[str, Setting] = {s.name: s for s in (DIGITS, SVHN, CIFAR10)}

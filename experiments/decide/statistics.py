@@ -18,10 +18,10 @@ class Difference(NamedTuple):
     """A paired difference of means, with Student's t interval.
 
     Attributes:
-        mean: of the differences.
-        low, high: ends of the confidence interval.
-        p_value: two-sided, of a difference of 0.
-        num_seeds: pairs.
+        mean: the mean of the differences.
+        low, high: the ends of the confidence interval.
+        p_value: the two-sided p-value of the hypothesis that the difference is 0.
+        num_seeds: the number of pairs.
     """
 
     mean: float
@@ -35,9 +35,9 @@ class Share(NamedTuple):
     """The share of the gap between GD and SGD that a contestant closes: 0 is GD, 1 is SGD.
 
     Attributes:
-        estimate: ratio of the mean differences.
-        low, high: ends of Fieller's interval; infinite, both, where the gap itself is not clearly
-            different from 0, so that no bounded set of shares has the confidence asked for.
+        estimate: the ratio of the mean differences.
+        low, high: the ends of Fieller's interval. Both are infinite if the gap itself is not
+            significantly different from 0, since then no bounded interval has the given confidence.
     """
 
     estimate: float
@@ -50,14 +50,14 @@ def difference(values: Values, reference: Values, confidence: float = 0.95) -> D
 
     Args:
         values: one number per seed.
-        reference: the same of what is compared with, in the same order of seeds.
-        confidence: of the interval.
+        reference: the numbers to compare with, in the same order of seeds.
+        confidence: the confidence of the interval.
 
     Raises:
-        ValueError: if there are fewer than two pairs, or not as many of both.
+        ValueError: if there are fewer than two pairs, or the numbers of seeds differ.
     """
     differences = _pairs(values, reference)
-    if np.ptp(differences) == 0:  # where Student's t is 0/0: the same runs, for example
+    if np.ptp(differences) == 0:  # Student's t would be 0/0, as for identical runs
         mean = float(differences[0])
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, differences.size)
     test: Any = stats.ttest_1samp(differences, 0.0)
@@ -72,7 +72,7 @@ def difference(values: Values, reference: Values, confidence: float = 0.95) -> D
 
 
 def equivalence(values: Values, reference: Values, margin: float) -> float:
-    """The p-value of two one-sided t tests: small where ``|mean difference| < margin`` is shown.
+    """The p-value of two one-sided t tests, small if they show ``|mean difference| < margin``.
 
     Raises:
         ValueError: if `margin` is not positive, or as `difference`.
@@ -91,12 +91,13 @@ def holm(p_values: Sequence[float], family_size: int | None = None) -> list[floa
     """P-values adjusted by Holm's method, in the order given.
 
     Args:
-        p_values: of the comparisons that were made.
-        family_size: of the family that was declared, where more were declared than made: those that
-            are missing count as if their p-values were 1.
+        p_values: the p-values of the comparisons that were made.
+        family_size: the number of declared comparisons, if it is larger than the number made; those
+            that are missing count as if their p-values were 1.
 
     Raises:
-        ValueError: if the family is smaller than what was made, or a p-value is not in [0, 1].
+        ValueError: if the family is smaller than the number of p-values, or a p-value is not in
+            [0, 1].
     """
     size = len(p_values) if family_size is None else family_size
     if size < len(p_values):
@@ -107,7 +108,7 @@ def holm(p_values: Sequence[float], family_size: int | None = None) -> list[floa
     if not ((values >= 0) & (values <= 1)).all():
         raise ValueError("p_values must be between 0 and 1.")
     order = np.argsort(values, kind="stable")
-    # The smallest counts `size` times, the next one time less, and none less than one before it.
+    # Multiply the smallest by `size`, the next by `size` - 1, ..., and keep the order ascending.
     scaled = values[order] * (size - np.arange(values.size))
     adjusted = np.empty_like(values)
     adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
@@ -122,9 +123,9 @@ def share_of_gap(values: Values, gd: Values, sgd: Values, confidence: float = 0.
 
     Args:
         values: one number per seed.
-        gd: the same of GD, in the same order of seeds.
-        sgd: the same of SGD.
-        confidence: of the interval.
+        gd: the numbers of GD, in the same order of seeds.
+        sgd: the numbers of SGD.
+        confidence: the confidence of the interval.
 
     Raises:
         ValueError: as `difference`.

@@ -1,4 +1,4 @@
-"""Runs a setting: which runs are missing, in chunks of seeds, each recorded when it is done."""
+"""Makes the missing runs of a setting, in chunks of seeds that are recorded when they are done."""
 
 import pathlib
 import time
@@ -18,8 +18,8 @@ class Job(NamedTuple):
     """Runs of one contestant, which are made in chunks.
 
     Attributes:
-        contestant: its name.
-        runs: seeds, and factors of the learning rate.
+        contestant: the name of the contestant.
+        runs: pairs of a seed and a factor of the learning rate.
     """
 
     contestant: str
@@ -27,16 +27,17 @@ class Job(NamedTuple):
 
 
 def tuning_job(setting: Setting) -> Job:
-    """GD at every learning rate that is tried, on the seeds that are for that alone."""
+    """GD at every learning rate that is tried, on the tuning seeds."""
     first, count = setting.tuning_seeds
     runs = [(seed, f) for f in setting.tuning_factors for seed in range(first, first + count)]
     return Job("gd", tuple(runs))
 
 
 def best_factor(setting: Setting, runs: dict[_records.Run, _records.Curve]) -> float | None:
-    """GD's own learning rate, over the setting's: the best mean test accuracy at the endpoint.
+    """GD's own learning rate divided by the setting's.
 
-    None while tuning runs are missing. Of equally good ones the smallest.
+    It is the one with the best mean test accuracy at the endpoint, and the smallest of equally good
+    ones. None while tuning runs are missing.
     """
     means = {}
     for factor in setting.tuning_factors:
@@ -50,10 +51,10 @@ def best_factor(setting: Setting, runs: dict[_records.Run, _records.Curve]) -> f
 
 
 class Study:
-    """One setting with its images, its records and what computes it.
+    """One setting with its images, its records and its runner.
 
     Attributes:
-        setting: what is run.
+        setting: the setting that is run.
         path: the file of the records.
     """
 
@@ -69,11 +70,11 @@ class Study:
         """Reads the records that are there.
 
         Args:
-            runner: trains.
-            images: what `runner` holds.
-            folder: of the records.
-            seeds_at_once: runs side by side.
-            told: is told what happens, in words.
+            runner: makes the runs.
+            images: the images that `runner` holds.
+            folder: the folder of the records.
+            seeds_at_once: the number of runs side by side.
+            told: called with texts that say what happens.
 
         Raises:
             ValueError: if the folder has records of another setting or of other images.
@@ -85,7 +86,7 @@ class Study:
         _records.check_data(found, self.path, self._checksum)
         self._seconds: dict[Shape, float] = {}
         self._longest_start = 0.0
-        # A chunk that is not full would be compiled anew, which takes a graphics card longer.
+        # A chunk that is not full would be compiled anew, which takes longer on a graphics card.
         self._fills_up = jax.default_backend() != "cpu"
 
     def runs(self) -> dict[_records.Run, _records.Curve]:
@@ -93,12 +94,12 @@ class Study:
         return _records.curves(_records.lines(self.path, self.setting))
 
     def job(self, name: str, seeds: Sequence[int]) -> Job | None:
-        """The main runs of a contestant; None for GD's own rate while that is not chosen."""
+        """The main runs of a contestant; None if it needs GD's own rate and that is not chosen."""
         factor = best_factor(self.setting, self.runs()) if CONTESTANTS[name].tuned else 1.0
         return None if factor is None else Job(name, tuple((seed, factor) for seed in seeds))
 
     def missing(self, job: Job) -> list[tuple[int, float]]:
-        """What of a job is not recorded yet."""
+        """The runs of a job that are not recorded yet."""
         runs = self.runs()
         return [
             (seed, factor)
@@ -107,9 +108,9 @@ class Study:
         ]
 
     def expected_seconds(self, job: Job) -> float:
-        """How long one chunk will take, from those before; 0 where there was none.
+        """The expected seconds for one chunk, from earlier chunks; 0 if there was none.
 
-        The first of its shape counts as the longest time before the first step so far.
+        For the first chunk of a shape, the longest compile time so far is added.
         """
         seconds = self._seconds.get(shape_of(self.setting, job.contestant))
         if seconds is None:
@@ -124,14 +125,14 @@ class Study:
         latest_end: float | None = None,
         progress: tqdm | None = None,
     ) -> bool:
-        """Makes and records the missing runs of a job; returns whether all are there now.
+        """Makes and records the missing runs of a job; returns whether the job is complete.
 
         Args:
-            job: what to run.
+            job: the runs to make.
             deadline: a time of `time.monotonic` after which no chunk is started.
-            latest_end: a time of `time.monotonic`; no chunk is started that is expected to end
-                later, as far as can be told from those before.
-            progress: is advanced by the steps of every run.
+            latest_end: a time of `time.monotonic`; a chunk that is expected to end later is not
+                started.
+            progress: advanced by the steps of every run.
         """
         missing = self.missing(job)
         for first in range(0, len(missing), self._at_once):
@@ -195,15 +196,15 @@ def run_setting(
     latest_end: float | None = None,
     shows_progress: bool = True,
 ) -> list[str]:
-    """Runs contestants in this order; GD's tuning runs come first where it is among them tuned.
+    """Runs contestants in this order; the tuning runs of GD come before its tuned runs.
 
     Args:
-        study: the setting.
-        names: of the contestants.
-        seeds: of the main runs.
+        study: the study of a setting.
+        names: the names of the contestants.
+        seeds: the seeds of the main runs.
         deadline: see `Study.run`.
         latest_end: see `Study.run`.
-        shows_progress: whether there is a bar, with the time left.
+        shows_progress: whether to show a progress bar with the time left.
 
     Returns:
         The names of those that are not complete.
@@ -218,7 +219,7 @@ def run_setting(
             if CONTESTANTS[name].tuned:
                 study.run(tuning_job(setting), deadline=deadline, latest_end=latest_end)
             job = study.job(name, seeds)
-            # Those that are recorded count as done, so that the time left is that of the others.
+            # Recorded runs count as done, so that the time left is correct.
             if job is not None:
                 done = len(job.runs) - len(study.missing(job))
                 progress.update(done * CONTESTANTS[name].steps(setting))

@@ -8,8 +8,7 @@ patch that a block needs is only one pixel larger than the kernel, and the kerne
 that size, stands in the left factor four times, once for each place. Max-pooling takes the largest
 of the four places; without it they are interleaved.
 
-That is for few channels, where memory decides. `conv_same`, for the nets with many, multiplies the
-patch of every output, with a stride and padding.
+That is for few channels, where memory decides; `conv_same` is for the nets with many.
 
 Everywhere else this is `jax.lax.conv_general_dilated`. Kernels are HWIO, and images are CHWN, the
 batch last: then patches are copied in long runs and added up in vector instructions, and no layer
@@ -18,14 +17,13 @@ on other platforms XLA chooses the layout itself.) Everything can be differentia
 reverse mode and mapped with `jax.vmap` over images, kernels or both.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-__all__ = ["conv", "conv_max_pool", "conv_same", "max_pool"]
+__all__ = ["conv", "conv_max_pool", "max_pool"]
 
 Images = Float[Array, "in_channels height width batch"]
 Kernel = Float[Array, "kernel_height kernel_width in_channels out_channels"]
@@ -72,44 +70,15 @@ def conv_max_pool(images: Images, kernel: Kernel) -> Outputs:
     return _by_platform(_conv_max_pool_as_product, _conv_max_pool_by_xla)(images, kernel)
 
 
-def conv_same(images: Images, kernel: Kernel, *, stride: int = 1) -> Outputs:
-    """Convolves images that are zero-padded by half the kernel on every side.
-
-    Args:
-        images: floating-point array of shape [C, H, W, B].
-        kernel: array of shape [h, w, C, O], h and w odd, of the same type as `images`.
-        stride: distance between the centres of neighbouring outputs, in pixels.
-
-    Returns:
-        Array of shape [O, ceil(H / stride), ceil(W / stride), B], of the type of `images`.
-
-    Raises:
-        ValueError: if the arrays do not have four axes each, equal channels and one type, or the
-            kernel is larger than the padded images.
-    """
-    if kernel.ndim == 4 and not (kernel.shape[0] % 2 and kernel.shape[1] % 2):
-        raise ValueError(f"kernel must have odd height and width, got shape {kernel.shape}.")
-    if stride < 1:
-        raise ValueError(f"stride must be at least 1, got {stride}.")
-    if images.ndim == 4 and kernel.ndim == 4:
-        rows, columns = kernel.shape[0] // 2, kernel.shape[1] // 2
-        images = jnp.pad(images, ((0, 0), (rows, rows), (columns, columns), (0, 0)))
-    _check(images, kernel, smallest_output=1)
-    on_cpu, elsewhere = (
-        functools.partial(f, stride=stride) for f in (_conv_by_patches, _conv_by_xla)
-    )
-    return _by_platform(on_cpu, elsewhere)(images, kernel)
-
-
 def max_pool(images: Images) -> Images:
     """The maximum over disjoint windows of 2x2; a last odd row or column is dropped.
 
     Args:
-        images: array of shape [C, H, W, B], at least 2x2 pixels.
+        images: array of shape [C, H, W, B] or [B, H, W, C], at least 2x2 pixels.
 
     Returns:
-        Array of shape [C, H // 2, W // 2, B]. Among equal maxima of a window, the first in
-        row-major order gets the whole gradient.
+        Array of the same layout, with H // 2 and W // 2 pixels. Among equal maxima of a window, the
+        first in row-major order gets the whole gradient.
     """
     channels, height, width, batch = images.shape
     rows, columns = height // 2, width // 2
@@ -129,24 +98,10 @@ def _by_platform(
     return chosen
 
 
-def _conv_by_xla(images: Images, kernel: Kernel, stride: int = 1) -> Outputs:
+def _conv_by_xla(images: Images, kernel: Kernel) -> Outputs:
     return jax.lax.conv_general_dilated(
-        images, kernel, (stride, stride), "VALID", dimension_numbers=("CHWN", "HWIO", "CHWN")
+        images, kernel, (1, 1), "VALID", dimension_numbers=("CHWN", "HWIO", "CHWN")
     )
-
-
-def _conv_by_patches(images: Images, kernel: Kernel, stride: int) -> Outputs:
-    high, wide, _, out_channels = kernel.shape
-    _, height, width, batch = images.shape
-    rows, columns = (height - high) // stride + 1, (width - wide) // stride + 1
-    slices = [
-        images[:, i : i + stride * rows : stride, j : j + stride * columns : stride]
-        for i in range(high)
-        for j in range(wide)
-    ]
-    patches = jnp.concatenate(slices).reshape(-1, rows * columns * batch)
-    products = kernel.reshape(-1, out_channels).T @ patches
-    return products.reshape(out_channels, rows, columns, batch)
 
 
 def _conv_max_pool_by_xla(images: Images, kernel: Kernel) -> Outputs:

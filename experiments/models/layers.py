@@ -1,6 +1,6 @@
 """What nets are made of: their base, and layers.
 
-Between layers images are CHWN, the layout of `conv`.
+Between layers images are NHWC, but around `ConvMaxPool` CHWN, the layout of `conv`.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -11,7 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from experiments.models.conv import conv_max_pool, conv_same
+from experiments.models._conv_same import conv_same
+from experiments.models.conv import conv_max_pool
 
 __all__ = [
     "Conv",
@@ -26,7 +27,7 @@ __all__ = [
     "uniform",
 ]
 
-Features = Float[Array, "channels height width batch"]
+Features = Float[Array, "batch height width channels"]
 
 
 class Cost(NamedTuple):
@@ -58,6 +59,8 @@ class Net(nnx.Module):
         full_width: channels of its first layer as published; None for a net of one width only.
         has_batch_norm: whether it normalises over ghost batches, so that there are no losses of
             single examples.
+        one_seed_at_a_time: whether several seeds train one after another, since convolutions with
+            the kernels of several nets at once are slow (`conv_same`).
         cost: how long it takes.
     """
 
@@ -66,6 +69,7 @@ class Net(nnx.Module):
     smallest_side: ClassVar[int] = 1
     full_width: ClassVar[int | None] = None
     has_batch_norm: ClassVar[bool] = False
+    one_seed_at_a_time: ClassVar[bool] = False
     cost: ClassVar[Cost]
 
 
@@ -151,11 +155,13 @@ class Conv(nnx.Module):
         self.use_bias, self.stride, self.dtype = use_bias, stride, dtype
 
     def __call__(self, images: Features) -> Features:
-        """Returns the feature maps, [O, ceil(H / stride), ceil(W / stride), B]."""
+        """Returns the feature maps, [B, ceil(H / stride), ceil(W / stride), O]."""
         kernel = self.kernel[...]
         dtype = jnp.result_type(images, kernel) if self.dtype is None else self.dtype
         features = conv_same(images.astype(dtype), kernel.astype(dtype), stride=self.stride)
-        return features + _per_channel(self.bias[...].astype(dtype)) if self.use_bias else features
+        return (
+            features + self.bias[...].astype(dtype)[None, None, None] if self.use_bias else features
+        )
 
 
 class GhostBatchNorm(nnx.Module):
@@ -193,49 +199,44 @@ class GhostBatchNorm(nnx.Module):
         """Normalises every channel.
 
         Args:
-            images: array of shape [C, H, W, B].
+            images: array of shape [B, H, W, C].
             training: whether with the statistics of these images, moving the running ones, or with
                 the running ones.
 
         Returns:
-            Array of shape [C, H, W, B].
+            Array of shape [B, H, W, C].
 
         Raises:
             ValueError: in training, if there is one value a channel: it has no variance.
         """
         scale, bias = self.scale[...], self.bias[...]
         dtype = jnp.result_type(images, scale, bias) if self.dtype is None else self.dtype
-        # One long axis a channel: sums over it are twice as fast on CPU as sums over three.
         values = images.astype(jnp.promote_types(images.dtype, jnp.float32))
-        values = values.reshape(images.shape[0], -1)
+        values = values.reshape(-1, images.shape[3])
         if training:
             mean, variance = self._statistics(values)
         else:
             mean, variance = self.mean[...], self.variance[...]
         factor = scale * jax.lax.rsqrt(variance + self.epsilon)
-        normal = (values - mean[:, None]) * factor[:, None] + bias[:, None]
+        normal = (values - mean[None]) * factor[None] + bias[None]
         return normal.reshape(images.shape).astype(dtype)
 
     def _statistics(
-        self, values: Float[Array, "channels values"]
+        self, values: Float[Array, "values channels"]
     ) -> tuple[Float[Array, " channels"], Float[Array, " channels"]]:
-        count = values.shape[1]
+        count = values.shape[0]
         if count == 1:
             raise ValueError(
                 "a ghost batch must have more than one value a channel, got one image of one "
                 "pixel: choose a larger microbatch_size."
             )
-        mean = values.mean(1)
-        variance = jnp.square(values - mean[:, None]).mean(1)
+        mean = values.mean(0)
+        variance = jnp.square(values - mean[None]).mean(0)
         unbiased = variance * (count / (count - 1))
         for running, now in ((self.mean, mean), (self.variance, unbiased)):
             moved = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(now)
             running[...] = moved.astype(jnp.float32)
         return mean, variance
-
-
-def _per_channel(values: Float[Array, " channels"]) -> Float[Array, "channels 1 1 1"]:
-    return values[:, None, None, None]
 
 
 def batch_last(

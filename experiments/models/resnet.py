@@ -13,7 +13,6 @@ from experiments.models.layers import (
     Cost,
     GhostBatchNorm,
     Net,
-    batch_last,
     check_images,
     linear,
 )
@@ -36,7 +35,7 @@ class ResidualBlock(nnx.Module):
             self.shortcut_norm = GhostBatchNorm(out_channels, **norm)
 
     def __call__(self, images: Float[Array, "..."], *, training: bool) -> Float[Array, "..."]:
-        """Returns the feature maps, [O, H / stride, W / stride, B]."""
+        """Returns the feature maps, [B, H / stride, W / stride, O]."""
         hidden = nnx.relu(self.norm1(self.conv1(images), training=training))
         hidden = self.norm2(self.conv2(hidden), training=training)
         if self.projects:
@@ -56,6 +55,7 @@ class ResNet18(Net):
     num_classes = 10
     full_width = 64
     has_batch_norm = True
+    one_seed_at_a_time = True
     cost = Cost(8, 5e-3, 2e-3, 150)
 
     def __init__(
@@ -108,7 +108,7 @@ class ResNet18(Net):
             ValueError: if the images have another shape or are not floating point.
         """
         check_images(images, self.image_shape)
-        hidden = nnx.relu(self.norm(self.conv(batch_last(images)), training=training))
+        hidden = nnx.relu(self.norm(self.conv(images), training=training))
         for block in (
             self.block1,
             self.block2,
@@ -120,4 +120,4 @@ class ResNet18(Net):
             self.block8,
         ):
             hidden = block(hidden, training=training)
-        return self.fc(hidden.mean((1, 2)).T)
+        return self.fc(hidden.mean((1, 2)))

@@ -1,7 +1,7 @@
-"""The room of studies of gradient noise along training, on real images.
+"""Studies of gradient noise along training, on real images.
 
 edge    batch sharpness against 2 / eta: where laws with SGD's covariance stabilise
-config  what the command is told
+config  the options of the command
 """
 
 from experiments.noise_study.config import NoiseStudyConfig

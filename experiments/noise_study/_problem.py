@@ -1,4 +1,4 @@
-"""The small net of the studies: its losses, its digits, its noises."""
+"""The small net of the studies: its losses, its digits and its laws."""
 
 import zlib
 from typing import Any
@@ -16,7 +16,7 @@ from msgd_jax import loss, measure, noise
 from msgd_jax._streams import Stream, derive
 
 NUM_CLASSES = 10
-# What a seed draws by turns from its stream of cases.
+# The draws that a seed makes from its stream of cases.
 _NOISE, _MEASURES = range(2)
 
 
@@ -30,9 +30,9 @@ def losses(params: Params, example: dict[str, Array]) -> Float[Array, ""]:
 
 
 def initial(key: Key[Array, ""], inputs: int, width: int) -> Params:
-    """Normal weights of variance 1 / inputs, those of the last layer 16 times less; biases 0.
+    """Normal weights of variance 1 / inputs, 16 times smaller in the last layer; biases are 0.
 
-    The small last layer makes the Hessian small at the start: sharpness has room to grow.
+    The small last layer makes the Hessian small at the start, so that sharpness can grow.
     """
     keys = jax.random.split(derive(key, Stream.PARAMETERS), 3)
     sizes = ((inputs, width, 1.0), (width, width, 1.0), (width, NUM_CLASSES, 0.25))
@@ -44,7 +44,7 @@ def initial(key: Key[Array, ""], inputs: int, width: int) -> Params:
 
 
 def digits(config: NoiseStudyConfig) -> dict[str, Array]:
-    """The training digits of every seed, with a leading axis of seeds; their grey mean is 0."""
+    """The training digits of all seeds, with a leading axis of seeds; their grey mean is 0."""
     images, labels = [], []
     for seed in range(config.seed, config.seed + config.seeds):
         drawn = data.load("digits", seed=seed)
@@ -58,11 +58,11 @@ def digits(config: NoiseStudyConfig) -> dict[str, Array]:
 
 
 def law_of(name: str, config: NoiseStudyConfig, num_examples: int) -> Law:
-    """The law of the weights; that of isotropic noise is GD's, since its noise is added."""
+    """The law of the weights; for isotropic noise it is that of GD, since the noise is added."""
     n, b = num_examples, config.batch_size
     match name:
         case "sgd" | "sgd-other-key":
-            return noise.sgd(n, b, replace=True)  # of covariance S/b, as the others
+            return noise.sgd(n, b, replace=True)  # with covariance S/b, like the others
         case "cov":
             return noise.cov(n, b)
         case "bernoulli":
@@ -76,12 +76,12 @@ def law_of(name: str, config: NoiseStudyConfig, num_examples: int) -> Law:
 
 
 def noise_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
-    """A key of its own for each noise: their draws are independent of each other."""
+    """A different key per law, so that their draws are independent."""
     return derive(key, Stream.CASES, _NOISE, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
 def measure_key(key: Key[Array, ""], step: Any) -> Key[Array, ""]:
-    """The key of what is measured at a step, the same for every noise."""
+    """The key of the measurements at a step, the same for all laws."""
     return derive(key, Stream.CASES, _MEASURES, step)
 
 
@@ -94,6 +94,6 @@ def isotropic_variance(
 
 
 def isotropic(key: Key[Array, ""], step: Any, like: Params) -> Params:
-    """Independent standard normals, from a stream of their own."""
+    """Independent standard normals, from a separate stream."""
     normals: Any = optax.tree.random_like(derive(key, Stream.LANGEVIN, step), like)
     return normals

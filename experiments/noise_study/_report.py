@@ -1,4 +1,4 @@
-"""The table and the picture of the edge of stochastic stability, from the records alone."""
+"""The table and the picture of the edge of stochastic stability, made from the records."""
 
 import pathlib
 from typing import Any
@@ -10,13 +10,13 @@ from experiments import figures, tables
 from experiments.decide import statistics
 
 FAMILY = ("cov", "bernoulli", "sparse_cov", "student_t")
-"""The laws with SGD's covariance, in advance: each is compared with SGD in three quantities."""
+"""The laws with SGD's covariance, declared in advance: each has three comparisons with SGD."""
 QUANTITIES = {
     "eigenvalue": "largest eigenvalue",
     "sgd_sharpness": "batch sharpness of SGD there",
     "own_sharpness": "batch sharpness of the noise itself",
 }
-"""What decides, each in units of 2 / eta."""
+"""The quantities that are compared, each in units of 2 / eta."""
 FIELDS = {"step", "noise", "learning_rate", "seeds", "steps", "loss", "sgd_mean_of_ratios"} | set(
     QUANTITIES
 )
@@ -43,7 +43,7 @@ _COLOURS = dict(
 def endpoint(line: dict[str, Any], quantity: str) -> Float[np.ndarray, " seeds"]:
     """The mean over the measurements in the second half of the steps, in units of 2 / eta.
 
-    Of the loss, the last. Not finite for a seed that diverged.
+    For the loss, it is the last measurement. Not finite for a seed that diverged.
     """
     values = np.asarray(line[quantity], float)
     if quantity == "loss":
@@ -53,17 +53,20 @@ def endpoint(line: dict[str, Any], quantity: str) -> Float[np.ndarray, " seeds"]
 
 
 def rows(found: list[dict[str, Any]], rate: float, margin: float) -> list[dict[str, Any]]:
-    """One row for each run: means with intervals, and at `rate` paired differences to SGD.
+    """One row per run: means with intervals, and at `rate` also paired differences to SGD.
 
     Args:
         found: the records.
-        rate: the learning rate at which noises are compared.
-        margin: of equivalence, in units of 2 / eta.
+        rate: the learning rate at which laws are compared.
+        margin: the margin of equivalence, in units of 2 / eta.
     """
     result = []
     for line in found:
-        at_same = {other["noise"]: other for other in found
-                   if other["learning_rate"] == line["learning_rate"]}  # fmt: skip
+        at_same = {
+            other["noise"]: other
+            for other in found
+            if other["learning_rate"] == line["learning_rate"]
+        }
         row: dict[str, Any] = {
             "noise": line["noise"],
             "learning_rate": line["learning_rate"],
@@ -109,7 +112,7 @@ def _compared(
 
 
 def _adjust(inside: list[dict[str, Any]]) -> None:
-    """Holm's method over the declared family, differences and equivalences apart."""
+    """Applies Holm's method over the declared family, separately to differences and equivalence."""
     compared = [row[f"{q}_to_sgd"] for row in inside for q in QUANTITIES if row[f"{q}_to_sgd"]]
     size = len(FAMILY) * len(QUANTITIES)
     for name in ("p_value", "p_equivalent"):
@@ -120,7 +123,7 @@ def _adjust(inside: list[dict[str, Any]]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Two tables: where each run stabilised, and how far from SGD, with the verdicts."""
+    """Two tables: where each run stabilised, and its differences from SGD with p-values."""
     means = [
         [
             LABELS[row["noise"]],
@@ -131,8 +134,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    header = ["noise", "eta", "seeds", "eigenvalue", "SGD's BS there", "own BS",
-              "SGD's, mean of ratios", "loss"]  # fmt: skip
+    header = [
+        "noise",
+        "eta",
+        "seeds",
+        "eigenvalue",
+        "SGD's BS there",
+        "own BS",
+        "SGD's, mean of ratios",
+        "loss",
+    ]
     differences = [
         [LABELS[row["noise"]], QUANTITIES[name], *_difference(row[f"{name}_to_sgd"])]
         for row in rows
@@ -212,18 +223,27 @@ def _along(axis: Any, line: dict[str, Any], quantity: str) -> None:
 
 
 def _against_rate(axis: Any, found: list[dict[str, Any]]) -> None:
-    """Endpoints of the noises that ran at several learning rates."""
+    """Draws the endpoints of the laws that ran at several learning rates."""
     for place, name in enumerate(("gd", "sgd", "cov")):
-        lines = sorted((one for one in found if one["noise"] == name),
-                       key=lambda one: one["learning_rate"])  # fmt: skip
+        lines = sorted(
+            (one for one in found if one["noise"] == name), key=lambda one: one["learning_rate"]
+        )
         for quantity, marker, style in (("eigenvalue", "s", ":"), ("own_sharpness", "o", "-")):
             points = [(one["learning_rate"], _mean(endpoint(one, quantity))) for one in lines]
             shown = [(x * 1.02 ** (place - 1), *y) for x, y in points if y is not None]
             if not shown:
                 continue
             x, mean, half = np.array(shown).T
-            axis.errorbar(x, mean, half, fmt=marker + style, color=_COLOURS[name], markersize=5,
-                          capsize=2, lw=1)  # fmt: skip
+            axis.errorbar(
+                x,
+                mean,
+                half,
+                fmt=marker + style,
+                color=_COLOURS[name],
+                markersize=5,
+                capsize=2,
+                lw=1,
+            )
     axis.plot([], [], "ks:", label="largest eigenvalue", markersize=5)
     axis.plot([], [], "ko-", label="own batch sharpness", markersize=5)
     axis.legend(fontsize=8, loc="lower right")

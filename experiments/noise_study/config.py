@@ -1,4 +1,4 @@
-"""What the studies of gradient noise are told, as a dataclass that is also the command line."""
+"""The options of the studies of gradient noise, as a dataclass that is also the command line."""
 
 import dataclasses
 import math
@@ -11,16 +11,16 @@ NoiseName = Literal[
     "gd", "sgd", "sgd-other-key", "cov", "bernoulli", "sparse_cov", "student_t", "isotropic"
 ]
 MAX_BATCH = 400
-"""Of the digits 1,000 are trained on; `sparse_cov` takes twice the batch size of them."""
+"""The largest batch size: 1,000 digits are for training, and `sparse_cov` uses 2 b of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseStudyConfig:
-    """Asks where training stabilises under noises that share SGD's covariance, on the digits.
+    """Measures where training stabilises with laws that share SGD's covariance, on the digits.
 
-    Trains a small net with squared loss under each noise, and measures batch sharpness and the
-    largest eigenvalue of the Hessian on the way. Prints a table; writes edge.jsonl, edge.png and
-    summary.json. Stopped before, it goes on; what is recorded is never run again.
+    Trains a small net with squared loss with each law, and measures batch sharpness and the largest
+    eigenvalue of the Hessian along the way. Prints a table; writes edge.jsonl, edge.png and
+    summary.json. A study that was stopped is continued; recorded runs are never made again.
 
     Attributes:
         parts: The studies to make: "edge" is that of the edge of stochastic stability.
@@ -51,8 +51,15 @@ class NoiseStudyConfig:
 
     parts: tuple[Literal["edge"], ...] = ("edge",)
     noises: tuple[NoiseName, ...] = (
-        "gd", "sgd", "sgd-other-key", "cov", "bernoulli", "sparse_cov", "student_t", "isotropic",
-    )  # fmt: skip
+        "gd",
+        "sgd",
+        "sgd-other-key",
+        "cov",
+        "bernoulli",
+        "sparse_cov",
+        "student_t",
+        "isotropic",
+    )
     learning_rate: float = 0.2
     other_rates: tuple[float, ...] = (0.1, 0.4)
     batch_size: int = 16
@@ -111,7 +118,7 @@ class NoiseStudyConfig:
 
     @property
     def measured_at(self) -> tuple[int, ...]:
-        """The steps at which is measured, 0 first."""
+        """The steps at which quantities are measured, from 0."""
         return tuple(round(i * self.steps / self.checkpoints) for i in range(self.checkpoints + 1))
 
     @property

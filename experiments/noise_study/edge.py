@@ -1,8 +1,8 @@
 """Batch sharpness along training against 2 / eta (arXiv 2412.20553), for laws of SGD's covariance.
 
-All seeds of a run are side by side in one compiled loop. What is measured says where in the space
-of parameters a noise takes training (the largest eigenvalue of the Hessian, and SGD's batch
-sharpness there, the same yardstick for all), and how sharp its own noisy steps are.
+All seeds of a run are trained side by side in one compiled loop. The largest eigenvalue of the
+Hessian and SGD's batch sharpness, which are the same yardsticks for all laws, show which parameters
+a law leads training to. The law's own batch sharpness shows how sharp its own steps are.
 """
 
 import functools
@@ -28,10 +28,10 @@ Examples = dict[str, Array]
 
 
 def run(config: NoiseStudyConfig) -> pathlib.Path:
-    """Trains what is not recorded, prints the table, draws the picture; returns the folder.
+    """Makes the missing runs, prints the table, draws the picture; returns the folder.
 
     Raises:
-        FileExistsError: if the folder is of something else.
+        FileExistsError: if the folder belongs to another command or configuration.
         records.DamagedRecordError: if records are missing or cannot be read.
     """
     if config.report:
@@ -41,8 +41,8 @@ def run(config: NoiseStudyConfig) -> pathlib.Path:
 
 
 def _again(config: NoiseStudyConfig) -> pathlib.Path:
-    """The table and the picture from the records alone."""
-    assert config.out is not None  # the configuration has seen to it
+    """Makes the table and the picture from the records, without new runs."""
+    assert config.out is not None  # checked by the configuration
     found = recorded(config.out)
     held = records.read_object(config.out / "config.json")
     rate, margin = held["learning_rate"], held["margin"]
@@ -52,10 +52,10 @@ def _again(config: NoiseStudyConfig) -> pathlib.Path:
 
 
 def _part(config: NoiseStudyConfig, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The runs that are not recorded, one after the other; returns the table's rows."""
+    """Makes the missing runs, one after the other; returns the rows of the table."""
     path = folder / RECORDS
     done = records.read_lines(path)
-    # Without a last line that was cut short.
+    # Write the records again without a last line that was cut short.
     records.replace_text(path, "".join(map(records.as_line, done)))
     have = {(line["noise"], line["learning_rate"]) for line in done}
     missing = [run for run in config.runs if run not in have]
@@ -73,7 +73,7 @@ def _part(config: NoiseStudyConfig, folder: pathlib.Path) -> list[dict[str, Any]
 
 
 def recorded(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a folder, one for each noise and learning rate."""
+    """The records of a folder, one per law and learning rate."""
     found = records.read_lines(folder / RECORDS)
     for line in found:
         if not line.keys() >= _report.FIELDS:
@@ -92,14 +92,14 @@ def train(
     rate: float,
     advanced: Callable[[int], Any] = lambda steps: None,
 ) -> dict[str, Any]:
-    """Trains all seeds with one noise; returns its record, [measurements][seeds] per quantity.
+    """Trains all seeds with one law; returns its record, [measurements][seeds] per quantity.
 
     Args:
-        config: the study.
-        examples: of all seeds, as `_problem.digits`.
-        name: of the noise.
+        config: the configuration of the study.
+        examples: the examples of all seeds, as from `_problem.digits`.
+        name: the name of the law.
         rate: the learning rate.
-        advanced: is told how many steps have been made since it was last told.
+        advanced: called with the number of steps made since its last call.
     """
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seed, config.seed + config.seeds))
     inputs = examples["x"].shape[-1]
@@ -128,7 +128,7 @@ def train(
 def _advance(
     config: NoiseStudyConfig, examples: Examples, name: str, rate: float
 ) -> Callable[..., Params]:
-    """Compiled: ``(params, examples, keys, begin, end) -> params``, for all seeds."""
+    """A compiled function ``(params, examples, keys, begin, end) -> params`` for all seeds."""
     law = _problem.law_of(name, config, examples["y"].shape[1])
     value_and_grad = loss.weighted_value_and_grad(_problem.losses)
     perturbed = name == "isotropic"
@@ -140,7 +140,7 @@ def _advance(
             params, variance = state
             _, grads = value_and_grad(params, own, law.sample(key, t))
             if perturbed:
-                # `t` is the same for all seeds: only one branch is computed.
+                # `t` is the same for all seeds, so only one branch is computed.
                 variance = jax.lax.cond(
                     (t % config.refresh_every == 0) | (t == begin),
                     lambda: _problem.isotropic_variance(params, own, config.batch_size),
@@ -158,7 +158,7 @@ def _advance(
 def _measured(
     config: NoiseStudyConfig, examples: Examples, name: str
 ) -> Callable[..., dict[str, Float[Array, " seeds"]]]:
-    """Compiled: ``(params, examples, keys, step)`` -> what is measured, for all seeds."""
+    """A compiled function from ``(params, examples, keys, step)`` to all quantities."""
     num_examples, draws = examples["y"].shape[1], config.law_draws
     law, sgd = (_problem.law_of(which, config, num_examples) for which in (name, "sgd"))
 
@@ -176,7 +176,7 @@ def _measured(
         sharp = measure.batch_sharpness(vector, params, law, keys[2], num_draws=count)
         step_own = sharp.ratio_of_expectations.value
         if name == "isotropic":
-            # Of a linear perturbation: E[(g + z)^T H (g + z)] / E|g + z|^2, its noise exact.
+            # For additive noise z: E[(g + z)^T H (g + z)] / E|g + z|^2, exact in z.
             variance = _problem.isotropic_variance(params, own, config.batch_size)
             size = sum(leaf.size for leaf in jax.tree.leaves(params))
             trace = measure.hessian_trace(vector, params, keys[3], num_probes=draws).trace.value

@@ -1,10 +1,10 @@
-"""The room of the paper's figures: its panels, and the comparison of many runs.
+"""The paper's figures: its panels, and the comparison of many runs.
 
-panels        the runs that each panel draws, every number in one place
-accuracies    final accuracies compared: intervals, differences, tests of equivalence
-listing       what lies in a folder of runs
+panels        the runs of each panel, with all their numbers
+accuracies    the comparison of final accuracies: intervals, differences, tests of equivalence
+listing       the runs in a folder
 report        figures, the list of runs, and the report of many runs on one page
-config        what these commands are told
+config        the options of these commands
 """
 
 from experiments.paper.config import DemoConfig, FigureConfig, ListConfig, ReportConfig

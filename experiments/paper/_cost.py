@@ -1,4 +1,4 @@
-"""How long training will take on two cores: said before it begins."""
+"""An estimate of how long training will take on two cores, which is shown before it begins."""
 
 from experiments import models
 from experiments.training import loop
@@ -7,7 +7,7 @@ from experiments.training.config import TrainConfig
 
 
 def seconds(plan: TrainConfig) -> float:
-    """Of a run: compilation, steps and evaluations."""
+    """The expected seconds of a run: compilation, steps and evaluations."""
     net = models.MODELS[plan.model_name]
     cost = net.cost
     train, test = loop.sizes(plan)
@@ -23,7 +23,7 @@ def seconds(plan: TrainConfig) -> float:
 
 
 def sentence(plans: list[TrainConfig], out_of: int) -> str:
-    """What will be run, and about how long it takes."""
+    """A sentence that says how many runs will be made, and about how long they take."""
     steps = sum(plan.total_steps for plan in plans)
     wide = any(models.MODELS[p.model_name].cost.width and p.width is None for p in plans)
     return (
@@ -34,7 +34,7 @@ def sentence(plans: list[TrainConfig], out_of: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that fits, from seconds to years."""
+    """A duration as text, in a suitable unit from seconds to years."""
     for size, unit in (
         (31_536_000, "year"),
         (86_400, "day"),

@@ -1,6 +1,6 @@
-"""Final accuracies of several algorithms, compared: intervals, differences, tests of equivalence.
+"""The comparison of final accuracies: intervals, differences, and tests of equivalence.
 
-Seeds are paired: seed s begins at the same initial weights under every algorithm.
+Seeds are paired: seed s starts from the same initial weights with every algorithm.
 """
 
 import csv
@@ -10,25 +10,25 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments import records
+from experiments import records, tables
 from experiments.decide import statistics
 from experiments.training import Evaluation
 
 MARGIN = 0.01
-AVERAGED = 5  # evaluations at the end
+AVERAGED = 5  # the number of evaluations at the end that are averaged
 CONFIDENCE = 0.95
 
 
 class Result(NamedTuple):
-    """What the runs of one algorithm came to.
+    """The results of the runs of one algorithm.
 
     Attributes:
         label: the algorithm's name, with its numbers.
-        steps: of the evaluations, [E].
-        train_loss: mean loss over the training images, [E, seeds].
-        train_accuracy: fraction, [E, seeds].
-        test_accuracy: fraction, [E, seeds].
-        seconds: of training, all seeds together.
+        steps: the steps of the evaluations, [E].
+        train_loss: the mean loss over the training images, [E, seeds].
+        train_accuracy: the training accuracy as a fraction, [E, seeds].
+        test_accuracy: the test accuracy as a fraction, [E, seeds].
+        seconds: the seconds of training, for all seeds together.
     """
 
     label: str
@@ -78,7 +78,7 @@ def of_folder(path: pathlib.Path) -> list[Evaluation]:
 
 
 def of_finished(path: pathlib.Path) -> list[Evaluation]:
-    """The same, of a run that has finished: at least one."""
+    """The evaluations of a finished run, at least one; raises records.DamagedRecordError."""
     evaluations = of_folder(path)
     if not evaluations:
         raise records.DamagedRecordError(f"{path / 'metrics.jsonl'} has no evaluation")
@@ -86,19 +86,22 @@ def of_finished(path: pathlib.Path) -> list[Evaluation]:
 
 
 class Row(NamedTuple):
-    """One algorithm against the reference; accuracies and differences are fractions.
+    """One algorithm compared with the reference; accuracies and differences are fractions.
 
     Attributes:
         label: the algorithm.
-        seeds: how many.
-        steps: iterations.
-        train_loss: mean over seeds at the end, or over the last evaluations.
-        train_accuracy: the same.
-        test_accuracy: the same.
-        half_width: of the 95 % interval of `test_accuracy` (Student's t); NaN for one seed.
-        difference: mean of `test_accuracy` minus the reference's, seed by seed; NaN for itself.
-        difference_half_width: of the 95 % interval of `difference`.
-        equivalence_p: of the two one-sided tests; below 0.05, they are equivalent within `MARGIN`.
+        seeds: the number of seeds.
+        steps: the number of iterations.
+        train_loss: the mean over seeds at the end, or also over the last evaluations.
+        train_accuracy: the training accuracy, averaged in the same way.
+        test_accuracy: the test accuracy, averaged in the same way.
+        half_width: half the width of the 95 % interval of `test_accuracy` (Student's t); NaN for
+            one seed.
+        difference: the mean of `test_accuracy` minus the reference's, seed by seed; NaN for the
+            reference.
+        difference_half_width: half the width of the 95 % interval of `difference`.
+        equivalence_p: the p-value of the two one-sided tests; if it is below 0.05, the two are
+            equivalent within `MARGIN`.
     """
 
     label: str
@@ -114,7 +117,7 @@ class Row(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """In words, at the 5 % level."""
+        """The result of the tests at the 5 % level, as text."""
         if np.isnan(self.difference):
             return "the reference"
         apart = abs(self.difference) > self.difference_half_width
@@ -127,9 +130,9 @@ def compare(results: list[Result], reference: str, last: int = 1) -> list[Row]:
     """Compares the last evaluations with those of one of the algorithms.
 
     Args:
-        results: one for each algorithm, with the same seeds.
-        reference: the label of the one to compare with.
-        last: how many evaluations at the end are averaged, for each seed.
+        results: one result per algorithm, with the same seeds.
+        reference: the label of the algorithm to compare with.
+        last: the number of evaluations at the end that are averaged, per seed.
 
     Raises:
         ValueError: if no result has that label, the numbers of seeds differ, or there are fewer
@@ -173,7 +176,7 @@ def compare(results: list[Result], reference: str, last: int = 1) -> list[Row]:
 
 
 def half_width(values: np.ndarray) -> float:
-    """Of the 95 % interval of the mean of normal values, by Student's t; NaN for a single one."""
+    """Half the width of the 95 % interval of a mean, by Student's t; NaN for a single value."""
     if values.size < 2:
         return float("nan")
     quantile = stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1)
@@ -185,11 +188,11 @@ def equivalence(differences: np.ndarray, margin: float) -> float:
 
     Args:
         differences: paired differences, normal by assumption.
-        margin: above 0.
+        margin: the margin, above 0.
 
     Returns:
-        The larger of the two p-values: small where the mean is shown to be within the margin. NaN
-        for a single difference.
+        The larger of the two p-values, which is small if the tests show that the mean is within the
+        margin. NaN for a single difference.
     """
     if differences.size < 2 or np.isnan(differences).any():
         return float("nan")
@@ -197,7 +200,7 @@ def equivalence(differences: np.ndarray, margin: float) -> float:
 
 
 def write_csv(rows: list[Row], path: pathlib.Path) -> None:
-    """One line an algorithm, all numbers as they are."""
+    """Writes one line per algorithm, with all numbers unrounded."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*Row._fields, "verdict"])
@@ -207,11 +210,15 @@ def write_csv(rows: list[Row], path: pathlib.Path) -> None:
 
 def markdown_table(rows: list[Row]) -> str:
     """The rows as a table, accuracies in percent."""
-    lines = [
-        f"| algorithm | train loss | test accuracy % | minus {reference_of(rows)} | p (equivalent "
-        f"within {100 * MARGIN:g} %) | |",
-        "|---|---|---|---|---|---|",
+    header = [
+        "algorithm",
+        "train loss",
+        "test accuracy %",
+        f"minus {reference_of(rows)}",
+        f"p (equivalent within {100 * MARGIN:g} %)",
+        "",
     ]
+    lines = []
     for row in rows:
         accuracy = _with_interval(row.test_accuracy, row.half_width)
         if np.isnan(row.difference):
@@ -220,10 +227,8 @@ def markdown_table(rows: list[Row]) -> str:
             difference = _with_interval(row.difference, row.difference_half_width, sign="+")
             p = "" if np.isnan(row.equivalence_p) else f"{row.equivalence_p:.2g}"
         verdict = row.verdict if row.seeds > 1 else ""
-        lines.append(
-            f"| {row.label} | {row.train_loss:.4f} | {accuracy} | {difference} | {p} | {verdict} |"
-        )
-    return "\n".join(lines)
+        lines.append([row.label, f"{row.train_loss:.4f}", accuracy, difference, p, verdict])
+    return tables.markdown_table(header, lines)
 
 
 def reference_of(rows: list[Row]) -> str:

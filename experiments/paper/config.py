@@ -1,4 +1,4 @@
-"""What figures, lists and reports are made of, as dataclasses that are also the command line."""
+"""The options of figures, lists and reports, as dataclasses that are also the command line."""
 
 import dataclasses
 import pathlib
@@ -9,9 +9,20 @@ import tyro
 from experiments.training import AlgorithmName, NoiseSettings, TrainConfig
 
 PanelName = Literal[
-    "1a", "1b", "1c", "1d", "1e", "1f", "2a", "2b", "3a", "3b",
-    "1a-converged", "1b-converged", "large-batch",
-]  # fmt: skip
+    "1a",
+    "1b",
+    "1c",
+    "1d",
+    "1e",
+    "1f",
+    "2a",
+    "2b",
+    "3a",
+    "3b",
+    "1a-converged",
+    "1b-converged",
+    "large-batch",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +57,7 @@ class DemoConfig:
     )
 
     def runs(self) -> dict[AlgorithmName, TrainConfig]:
-        """One training run for each algorithm."""
+        """One training run per algorithm."""
         return {
             algorithm: TrainConfig(
                 algorithm=algorithm,
@@ -64,10 +75,10 @@ class DemoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FigureConfig:
-    """Draws a panel of the paper's figures: runs what is missing, reuses what is there.
+    """Draws a panel of the paper's figures: makes the missing runs, and reuses the others.
 
-    Every run has a folder of its own under `runs`, named after what it computes, and goes on where
-    it was stopped. Writes a picture, a table as CSV, and a page, into `out`.
+    Every run has its own folder under `runs`, named after its settings, and is continued if it was
+    stopped. Writes a picture, a table as CSV, and a page into `out`.
 
     Attributes:
         panel: The panel; those with a word in their name are not in the paper.

@@ -1,4 +1,4 @@
-"""What lies in a folder of runs: what can be read of each, and what is wrong with the others."""
+"""The list of the runs in a folder: their state and numbers, or what is wrong with them."""
 
 import dataclasses
 import pathlib
@@ -16,14 +16,14 @@ class Entry:
 
     Attributes:
         path: the folder.
-        command: whose run it is: train, distributed, sde or complexity; "" if that is not known.
-        state: as `runs.state` says, or "damaged", "foreign", "empty".
-        problem: what is wrong with it, in words; "" for nothing.
-        plan: the configuration, of `train` and `distributed`.
+        command: the command that made it: train, distributed, sde or complexity; "" if unknown.
+        state: the state from `runs.state`, or "damaged", "foreign" or "empty".
+        problem: a text that says what is wrong with it; "" if nothing is.
+        plan: the configuration, for `train` and `distributed`.
         label: the algorithm, or the parts that are measured.
-        step: iterations made, of `train` and `distributed`.
-        accuracy: on the test images, the mean over seeds; None if it is not known yet.
-        seconds: for 1,000 steps; None if it is not known yet.
+        step: the number of iterations made, for `train` and `distributed`.
+        accuracy: the test accuracy, averaged over seeds; None if it is not known yet.
+        seconds: the seconds per 1,000 steps; None if they are not known yet.
         draws: see `runs.DRAWS`.
     """
 
@@ -40,7 +40,7 @@ class Entry:
 
 
 def read(root: pathlib.Path) -> list[Entry]:
-    """Every folder below `root` that holds a run, the remains of one, or a record of others."""
+    """All folders below `root` that hold a run, the remains of one, or another program's record."""
     return [_entry(path) for path in runs.find(root)]
 
 
@@ -48,7 +48,7 @@ def _entry(path: pathlib.Path) -> Entry:
     try:
         return _whole(path)
     except records.DamagedRecordError as error:
-        # The folder is named beside it.
+        # The list shows the path of the folder already.
         return Entry(path, "", "damaged", str(error).replace(f"{path}/", ""))
 
 
@@ -76,11 +76,11 @@ def _whole(path: pathlib.Path) -> Entry:
 
 
 def _command(asked: Any) -> str | None:
-    """Whose configuration this is; None for nobody's here."""
+    """The command that a configuration belongs to; None if it is none of ours."""
     if not isinstance(asked, dict):
         return None
     if "algorithm" in asked and "noise" in asked:
-        command = asked.get("command", "train")  # as in records from before it was written down
+        command = asked.get("command", "train")  # the default, since older records do not have it
         return command if command in ("train", "distributed") else None
     known = {"strong_paths": "sde", "regularizer_steps": "complexity"}
     command = next((command for name, command in known.items() if name in asked), None)
@@ -115,7 +115,7 @@ def _number(path: pathlib.Path, ended: dict[str, Any] | None, name: str) -> floa
 
 
 def table(entries: list[Entry], root: pathlib.Path) -> str:
-    """One line for each folder; what is wrong stands where there are no numbers."""
+    """A table with one line per folder; for a damaged folder it shows the problem, not numbers."""
     lines = []
     for entry in entries:
         label = entry.label + (" (distributed)" if entry.command == "distributed" else "")

@@ -1,7 +1,7 @@
-"""The panels of the paper's Figures 1, 2 and 3, and three of ours: every number in one place.
+"""The panels of the paper's Figures 1, 2 and 3, and three of ours, with all their numbers.
 
-Numbers from the paper have their section beside them. Where it is silent the choice is ours, and
-said to be: among `assumptions`, which the figures' pages print.
+A comment names the section of the paper that a number is from. Numbers that the paper does not give
+are our choice; they are listed in `assumptions`, which the pages of the figures print.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from experiments.training.config import AlgorithmName, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """What is drawn together.
+    """The runs that are drawn in one figure.
 
     Attributes:
-        title: of the figure.
-        runs: the training runs, in the order of the legend; the first with algorithm "sgd" is what
-            the others are compared with.
-        small: what `--scale small` changes in each of them.
-        assumptions: what is our choice, since the paper does not say.
+        title: the title of the figure.
+        runs: the training runs, in the order of the legend; the others are compared with the first
+            one whose algorithm is "sgd".
+        small: the changes that `--scale small` makes to each run.
+        assumptions: our choices where the paper does not give a number.
     """
 
     title: str
@@ -30,12 +30,12 @@ class Panel:
     assumptions: tuple[str, ...]
 
     def at_scale(self, small: bool) -> tuple[TrainConfig, ...]:
-        """The runs in full, or reduced to what two cores can do."""
+        """The runs in full, or reduced so that two cores can make them."""
         return tuple(_reduced(run, self.small) for run in self.runs) if small else self.runs
 
 
 def _reduced(run: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """Fewer steps, images and channels; decays at the same fractions of the way."""
+    """A run with fewer steps, images and channels, and decays at the same fraction of steps."""
     steps = changes.get("steps", run.steps)
     decay_at = tuple(round(at * steps / run.steps) for at in run.decay_at)
     settings = dataclasses.replace(run.noise, **_sizes(run.noise, changes))
@@ -55,11 +55,17 @@ def _each(base: TrainConfig, *algorithms: AlgorithmName, **changes: Any) -> tupl
 
 
 def _regularisation(base: TrainConfig) -> tuple[TrainConfig, ...]:
-    """The algorithms of panels (a) and (d), and the baseline that the field compares with."""
+    """The algorithms of panels (a) and (d), and a baseline that is often used for comparison."""
     return _each(
-        base, "gd", "sgd", "m-sgd-fisher", "m-sgd-cov", "m-sgd-bernoulli", "gd-rademacher",
+        base,
+        "gd",
+        "sgd",
+        "m-sgd-fisher",
+        "m-sgd-cov",
+        "m-sgd-bernoulli",
+        "gd-rademacher",
         "langevin-diagonal-fisher",
-    )  # fmt: skip
+    )
 
 
 def _estimation(base: TrainConfig) -> tuple[TrainConfig, ...]:
@@ -70,7 +76,7 @@ def _estimation(base: TrainConfig) -> tuple[TrainConfig, ...]:
 
 
 def _large_batch(base: TrainConfig, *sizes: int) -> tuple[TrainConfig, ...]:
-    """SGD with b and with larger batches, and sparse noises of b in the larger batches."""
+    """SGD with b and with larger batches, and sparse laws with the noise of b in these batches."""
     runs = list(_each(base, "sgd"))
     for size in sizes:
         noise = dataclasses.replace(base.noise, support_size=size)
@@ -125,10 +131,18 @@ _CIFAR_RESNET_BEST = dataclasses.replace(
     weight_decay=5e-4,  # B.3
 )
 _COLOUR_SMALL = {
-    "num_train": 500, "num_test": 1_000, "width": 8, "steps": 200, "eval_every": 50, "seeds": 2,
-    "batch_size": 50, "estimate_size": 50, "support_size": 250, "microbatch_size": 50,
+    "num_train": 500,
+    "num_test": 1_000,
+    "width": 8,
+    "steps": 200,
+    "eval_every": 50,
+    "seeds": 2,
+    "batch_size": 50,
+    "estimate_size": 50,
+    "support_size": 250,
+    "microbatch_size": 50,
     "checkpoint_every": 50,
-}  # fmt: skip
+}
 
 _ALL = (
     "number of iterations and of seeds",
@@ -151,39 +165,90 @@ _CONVERGED = (
 )
 
 PANELS: Mapping[str, Panel] = {
-    "1a": Panel("FashionMNIST, LeNet: which noises regularise as SGD's", _regularisation(_LENET),
-                _LENET_SMALL, (*_ALL, _INITIAL_LENET)),
-    "1b": Panel("FashionMNIST, LeNet: covariances estimated from b examples", _estimation(_LENET),
-                _LENET_SMALL, (*_ALL, _INITIAL_LENET)),
-    "1c": Panel("CIFAR-10, ResNet-18, augmentation and weight decay: large batches",
-                _large_batch(_CIFAR_RESNET_BEST, 5_000), _COLOUR_SMALL,
-                (*_ALL, *_LARGE, _GHOST, _AUGMENTED)),
-    "1d": Panel("SVHN, VGG-11: which noises regularise as SGD's", _regularisation(_SVHN),
-                _COLOUR_SMALL, (*_ALL, _INITIAL_VGG)),
-    "1e": Panel("SVHN, VGG-11: covariances estimated from b examples", _estimation(_SVHN),
-                _COLOUR_SMALL, (*_ALL, _INITIAL_VGG)),
-    "1f": Panel("SVHN, VGG-11: large batches", _large_batch(_SVHN, 2_000), _COLOUR_SMALL,
-                (*_ALL, *_LARGE, _INITIAL_VGG)),
-    "2a": Panel("CIFAR-10, VGG-11: which noises regularise as SGD's", _regularisation(_CIFAR_VGG),
-                _COLOUR_SMALL, (*_ALL, _INITIAL_VGG)),
-    "2b": Panel("CIFAR-10, VGG-11: large batches", _large_batch(_CIFAR_VGG, 2_000), _COLOUR_SMALL,
-                (*_ALL, *_LARGE, _INITIAL_VGG)),
-    "3a": Panel("CIFAR-10, ResNet-18: which noises regularise as SGD's",
-                tuple(run for run in _regularisation(_CIFAR_RESNET)
-                      if run.algorithm != "langevin-diagonal-fisher"),
-                _COLOUR_SMALL, (*_ALL, _GHOST, "no diagonal Langevin: batch norm has no losses of "
-                                "single examples")),
-    "3b": Panel("CIFAR-10, ResNet-18: large batches", _large_batch(_CIFAR_RESNET, 2_000),
-                _COLOUR_SMALL, (*_ALL, *_LARGE, _GHOST)),
-    "1a-converged": Panel("FashionMNIST, LeNet, to convergence: which noises regularise as SGD's",
-                          _regularisation(_LENET_CONVERGED), _LENET_SMALL,
-                          (*_ALL, _INITIAL_LENET, _CONVERGED)),
-    "1b-converged": Panel("FashionMNIST, LeNet, to convergence: covariances estimated from b",
-                          _estimation(_LENET_CONVERGED), _LENET_SMALL,
-                          (*_ALL, _INITIAL_LENET, _CONVERGED)),
-    "large-batch": Panel("FashionMNIST, LeNet, to convergence: large batches",
-                         (*_large_batch(_LENET_CONVERGED, 500),
-                          *_each(_LENET_CONVERGED, "gd", "m-sgd-fisher", "m-sgd-cov")),
-                         _LENET_SMALL, (*_ALL, _INITIAL_LENET, _CONVERGED, "the panel itself")),
-}  # fmt: skip
+    "1a": Panel(
+        "FashionMNIST, LeNet: which noises regularise as SGD's",
+        _regularisation(_LENET),
+        _LENET_SMALL,
+        (*_ALL, _INITIAL_LENET),
+    ),
+    "1b": Panel(
+        "FashionMNIST, LeNet: covariances estimated from b examples",
+        _estimation(_LENET),
+        _LENET_SMALL,
+        (*_ALL, _INITIAL_LENET),
+    ),
+    "1c": Panel(
+        "CIFAR-10, ResNet-18, augmentation and weight decay: large batches",
+        _large_batch(_CIFAR_RESNET_BEST, 5_000),
+        _COLOUR_SMALL,
+        (*_ALL, *_LARGE, _GHOST, _AUGMENTED),
+    ),
+    "1d": Panel(
+        "SVHN, VGG-11: which noises regularise as SGD's",
+        _regularisation(_SVHN),
+        _COLOUR_SMALL,
+        (*_ALL, _INITIAL_VGG),
+    ),
+    "1e": Panel(
+        "SVHN, VGG-11: covariances estimated from b examples",
+        _estimation(_SVHN),
+        _COLOUR_SMALL,
+        (*_ALL, _INITIAL_VGG),
+    ),
+    "1f": Panel(
+        "SVHN, VGG-11: large batches",
+        _large_batch(_SVHN, 2_000),
+        _COLOUR_SMALL,
+        (*_ALL, *_LARGE, _INITIAL_VGG),
+    ),
+    "2a": Panel(
+        "CIFAR-10, VGG-11: which noises regularise as SGD's",
+        _regularisation(_CIFAR_VGG),
+        _COLOUR_SMALL,
+        (*_ALL, _INITIAL_VGG),
+    ),
+    "2b": Panel(
+        "CIFAR-10, VGG-11: large batches",
+        _large_batch(_CIFAR_VGG, 2_000),
+        _COLOUR_SMALL,
+        (*_ALL, *_LARGE, _INITIAL_VGG),
+    ),
+    "3a": Panel(
+        "CIFAR-10, ResNet-18: which noises regularise as SGD's",
+        tuple(
+            run
+            for run in _regularisation(_CIFAR_RESNET)
+            if run.algorithm != "langevin-diagonal-fisher"
+        ),
+        _COLOUR_SMALL,
+        (*_ALL, _GHOST, "no diagonal Langevin: batch norm has no losses of single examples"),
+    ),
+    "3b": Panel(
+        "CIFAR-10, ResNet-18: large batches",
+        _large_batch(_CIFAR_RESNET, 2_000),
+        _COLOUR_SMALL,
+        (*_ALL, *_LARGE, _GHOST),
+    ),
+    "1a-converged": Panel(
+        "FashionMNIST, LeNet, to convergence: which noises regularise as SGD's",
+        _regularisation(_LENET_CONVERGED),
+        _LENET_SMALL,
+        (*_ALL, _INITIAL_LENET, _CONVERGED),
+    ),
+    "1b-converged": Panel(
+        "FashionMNIST, LeNet, to convergence: covariances estimated from b",
+        _estimation(_LENET_CONVERGED),
+        _LENET_SMALL,
+        (*_ALL, _INITIAL_LENET, _CONVERGED),
+    ),
+    "large-batch": Panel(
+        "FashionMNIST, LeNet, to convergence: large batches",
+        (
+            *_large_batch(_LENET_CONVERGED, 500),
+            *_each(_LENET_CONVERGED, "gd", "m-sgd-fisher", "m-sgd-cov"),
+        ),
+        _LENET_SMALL,
+        (*_ALL, _INITIAL_LENET, _CONVERGED, "the panel itself"),
+    ),
+}
 """The panels by name."""

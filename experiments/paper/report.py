@@ -15,7 +15,7 @@ from experiments.training import TrainConfig, loop, runs
 
 
 def run_folder(root: pathlib.Path, config: TrainConfig) -> pathlib.Path:
-    """Where the run of a configuration lives: named after what it computes, whatever draws it."""
+    """The folder of a run, named after the settings of its configuration and not after a panel."""
     settings = json.dumps(runs.settings(config.resolved()), sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()
     last = config.seed + config.seeds - 1
@@ -26,7 +26,7 @@ def run_folder(root: pathlib.Path, config: TrainConfig) -> pathlib.Path:
 
 
 def figure(config: FigureConfig) -> pathlib.Path:
-    """Runs what a panel misses and draws it; returns the folder with picture, table and page."""
+    """Makes the missing runs of a panel and draws it; returns the folder with the results."""
     panel = PANELS[config.panel]
     plans = [
         dataclasses.replace(plan, data_dir=config.data_dir, seeds=config.seeds or plan.seeds)
@@ -49,10 +49,10 @@ def figure(config: FigureConfig) -> pathlib.Path:
 
 
 def _results(plans: list[TrainConfig], config: FigureConfig) -> list[accuracies.Result]:
-    """Runs the plans, the seeds in groups; what has finished is only read."""
+    """Runs the plans, with the seeds in groups; runs that have finished are only read."""
     groups = [list(_groups(plan, config.seeds_at_once)) for plan in plans]
     paths = {part: run_folder(config.runs, part) for parts in groups for part in parts}
-    # By the name alone, which has the settings in it: earlier records may say less than later ones.
+    # Found by the name, which depends on the settings, since older records may contain less.
     missing = [
         part
         for part, path in paths.items()
@@ -80,7 +80,7 @@ def _results(plans: list[TrainConfig], config: FigureConfig) -> list[accuracies.
 
 
 def _check_same_draws(root: pathlib.Path, finished: list[pathlib.Path], some_missing: bool) -> None:
-    """Seed s begins at the same weights under every algorithm: only where it draws the same."""
+    """Raises ValueError unless all runs draw the same, so that seeds have equal initial weights."""
     old = [path for path in finished if runs.draws(path) != runs.DRAWS]
     if old and (some_missing or len(old) < len(finished)):
         raise ValueError(
@@ -103,7 +103,7 @@ def write_section(
     plan: TrainConfig,
     results: list[accuracies.Result],
 ) -> str:
-    """Writes NAME.png, NAME.csv, of long runs NAME-averaged.csv; returns their page in Markdown."""
+    """Writes NAME.png and NAME.csv, for long runs NAME-averaged.csv; returns the Markdown page."""
     labels = [result.label for result in results]
     reference = next((label for label in labels if label.startswith("SGD")), labels[0])
     rows = accuracies.compare(results, reference)
@@ -134,7 +134,7 @@ def write_section(
 
 
 def list_runs(config: ListConfig) -> None:
-    """Prints one line for each folder with a run, or the remains of one, below the folder."""
+    """Prints one line per folder below `config.runs` with a run or the remains of one."""
     fresh = config.runs == ListConfig().runs and not config.runs.exists()
     if not fresh:
         _check_folder(config.runs)
@@ -208,7 +208,7 @@ _ORDER = (
 
 
 def _why_left_out(entry: listing.Entry) -> str:
-    """Why a report does not draw it; "" if it does."""
+    """The reason why a report leaves out a run; "" if it draws the run."""
     if entry.problem:
         return f"{entry.state}: {entry.problem}"
     if entry.state != "finished":
@@ -217,7 +217,7 @@ def _why_left_out(entry: listing.Entry) -> str:
 
 
 def _problem(entry: listing.Entry) -> str:
-    """What runs that are drawn together have in common, as text that sorts."""
+    """The settings that runs drawn in one figure have in common, as text for sorting."""
     assert entry.plan is not None
     own = (*_OWN, "seeds", "seed", "eval_every", "microbatch_size")
     settings = runs.settings(entry.plan.resolved())
@@ -227,7 +227,7 @@ def _problem(entry: listing.Entry) -> str:
 
 
 class _Read(NamedTuple):
-    """The runs of one algorithm, their seeds side by side."""
+    """The runs of one algorithm, with their seeds side by side."""
 
     plan: TrainConfig
     seeds: tuple[int, ...]
@@ -237,7 +237,7 @@ class _Read(NamedTuple):
 def _read_runs(entries: list[listing.Entry], root: pathlib.Path, left_out: list[str]) -> _Read:
     """The runs of one algorithm by seed.
 
-    Left out is what repeats a seed, or was evaluated at other steps.
+    Runs that repeat a seed, or were evaluated at other steps, are left out.
     """
     plans = [entry.plan for entry in entries if entry.plan is not None]
     order = sorted(range(len(plans)), key=lambda i: (plans[i].seed, str(entries[i].path)))
@@ -260,7 +260,7 @@ def _read_runs(entries: list[listing.Entry], root: pathlib.Path, left_out: list[
 
 
 def _same_seeds(read: list[_Read]) -> list[list[_Read]]:
-    """What can be compared seed by seed."""
+    """Groups of runs that can be compared seed by seed."""
     parts: dict[tuple[int, ...], list[_Read]] = {}
     for one in read:
         parts.setdefault(one.seeds, []).append(one)
@@ -268,7 +268,7 @@ def _same_seeds(read: list[_Read]) -> list[list[_Read]]:
 
 
 def _as_html(text: str, folder: pathlib.Path) -> str:
-    """A page that needs no other file: the pictures are in it."""
+    """The page as HTML in one file, which contains the pictures."""
     import markdown_it
 
     body = markdown_it.MarkdownIt().enable("table").render(text)

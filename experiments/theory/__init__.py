@@ -1,10 +1,10 @@
-"""The room of the paper's theory: the SDE and the local complexities, measured.
+"""Measurements of the paper's theory: the SDE and the local complexities.
 
 sde           iterations side by side with their SDE: strong and weak orders, paths, a net
-weak_order    exact expectations, to which the weak orders of SGD are compared
-sde_problems  the small problems that the SDE is studied on
-complexity    Theorem 1, the regulariser in training, a trace along training
-config        what these commands are told
+weak_order    weak orders from exact expectations, for comparison
+sde_problems  the small problems on which the SDE is studied
+complexity    Theorem 1, the regulariser in training, and a trace along training
+config        the options of these commands
 """
 
 from experiments.theory.config import ComplexityConfig, SDEConfig

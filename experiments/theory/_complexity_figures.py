@@ -17,7 +17,7 @@ from msgd_jax.complexity import Estimate
 def plot_theorem1(
     rows: Sequence[dict[str, Any]], columns: dict[str, str], path: pathlib.Path
 ) -> None:
-    """The ratio of both sides of each inequality, with 95 % intervals; above 1 it is false."""
+    """Draws the ratio of both sides of each inequality, with 95 % intervals; above 1: violated."""
     titles = {
         "gaussian_lower": "(10) $\\sqrt{2/\\pi}\\,R(A) \\leq R(G)$",
         "gaussian_upper": "(10) $R(G) \\leq E\\max|g_i|\\,R(A)$",
@@ -62,7 +62,7 @@ def _margins(ratios: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def plot_trace(records: Sequence[dict[str, Any]], config: Any, path: pathlib.Path) -> None:
-    """Complexities, losses and generalisation gaps against iteration, a band over seeds."""
+    """Draws complexities, losses and gaps against iteration, with a band over seeds."""
     algorithms = list(dict.fromkeys(record["algorithm"] for record in records))
     names = list(records[0]["complexities"])
     figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")

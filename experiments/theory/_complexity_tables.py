@@ -8,7 +8,7 @@ from experiments import figures
 from experiments.tables import text_table
 from msgd_jax import complexity
 
-# How Theorem 1's columns are called; the ratios of `theorem1_rows` in their order.
+# The titles of Theorem 1's columns, for the ratios of `theorem1_rows` in their order.
 COLUMNS = {
     "gaussian_lower": "cR(A)/R(G)",
     "gaussian_upper": "R(G)/CR(A)",

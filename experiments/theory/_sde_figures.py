@@ -21,7 +21,7 @@ COLOURS = {"SDE": "black", "M-SGD-Gaussian": "C0", "SGD": "C3"}
 
 
 def plot_strong(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Root mean square distance against eta, log-log, with the fitted lines."""
+    """Draws root mean square distances against eta, log-log, with the fitted lines."""
     figure, axes = plt.subplots(figsize=(10.5, 5.6), layout="constrained")
     maps = {0.5: "autumn", 1: "winter", 1.5: "summer"}
     for expected, name in maps.items():
@@ -40,7 +40,7 @@ def plot_strong(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def plot_weak(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Size of the difference of expectations against eta, a panel for each group of cases."""
+    """Draws the size of differences of expectations against eta, one panel per group of cases."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
@@ -64,7 +64,7 @@ def plot_weak(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def plot_paths(problem: Problem, plane: Sequence[Any], path: pathlib.Path) -> None:
-    """The paths on the contours of the loss, and their distances to the SDE."""
+    """Draws the paths on the contours of the loss, and their distances to the SDE."""
     figure, panels = plt.subplots(
         2, len(plane), figsize=(5.6 * len(plane), 8), layout="constrained", height_ratios=(3, 2)
     )
@@ -98,7 +98,7 @@ def plot_paths(problem: Problem, plane: Sequence[Any], path: pathlib.Path) -> No
 
 
 def plot_network(networks: Sequence[Any], config: Any, path: pathlib.Path) -> None:
-    """Distances to the SDE against time, on the network."""
+    """Draws distances to the SDE against time, on the network."""
     figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
     first = networks[0]
     axes.plot(
@@ -141,7 +141,7 @@ def _landscape(problem: Problem, plane: Sequence[Any]) -> tuple[Any, Any, Any]:
 
 
 def _points_and_line(axes: Any, row: dict[str, Any], label: str, colour: Any, marker: str) -> None:
-    """Measured sizes with error bars, and the least-squares line through them."""
+    """Draws measured sizes with error bars, and the least-squares line through them."""
     rates, errors = np.array(row["learning_rates"]), np.abs(row["errors"])
     bars = np.minimum(row.get("standard_errors") or np.zeros_like(errors), 0.95 * errors)
     axes.errorbar(rates, errors, bars, fmt=marker, color=colour, markersize=5, fillstyle="none")

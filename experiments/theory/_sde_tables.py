@@ -1,4 +1,4 @@
-"""The tables that the SDE experiment prints, and what it records."""
+"""The tables that the SDE experiment prints, and its records."""
 
 import itertools
 import math
@@ -12,9 +12,9 @@ from msgd_jax import sde
 
 
 def strong_table(rows: list[dict[str, Any]]) -> str:
-    """One line per case: order with its standard error, how well a line fits, theory's, and a.
+    """One line per case: the theoretical order, the measured one with its standard error, p and a.
 
-    p is the probability of residuals as large as these if the errors are on a line.
+    p is the probability of residuals at least as large as these if the errors are on a line.
     """
     lines = []
     for row in rows:
@@ -43,7 +43,7 @@ def weak_table(rows: list[dict[str, Any]]) -> str:
 
 
 def network_table(networks: list[dict[str, Any]]) -> str:
-    """One line per iteration: its distance to the SDE at the end, relative to the way gone.
+    """One line per iteration: its distance to the SDE at the end, also relative to the path's.
 
     Args:
         networks: `NetworkRun`s as JSON.
@@ -58,7 +58,7 @@ def network_table(networks: list[dict[str, Any]]) -> str:
 
 
 def record(sweep: sde.ErrorSweep) -> dict[str, Any]:
-    """Numbers that JSON has: where nothing is random there is no chi-square."""
+    """The sweep as JSON values; if nothing is random, there is no chi-square."""
     fit = sweep.order_fit
     quality = {"chi_square": fit.chi_square, "p_value": fit.p_value}
     return {

@@ -1,6 +1,6 @@
-"""Local complexities: Theorem 1 measured, the regulariser in training, a trace along training.
+"""Local complexities: Theorem 1, the regulariser in training, and a trace along training.
 
-Every part returns plain numbers; `complexity_figures` draws them, `run` writes both to a folder.
+Every part returns plain numbers; `_complexity_figures` draws them, `run` writes both to a folder.
 """
 
 import functools
@@ -27,12 +27,13 @@ class Setting(NamedTuple):
 
     Attributes:
         label: the class of losses.
-        problem: loss vector function, parameters, data or a function that draws them.
+        problem: loss vector function, parameters, and data or a function that draws them.
         num_examples: N.
         batch_size: b.
-        radius: of the ball.
-        num_draws: of each complexity; None for all of them (then the Gaussian one is left out).
-        ascent: how the suprema are sought.
+        radius: the radius of the ball.
+        num_draws: the number of draws per complexity; None for all draws (then the Gaussian
+            complexity is left out).
+        ascent: the settings of the search for the suprema.
     """
 
     label: str
@@ -53,7 +54,7 @@ class Setting(NamedTuple):
 
 
 def settings(config: ComplexityConfig) -> list[Setting]:
-    """Affine losses, one loss alone, losses that can be raised one by one, and a net."""
+    """Affine losses, a single loss, losses that can be raised one by one, and a net."""
     exact = complexity.Ascent(num_starts=1, num_steps=1)
     many, n = config.theorem1_draws, 32
     spike = (lambda p, batch: batch + 0 * p, jnp.zeros(()), jnp.zeros(8).at[0].set(1.0))
@@ -76,7 +77,7 @@ def settings(config: ComplexityConfig) -> list[Setting]:
 
 
 def _affine(mean: float) -> tuple[Any, Any, Any]:
-    """N = 32 random affine losses of 5 parameters, new ones for each draw."""
+    """N = 32 random affine losses of 5 parameters, drawn anew per draw of v."""
 
     def sample(key: Any) -> dict[str, Any]:
         loss_key, slope_key = (derive(key, Stream.CASES, i) for i in range(2))
@@ -129,6 +130,7 @@ def theorem1_rows(config: ComplexityConfig) -> Iterator[dict[str, Any]]:
             batch_size=case.batch_size,
             **common,
         )
+        # The paper's bound without and with replacement (where it is false), and the right one.
         found["without"] = bound(bound="paper")
         found["with"] = bound(replace=True, bound="paper")
         found["with, corrected"] = bound(replace=True)
@@ -156,7 +158,7 @@ def _record(inequality: complexity.Inequality) -> dict[str, Any]:
 
 
 def regularizers(config: ComplexityConfig, n: int) -> dict[str, tuple[AlgorithmName, Any]]:
-    """By label: the algorithm, and what is added to its gradient: None or the full regulariser.
+    """By label, the algorithm and the full regulariser that is added to its gradient, or None.
 
     N is `n`; b and the scale are those of `config`.
     """
@@ -231,10 +233,10 @@ def laws(config: ComplexityConfig, num_examples: int) -> dict[str, complexity.Mu
 
 
 def trace(config: ComplexityConfig, dataset: data.Dataset) -> Iterator[dict[str, Any]]:
-    """The complexities along training, one record for each algorithm and measurement.
+    """The complexities along training, one record per algorithm and measurement.
 
-    Equal keys everywhere: the multipliers are the same for all algorithms, seeds and times, so that
-    differences are not theirs.
+    All measurements use the same key: the multipliers are the same for all algorithms, seeds and
+    times, so that they do not cause differences.
     """
     model = "digits_net" if dataset.name == "digits" else "lenet"
     losses = training.model_functions(model, dataset.max_value).losses
@@ -308,7 +310,7 @@ def _measurement(
 
 def _as_numbers(measured: dict[str, Any]) -> dict[str, float]:
     numbers = {name: float(value) for name, value in measured.items()}
-    if not np.isfinite(numbers["mean"]):  # under jit `local_complexity` cannot say so itself
+    if not np.isfinite(numbers["mean"]):  # under jit `local_complexity` cannot raise
         raise ValueError(
             "The losses or gradients are not finite in the ball: choose a smaller --radius, or a "
             "--learning-rate at which training does not diverge."
@@ -321,10 +323,10 @@ def _transposed(values: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def run(config: ComplexityConfig) -> pathlib.Path:
-    """The parts asked for; each prints its table and writes its picture when it is done."""
+    """Runs the chosen parts; each prints its table and writes its picture when it is done."""
     _check(config)
     dataset: Any = None
-    # Loaded first: it is known at once whether the images are there.
+    # Loaded first, so that missing images are reported at once.
     if "trace" in config.parts and not runs.finished_parts("complexity", config):
         dataset = data.load("fashion_mnist", data_dir=config.data_dir)
     steps: dict[str, Callable[[pathlib.Path], Any]] = {
@@ -341,7 +343,7 @@ def run(config: ComplexityConfig) -> pathlib.Path:
 
 
 def _check(config: ComplexityConfig) -> None:
-    """Raises ValueError for batch sizes that the parts cannot have, before anything is loaded."""
+    """Raises ValueError for batch sizes that a part cannot have, before anything is loaded."""
     if "regularizer" in config.parts:
         check_batch_size(config.batch_size, data.DATASETS["digits"].sizes[0])
     if "trace" in config.parts:

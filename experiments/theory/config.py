@@ -1,4 +1,4 @@
-"""What the measurements of the paper's theory are made of, as dataclasses that are also the command
+"""The options of the measurements of the paper's theory, as dataclasses that are also the command
 line.
 """
 
@@ -10,24 +10,39 @@ from typing import Any, Literal
 
 from experiments.training.config import AlgorithmName, check_seeds
 
-# For each option, the parts that read it; every part reads those that are not here.
+# The parts that read each option; options that are not listed are read by all parts.
 _SDE_PARTS = {"strong_paths": ("strong",), "weak_paths": ("weak",)} | dict.fromkeys(
-    ("learning_rate", "halvings", "network_paths", "iterations", "batch_size", "substeps", "points",
-     "microbatch_size"),
+    (
+        "learning_rate",
+        "halvings",
+        "network_paths",
+        "iterations",
+        "batch_size",
+        "substeps",
+        "points",
+        "microbatch_size",
+    ),
     ("network",),
-)  # fmt: skip
+)
 _COMPLEXITY_PARTS = (
     {"theorem1_draws": ("theorem1",)}
     | dict.fromkeys(
         ("regularizer_steps", "regularizer_radius", "regularizer_scale"), ("regularizer",)
     )
     | dict.fromkeys(
-        ("algorithms", "steps", "every", "radius", "trace_draws", "ascent_steps",
-         "microbatch_size"),
+        (
+            "algorithms",
+            "steps",
+            "every",
+            "radius",
+            "trace_draws",
+            "ascent_steps",
+            "microbatch_size",
+        ),
         ("trace",),
     )
     | dict.fromkeys(("batch_size", "seeds"), ("regularizer", "trace"))
-)  # fmt: skip
+)
 SDEPart = Literal["strong", "weak", "paths", "network"]
 ComplexityPart = Literal["theorem1", "regularizer", "trace"]
 
@@ -42,7 +57,7 @@ def _check_sizes(config: Any) -> None:
 
 
 def check_batch_size(batch_size: int, num_examples: int) -> None:
-    """Raises ValueError unless this is the size of a mini-batch of so many examples."""
+    """Raises ValueError unless `batch_size` is between 1 and `num_examples`."""
     if not 1 <= batch_size <= num_examples:
         raise ValueError(f"batch_size must be between 1 and {num_examples}, got {batch_size}.")
 

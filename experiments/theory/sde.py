@@ -1,6 +1,6 @@
 """The SDE side by side with its discretisations: strong and weak orders, paths, a real net.
 
-Every part returns plain numbers; `sde_figures` draws them, and `run` writes both to a folder.
+Every part returns plain numbers; `_sde_figures` draws them, and `run` writes both to a folder.
 """
 
 import functools
@@ -24,19 +24,19 @@ from msgd_jax._streams import Stream, derive
 
 RATES = (0.1, 0.05, 0.025, 0.0125)
 HORIZON = 2.0
-DRAWN = 4  # paths of each process on the plane
+DRAWN = 4  # the number of paths of each process that are drawn in the plane
 
 
 class StrongCase(NamedTuple):
     """One line of the strong-order figure.
 
     Attributes:
-        label: what iterates.
+        label: the name of the iteration.
         expected: the order that theory gives.
-        law: whose covariance the SDE has.
+        law: the law whose covariance the SDE has.
         iterate: the weights of the iteration, as in `sde.strong_error`.
-        order: of the SDE.
-        at_minimum: whether paths start where the loss is smallest.
+        order: the order of the SDE.
+        at_minimum: whether paths start at the minimum of the loss.
     """
 
     label: str
@@ -48,7 +48,7 @@ class StrongCase(NamedTuple):
 
 
 def strong_cases(num_examples: int) -> list[StrongCase]:
-    """The couplings that give order 1 or 3/2, and those that give none."""
+    """Couplings that give order 1 or 3/2, and iterations on other paths, which give 1/2."""
     n = num_examples
     cov, fisher = noise.cov(n, n), noise.fisher(n, n)
     coupled = sde.coupling(cov, n)
@@ -91,7 +91,7 @@ def strong(config: SDEConfig) -> Iterator[dict[str, Any]]:
 
 
 class WeakCase(NamedTuple):
-    """One line of the sampled weak orders: the iteration is SGD's, the SDE has another law."""
+    """One line of the sampled weak orders: the iteration is SGD, the SDE may have another law."""
 
     label: str
     expected: float
@@ -102,8 +102,8 @@ class WeakCase(NamedTuple):
 def weak(config: SDEConfig) -> Iterator[dict[str, Any]]:
     """The weak order of SGD with b = 4 against its SDE, sampled with the control variate; g = L.
 
-    The second order is measured from the minimum to an early time: there it is seen at learning
-    rates that sampling can resolve, with little of the third.
+    The second order is measured from the minimum to an early time, where it can be seen at learning
+    rates that sampling can resolve, with little error of third order.
     """
     problem = logistic()
     sgd = noise.sgd(problem.num_examples, 4, replace=True)
@@ -140,8 +140,8 @@ class Paths(NamedTuple):
 
     Attributes:
         times: [saved].
-        points: of every process by name, [drawn, saved, 2].
-        distances: to the SDE at the same time, median over paths, by name, [saved].
+        points: the points of every process by name, [drawn, saved, 2].
+        distances: the median distance over paths to the SDE at the same time, by name, [saved].
         learning_rate: eta.
     """
 
@@ -152,7 +152,7 @@ class Paths(NamedTuple):
 
 
 def paths(config: SDEConfig, learning_rate: float, horizon: float = 12.0, many: int = 64) -> Paths:
-    """SGD, M-SGD-Gaussian and SDE; the last two share the Brownian path, SGD samples by itself."""
+    """SGD, M-SGD-Gaussian and SDE; the last two share the Brownian path, SGD has its own draws."""
     problem = two_wells()
     n, b = problem.num_examples, 1
     law, sgd = noise.cov(n, b), noise.sgd(n, b, replace=True)
@@ -167,6 +167,7 @@ def paths(config: SDEConfig, learning_rate: float, horizon: float = 12.0, many: 
     @jax.jit
     @jax.vmap
     def every(key: Any) -> dict[str, Any]:
+        # SGD draws from another key, so that it does not share the path.
         own_key = derive(key, Stream.CASES, 0)
         return {
             "SDE": euler(key, 32),
@@ -186,7 +187,7 @@ def paths(config: SDEConfig, learning_rate: float, horizon: float = 12.0, many: 
 def _iterate(
     problem: Problem, law: noise.MNoise, learning_rate: float, num_steps: int, key: Any
 ) -> Any:
-    """Every point of theta - eta grad(L . W), the start included."""
+    """All points of the iteration theta - eta grad(L . W), including the start."""
     value_and_grad = loss.weighted_value_and_grad(problem.loss_vector_fn)
 
     def step(params: Any, t: Any) -> tuple[Any, Any]:
@@ -199,18 +200,18 @@ def _iterate(
 
 
 def _keys(seed: int, count: int) -> Any:
-    """One key for each path."""
+    """One key per path."""
     return jax.vmap(lambda i: derive(jax.random.key(seed), Stream.CASES, i))(jnp.arange(count))
 
 
 class NetworkRun(NamedTuple):
-    """How far iterations of one learning rate are from the SDE, on a network.
+    """The distances of iterations from the SDE, on a network, at one learning rate.
 
     Attributes:
         learning_rate: eta.
-        times: [saved], from 0.
-        displacement: of the SDE from its start, root mean square over paths, [saved].
-        distances: of every iteration to the SDE at the same time, likewise, by name, [saved].
+        times: the times, from 0, [saved].
+        displacement: the distance of the SDE from its start, root mean square over paths, [saved].
+        distances: the same for the distance of every iteration from the SDE, by name, [saved].
     """
 
     learning_rate: float
@@ -223,10 +224,10 @@ SHARED, OWN, STILL = "M-SGD-Fisher", "M-SGD-Fisher, own draws", "GD"
 
 
 def network(config: SDEConfig, dataset: data.Dataset) -> Iterator[NetworkRun]:
-    """M-SGD-Fisher trained as ever, and the SDE with its key, for eta, eta/2, eta/4, ...
+    """M-SGD-Fisher by the usual training, and the SDE with the same key, for eta, eta/2, eta/4, ...
 
-    At the first learning rate beside them: M-SGD-Fisher with another key, and GD. All paths start
-    at the same initial weights.
+    At the first learning rate also M-SGD-Fisher with another key, and GD. All paths start from the
+    same initial weights.
     """
     functions = training.model_functions("lenet", dataset.max_value)
     losses = functions.losses
@@ -266,7 +267,7 @@ Walk = Callable[[Any, Any, int, int], sde.Path]
 def _walker(
     losses: loss.LossVectorFn, law: noise.MNoise, rate: float, config: SDEConfig, train_set: Any
 ) -> Walk:
-    """A part of the SDE's path, from one iteration to another; compiled once for all parts."""
+    """A function for a part of the SDE's path between two iterations; compiled once for all."""
 
     @jax.jit
     def walk(params: Any, data: Any, key: Any, first_step: Any, num_steps: Any) -> sde.Path:
@@ -285,7 +286,7 @@ def _walker(
 
 
 class _Trainer(NamedTuple):
-    """Training with one noise: the state at the start, and so many steps more."""
+    """Training with one law: the state at the start, and a function that makes further steps."""
 
     start: Callable[[Any, Any], train.TrainState]
     advance: Callable[[train.TrainState, int], train.TrainState]
@@ -322,7 +323,7 @@ def _squares(
     ends: np.ndarray,
     progress: Any,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Of one path: squared displacement of the SDE and squared distances to it, at `ends`."""
+    """The squared displacement of one SDE path, and squared distances to it, at `ends`."""
     own_key = derive(key, Stream.CASES, 0)
     states = {
         name: trainer.start(params, own_key if name == OWN else key)
@@ -352,7 +353,7 @@ def _square_distance(first: Any, second: Any) -> float:
 
 
 def run(config: SDEConfig) -> pathlib.Path:
-    """The parts asked for; each prints its table and writes its picture when it is done."""
+    """Runs the chosen parts; each prints its table and writes its picture when it is done."""
     steps: dict[str, Callable[[pathlib.Path], Any]] = {
         "strong": functools.partial(_strong_part, config),
         "weak": functools.partial(_weak_part, config),
@@ -362,7 +363,7 @@ def run(config: SDEConfig) -> pathlib.Path:
         # Before anything is loaded.
         check_batch_size(config.batch_size, data.DATASETS["fashion_mnist"].sizes[0])
         dataset: Any = None
-        # Loaded first: it is known at once whether the images are there.
+        # Loaded first, so that missing images are reported at once.
         if not runs.finished_parts("sde", config):
             dataset = data.load("fashion_mnist", data_dir=config.data_dir)
         steps["network"] = functools.partial(_network_part, config, dataset)

@@ -35,8 +35,8 @@ def logistic(num_examples: int = 32, dim: int = 5, dtype: Any = jnp.float32) -> 
 
     Args:
         num_examples: N.
-        dim: number of parameters.
-        dtype: of parameters and data.
+        dim: the number of parameters.
+        dtype: the dtype of parameters and data.
     """
     rng = _generator(0)
     features = 2 * rng.standard_normal((num_examples, dim))
@@ -51,7 +51,7 @@ def two_wells(num_examples: int = 32, dtype: Any = jnp.float32) -> Problem:
 
     Args:
         num_examples: N.
-        dtype: of parameters and data.
+        dtype: the dtype of parameters and data.
     """
     rng = _generator(1)
     x = 1.5 * rng.standard_normal(num_examples)
@@ -60,7 +60,7 @@ def two_wells(num_examples: int = 32, dtype: Any = jnp.float32) -> Problem:
 
 
 def at_minimum(problem: Problem) -> Problem:
-    """The same problem, started where the mean loss is smallest (found by BFGS)."""
+    """The same problem, started at the minimum of the mean loss (found by BFGS)."""
     flat, unravel = jax.flatten_util.ravel_pytree(problem.params)
 
     @jax.jit
@@ -86,7 +86,7 @@ def _one_unit_loss(params: Float[Array, "2"], example: Any) -> Float[Array, ""]:
     return 0.5 * (params[0] * jnp.tanh(params[1] * x) - y) ** 2
 
 
-# One function object each, so that what is compiled for it is found again.
+# One function object per loss, so that compiled programs are found again.
 _LOGISTIC = loss.per_example(_logistic_loss)
 _ONE_UNIT = loss.per_example(_one_unit_loss)
 

@@ -1,8 +1,8 @@
 """Weak orders without sampling: two problems where every expectation is a matrix product.
 
-The iteration ``theta - eta grad(L . W)`` against the SDE with the covariance of ``grad(L . W)``
-(Eq. 12), or of order 2, with the drift -grad(L + eta/4 |grad L|^2). All in numpy's float64, with no
-random numbers beyond the problems' data.
+The iteration ``theta - eta grad(L . W)`` is compared with the SDE with the covariance of
+``grad(L . W)`` (Eq. 12), or, for order 2, with the drift -grad(L + eta/4 |grad L|^2). Everything is
+in numpy's float64; only the data of the problems are random.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ STILL = noise.Exchangeable(0.0, 0.0)
 class LinearRegression:
     """Losses (x_i . theta - y_i)^2 / 2: the second moments of theta obey a linear equation.
 
-    With z = (theta, 1), the gradient of loss i is A_i z; so E zz^T evolves by itself, exactly.
+    With z = (theta, 1), the gradient of loss i is A_i z, so E zz^T obeys an exact recursion.
 
     Attributes:
         features: x, [N, D].
@@ -48,7 +48,7 @@ class LinearRegression:
     def iteration(
         self, law: noise.Exchangeable, learning_rate: float, num_steps: int
     ) -> Float[np.ndarray, "D+1 D+1"]:
-        """E zz^T after `num_steps` of an iteration whose weights have this covariance."""
+        """E zz^T after `num_steps` of the iteration whose weights have this covariance."""
         mean = self._gradient_maps().mean(0)
         still = np.eye(len(mean)) - learning_rate * mean
         step = np.kron(still, still) + learning_rate**2 * self._noise(law)
@@ -57,7 +57,7 @@ class LinearRegression:
     def sde(
         self, law: noise.Exchangeable, learning_rate: float, time: float, order: int = 1
     ) -> Float[np.ndarray, "D+1 D+1"]:
-        """E zz^T at this time of the SDE of this covariance; `order` is that of its drift."""
+        """E zz^T at this time for the SDE with this covariance; `order` is that of its drift."""
         drift = self._gradient_maps().mean(0)
         if order == 2:
             drift = drift + learning_rate / 2 * drift @ drift
@@ -82,7 +82,7 @@ class LinearRegression:
         return np.einsum("ia,ib->iab", padded, residuals)
 
     def _noise(self, law: noise.Exchangeable) -> Float[np.ndarray, "M M"]:
-        """What the covariance alpha I + beta 11^T of the weights adds to E zz^T."""
+        """The contribution of the weights' covariance alpha I + beta 11^T to E zz^T."""
         maps = self._gradient_maps()
         own = sum(np.kron(one, one) for one in maps)
         total = maps.sum(0)
@@ -97,7 +97,7 @@ class LinearRegression:
 class PeriodicLosses:
     """One parameter, losses a_i sin(theta + p_i) + c_i cos(2 theta + q_i): bounded and smooth.
 
-    Expectations are functions of the start on a grid of the circle; an iteration is a matrix there,
+    Expectations are functions of the start on a grid of the circle. There an iteration is a matrix,
     by trigonometric interpolation, and so is the SDE, by its generator.
 
     Attributes:
@@ -135,7 +135,7 @@ class PeriodicLosses:
         return self._interpolate(np.mean([self._waves(end) for end in ends], axis=0))
 
     def gaussian(self, law: noise.Exchangeable, learning_rate: float) -> Float[np.ndarray, "n n"]:
-        """The same for Gaussian weights with this covariance, by characteristic functions."""
+        """That matrix for Gaussian weights with this covariance, by characteristic functions."""
         damping = np.exp(
             -0.5 * np.outer(self.variance(law), (learning_rate * self._frequencies()) ** 2)
         )
@@ -201,11 +201,11 @@ def order(abscissae: Sequence[float], errors: Sequence[float]) -> float:
 
 
 def table() -> list[dict[str, Any]]:
-    """The weak orders: what has no power, what has, and SVAG on its way to the SDE.
+    """The weak orders of comparisons with and without power, and of SVAG as it tends to the SDE.
 
     Returns:
         Rows with keys "group", "label", "expected", "abscissa", "learning_rates", "errors" and
-        "order"; of SVAG, "learning_rates" are 1/l.
+        "order"; for SVAG, "learning_rates" are 1/l.
     """
     return [*_regression_rows(), *_periodic_rows(), *_svag_rows()]
 

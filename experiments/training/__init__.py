@@ -1,9 +1,9 @@
-"""The room of one run: its configuration, its compiled steps, its folder, its interruptions.
+"""One run: its configuration, its compiled steps, its folder, its interruptions.
 
-algorithms    the noises of the paper by name
-config        what a run is made of, which is also the command line of `train`
+algorithms    the algorithms of the paper by name
+config        the configuration of a run, which is also the command line of `train`
 trainer       start, steps and evaluation as compiled functions
-loop          a run to its end, in its folder, through interruptions
+loop          a run from start to end, in its folder, with interruptions
 runs          the folder of a run: records that are never lost
 """
 

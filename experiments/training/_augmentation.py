@@ -1,8 +1,8 @@
 """Random crops and horizontal flips inside the compiled step, as functions of (key, step).
 
-`draw` makes two small integers and a bit for every training example; they travel with the images
-through the loss's gathering and micro-batching, and `apply` shifts and flips only the images that a
-step computes.
+`draw` makes two small integers and a bit per training example. They are part of the examples, so
+they are gathered and divided into micro-batches with the images, and `apply` shifts and flips only
+the images that a step computes.
 """
 
 from typing import Any, NamedTuple
@@ -19,12 +19,12 @@ Images = UInt8[Array, "batch height width channels"]
 
 
 class Augmented(NamedTuple):
-    """Examples with what happens to them in one step.
+    """Examples with their shifts and flips in one step.
 
     Attributes:
         image: as in `data.Examples`.
         label: as in `data.Examples`.
-        shift: where the crop begins in the padded image, rows and columns, 0 to twice `PADDING`.
+        shift: the first row and column of the crop in the padded image, from 0 to twice `PADDING`.
         flip: whether left and right are exchanged.
     """
 
@@ -38,13 +38,13 @@ def draw(key: Key[Array, ""], step: Int[Array, ""], examples: Any) -> Augmented:
     """Draws shifts and flips for every example.
 
     Args:
-        key: of the run.
-        step: the iteration.
+        key: the key of the run.
+        step: the number of the iteration.
         examples: `data.Examples`, [N, ...].
     """
     shift_key, flip_key = (derive(key, Stream.AUGMENTATION, step, i) for i in range(2))
     n = examples.label.shape[0]
-    # With their types given, the draws are the same with and without 64-bit types.
+    # The dtypes are given, so that the draws are the same with and without 64-bit types.
     shift = jax.random.randint(shift_key, (n, 2), 0, 2 * PADDING + 1, jnp.int32)
     flip = jax.random.bernoulli(flip_key, jnp.float32(0.5), (n,))
     return Augmented(examples.image, examples.label, shift, flip)

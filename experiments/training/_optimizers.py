@@ -1,4 +1,4 @@
-"""What turns noisy gradients into steps: optax chains and schedules made from a configuration."""
+"""The optimizers of noisy gradients: optax chains and schedules made from a configuration."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from msgd_jax._streams import Stream, derive
 
 
 def scaled_learning_rate(config: TrainConfig) -> float:
-    """The initial learning rate, scaled with the batch size where that is asked for."""
+    """The initial learning rate, scaled with the batch size if the configuration says so."""
     power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[config.learning_rate_scaling]
     return config.learning_rate * config.batch_ratio**power
 
@@ -29,12 +29,12 @@ def make(
 ) -> optax.GradientTransformation:
     """Gradient descent with the momentum, weight decay and schedule of a configuration.
 
-    Weight decay is added to the noisy gradient, so that it goes through the momentum (as in
-    PyTorch, which the paper used) but not through the noise.
+    Weight decay is added to the noisy gradient, so it is part of the momentum (as in PyTorch, which
+    the paper used) but not of the noise.
 
     Args:
-        config: what to train.
-        *before: what the noisy gradient goes through first.
+        config: the configuration of the run.
+        *before: transformations that are applied to the noisy gradient first.
     """
     rate = schedule(config) if config.decay_at else scaled_learning_rate(config)
     decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
@@ -45,9 +45,10 @@ class DiagonalLangevinState(NamedTuple):
     """State of `diagonal_langevin`.
 
     Attributes:
-        step: updates made.
+        step: the number of updates made.
         key: the PRNG key, the same at every step.
-        variances: diagonal of the empirical Fisher matrix when it was last computed; like params.
+        variances: the diagonal of the empirical Fisher matrix when it was last computed, like the
+            parameters.
     """
 
     step: Int[Array, ""]
@@ -62,22 +63,23 @@ def diagonal_langevin(
     refresh_every: int = 10,
     microbatch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds Gaussian noise with covariance ``diag(F) / b``, the diagonal refreshed now and then.
+    """Adds Gaussian noise with covariance ``diag(F) / b``; the diagonal is refreshed regularly.
 
-    The baseline of the field (Zhu et al. 2019, "GLD diag"): a noise without correlations between
-    parameters, since the whole covariance matrix is out of reach for it. ``update`` needs
+    It is a common baseline (Zhu et al. 2019, "GLD diag"): noise without correlations between
+    parameters, since the whole covariance matrix is too large. ``update`` needs
     ``loss_vector_fn`` and ``data``, which `msgd_jax.train.make_step` passes on.
 
     Args:
-        key: a typed PRNG key, that of the run.
-        batch_size: b, of the SGD whose scale the noise has.
-        refresh_every: steps for which the diagonal is kept.
-        microbatch_size: examples whose gradients are in memory together; None for all.
+        key: a typed PRNG key, the key of the run.
+        batch_size: b, the batch size of the SGD whose scale the noise has.
+        refresh_every: the number of steps for which the diagonal is kept.
+        microbatch_size: the number of examples whose gradients are in memory at the same time; None
+            for all.
     """
 
     def init(params: Any) -> DiagonalLangevinState:
         zeros = optax.tree.zeros_like(params)
-        # Copied: a training loop donates the key of the state, and may not donate a buffer twice.
+        # Copied, since a training loop donates the state's key and may not donate a buffer twice.
         own = jnp.copy(jax.random.clone(key))
         return DiagonalLangevinState(jnp.zeros((), jnp.int32), own, zeros)
 

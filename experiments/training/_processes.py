@@ -1,8 +1,8 @@
-"""Which processes train together: ``python -m experiments distributed --help``.
+"""Training in several processes: ``python -m experiments distributed --help``.
 
-The run itself is that of `loop`, with a sharding. Every process runs the same command with its own
-``--process-id``. If one of them dies, jax stops the others with an error once its heartbeat is
-missed; started again, with any number of processes and devices, the run goes on from the last
+The run is made by `loop`, with a sharding. Every process runs the same command with its own
+``--process-id``. If one of them dies, jax stops the others with an error when its heartbeat is
+missing. Started again, with any number of processes and devices, the run continues from the last
 checkpoint with the same weight vectors.
 """
 
@@ -62,7 +62,7 @@ class ProcessesConfig:
             )
 
     def start(self) -> None:
-        """Connects to the others; before anything is computed."""
+        """Connects to the other processes; call it before anything is computed."""
         if self.num_processes == 1:
             return
         jax.distributed.initialize(
@@ -97,7 +97,7 @@ def over_all_devices() -> NamedSharding:
 
 
 def check_distributed(plan: TrainConfig) -> pathlib.Path:
-    """Returns the folder of the run; ValueError unless the plan is one for several devices."""
+    """Returns the folder of the run; raises ValueError if the plan cannot use several devices."""
     if plan.out is None:
         raise ValueError("out must be given: a folder that all processes see.")
     if plan.seeds != 1:

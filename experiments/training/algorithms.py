@@ -1,4 +1,4 @@
-"""The algorithms of the paper's appendix B by name: one training step, another M-noise each."""
+"""The algorithms of the paper's appendix B by name: the same training step with different laws."""
 
 import dataclasses
 import math
@@ -41,13 +41,13 @@ class NoiseSettings:
 
 
 class Algorithm(NamedTuple):
-    """An algorithm: its name in figures, and its noise for N examples.
+    """An algorithm: its name in figures, and its law of weights for N examples.
 
     Attributes:
         label: the name; ``{b}`` stands for `batch_size`, ``{M}`` for `support_size`.
-        make: the M-noise for N examples.
+        make: makes the law for N examples.
         diagonal_langevin: whether Gaussian noise with the diagonal of the empirical Fisher matrix
-            as covariance is added to the gradient: no M-noise, the baseline to compare with.
+            as covariance is added to the gradient: a baseline that is not multiplicative noise.
     """
 
     label: str

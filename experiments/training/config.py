@@ -1,4 +1,4 @@
-"""What one run is made of, as a dataclass that is also the command line."""
+"""The configuration of one run, as a dataclass that is also the command line."""
 
 import dataclasses
 import math
@@ -26,13 +26,13 @@ _NAMES: dict[str, tuple[str | None, ...]] = {
     "model": (None, *models.MODELS),
     "learning_rate_scaling": get_args(Scaling),
 }
-# Of a field that came later: at its default it is left out of what tells runs apart, so that the
-# folders of earlier runs are still theirs.
+# Marks fields that were added later: at its default, such a field is not part of the settings that
+# distinguish runs, so that the folders of earlier runs stay valid.
 LATER = {"later": True}
 
 
 def check_seeds(name: str, first: int, count: int = 1) -> None:
-    """Raises ValueError unless the seeds from `first` on are all different for jax."""
+    """Raises ValueError unless the seeds from `first` on are all below 2^31, where jax's differ."""
     last = MAX_SEED - count + 1
     if not 0 <= first <= last:
         upper = "2^31 - 1" if count == 1 else f"2^31 - {count}, for {count} seeds"
@@ -80,8 +80,8 @@ class TrainConfig:
         microbatch_size: The number of examples in one pass, and in one ghost batch of a net with
             batch norm; None stands for all of them at once.
         data_dir: The folder in which data sets are looked for, and to which they are downloaded.
-        out: The folder of the run. It is new, or that of the same run, which then goes on; None
-            stands for one named after the run.
+        out: The folder of the run, which must be new or that of the same run, which is then
+            continued; None stands for one named after the run.
         dataset_sha256: The checksum of the file that `dataset` names, found when the run begins;
             None for a data set with a name.
     """
@@ -151,7 +151,7 @@ class TrainConfig:
             )
 
     def _check_model(self, original: data.Original) -> None:
-        """Raises ValueError unless the net takes the images, and has the width asked for."""
+        """Raises ValueError unless the net takes the images, and can have the given width."""
         name = self.model or original.net
         fitting = models.fitting(original.image_shape)
         if name not in fitting:
@@ -177,22 +177,22 @@ class TrainConfig:
 
     @property
     def dataset_name(self) -> str:
-        """The data set in titles and in the names of folders: that of a file has no folder."""
+        """The data set in titles and in the names of folders; for a file, its name alone."""
         return pathlib.Path(self.dataset).stem if data.is_file(self.dataset) else self.dataset
 
     @property
     def model_name(self) -> ModelName:
-        """The net asked for, or the one that fits the images; known of files once `resolved`."""
+        """The given net, or the one that fits the images; for a file, known once `resolved`."""
         name = self.model or data.DATASETS[self.dataset].net
         assert name is not None
         return name
 
     def resolved(self) -> "TrainConfig":
-        """The same with the net named, and the contents of a file: equal runs are equal then.
+        """The same with the net named and a file's checksum, so that equal runs compare equal.
 
         Raises:
-            ValueError: if the data set is a file, and this is not as it has to be, or no net that
-                was asked for takes its images.
+            ValueError: if the data set is a file that is not as `data.npz` says, or the given net
+                does not take its images.
         """
         if not data.is_file(self.dataset):
             return dataclasses.replace(self, model=self.model_name)
@@ -216,16 +216,16 @@ class TrainConfig:
 
     @property
     def batch_ratio(self) -> float:
-        """M/b: how much larger the batch of SGD-b is than the b of its settings; 1 for others."""
+        """M/b, the batch size of SGD-b divided by the b of its settings; 1 for other algorithms."""
         if self.algorithm != "sgd-b":
             return 1.0
         return self.noise.support_size / self.noise.batch_size
 
     @property
     def total_steps(self) -> int:
-        """The iterations made: `steps`, or fewer without regime adaptation."""
+        """The number of iterations: `steps`, or fewer without regime adaptation."""
         return self.in_regime(self.steps)
 
     def in_regime(self, iteration: int) -> int:
-        """The iteration of this run at which SGD with b has seen as much as asked for."""
+        """The iteration of this run that corresponds to `iteration` of SGD with b."""
         return iteration if self.regime_adaptation else max(round(iteration / self.batch_ratio), 1)

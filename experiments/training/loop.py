@@ -1,8 +1,9 @@
-"""Runs one training configuration to its end, in its folder, through interruptions.
+"""Runs one training configuration to its end, in its folder, with interruptions.
 
-Killed at any moment and started again, a run ends with the same bits in its parameters and the same
-lines in metrics.jsonl (but for the seconds): weights are functions of (key, step), any number of
-steps runs the same compiled loop, and what was logged after the last checkpoint is logged again.
+A run that is killed at any moment and started again ends with the same bits in its parameters and
+the same lines in metrics.jsonl, except for the seconds. Weights are functions of (key, step), any
+number of steps runs the same compiled loop, and lines logged after the last checkpoint are logged
+again.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ class Stopped(SystemExit):
     """A signal asked the run to stop; it has written a checkpoint.
 
     Attributes:
-        number: of the signal; the exit code is 128 more, as of a shell.
+        number: the number of the signal; the exit code is 128 more, as in shells.
     """
 
     def __init__(self, message: str, number: int):
@@ -46,13 +47,13 @@ class Stopped(SystemExit):
 
 
 def sizes(config: TrainConfig) -> tuple[int, int]:
-    """How many images a run trains on and tests on, without loading them."""
+    """The numbers of training and test images of a run, without loading them."""
     train, test = data.find(config.dataset).sizes
     return config.num_train or train, config.num_test or test
 
 
 def check(config: TrainConfig) -> None:
-    """Raises ValueError for what is wrong with a configuration that loading would not help."""
+    """Raises ValueError for mistakes in a configuration that can be found without loading data."""
     available_of = data.find(config.dataset).sizes
     for name, available in zip(("num_train", "num_test"), available_of, strict=True):
         count = getattr(config, name)
@@ -92,16 +93,16 @@ def run(
     """Trains from the beginning, or from the last checkpoint of the folder.
 
     Args:
-        config: what to train.
+        config: the configuration of the run.
         dataset: the images.
-        path: the run's folder; see `runs.RunFolder`.
-        progress: told of every step; steps made earlier count as well.
+        path: the folder of the run; see `runs.RunFolder`.
+        progress: updated with the number of steps; steps made earlier count too.
         over: the sharding of the training images over the devices of all processes, each of which
-            calls this with the same arguments; None for one device. The folder is written by
-            process 0, checkpoints by all of them.
+            calls this with the same arguments; None for one device. Process 0 writes the folder,
+            and all processes write checkpoints.
 
     Returns:
-        All evaluations of the run; in processes other than 0, none.
+        All evaluations of the run; an empty list in processes other than 0.
 
     Raises:
         trainer.DivergedError: at the first loss that is not finite. The checkpoints written
@@ -139,8 +140,8 @@ class _Run:
     step: int = 0
     logged: int = -1  # the step of the last evaluation
     saved: int = 0  # and of the last checkpoint
-    seconds: float = 0.0  # of training since the last evaluation
-    rate: float = 0.0  # steps a second; 0 before it is known
+    seconds: float = 0.0  # the time of training since the last evaluation
+    rate: float = 0.0  # steps per second; 0 before it is known
     compiled: bool = False
 
     def to_the_end(self) -> list[Evaluation]:
@@ -159,6 +160,7 @@ class _Run:
                         self._evaluate(state, scalars, checkpoints)
                     if self.step == self.config.total_steps:
                         break
+                    # All processes make the same number of steps, and stop at the same one.
                     num_steps, stopped_by = _agreed(self._num_steps(), stop.number)
                     if stopped_by:
                         self._save(checkpoints, state)
@@ -174,7 +176,7 @@ class _Run:
         return evaluations
 
     def _begin(self, checkpoints: "Checkpoints") -> Any:
-        """The last checkpoint's state, or the initial one; cuts the metrics to it."""
+        """The state of the last checkpoint, or the initial one; drops later lines of metrics."""
         state = self.trainer.start()
         latest = checkpoints.latest()
         kept = (
@@ -245,10 +247,10 @@ class _Run:
 
 
 class Checkpoints:
-    """The last two states of a run, through orbax; a half-written one does not count."""
+    """The last two states of a run, by orbax; a state that is half written does not count."""
 
     def __init__(self, path: pathlib.Path):
-        # Heavy, and not needed by the rest of the command line.
+        # Imported here, since orbax is slow to import and the rest does not need it.
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
@@ -262,7 +264,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
-        """Keeps a pytree of arrays; on the disk when this returns."""
+        """Writes a pytree of arrays, which is on the disk when this returns."""
         self._manager.save(step, args=self._ocp.args.StandardSave(state))
 
     def restore(self, step: int, like: Any) -> Any:
@@ -273,7 +275,7 @@ class Checkpoints:
         """
         try:
             return self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
-        except Exception as error:  # of orbax and of what it is built on, each its own
+        except Exception as error:  # orbax and the packages under it raise many types
             path = records.brief(f"{self._manager.directory}/{step}")
             raise records.DamagedRecordError(
                 f"the checkpoint {path} cannot be read, choose another --out: "
@@ -281,20 +283,20 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Ends what the manager has running."""
+        """Ends the threads of the manager."""
         self._manager.close()
 
 
 class _Scalars:
-    """The metrics for TensorBoard, a curve for each seed."""
+    """The metrics for TensorBoard, with one curve per seed."""
 
     def __init__(self, path: pathlib.Path, step: int, config: TrainConfig):
         import tensorboardX
 
         self._seeds = range(config.seed, config.seed + config.seeds)
-        # What was written after the checkpoint is written again: purged from there on. The name of
-        # the file has the second only: without the suffix, a run that goes on within the second
-        # would write over what is there.
+        # Scalars written after the checkpoint are purged, since they are written again. The name of
+        # a file contains its second only: without the suffix, a run continued within the same
+        # second would overwrite the file.
         self._writer = tensorboardX.SummaryWriter(
             str(path / "tensorboard"),
             purge_step=step + 1 if step else None,
@@ -311,7 +313,7 @@ class _Scalars:
 
 
 def _agreed(number: int, stopped_by: int) -> tuple[int, int]:
-    """Process 0's number, and a signal that any process has had: the same in all of them."""
+    """The number of process 0, and a signal that any process received, for all processes."""
     if jax.process_count() == 1:
         return number, stopped_by
     said = multihost_utils.process_allgather(np.array([number, stopped_by], np.int32))
@@ -327,7 +329,7 @@ class _Stop:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Stop]:
-    """Notes the first SIGTERM or SIGINT; a second SIGINT interrupts as ever."""
+    """Notes the first SIGTERM or SIGINT; a second SIGINT interrupts as usual."""
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -339,7 +341,7 @@ def _signals() -> Iterator[_Stop]:
     def ask(number: int, _: Any) -> None:
         stop.number = number
         signal.signal(number, before[number])
-        # Straight to the stream's file: printing from inside a print is an error.
+        # Written directly to the file, since printing inside a print is an error.
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.write(sys.stderr.fileno(), b"\nstopping, after the steps under way ...\n")
 
@@ -365,9 +367,9 @@ def summary(evaluations: list[Evaluation]) -> dict[str, Any]:
 
 
 def _seconds_per_1000_steps(evaluations: list[Evaluation]) -> float | None:
-    """Median over the stretches between evaluations but the first, which compiles.
+    """The median over the intervals between evaluations, without the first, which compiles.
 
-    None where there is no second stretch.
+    None if there is no second interval.
     """
     rates = [
         1000 * after.seconds / (after.step - before.step)

@@ -1,15 +1,15 @@
-"""The folder of a run: what was asked for, what happened, how it ended. Nothing in it is lost.
+"""The folder of a run: its configuration, its metrics and its results, none of which is ever lost.
 
-    config.json        what was asked for, with versions and the source of the images
-    train_images.json  which images of their original split were drawn for training
-    metrics.jsonl      one line an evaluation
+    config.json        the configuration, with versions and the source of the images
+    train_images.json  the images of the original split that were drawn for training
+    metrics.jsonl      one line per evaluation
     checkpoints/       the last states, by orbax
     tensorboard/       the metrics as scalars
-    summary.json       how it ended; or failure.json, where it diverged
+    summary.json       the final results; or failure.json, if the run diverged
 
-A folder belongs to one configuration. Unfinished, it goes on from its last checkpoint; finished, it
-is never written to again. Records are read by whoever finds them, so every reader here checks what
-it reads: a file that is cut short, or not ours, is a `records.DamagedRecordError` that names it.
+A folder belongs to one configuration. An unfinished run is continued from its last checkpoint; the
+folder of a finished run is never written to again. All functions that read records check them: for
+a file that is cut short, or not ours, they raise a `records.DamagedRecordError` that names it.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ from experiments import records
 from experiments.records import brief
 
 DRAWS = 2
-"""Raised when the same key and step come to draw something else, streams or data sets. Runs of
-different draws do not go on in each other's folders, nor are they compared seed by seed."""
+"""Increased when a change makes the same key and step draw something else, from streams or data
+sets. Runs with different numbers are not continued in each other's folders or compared by seed."""
 
-# Not part of what a run computes, so free to change when it goes on.
+# Options that do not affect results, so they may change when a run is continued.
 _FREE = ("out", "data_dir", "checkpoint_every")
 _FILES = {"config.json", "metrics.jsonl", "summary.json", "failure.json", ".lock"}
 _NOT_RUNS = {"checkpoints", "tensorboard"}
@@ -48,7 +48,7 @@ def default_folder(name: str) -> pathlib.Path:
 
 
 def create(path: pathlib.Path) -> None:
-    """Makes a new folder; raises FileExistsError, naming it, if there is one."""
+    """Makes a new folder; raises a FileExistsError that names it if it exists."""
     try:
         path.mkdir(parents=True)
     except FileExistsError:
@@ -56,9 +56,9 @@ def create(path: pathlib.Path) -> None:
 
 
 def check_writable(path: pathlib.Path | None, name: str = "out") -> None:
-    """Raises ValueError unless a folder is there, or can be made, and files can be made in it.
+    """Raises ValueError unless a folder exists or can be made, and files can be made in it.
 
-    Nothing is left there by asking. It is asked before anything is loaded or trained.
+    The check leaves nothing behind. It is made before anything is loaded or trained.
     """
     if path is None:
         return
@@ -78,10 +78,10 @@ def check_writable(path: pathlib.Path | None, name: str = "out") -> None:
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """What decides the results of a run, as JSON values.
+    """The settings that determine the results of a run, as JSON values.
 
-    A file counts by its contents, not by its path. Fields of `config.LATER` are left out at their
-    defaults.
+    A file is represented by its checksum, not by its path. Fields marked `config.LATER` are left
+    out at their defaults.
     """
     later = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
     record = dataclasses.asdict(config).items()
@@ -94,11 +94,11 @@ def _by_contents(record: dict[str, Any]) -> dict[str, Any]:
 
 
 class RunFolder:
-    """The folder of one run, new or going on, locked while this process has it open.
+    """The folder of one run, new or continued, which is locked while this process has it open.
 
     Attributes:
         path: the folder.
-        is_new: whether it was made now.
+        is_new: whether this object made it.
     """
 
     def __init__(self, path: pathlib.Path, config: Any, command: str = "train", **details: Any):
@@ -106,15 +106,15 @@ class RunFolder:
 
         Args:
             path: the folder; parents are made.
-            config: a dataclass.
-            command: whose run it is; those of another do not go on.
-            **details: what else belongs to the record, as JSON values.
+            config: the configuration, a dataclass.
+            command: the command that makes the run; runs of other commands cannot be continued.
+            **details: further entries of the record, as JSON values.
 
         Raises:
-            FileExistsError: if the folder exists and is not of the same run, or that has finished,
-                or another process is at it.
-            records.DamagedRecordError: if what the folder holds cannot be read.
-            ValueError: if it cannot be made or written to.
+            FileExistsError: if the folder exists and belongs to another run, the run has finished,
+                or another process has it open.
+            records.DamagedRecordError: if a record in the folder cannot be read.
+            ValueError: if the folder cannot be made or written to.
         """
         self.path = path
         self.is_new = not path.exists()
@@ -142,7 +142,7 @@ class RunFolder:
         self._lock.release()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends one line to metrics.jsonl, on the disk when this returns."""
+        """Appends one line to metrics.jsonl, which is on the disk when this returns."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(records.as_line(record))
             file.flush()
@@ -153,7 +153,7 @@ class RunFolder:
         return records.read_lines(self.path / "metrics.jsonl")
 
     def cut_metrics(self, last_step: int) -> list[dict[str, Any]]:
-        """Drops the lines after a step, half-written ones too; returns the others."""
+        """Drops the lines after a step, and lines cut short; returns the others."""
         kept = [record for record in self.metrics() if record["step"] <= last_step]
         records.replace_text(self.path / "metrics.jsonl", "".join(map(records.as_line, kept)))
         return kept
@@ -168,11 +168,11 @@ class RunFolder:
 
 
 def finished(path: pathlib.Path, config: Any, command: str = "train") -> bool:
-    """Whether the folder holds this very run, finished; False if it can be run there.
+    """Whether the folder holds this run and it has finished; False if it can be run there.
 
     Raises:
         FileExistsError: if the folder holds something else, or a run that diverged.
-        records.DamagedRecordError: if what it holds cannot be read.
+        records.DamagedRecordError: if a record in the folder cannot be read.
     """
     if not path.is_dir() or not any(file.name != ".lock" for file in path.iterdir()):
         return False  # new, or killed before anything was written
@@ -216,13 +216,13 @@ def run_parts(
     steps: Mapping[str, Callable[[pathlib.Path], Any]],
     tables: Mapping[str, Callable[[Any], str]],
 ) -> pathlib.Path:
-    """Runs ``config.parts`` in order, each printed when it is done; what was run is not run again.
+    """Runs ``config.parts`` in order, and prints each when it is done; no part is run twice.
 
     Args:
-        name: of the experiment, for the folder if the configuration names none.
+        name: the name of the experiment, for the folder if the configuration names none.
         config: a configuration with `parts` and `out`.
-        steps: for each part, what runs it: given the folder, it returns the results, as JSON.
-        tables: for the parts that have one, the results as text.
+        steps: by part, a function from the folder to the results, as JSON values.
+        tables: by part, if it has a table, a function from the results to its text.
     """
     path = config.out or default_folder(name)
     results = {}
@@ -260,12 +260,12 @@ def run_parts(
 
 
 def draws(path: pathlib.Path) -> int:
-    """Of the run in a folder, what `DRAWS` was."""
+    """The value of `DRAWS` when the run in a folder was begun."""
     return records.read_object(path / "config.json").get("draws", 1)
 
 
 def finished_parts(name: str, config: Any) -> bool:
-    """Whether `run_parts` will only show what is there. Raises if it can do neither."""
+    """Whether `run_parts` will only show finished results; raises if it can do neither."""
     check_writable(config.out)
     return config.out is not None and finished(config.out, config, name)
 
@@ -275,14 +275,14 @@ def find(root: pathlib.Path) -> Iterator[pathlib.Path]:
     found = []
     for folder, below, files in os.walk(root):
         below[:] = [name for name in below if name not in _NOT_RUNS]
-        # A record may also be a folder by mistake: it is found, and called damaged.
+        # A folder with the name of a record is found too, and reported as damaged.
         if _FILES & {*files, *below}:
             found.append(pathlib.Path(folder))
     return iter(sorted(found))
 
 
 def state(path: pathlib.Path) -> str:
-    """How a run stands: finished, diverged, running, or stopped. Nothing is written."""
+    """The state of a run: finished, diverged, running, or stopped. Nothing is written."""
     if (path / "summary.json").exists():
         return "finished"
     if (path / "failure.json").exists():
@@ -302,7 +302,7 @@ def state(path: pathlib.Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what a run's last bits depend on."""
+    """The versions of the packages that the last bits of a run depend on."""
     return {
         "msgd_jax": msgd_jax.__version__,
         **{name: importlib.metadata.version(name) for name in ("jax", "optax", "flax")},

@@ -26,15 +26,15 @@ EVALUATION_BATCH = 500
 
 
 class Evaluation(NamedTuple):
-    """How the runs stand after `step` iterations; arrays have one entry for each seed.
+    """An evaluation of the runs after `step` iterations; arrays have one entry per seed.
 
     Attributes:
-        step: iterations made.
-        train_loss: mean loss over all training images.
-        train_accuracy: fraction of the training images classified correctly.
-        test_loss: mean loss over all test images.
-        test_accuracy: the same of the test images.
-        seconds: wall time of the training steps since the last evaluation, compilation included.
+        step: the number of iterations made.
+        train_loss: the mean loss over all training images.
+        train_accuracy: the fraction of training images that are classified correctly.
+        test_loss: the mean loss over all test images.
+        test_accuracy: the fraction of test images that are classified correctly.
+        seconds: the wall time of the training steps since the last evaluation, with compilation.
     """
 
     step: int
@@ -45,14 +45,14 @@ class Evaluation(NamedTuple):
     seconds: float
 
     def record(self) -> Record:
-        """As JSON values."""
+        """The evaluation as JSON values."""
         return {
             k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self._asdict().items()
         }
 
     @classmethod
     def of_record(cls, record: Record) -> "Evaluation":
-        """What `record` was made from, in float64."""
+        """The evaluation from which `record` was made, in float64."""
         values: Record = {k: np.array(v) if isinstance(v, list) else v for k, v in record.items()}
         return cls(**values)
 
@@ -61,12 +61,12 @@ Regularizer = Callable[[Key[Array, ""]], optax.GradientTransformation]
 
 
 class Trainer(NamedTuple):
-    """One configuration as functions; a state has a leading axis for the seeds.
+    """One configuration as functions; a state has a leading axis of seeds.
 
     Attributes:
         start: makes the state before the first step.
         advance: ``advance(state, num_steps) -> (state, metrics)``, up to `eval_every` steps in one
-            compiled loop, with losses [num_steps, seeds]; the state given is gone.
+            compiled loop, with losses [num_steps, seeds]; it donates the state.
         evaluate: ``evaluate(state, step, seconds) -> Evaluation``.
     """
 
@@ -81,27 +81,27 @@ def make_trainer(
     regularizer: Regularizer | None = None,
     over: NamedSharding | None = None,
 ) -> Trainer:
-    """Makes what `config.seeds` runs side by side need.
+    """Makes the functions for `config.seeds` runs side by side.
 
-    Seed s has the key ``jax.random.key(s)``, with a stream of its own for everything that is drawn:
-    what a seed does depends on neither the other seeds nor how often it is stopped or evaluated.
+    Seed s has the key ``jax.random.key(s)``, with a separate stream per kind of draw. So the result
+    of a seed does not depend on the other seeds, nor on when it is stopped or evaluated.
 
     Args:
-        config: what to train.
+        config: the configuration of the runs.
         dataset: the images, as uint8.
-        regularizer: from a PRNG key of its own, one for each seed, to what the noisy gradient goes
-            through before the optimizer; None for nothing.
+        regularizer: a function from a PRNG key, a different one per seed, to a transformation of
+            the noisy gradient before the optimizer; None for none.
         over: the sharding of the training images over several devices, for one seed; None for one
-            device. What is drawn is the same; sums over examples differ in the last bits.
+            device. Draws are the same; sums over examples differ in the last bits.
 
     Raises:
-        ValueError: if noise or model does not allow the settings (a batch size above N, say).
+        ValueError: if the law or the net does not allow the settings, such as a batch size above N.
     """
     functions = functions_of(config, dataset)
     algorithm = ALGORITHMS[config.algorithm]
     whole_train_set, test_set = jax.device_put((dataset.train, dataset.test))
     train_set = whole_train_set if over is None else shard_examples(dataset.train, over)
-    # Of the images there are: spread over devices, they are filled up to equal shares.
+    # For the number of images before they are filled up to equal shares for the devices.
     law = algorithm.make(len(dataset.train.label), config.noise)
     stats = functions.init_stats()
     has_stats = bool(jax.tree.leaves(stats))
@@ -133,7 +133,7 @@ def make_trainer(
         everywhere = NamedSharding(over.mesh, PartitionSpec())
         return jax.jit(lambda state: state, out_shardings=everywhere)(state)
 
-    # A transformation keeps its key in the state: here any will do.
+    # A transformation takes its key from the state, so the key given here is not used.
     plain_step = train.make_step(
         functions.losses,
         optimizer(jax.random.key(0)),
@@ -152,21 +152,22 @@ def make_trainer(
         states: train.TrainState, examples: Data
     ) -> tuple[train.TrainState, train.StepMetrics]:
         if over is not None:
-            # One seed: a program over devices is not mapped over seeds.
+            # One seed only, since a program over devices is not mapped over seeds.
             state, metrics = step(jax.tree.map(lambda leaf: leaf[0], states), examples)
             return jax.tree.map(lambda leaf: leaf[None], (state, metrics))
-        if algorithm.diagonal_langevin:
-            # Under `vmap` both branches of a `cond` are computed: no variances would be kept.
+        if algorithm.diagonal_langevin or models.MODELS[config.model_name].one_seed_at_a_time:
+            # One seed at a time: `vmap` would compute both branches of the `cond` that keeps the
+            # variances, and is slow for nets with convolutions of many channels.
             return jax.lax.map(lambda state: step(state, examples), states)
         return jax.vmap(step, in_axes=(0, None))(states, examples)
 
-    # Traced once without computing anything: what is wrong is an error here, not at the first step.
+    # Traced once without computing anything, so that mistakes raise here, not at the first step.
     jax.eval_shape(lambda: every_seed(start(), train_set))
     loop = train.make_loop(every_seed, max_steps=config.eval_every)
 
     def evaluate(state: train.TrainState, step: int, seconds: float) -> Evaluation:
         params, stats = state.params, state.model_state
-        if over is not None:  # the same everywhere: every process evaluates on a device of its own
+        if over is not None:  # equal everywhere, so every process evaluates on its own device
             params, stats = jax.device_get((params, stats))
         train_loss, train_accuracy = functions.evaluate(params, stats, whole_train_set)
         test_loss, test_accuracy = functions.evaluate(params, stats, test_set)
@@ -183,7 +184,7 @@ def make_trainer(
 
 
 def check_ghost_batches(law: Law, microbatch_size: int | None) -> None:
-    """Raises ValueError unless the examples of a step make whole ghost batches."""
+    """Raises ValueError unless the examples of a step can be divided into whole ghost batches."""
     support = law.support_size
     size = support if microbatch_size is None else microbatch_size
     if support % size and size < support:
@@ -198,17 +199,17 @@ def train_seeds(
 ) -> Iterator[tuple[Params, Evaluation]]:
     """Trains `config.seeds` runs side by side; yields an evaluation every `eval_every` steps.
 
-    With it come the parameters, a leading axis for the seeds: they are gone when the next ones are
-    asked for. The first evaluation, at step 0, is of the initial parameters.
+    Each evaluation comes with the parameters, which have a leading axis of seeds and are deleted
+    when the next evaluation is asked for. The first evaluation is that of the initial parameters.
 
     Args:
-        config: what to train.
+        config: the configuration of the runs.
         dataset: the images, as uint8.
         regularizer: as in `make_trainer`.
 
     Raises:
-        ValueError: at once, as `make_trainer`; later, if a loss leaves the finite numbers, naming
-            step and seeds.
+        ValueError: at once, as `make_trainer`; later, if a loss becomes infinite or NaN; the error
+            names the step and the seeds.
     """
     trainer = make_trainer(config, dataset, regularizer)
 
@@ -234,8 +235,8 @@ class DivergedError(ValueError):
     """A loss is not finite.
 
     Attributes:
-        step: the iterations after which it was not.
-        seeds: whose loss.
+        step: the number of iterations after which it was not finite.
+        seeds: the seeds whose loss was not finite.
     """
 
     def __init__(self, step: int, seeds: list[int]):
@@ -251,8 +252,8 @@ def check_finite(losses: ArrayLike, step: int, first_seed: int) -> None:
     """Raises DivergedError at the first of these losses that is not finite.
 
     Args:
-        losses: [steps, seeds], the loss before each step.
-        step: iterations made before the first of them.
+        losses: the loss before each step, [steps, seeds].
+        step: the number of iterations made before the first of them.
         first_seed: the seed of the first column.
     """
     bad = ~np.isfinite(np.asarray(losses))
@@ -275,13 +276,14 @@ def functions_of(config: TrainConfig, dataset: data.Dataset) -> "ModelFunctions"
 
 
 class ModelFunctions(NamedTuple):
-    """What is the same for every algorithm.
+    """The functions that do not depend on the algorithm.
 
     Attributes:
-        init_params: initial parameters of a vector of keys.
+        init_params: makes the initial parameters for a vector of keys.
         losses: the loss vector function, with the net's statistics as third argument if it has any.
-        evaluate: mean loss and accuracy of every seed, from parameters, statistics and examples.
-        init_stats: the net's initial running statistics, {} for none.
+        evaluate: computes the mean loss and accuracy of every seed, from parameters, statistics and
+            examples.
+        init_stats: the net's initial running statistics; {} for none.
     """
 
     init_params: Callable[[Key[Array, " seeds"]], Params]
@@ -303,9 +305,9 @@ def model_functions(
     Args:
         model_name: one of `models.MODELS`.
         max_value: value of the brightest possible pixel.
-        width: channels of the net's first layer; None for the net's own.
-        image_shape: height, width and channels of the images; None for the net's own.
-        num_classes: number of logits; None for the net's own.
+        width: the channels of the net's first layer; None for the net's default.
+        image_shape: height, width and channels of the images; None for the net's default.
+        num_classes: the number of logits; None for the net's default.
     """
     net = models.MODELS[model_name]
     asked = {"width": width, "image_shape": image_shape, "num_classes": num_classes}
@@ -328,7 +330,7 @@ def model_functions(
     def sums(
         params: Params, stats: Statistics, examples: data.Examples, counts: Array
     ) -> tuple[Array, Array]:
-        """Summed loss and correct answers of one batch; examples with count 0 do not count."""
+        """The summed loss and the correct answers of a batch; examples with count 0 are ignored."""
         scores, _ = model.apply(params, stats, examples.image.astype(jnp.float32) / max_value)
         correct = scores.argmax(-1) == examples.label
         return counts @ cross_entropy(scores, examples.label), counts @ correct
@@ -339,6 +341,10 @@ def model_functions(
             model: tuple[Params, Statistics], batch: Batch, counts: Array
         ) -> tuple[Array, Array]:
             params, stats = model
+            if net.one_seed_at_a_time:
+                return jax.lax.map(
+                    lambda model: sums(model[0], model[1], batch, counts), (params, stats)
+                )
             return jax.vmap(sums, in_axes=(0, 0, None, None))(params, stats, batch, counts)
 
         total = loss.sum_over_examples(

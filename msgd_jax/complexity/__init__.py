@@ -1,22 +1,22 @@
-r"""Local complexities: what M-SGD regularises by, measured, and used in training (section 3).
+r"""Local complexities, the implicit regularisers of M-SGD: measured and in training (section 3).
 
-With W = (1 + V)/N, an M-SGD step descends on the mean loss plus ``(1/N) sum v_i l_i(theta)``, whose
-supremum over a ball has the expectation ::
+With W = (1 + V)/N, an M-SGD step is a gradient step on the mean loss plus ``(1/N) sum v_i
+l_i(theta)``. The supremum of the latter over a ball has the expectation ::
 
     R(V, theta, radius, N) = E sup_{||theta' - theta|| <= radius} |sum_i v_i l_i(theta')| / N,
 
-the local Rademacher complexity for signs v, the local Gaussian complexity for normals, the local
-SGD complexity for SGD's own V (after Eq. 9).
+which is the local Rademacher complexity for random signs v, the local Gaussian complexity for
+normals, and the local SGD complexity for the V of SGD (after Eq. 9).
 
-* `local_complexity` measures it for any loss vector function, by Monte Carlo over v (and over the
-  data) and gradient ascent in the ball, and says how far the ascents got;
-* `theorem1`, `gaussian_inequalities` and `sgd_inequality` measure how tight Theorem 1 is, with the
-  right constants, and with the bound that holds for sampling with replacement where the paper's
-  does not;
-* `penalty` and `add_local_complexity` put the regulariser into training.
+* `local_complexity` measures it for any loss vector, by Monte Carlo over v (and over the data) and
+  gradient ascent in the ball, and reports how close to a maximum the ascents ended.
+* `theorem1`, `gaussian_inequalities` and `sgd_inequality` measure how tight Theorem 1 is, with
+  correct constants, and with a bound that also holds for sampling with replacement, for which the
+  paper's does not.
+* `penalty` and `add_local_complexity` add the regulariser to training.
 
 ====================================  =================================================
-law of v                              is
+law of v                              v
 ====================================  =================================================
 ``rademacher(N)``                     +-1
 ``rademacher(N, b)``                  (N/b) times +-1 on b random examples: R(A, b)

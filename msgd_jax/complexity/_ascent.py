@@ -1,4 +1,4 @@
-"""The supremum over the ball: projected gradient ascent, and what can be said of its result."""
+"""The supremum over the ball by projected gradient ascent, with measures of its quality."""
 
 import dataclasses
 import functools
@@ -16,23 +16,24 @@ from msgd_jax.noise import Weights
 
 @dataclasses.dataclass(frozen=True)
 class Ascent:
-    """How the supremum over the ball is sought: by projected gradient ascents of both signs.
+    """Settings of the search for the supremum, by projected gradient ascents of both signs.
 
     Attributes:
-        num_starts: ascents of each sign: the first from where the linearised losses are largest,
-            the others from random points of the sphere.
-        num_steps: of each ascent; 0 for the linearisation alone (as in sharpness-aware
-            minimisation).
+        num_starts: the number of ascents per sign, at least 1. The first one starts where the
+            linearised losses are largest, the others at random points of the sphere.
+        num_steps: the number of steps per ascent; 0 for the linearisation only (as in
+            sharpness-aware minimisation).
         optimizer: an optax transformation that descends on minus the objective, in coordinates in
-            which the ball has radius 1; each of its steps is projected back. None for steps along
-            the normalised gradient with a length that decays from 1 to 0. (Methods that scale every
-            coordinate by itself, as Adam, do not settle at maxima once they are projected.)
-        at_once: ascents that `local_complexity` makes side by side by vmap, of the
-            ``2 * num_starts`` of each draw; None for all of them.
+            which the ball has radius 1; its steps are projected back into the ball. None for steps
+            along the normalised gradient with a length that decays from 1 to 0. (With methods that
+            scale each coordinate, such as Adam, projected ascents do not settle at maxima.)
+        at_once: the number of ascents that `local_complexity` runs at the same time by vmap, of
+            ``2 * num_starts`` per draw; None for all of them.
 
     Raises:
-        TypeError, ValueError: if a number is not an integer or too small, or `optimizer` is not an
+        TypeError: if a number is not an integer, or `optimizer` is not an
             `optax.GradientTransformation`.
+        ValueError: if a number is too small.
     """
 
     num_starts: int = 2
@@ -58,7 +59,7 @@ class Ascent:
 
 
 def checked(ascent: "Ascent") -> "Ascent":
-    """Returns `ascent` if it is one; raises TypeError."""
+    """Returns `ascent` if it is an `Ascent`; else raises TypeError."""
     if not isinstance(ascent, Ascent):
         raise TypeError(f"ascent must be a complexity.Ascent, got {_validate.shown(ascent)}.")
     return ascent
@@ -73,10 +74,10 @@ def objective(
 ) -> ValueAndGrad:
     """Value and gradient of ``L . w`` as a function of parameters near `centre`.
 
-    What all losses have in common is taken out of the sum, which would lose the differences
-    otherwise: ``sum_i w_i l_i = sum_i w_i (l_i - c) + c sum_i w_i``, with c their mean at the
-    centre. Where the weights add up to zero, c has no part in the result, however large it is:
-    with `centred` they do, and what they seem to add up to is rounding.
+    The mean c of the losses at the centre is subtracted, since a large constant would round away
+    the differences: ``sum_i w_i l_i = sum_i w_i (l_i - c) + c sum_i w_i``. If the weights add up to
+    zero, c does not contribute. With `centred` they do, so a computed sum other than 0 is ignored
+    as rounding.
     """
     support = weights.values.shape[0]
     equal = jnp.full(support, 1 / support, weights.values.dtype)
@@ -85,7 +86,7 @@ def objective(
     constant = jax.lax.stop_gradient(constant)
     loss_vector_fn = losses.loss_vector_fn
 
-    # The constant comes as a parameter: what is spread over devices may not be closed over.
+    # The constant is an argument, since arrays spread over devices may not be closed over.
     def less_the_constant(
         both: tuple[Params, Float[Array, ""]], batch: Batch
     ) -> Float[Array, " batch"]:
@@ -107,22 +108,23 @@ def objective(
 
 
 def _sum(values: Float[Array, " support"]) -> Float[Array, ""]:
-    """The sum of weights; exactly 0 where it is 0 up to the rounding of the sum."""
+    """The sum of weights; exactly 0 if it is 0 up to the rounding of the sum."""
     total = jnp.sum(values)
     rounding = 4 * jnp.finfo(values.dtype).eps * jnp.sum(jnp.abs(values))
     return jnp.where(jnp.abs(total) <= rounding, 0, total)
 
 
 class Peak(NamedTuple):
-    """The highest point that one ascent met.
+    """The highest point of one ascent.
 
     Attributes:
-        value: there, times the sign.
-        gradient: of the value there, like the parameters, in wide types.
-        last_gain: what the last step added to `value`, relative to it.
-        gap: the most that a linear function with this gradient could still gain in the ball. Zero
-            at a stationary point; where the objective is concave, it bounds what is missing.
-        finite: whether every value and gradient met was finite.
+        value: the value there, times the sign.
+        gradient: the gradient there, a pytree like the parameters in wide dtypes.
+        last_gain: the gain of `value` in the last step, relative to `value`.
+        gap: the largest further gain in the ball of a linear function with this gradient. It is 0
+            at a stationary point, and bounds the distance to the supremum if the objective is
+            concave.
+        finite: whether all values and gradients along the ascent were finite.
     """
 
     value: Float[Array, ""]
@@ -140,13 +142,13 @@ class Centre(NamedTuple):
 
     @classmethod
     def of(cls, value_and_grad: ValueAndGrad, params: Params) -> "Centre":
-        """At `params`, in wide types."""
+        """The value and the gradient at `params`, in wide dtypes."""
         value, gradient = value_and_grad(params)
         return cls(value, jax.tree.map(_dtypes.wide, gradient))
 
 
 def default_optimizer(num_steps: int) -> optax.GradientTransformation:
-    """Steps along the normalised gradient, from the whole radius down to nothing."""
+    """Steps along the normalised gradient, whose length decays from the radius to 0."""
     return optax.chain(
         optax.normalize_by_update_norm(eps=1e-30),
         optax.scale_by_learning_rate(optax.cosine_decay_schedule(1.0, max(num_steps, 1))),
@@ -160,11 +162,11 @@ def start(
     num_starts: int,
     key: Key[Array, ""],
 ) -> Gradients:
-    """Where ascent `index` of `num_starts` starts, in units of the radius.
+    """The starting point of ascent `index` of `num_starts`, in units of the radius.
 
-    The first at the maximum of the linearised objective, or, where that is constant, in a fixed
-    direction: at a critical point an ascent would never leave. The others start uniformly on the
-    sphere.
+    The first ascent starts at the maximum of the linearised objective. If that is constant, it
+    starts in a fixed direction, since an ascent never leaves a critical point. The others start at
+    uniformly distributed points of the sphere.
     """
     critical = optax.tree.norm(direction(centre.gradient)) == 0
     steepest = jax.tree.map(
@@ -182,7 +184,7 @@ def start(
 
 
 def _somewhere(like: Gradients) -> Gradients:
-    """A direction without any symmetry, the same each time: cosines of multiples of one radian."""
+    """A fixed direction without symmetries: cosines of multiples of one radian."""
     leaves, structure = jax.tree.flatten(like)
     patterns = [
         jnp.cos(1.0 + i + jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
@@ -202,13 +204,14 @@ def climb(
 ) -> Peak:
     """Ascends sign * value within the ball, in the coordinates of the unit ball.
 
-    The optimizer is given the gradient of -sign * value(params + radius * z) with respect to z, and
-    its step is projected back by `optax.projections.projection_l2_ball`. The centre counts as met.
+    The optimizer gets the gradient of -sign * value(params + radius * z) with respect to z, and its
+    step is projected back by `optax.projections.projection_l2_ball`. The result is the highest
+    point of the ascent and the centre.
     """
     optimizer = ascent.transformation()
 
     def step(carry: PyTree, _: None) -> tuple[PyTree, None]:
-        # Evaluation, then move: one copy of the losses to compile, and the last move is not used.
+        # Evaluate, then move: the losses are compiled once, and the last move is not used.
         z, state, peak = carry
         value, gradient = value_and_grad(displaced(params, z, radius))
         gradient = _times(sign, jax.tree.map(_dtypes.wide, gradient))
@@ -244,14 +247,14 @@ def climb(
 
 
 def displaced(params: Params, z: Gradients, radius: Float[Array, ""]) -> Gradients:
-    """Params + radius * z, in the types of the parameters."""
+    """The parameters plus radius * z, in the dtypes of the parameters."""
     return jax.tree.map(
         lambda p, d: (p.astype(d.dtype) + radius.astype(d.dtype) * d).astype(p.dtype), params, z
     )
 
 
 def direction(tree: Gradients) -> Gradients:
-    """The tree at length 1, or zeros where it is all zeros; safe for very small entries."""
+    """The tree scaled to length 1, or zeros if it is all zeros; safe for very small entries."""
     largest = functools.reduce(jnp.maximum, [jnp.abs(leaf).max() for leaf in jax.tree.leaves(tree)])
     scaled = jax.tree.map(
         lambda leaf: leaf / jnp.where(largest > 0, largest, 1).astype(leaf.dtype), tree

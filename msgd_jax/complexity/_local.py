@@ -1,4 +1,4 @@
-"""The local complexity of a loss: Monte Carlo over multipliers, the supremum by ascent."""
+"""The local complexity of a loss: Monte Carlo over multipliers, with the supremum by ascent."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,25 +22,25 @@ AGREEMENT = 0.01  # two ascents agree if their heights differ by less than this 
 
 
 class LocalComplexity(NamedTuple):
-    """What `local_complexity` measured, draw by draw; the factor 1/N is in all of it.
+    """The results of `local_complexity` per draw of v; all of them include the factor 1/N.
 
     Attributes:
         draws: the largest ``|sum v_i l_i| / N`` found in the ball, [draws]: a lower bound on the
             supremum, no lower than `at_centre`.
-        probabilities: of the draws, [draws]: equal, unless all of them were enumerated.
-        exhaustive: whether these are all draws, so that only the suprema are uncertain.
+        probabilities: those of the draws, [draws]: equal, unless all draws were enumerated.
+        exhaustive: whether these are all possible draws, so that only the suprema are uncertain.
         at_centre: ``|sum v_i l_i| / N`` at the centre of the ball, [draws].
         first_order: ``at_centre + radius * ||sum v_i grad l_i|| / N``, [draws]: the supremum of
             the losses' linearisation, exact for affine losses.
         upper: ``first_order + smoothness radius^2 sum |v_i| / (2 N)``, [draws]: an upper bound on
             the supremum; None without a smoothness constant.
-        last_gain: what the last step of the best ascent added, relative to `draws`, [draws].
-        gap: the most that a linear function could gain from where the best ascent ended,
-            relative to `draws`, [draws]: 0 at a stationary point; where the objective is concave,
-            `draws` is at most this share too low. Infinite where `draws` is 0 on a slope.
-        agreeing: how many of the ascents with the best one's sign came within 1 % of it, [draws]:
-            from 1, itself, to `num_starts`.
-        num_starts: ascents of each sign.
+        last_gain: the gain of the best ascent in its last step, relative to `draws`, [draws].
+        gap: the largest further gain of the linearisation at the end of the best ascent, relative
+            to `draws`, [draws]: 0 at a stationary point. If the objective is concave, `draws` is
+            too low by at most this share. Infinite if `draws` is 0 and the gradient is not.
+        agreeing: the number of ascents with the sign of the best one that came within 1 % of it,
+            [draws]: from 1 (itself) to `num_starts`.
+        num_starts: the number of ascents per sign.
     """
 
     draws: Float[Array, " draws"]
@@ -56,12 +56,12 @@ class LocalComplexity(NamedTuple):
 
     @property
     def mean(self) -> Float[Array, ""]:
-        """The complexity R(V, theta, radius, N), as far as the ascents reached."""
+        """The complexity R(V, theta, radius, N), with the suprema that the ascents reached."""
         return self.probabilities @ self.draws
 
     @property
     def standard_error(self) -> Float[Array, ""]:
-        """Of `mean`, over draws; 0 where they are all there."""
+        """The standard error of `mean` over draws; 0 if all draws were enumerated."""
         if self.exhaustive:
             return jnp.zeros_like(self.mean)
         return self.draws.std(ddof=1) / np.sqrt(self.draws.size)
@@ -78,7 +78,7 @@ class LocalComplexity(NamedTuple):
 
 
 LossVectors = loss.LossVector | Callable[[Key[Array, ""]], loss.LossVector]
-"""A loss vector, or a function from a PRNG key to one, whose data it draws."""
+"""A loss vector, or a function from a PRNG key to a loss vector with random data."""
 
 
 def local_complexity(
@@ -94,17 +94,17 @@ def local_complexity(
 ) -> LocalComplexity:
     """The local complexity of section 3, ``E_v sup |sum v_i l_i(theta')| / N`` over a ball.
 
-    The ball is that of all parameters theta' with ``||theta' - theta||_2 <= radius``. For each draw
-    of v the supremum is sought by projected gradient ascent, of both signs, from several points
-    each: the first where the linearised losses are largest (affine losses need no more), the others
-    random on the sphere. What is found is a lower bound; `first_order`, `upper` and the ascents'
-    `last_gain`, `gap` and `agreeing` of the result say how good.
+    The ball is the set of parameters theta' with ``||theta' - theta||_2 <= radius``. For each draw
+    of v the supremum is sought by projected gradient ascents of both signs, from several points:
+    the first where the linearised losses are largest (which is enough for affine losses), the
+    others random on the sphere. The result is a lower bound; its `first_order`, `upper`,
+    `last_gain`, `gap` and `agreeing` say how good the bound is.
 
     An ascent costs ``num_steps + 2`` forward and backward passes and a forward pass over the N
     examples (b, for `rademacher` on subsets). A constant in all losses costs no digits.
 
-    Everything is compiled anew on each call and freed after it. To call it again and again, put it
-    under `jax.jit`, as any function of `losses`, `params` and `key`.
+    Each eager call compiles a program and frees it: put the function under `jax.jit` to call it
+    more than once.
 
     Args:
         losses: the loss vector; or a function from a PRNG key to one, which is called for each
@@ -113,21 +113,20 @@ def local_complexity(
         multipliers: the law of v: `rademacher`, `gaussian`, `sgd` or any `noise.MNoise`, whose v is
             N W - 1.
         radius: delta, at least 0.
-        num_draws: how many v, at least 2; or None for every v that can be drawn, for small N.
-        key: a typed PRNG key. Draw j is a function of (key, j), for multipliers that of
-            ``multipliers.sample(key, j)``: equal keys pair the draws of different multipliers, and
-            their data. Needless where nothing is random.
-        ascent: how the supremum is sought.
-        smoothness: a Lipschitz constant of every grad l_i on the ball, for `upper`; None for none.
+        num_draws: the number of draws of v, at least 2; or None for all possible v, for small N.
+        key: a typed PRNG key, needed if anything is random. Draw j is ``multipliers.sample(key,
+            j)``, so equal keys pair the draws, and the data, of different multipliers.
+        ascent: the settings of the search for the supremum.
+        smoothness: a Lipschitz constant of all grad l_i on the ball, for `upper`; None for none.
 
     Returns:
-        The draws, their mean and standard error, and how the ascents ended. Under `jax.jit` nothing
-        can be raised: there, draws with losses that are not finite are NaN.
+        The draws, their mean and standard error, and how the ascents ended. Under `jax.jit`, where
+        values cannot be checked, draws with losses that are not finite are NaN.
 
     Raises:
         TypeError: if `losses` is neither a `loss.LossVector` nor a function that returns one,
-            `params` are not float32 or float64, `multipliers` is no law, or `key` is no typed PRNG
-            key.
+            `params` are not float32 or float64, `multipliers` is not a law, or `key` is not a typed
+            PRNG key.
         ValueError: if the law is for another number of examples, `radius` or `smoothness` is
             negative, `num_draws` is below 2, the draws cannot be enumerated, a key is needed, or a
             loss is not finite.
@@ -166,7 +165,7 @@ def local_complexities(
     ascent: Ascent = Ascent(),  # noqa: B008 (frozen)
     smoothness: float | None = None,
 ) -> list[LocalComplexity]:
-    """`local_complexity` of several multipliers: those whose draws look alike share a program."""
+    """`local_complexity` of several multipliers; equal shapes of draws share a program."""
     example = looked_at(losses)
     loss.checked(example, params, wide=True)
     laws = [_multipliers.of(law, example.num_examples) for law in multipliers]
@@ -184,11 +183,11 @@ def local_complexities(
         num_draws = _validate.positive_int("num_draws", num_draws, minimum=2)
     if key is None:
         if num_draws is not None:
-            raise ValueError("key is needed to draw at random: give key=jax.random.key(0), say.")
-        key = jax.random.key(0)  # only the starts are random, and only those after the first
+            raise ValueError("key is needed to draw at random, such as key=jax.random.key(0).")
+        key = jax.random.key(0)  # used for the starts after the first only
     _validate.prng_key("key", key)
 
-    # One program for all laws whose draws look alike.
+    # One program for all laws whose draws have the same structure, shapes and dtypes.
     params = jax.tree.map(jnp.asarray, params)
     dtype = _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(params)))
     ball = _Ball(losses, params, jnp.asarray(radius, dtype), ascent)
@@ -204,10 +203,10 @@ def local_complexities(
 
 
 def looked_at(losses: LossVectors) -> loss.LossVector:
-    """The loss vector, or what a function returns, with shapes for data; raises TypeError."""
+    """The loss vector, or the result of the function with shapes as data; raises TypeError."""
     if isinstance(losses, loss.LossVector) or not callable(losses):
         return loss.checked_kind(losses)
-    # In a function of its own: jax remembers the shapes of those that it has seen.
+    # In a new function, since jax caches the shapes of functions that it has seen.
     try:
         drawn = jax.eval_shape(lambda key: losses(key), jax.random.key(0))
     except TypeError as error:
@@ -222,7 +221,7 @@ def looked_at(losses: LossVectors) -> loss.LossVector:
 
 
 class _Ball(NamedTuple):
-    """Where the supremum is sought, of what, and how. No pytree for jax: see `_of_group`."""
+    """The loss, the ball and the settings of the search. Not a pytree for jax: see `_of_group`."""
 
     losses: LossVectors
     params: Params
@@ -231,11 +230,11 @@ class _Ball(NamedTuple):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of values: float32, or float64 where a parameter is."""
+        """The dtype of values: float64 if a parameter is float64, else float32."""
         return self.radius.dtype
 
     def drawn(self, key: Key[Array, ""]) -> loss.LossVector:
-        """The loss vector, with data drawn with this key where they are drawn."""
+        """The loss vector; its data are drawn from `key` if they are random."""
         return self.losses if isinstance(self.losses, loss.LossVector) else self.losses(key)
 
 
@@ -246,7 +245,7 @@ def _of_group(
     num_draws: int | None,
     smoothness: float | None,
 ) -> list[LocalComplexity]:
-    """Of laws whose draws look alike, by one program; of one law, if all its draws are taken."""
+    """Measures laws whose draws have equal shapes by one program; one law if all are enumerated."""
     vectors = None
     if num_draws is None:
         every, chances = _multipliers.all_draws(laws[0])
@@ -255,8 +254,8 @@ def _of_group(
         chances = np.full(num_draws, 1 / num_draws)
     fixed = ball.losses if isinstance(ball.losses, loss.LossVector) else None
 
-    # What jax is given as an argument it may keep, and a function it has seen before it does not
-    # trace again. So the functions are closed over, by one of this call: it goes, all goes.
+    # jax may keep the static arguments of a program. So this function of one call closes over the
+    # user's functions: with it, the program and they are freed.
     def measured(
         arrays: PyTree, vectors: Array | None, key: Key[Array, ""], which: Int[Array, ""]
     ) -> LocalComplexity:
@@ -283,13 +282,13 @@ def _of_group(
 
 
 class Draws(NamedTuple):
-    """Where the draws come from: one of several laws, or vectors that are there.
+    """The source of the draws: one of several laws, or given vectors.
 
     Attributes:
-        laws: whose draws look alike.
-        which: the one that is measured.
-        vectors: all draws of the only law, [draws, N]; None if they are drawn.
-        num_draws: how many.
+        laws: laws whose draws have equal shapes.
+        which: the index of the law that is measured.
+        vectors: all draws of the only law, [draws, N]; None if they are drawn at random.
+        num_draws: the number of draws.
     """
 
     laws: Sequence[_multipliers.Multipliers]
@@ -298,7 +297,7 @@ class Draws(NamedTuple):
     num_draws: int
 
     def weights(self, key: Key[Array, ""], draw: Int[Array, ""]) -> tuple[Weights, Bool[Array, ""]]:
-        """A draw, over N, and whether its law is centred."""
+        """A draw divided by N, and whether its law is centred."""
         n, centred = self.laws[0].num_examples, jnp.array([law.centred for law in self.laws])
         if self.vectors is not None:
             v = Weights(self.vectors[draw], None, n)
@@ -310,7 +309,7 @@ class Draws(NamedTuple):
 
 
 class _Ascents(NamedTuple):
-    """Of every draw: the centre, and by sign and start what the ascents met."""
+    """The numbers of every draw at the centre, and of its ascents by sign and start."""
 
     centre: Float[Array, " draws"]
     slope: Float[Array, " draws"]
@@ -322,17 +321,17 @@ class _Ascents(NamedTuple):
 
 
 def _ascents(ball: _Ball, draws: Draws, key: Key[Array, ""]) -> _Ascents:
-    """Every ascent of every draw; parameters, data, vectors and radius are traced."""
+    """All ascents of all draws; parameters, data, vectors and radius are traced."""
     num_draws, num_starts, dtype = draws.num_draws, ball.ascent.num_starts, ball.dtype
 
     def one_ascent(position: Int[Array, ""]) -> tuple[Array, ...]:
-        # Which draw, which sign, which start: all of them are functions of the position.
+        # The draw, the sign and the start are functions of the position.
         draw, ascent = jnp.divmod(position, 2 * num_starts)
         sign = jnp.where(ascent < num_starts, 1, -1).astype(dtype)
         index = ascent % num_starts
         weights, centred = draws.weights(key, draw)
         losses = ball.drawn(derive(key, Stream.COMPLEXITY_DATA, draw))
-        # The objective with its constant taken out, and the ascent from one start.
+        # The objective without its constant, and the ascent from one start.
         value_and_grad = _ascent.objective(losses, ball.params, weights, dtype, centred)
         centre = _ascent.Centre.of(value_and_grad, ball.params)
         start_key = derive(key, Stream.ASCENTS, position)
@@ -351,7 +350,7 @@ def _ascents(ball: _Ball, draws: Draws, key: Key[Array, ""]) -> _Ascents:
     if at_once is None or at_once >= total:
         outcome = jax.vmap(one_ascent)(positions)
     else:
-        at_once = None if at_once == 1 else at_once  # a plain scan, without a `vmap` over one
+        at_once = None if at_once == 1 else at_once  # a plain scan, not a `vmap` of one
         outcome = jax.lax.map(one_ascent, positions, batch_size=at_once)
     of_draws, of_ascents = outcome[:3], outcome[3:]
     return _Ascents(
@@ -361,7 +360,7 @@ def _ascents(ball: _Ball, draws: Draws, key: Key[Array, ""]) -> _Ascents:
 
 
 def _measured(ball: _Ball, drawn: Draws, key: Key[Array, ""], smoothness: float) -> LocalComplexity:
-    """Runs the ascents and takes the best of each draw; what is static is left out."""
+    """Runs the ascents and takes the best one per draw; static attributes are set later."""
     ascents, num_draws = _ascents(ball, drawn, key), drawn.num_draws
     best = ascents.value.reshape(num_draws, -1).argmax(-1)
 

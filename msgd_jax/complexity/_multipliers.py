@@ -1,4 +1,4 @@
-"""The random vectors v of a local complexity: Rademacher, Gaussian, SGD, or of any M-noise."""
+"""The random vectors v of a local complexity: Rademacher, Gaussian, SGD, or of any law."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from msgd_jax.noise import MNoise, Weights
 MAX_ENUMERATED = 200_000
 
 Enumerated = tuple[Float[np.ndarray, "M N"], Float[np.ndarray, " M"]]
-"""Every vector that can be drawn, [M, N], and its probability, [M], in float64."""
+"""All vectors that can be drawn, [M, N], and their probabilities, [M], in float64."""
 
 
 @jax.tree_util.register_static
@@ -29,22 +29,23 @@ Enumerated = tuple[Float[np.ndarray, "M N"], Float[np.ndarray, " M"]]
 class Multipliers:
     """A law of random vectors v in R^N with mean 0, whose complexity is measured (section 3).
 
-    Made by `rademacher`, `gaussian`, `sgd` and `from_noise`, or by you: `draw` is all it takes.
-    Like a `noise.MNoise` it holds no arrays, compares by value, and owns the program that draws.
+    `rademacher`, `gaussian`, `sgd` and `from_noise` make such laws, and so can you: only `draw` has
+    to be written. Like a `noise.MNoise` a `Multipliers` holds no arrays, compares by value, and
+    owns its compiled program.
 
     Attributes:
-        name: the constructor and its arguments, for people.
-        num_examples: N, how many examples there are.
-        draw: maps one PRNG key to v as `noise.Weights`: its values are the v_i, and examples that
-            are not among its indices have v_i = 0 and are not computed.
-        enumerate: returns all vectors that can be drawn with their probabilities; None where there
+        name: the constructor and its arguments, for messages.
+        num_examples: N, the number of examples.
+        draw: maps one PRNG key to v as `noise.Weights`: its values are the v_i. Examples that are
+            not among its indices have v_i = 0, and their losses are not computed.
+        enumerate: returns all vectors that can be drawn with their probabilities; None if there
             are infinitely many.
         centred: whether the v_i of every draw add up to 0, as those of SGD do. A constant in all
-            losses has no part in the complexity then, and rounding is kept from giving it one.
+            losses then does not contribute, not even by rounding.
 
     Raises:
-        TypeError, ValueError: if `num_examples` is not positive, or `draw` or `enumerate` is not a
-            function.
+        TypeError: if `num_examples` is not an integer, or `draw` or `enumerate` is not a function.
+        ValueError: if `num_examples` is not positive.
     """
 
     name: str
@@ -62,32 +63,34 @@ class Multipliers:
     def sample(self, key: Key[Array, ""], step: Step) -> Weights:
         """Draws the vector of one step, as `noise.MNoise.sample` draws weights.
 
-        The same key may be used for an M-noise and for anything else: this is a stream of its own.
+        You may use the same key for a law of weights and for other things: multipliers have a
+        stream of their own.
 
         Args:
             key: a typed PRNG key, the same for all steps.
-            step: which one, from 0 to 2^31 - 1; a traced integer is welcome.
+            step: the number of the step, from 0 to 2^31 - 1; it may be traced.
 
         Raises:
-            TypeError, ValueError: if `key` is not a typed PRNG key or `step` is no step.
+            TypeError: if `key` is not a typed PRNG key, or `step` is not an integer.
+            ValueError: if `key` is an array of keys, or `step` is out of range or not a scalar.
         """
         _validate.prng_key("key", key)
         return self._compiled(key, _validate.step(step))
 
     def drawn(self, key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
-        """`sample` as part of another program, unchecked: the same bits."""
+        """The same draw as that of `sample`, without checks, as part of another program."""
         return _drawn(self.draw, key, step)
 
     @functools.cached_property
     def _compiled(self) -> Callable[[Key[Array, ""], Int[Array, ""]], Weights]:
-        # Of `draw` alone: a program that held the law would keep itself alive.
+        # The program holds `draw` only: if it held the law, it would keep itself alive.
         return jax.jit(functools.partial(_drawn, self.draw))
 
 
 def _drawn(
     draw: Callable[[Key[Array, ""]], Weights], key: Key[Array, ""], step: Int[Array, ""]
 ) -> Weights:
-    # Not fused with what uses it: arithmetic that is fused otherwise rounds otherwise.
+    # Not fused with the code that uses the draw: different fusion rounds differently.
     return jax.lax.optimization_barrier(draw(derive(key, Stream.MULTIPLIERS, step)))
 
 
@@ -100,9 +103,9 @@ def rademacher(
 ) -> Multipliers:
     """v_i = +-1 with equal probability: the local Rademacher complexity R(A, N).
 
-    With `subset_size` b, the complexity of b of the N examples, R(A, b) of Theorem 1 (2): v is
-    (N/b) a on b examples drawn uniformly, so that (1/N) sum v_i l_i is the (1/b) sum a_j l_j over
-    those b, and only they are computed.
+    With `subset_size` b it is the complexity of b of the N examples, R(A, b) of Theorem 1 (2): v is
+    (N/b) a on b examples drawn uniformly. Then (1/N) sum v_i l_i is (1/b) sum a_j l_j over those b
+    examples, and only their losses are computed.
 
     Args:
         num_examples: N, at least 1.
@@ -111,8 +114,8 @@ def rademacher(
         dtype: of v, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if a size is not an integer or out of its range, or `dtype` is
-            neither of the two.
+        TypeError: if a size is not an integer.
+        ValueError: if a size is out of its range, or `dtype` is neither float32 nor float64.
     """
     n = _validate.positive_int("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -132,7 +135,7 @@ def _draw_signs(n: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
 
 def _draw_signed_subset(sampling: MNoise, b: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
     subset_key, sign_key = jax.random.split(key)
-    subset = sampling.draw(subset_key)  # of weight 1/b each
+    subset = sampling.draw(subset_key)  # with weights of 1/b
     n = sampling.num_examples
     return Weights(n * subset.values * signs(sign_key, b, dtype), subset.indices, n)
 
@@ -140,7 +143,7 @@ def _draw_signed_subset(sampling: MNoise, b: int, dtype: jnp.dtype, key: Key[Arr
 def gaussian(num_examples: int, *, dtype: DType = jnp.float32) -> Multipliers:
     """v_i standard normal: the local Gaussian complexity R(G, N).
 
-    M-SGD-Fisher's own multipliers are sqrt(N/b) times these (`from_noise`): the paper leaves this
+    The multipliers of M-SGD-Fisher are sqrt(N/b) times these (`from_noise`); the paper leaves this
     factor out.
 
     Args:
@@ -148,8 +151,8 @@ def gaussian(num_examples: int, *, dtype: DType = jnp.float32) -> Multipliers:
         dtype: of v, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if a size is not an integer or out of its range, or `dtype` is
-            neither of the two.
+        TypeError: if `num_examples` is not an integer.
+        ValueError: if `num_examples` is below 1, or `dtype` is neither float32 nor float64.
     """
     n = _validate.positive_int("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -178,8 +181,8 @@ def sgd(
         dtype: of v, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if a size is not an integer or out of its range, or `dtype` is
-            neither of the two.
+        TypeError: if a size is not an integer.
+        ValueError: if a size is out of its range, or `dtype` is neither float32 nor float64.
     """
     law = from_noise(noise.sgd(num_examples, batch_size, replace=replace, dtype=dtype))
     all_batches = bound(_batches, law.num_examples, int(batch_size), replace)
@@ -198,7 +201,7 @@ def from_noise(law: MNoise) -> Multipliers:
         TypeError: if `law` is not a `noise.MNoise`.
     """
     n, moments = _laws.drawable("law", law).num_examples, law.covariance
-    # Of the covariance, not of a draw: N W - 1 adds up to 0 but for rounding.
+    # Decided by the covariance, since the N W - 1 of a draw add up to 0 only up to rounding.
     centred = abs(moments.alpha + n * moments.beta) <= 1e-12 * abs(moments.alpha)
     draw = bound(_draw_deviations, law)
     return Multipliers(law.name, n, draw, centred=centred)
@@ -210,7 +213,7 @@ def _draw_deviations(law: MNoise, key: Key[Array, ""]) -> Weights:
 
 
 def of(multipliers: Multipliers | MNoise, num_examples: int | None = None) -> Multipliers:
-    """Checks that these are multipliers, of N examples where that is given."""
+    """Returns `multipliers` as `Multipliers`, for `num_examples` if that is given; raises."""
     if isinstance(multipliers, MNoise):
         multipliers = from_noise(multipliers)
     if not isinstance(multipliers, Multipliers):
@@ -227,14 +230,14 @@ def of(multipliers: Multipliers | MNoise, num_examples: int | None = None) -> Mu
 
 
 def looks(multipliers: Multipliers) -> tuple[Any, ...]:
-    """Structure, shapes and types of a draw, of which a program is made."""
+    """The structure, shapes and dtypes of a draw, which determine the compiled program."""
     shapes = jax.eval_shape(lambda key: multipliers.draw(key), jax.random.key(0))
     leaves, structure = jax.tree.flatten(shapes)
     return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def all_draws(multipliers: Multipliers) -> Enumerated:
-    """Every vector with its probability; equal vectors once.
+    """All different vectors with their probabilities.
 
     Raises:
         ValueError: if there are infinitely many, or more than `MAX_ENUMERATED`.
@@ -247,7 +250,7 @@ def all_draws(multipliers: Multipliers) -> Enumerated:
     vectors, probabilities = multipliers.enumerate()
     vectors, groups = np.unique(vectors, axis=0, return_inverse=True)
     probabilities = np.bincount(groups.ravel(), weights=probabilities)
-    return vectors, probabilities.astype(np.float64)  # as it is; numpy's types say otherwise
+    return vectors, probabilities.astype(np.float64)  # no change, for type checkers
 
 
 def _signs(n: int) -> Enumerated:
@@ -275,7 +278,7 @@ def _signed_subsets(n: int, b: int, replace: bool) -> Enumerated:
 
 
 def _counts(n: int, b: int, replace: bool) -> Enumerated:
-    """How often each of n examples is drawn, in every sample of b, with the probabilities."""
+    """The counts of n examples in all possible samples of b, and their probabilities."""
     _check_count(f"samples of {b} out of {n}", math.comb(n + b - 1 if replace else n, b))
     choose = itertools.combinations_with_replacement if replace else itertools.combinations
     samples = np.array(list(choose(range(n), b)))

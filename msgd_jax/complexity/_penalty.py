@@ -1,4 +1,4 @@
-"""The regulariser of Eq. 8 in training, supremum and absolute value included."""
+"""The regulariser of Eq. 8 in training, with its supremum and absolute value."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from msgd_jax.complexity._ascent import Ascent
 from msgd_jax.noise import MNoise, Weights
 from msgd_jax.sharding import check_key_agrees
 
-# One step from one start of each sign: the price of a regulariser in every step of training.
+# One step from one start per sign, since the regulariser is computed in every step of training.
 _QUICK = Ascent(num_starts=1, num_steps=1)
 
 
@@ -30,28 +30,28 @@ def penalty(
 ) -> Float[Array, ""]:
     """``sup |sum v_i l_i| / N`` over a ball, to be minimised.
 
-    The random term of Eq. 8 as it stands, for a given v. Its gradient is that of
-    ``|sum v_i l_i| / N`` where the ascents found the supremum, the move from the centre held fixed
-    (Danskin's theorem); second derivatives are 0. So, with `multipliers` from the ``sample`` of
-    `rademacher` or another::
+    It is the random term of Eq. 8 for a given v. Its gradient is that of ``|sum v_i l_i| / N`` at
+    the supremum that the ascents found, with a fixed move from the centre (Danskin's theorem).
+    Second derivatives are 0. With `multipliers` from the ``sample`` of `rademacher` or another
+    law::
 
       def objective(params):
           return losses.mean(params) + scale * penalty(losses, params, multipliers, radius=0.1)
 
       jax.grad(objective)(params)
 
-    With the default of one step from one start of each sign it costs 5 forward and backward passes,
-    in general ``1 + 2 * num_starts * (num_steps + 1)``, and one forward pass more;
-    `add_local_complexity` is the same as an optax transformation, which draws v too. Called eagerly
-    it is compiled anew on each call: put it under `jax.jit` to call it again.
+    It costs ``1 + 2 * num_starts * (num_steps + 1)`` forward and backward passes and one more
+    forward pass: with the default of one step from one start per sign, 5 and one.
+    `add_local_complexity` is the same as an optax transformation, which also draws v. Eager calls
+    compile anew each time: put the function under `jax.jit` to call it more than once.
 
     Args:
         losses: the loss vector.
         params: the centre of the ball: a pytree of floating-point arrays.
-        multipliers: v, as `noise.Weights` of N.
-        radius: of the ball, at least 0.
-        key: for the random starts, needed with ``num_starts`` > 1 only.
-        ascent: how the supremum is sought, ``at_once`` left aside.
+        multipliers: v, a `noise.Weights` for N examples.
+        radius: the radius of the ball, at least 0.
+        key: a typed PRNG key for the random starts; needed with ``num_starts`` > 1 only.
+        ascent: the settings of the search for the supremum; ``at_once`` is ignored.
 
     Returns:
         A scalar that can be differentiated.
@@ -59,8 +59,8 @@ def penalty(
     Raises:
         TypeError: if `losses` is not a `loss.LossVector`, `multipliers` is not a `noise.Weights`, a
             parameter is not floating point, or `ascent` is not an `Ascent`.
-        ValueError: if `radius` is negative, `multipliers` are for another number of examples, or a
-            key is needed.
+        ValueError: if `radius` is negative, `multipliers` are for another number of examples, or
+            `key` is missing with ``num_starts`` > 1.
     """
     loss.checked(losses, params)
     if not isinstance(multipliers, Weights):
@@ -72,10 +72,10 @@ def penalty(
     _ascent.checked(ascent)
     if key is None and ascent.num_starts > 1:
         raise ValueError("key is needed for the random starts of num_starts > 1.")
-    key = jax.random.key(0) if key is None else key  # the first start is not random
+    key = jax.random.key(0) if key is None else key  # not used: the first start is not random
     fixed = jax.lax.stop_gradient
 
-    # A program of this call, which goes with it; under the user's jit it is part of that.
+    # Compiled here, so that the program is freed after the call (or is part of the user's).
     @jax.jit
     def highest(
         params: Params, data: Data, multipliers: Weights, key: Key[Array, ""]
@@ -84,7 +84,7 @@ def penalty(
 
     found = highest(fixed(params), fixed(losses.data), fixed(multipliers), key)
     value, gradient = fixed(found)
-    # Zero, with the gradient found: nothing is differentiated through the ascent.
+    # A term with value 0 and the gradient found, since the ascent is not differentiated.
     moves = jax.tree.map(lambda p: p - fixed(p), params)
     products = jax.tree.map(
         lambda g, m: jnp.sum(g * m.astype(g.dtype)).astype(value.dtype), gradient, moves
@@ -96,9 +96,9 @@ class LocalComplexityState(NamedTuple):
     """State of `add_local_complexity`.
 
     Attributes:
-        step: updates made so far; the step whose v the next update draws.
+        step: the number of updates made so far, which is the step of the next draw of v.
         key: the PRNG key of the run, the same at every step.
-        value: of the regulariser at the last update, without `scale`; infinite before the first.
+        value: the regulariser at the last update, without `scale`; infinite before the first one.
     """
 
     step: Int[Array, ""]
@@ -117,8 +117,9 @@ def add_local_complexity(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of ``scale * sup |sum v_i l_i| / N`` to the updates, a new v each step.
 
-    The full regulariser of Eq. 8 for optax, as `optax.add_decayed_weights` is for weight decay.
-    Behind any M-noise (`noise.gd` for the objective of Eq. 8 itself), before any optimizer::
+    It is the full regulariser of Eq. 8 for optax, as `optax.add_decayed_weights` is for weight
+    decay. Put it behind the noise of any law (`noise.gd` for the objective of Eq. 8 itself) and
+    before any optimizer::
 
       optimizer = optax.chain(
           transform.multiplicative_noise(noise.sgd(N, b), noise_key),
@@ -130,30 +131,31 @@ def add_local_complexity(
           (), state, params, loss_vector_fn=loss_vector_fn, data=data
       )
 
-    An update outside of `jax.jit` is compiled anew each time, as a call of `penalty` is.
+    Updates outside of `jax.jit` compile anew each time, as calls of `penalty` do.
 
-    `train.make_step` passes loss vector function and data along, so there it goes before the
-    optimizer in a chain of its own. With ``rademacher(N, b)`` a step takes b examples, so that it
-    stays in proportion to a mini-batch. What the paper calls GD-Rademacher leaves supremum and
-    absolute value out: that is `noise.rademacher`, and costs nothing more than a plain step.
+    `train.make_step` passes the loss vector function and the data to its optimizer, so there it
+    goes before the optimizer, in a chain without `multiplicative_noise`. With ``rademacher(N, b)``
+    a step computes b examples, so its cost is like that of a mini-batch. GD-Rademacher in the paper
+    leaves out the supremum and the absolute value: that is `noise.rademacher`, which costs as much
+    as a plain step.
 
     Args:
         multipliers: the law of v, for the N examples of the data.
-        key: a typed PRNG key, copied into the state by ``init``. It may be the one of the M-noise:
-            the draws come from other streams.
-        radius: of the ball, at least 0.
+        key: a typed PRNG key, copied into the state by ``init``. It may be the key of
+            `multiplicative_noise`, since v is drawn from another stream.
+        radius: the radius of the ball, at least 0.
         scale: the factor of the regulariser, at least 0.
-        ascent: how the supremum is sought, as in `penalty`, which has the costs too.
+        ascent: the settings of the search for the supremum; `penalty` states the costs.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`; None for all.
 
     Returns:
         A transformation with ``update(updates, state, params, *, loss_vector_fn, data)``. It raises
-        ValueError if one of these is missing, or if some parameters are hidden by `optax.masked`.
+        ValueError if one of these is missing, or if `optax.masked` hides some of the parameters.
 
     Raises:
-        TypeError, ValueError: if `multipliers` is no law, `key` is no typed PRNG key, `radius` or
-            `scale` is negative, `ascent` is not an `Ascent`, or `microbatch_size` is not a positive
-            integer.
+        TypeError: if `multipliers` is not a law, `key` is not a typed PRNG key, `radius` or `scale`
+            is not a number, `ascent` is not an `Ascent`, or `microbatch_size` is not an integer.
+        ValueError: if `radius` or `scale` is negative, or `microbatch_size` is not positive.
     """
     law = _multipliers.of(multipliers)
     _validate.prng_key("key", key)
@@ -196,7 +198,7 @@ def add_local_complexity(
             v = law.drawn(key, step)
             return _supremum(own, params, v, radius, start_key, ascent, law.centred)
 
-        # A program of this call, as in `penalty`.
+        # Compiled here, so that the program is freed after the call, as in `penalty`.
         value, gradient = jax.jit(of_step)(params, data, state.key, state.step)
         updates = jax.tree.map(
             lambda u, g: (u.astype(g.dtype) + jnp.asarray(scale, g.dtype) * g).astype(u.dtype),
@@ -218,7 +220,7 @@ def _supremum(
     ascent: Ascent,
     centred: bool = False,
 ) -> tuple[Float[Array, ""], Gradients]:
-    """The supremum, and the gradient there, as far as the ascents reach."""
+    """The largest value that the ascents reach, and the gradient there."""
     params = jax.tree.map(jnp.asarray, params)
     n = multipliers.num_examples
     weights = Weights(multipliers.values / n, multipliers.indices, n)
@@ -233,7 +235,7 @@ def _supremum(
         start = _ascent.start(centre, sign, position // 2, ascent.num_starts, start_key)
         return _ascent.climb(value_and_grad, params, ball, sign, centre, start, ascent)
 
-    # Both signs from each start, one after the other: memory is that of one ascent.
+    # All signs and starts one after the other, so that memory holds one ascent.
     peaks = jax.lax.map(one_ascent, jnp.arange(2 * ascent.num_starts))
     best = peaks.value.argmax()
     return peaks.value[best], jax.tree.map(lambda g: g[best], peaks.gradient)

@@ -1,4 +1,4 @@
-"""Theorem 1, measured: local Gaussian, Rademacher and SGD complexity bound one another."""
+"""Measurements of Theorem 1: local Gaussian, Rademacher and SGD complexities bound one another."""
 
 import math
 from typing import NamedTuple
@@ -14,20 +14,20 @@ from msgd_jax.complexity._ascent import Ascent
 from msgd_jax.complexity._local import LocalComplexity, LossVectors, local_complexities, looked_at
 from msgd_jax.complexity._multipliers import Multipliers
 
-_ROUNDING = 1e-5  # of float32 sums, where there is no sampling error
+_ROUNDING = 1e-5  # the rounding of float32 sums, used if there is no sampling error
 
 
 class Inequality(NamedTuple):
     """``left <= factor * right`` between two measured complexities.
 
     Attributes:
-        name: the inequality, in words.
-        left: what is bounded, with how its ascents ended.
-        right: what bounds it, likewise.
-        factor: the constant.
-        ratio: ``left / (factor * right)``, at most 1 where the inequality holds; its standard error
-            takes account of draws that the two have in common, and its interval is by Student's t
-            on the logarithm.
+        name: the inequality as text.
+        left: the complexity that is bounded.
+        right: the complexity in the bound.
+        factor: the constant in the bound.
+        ratio: ``left / (factor * right)``, at most 1 if the inequality holds. Its standard error
+            takes into account that the two complexities share draws, and its interval is by
+            Student's t on the logarithm.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Theorem1(NamedTuple):
     Attributes:
         gaussian_lower: sqrt(2/pi) R(A, N) <= R(G, N), the left of Eq. 10.
         gaussian_upper: ``R(G, N) <= E max|g_i| R(A, N)``, the right of Eq. 10.
-        sgd: R(V_sgd, N) <= 2 (1 - b/N) R(A, b), Eq. 11 or what is right in its place.
+        sgd: R(V_sgd, N) <= 2 (1 - b/N) R(A, b), Eq. 11 or its corrected form.
     """
 
     gaussian_lower: Inequality
@@ -61,21 +61,22 @@ class Theorem1(NamedTuple):
 
     @property
     def violated(self) -> tuple[Inequality, ...]:
-        """Those whose confidence interval lies beyond 1."""
+        """The inequalities whose confidence interval lies above 1."""
         return tuple(inequality for inequality in self if inequality.violated)
 
 
 def expected_max_normal(num_examples: int) -> float:
     """``E max |g_i|`` over N independent standard normals: the constant of Eq. 10, right side.
 
-    It is at most sqrt(2 ln(2N)), which grows more slowly than the paper's C ln N, and is attained
-    by losses of which each can be raised alone. By quadrature, to 1e-6.
+    It is at most sqrt(2 ln(2N)), which grows more slowly than the paper's C ln N. The bound with it
+    is attained if each loss can be raised without the others. Computed by quadrature, to 1e-6.
 
     Args:
         num_examples: N, at least 1.
 
     Raises:
-        TypeError, ValueError: if `num_examples` is not a positive integer.
+        TypeError: if `num_examples` is not an integer.
+        ValueError: if `num_examples` is not positive.
     """
     n = _validate.positive_int("num_examples", num_examples)
     x = np.linspace(0.0, 12.0, 24_001)
@@ -96,20 +97,20 @@ def gaussian_inequalities(
     """Both sides of Eq. 10: ``sqrt(2/pi) R(A, N) <= R(G, N) <= E max|g_i| R(A, N)``.
 
     They hold for every class of losses, for fixed examples and so for random ones. (The paper's
-    C ln N on the right is false for N = 1, and needs C >= 1.63 beyond.) Compiled anew on each call
-    and freed after it, as `local_complexity`; the two laws share a program.
+    C ln N on the right is false for N = 1, and needs C >= 1.63 for larger N.) As with
+    `local_complexity`, each call compiles a program and frees it; the two laws share it.
 
     Args:
         losses: the loss vector, or a function from a PRNG key to one.
-        params: the centre of the ball.
-        radius: of the ball.
+        params: the centre of the ball: a pytree of float32 or float64 arrays.
+        radius: the radius of the ball, at least 0.
         key: a typed PRNG key, the same for both complexities: their draws and data are paired.
-        num_draws: of each, at least 2.
-        ascent: how the suprema are sought.
+        num_draws: the number of draws per complexity, at least 2.
+        ascent: the settings of the search for the suprema.
 
     Returns:
-        The left inequality and the right one. The complexities are lower bounds on suprema unless
-        the ascents reach them: judge by `local_complexity` how close they come.
+        The left inequality and the right one. The complexities are too low if the ascents do not
+        reach the suprema; the attributes of `LocalComplexity` say how close they come.
 
     Raises:
         TypeError, ValueError: as `local_complexity`, or if both complexities are 0.
@@ -141,7 +142,7 @@ def sgd_inequality(
 ) -> Inequality:
     """The local SGD complexity against a Rademacher complexity of b examples, Eq. 11.
 
-    For fixed data R(A, b) is the average over all b of the N examples. What bounds R(V_sgd, N):
+    For fixed data R(A, b) is the average over all subsets of b of the N examples. The bounds are:
 
     ===========  ==================  ======================================================
     bound        sampling            R(V_sgd, N) is at most
@@ -153,24 +154,25 @@ def sgd_inequality(
     "corrected"  with replacement    2 (1 - 1/N) R(A, b), the b drawn with replacement
     ===========  ==================  ======================================================
 
-    The counterexample: all losses 0 but one. Then with replacement the ratio of "paper" is
-    (1 - 1/N)^b / (1 - b/N) > 1 for b > 1. Compiled anew on each call and freed after it, as
-    `local_complexity`.
+    A counterexample is the case that all losses but one are 0. Then with replacement the ratio of
+    "paper" is (1 - 1/N)^b / (1 - b/N) > 1 for b > 1. As with `local_complexity`, each call compiles
+    programs and frees them.
 
     Args:
         losses: the loss vector, or a function from a PRNG key to one.
-        params: the centre of the ball.
+        params: the centre of the ball: a pytree of float32 or float64 arrays.
         batch_size: b, between 1 and N - 1.
-        radius: of the ball.
+        radius: the radius of the ball, at least 0.
         key: a typed PRNG key, the same for both complexities.
-        num_draws: of each, at least 2; None for all draws, for small N.
+        num_draws: the number of draws per complexity, at least 2; None for all draws, for small N.
         replace: whether SGD draws with replacement.
         bound: "corrected" or "paper".
-        ascent: how the suprema are sought.
+        ascent: the settings of the search for the suprema.
 
     Raises:
-        TypeError, ValueError: as `local_complexity`; if b does not divide N where the paper's bound
-            needs it; if both complexities are 0.
+        TypeError: as `local_complexity`.
+        ValueError: as `local_complexity`; if b is not between 1 and N - 1, or does not divide N
+            with the paper's bound; or if both complexities are 0.
     """
     bounded = _SGDBound.of(_number_of_examples(losses), batch_size, replace, bound)
     found = local_complexities(
@@ -197,21 +199,21 @@ def theorem1(
     bound: str = "corrected",
     ascent: Ascent = Ascent(),  # noqa: B008 (frozen)
 ) -> Theorem1:
-    """Both parts of Theorem 1 with their explicit constants, measured: how tight is each bound.
+    """Measures how tight both parts of Theorem 1 are, with explicit constants.
 
-    Compiled anew on each call and freed after it, as `local_complexity`: one program for the laws
-    over all N examples, one for the signs on a batch.
+    As with `local_complexity`, each call compiles programs and frees them: one for the laws over
+    all N examples, and one for the signs on a batch.
 
     Args:
         losses: the loss vector, or a function from a PRNG key to one.
-        params: the centre of the ball.
-        batch_size: b of SGD.
-        radius: of the ball.
+        params: the centre of the ball: a pytree of float32 or float64 arrays.
+        batch_size: b of SGD, between 1 and N - 1.
+        radius: the radius of the ball, at least 0.
         key: a typed PRNG key.
-        num_draws: of each complexity, at least 2.
+        num_draws: the number of draws per complexity, at least 2.
         replace: whether SGD draws with replacement.
-        bound: which bound on the SGD complexity, as in `sgd_inequality`.
-        ascent: how the suprema are sought.
+        bound: the bound on the SGD complexity, as in `sgd_inequality`.
+        ascent: the settings of the search for the suprema.
 
     Raises:
         TypeError, ValueError: as `gaussian_inequalities` and `sgd_inequality`.
@@ -250,7 +252,7 @@ def _gaussian_inequalities(
 
 
 class _SGDBound(NamedTuple):
-    """What is compared in `sgd_inequality`: the left law, the right law, and the constant."""
+    """The two laws that `sgd_inequality` compares, and the constant."""
 
     name: str
     laws: tuple[Multipliers, Multipliers]
@@ -258,7 +260,7 @@ class _SGDBound(NamedTuple):
 
     @classmethod
     def of(cls, n: int, batch_size: PositiveInt, replace: bool, bound: str) -> "_SGDBound":
-        """Checks the arguments."""
+        """The bound for these arguments; raises TypeError or ValueError if they do not fit."""
         _validate.one_of("bound", bound, ("corrected", "paper"))
         if n < 2:
             raise ValueError("data must have at least 2 examples to have batches of fewer, got 1.")
@@ -286,13 +288,13 @@ class _SGDBound(NamedTuple):
 def _inequality(
     name: str, left: LocalComplexity, right: LocalComplexity, factor: float
 ) -> Inequality:
-    """The ratio of two means, its standard error by the delta method, the draws paired."""
+    """The inequality, with the standard error of the ratio by the delta method on paired draws."""
     above, below = (np.asarray(x.draws, np.float64) for x in (left, right))
     means = left.estimate.value, right.estimate.value
     if means[1] == 0:
         raise ValueError(
-            "The complexities are 0, and have no ratio: every loss is 0 in the ball, or "
-            "radius = 0 where every loss is 0 at params."
+            "The complexities are 0, so they have no ratio: every loss is 0 in the ball, or "
+            "radius = 0 and every loss is 0 at params."
         )
     ratio = means[0] / means[1]
     if left.exhaustive:

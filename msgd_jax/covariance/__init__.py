@@ -1,22 +1,22 @@
-r"""The covariance view: what the noise of `grad(L . W)` looks like in parameter space.
+r"""The covariance of the noisy gradient `grad(L . W)`, in parameter space.
 
-G is the matrix of per-example gradients ([N, D] here, one gradient after the other; the paper has
-them as columns), from `loss.LossVector.gradient_matrix`. An exchangeable law of weights with
-``Cov(W) = alpha I + beta 1 1^T`` makes the noisy gradient's covariance
-``alpha G^T G + beta (G^T 1)(G^T 1)^T``; the empirical Fisher matrix F has (1/N, 0), the gradient
-covariance S (the paper's Sigma_sgd) has (1/N, -1/N^2). Where a function takes a `law`, it takes any
-of them: a law, its `noise.Exchangeable`, "fisher", or "sgd_covariance".
+G is the matrix of per-example gradients, [N, D] here with one gradient per row (they are columns in
+the paper), from `loss.LossVector.gradient_matrix`. With an exchangeable law of weights,
+``Cov(W) = alpha I + beta 1 1^T``, the noisy gradient has covariance
+``alpha G^T G + beta (G^T 1)(G^T 1)^T``. The empirical Fisher matrix F has (alpha, beta) = (1/N, 0),
+and the gradient covariance S (the paper's Sigma_sgd) has (1/N, -1/N^2). An argument `law` may be a
+law, its `noise.Exchangeable`, "fisher" for F, or "sgd_covariance" for S.
 
-Everything here takes a loss vector and the parameters at which it is looked at. Gradients that you
-have already are the loss vector ``loss.LossVector(lambda theta, gradient: gradient @ theta, G)``
-of gradients [N, D], at any theta [D].
+All functions take a loss vector and the parameters at which the covariance is wanted. For gradients
+[N, D] that you have already, use the loss vector
+``loss.LossVector(lambda theta, gradient: gradient @ theta, G)`` at any theta [D].
 
-Training needs none of this: a noisy gradient costs one backward pass (`loss`). Here are
+Training needs none of this: a noisy gradient costs one backward pass (`loss`). This module has
 
-* the dense matrices, for few parameters, and the exact spectrum, for few examples or parameters;
+* dense matrices, for few parameters, and exact spectra, for few examples or few parameters;
 * matrix-free products with them, as `lineax` operators, for any size;
-* the samplers of additive Gaussian noise that the paper replaces, as baselines;
-* the way between additive noise and weights, and back.
+* samplers of additive Gaussian noise, which the paper replaces, as baselines;
+* conversions between additive noise and weights.
 """
 
 from msgd_jax.covariance._matrices import (

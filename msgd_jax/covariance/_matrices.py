@@ -1,4 +1,4 @@
-"""Covariances made of the gradients of every example, and their exact spectrum."""
+"""Covariances computed from the gradients of all examples, and their exact spectrum."""
 
 import math
 from typing import NamedTuple
@@ -30,7 +30,8 @@ def flatten(gradients: PerExampleGradients) -> Float[Array, "N D"]:
         Array of shape [N, D]; entry i is `jax.flatten_util.ravel_pytree` of example i's gradient.
 
     Raises:
-        TypeError, ValueError: if the leaves are not floating point or disagree on N.
+        TypeError: if a leaf is not floating point.
+        ValueError: if there are no leaves, or their leading axes differ.
     """
     numbers("gradients", gradients)
     _validate.floating_params(gradients, name="gradients")
@@ -75,7 +76,8 @@ def sgd_covariance(
             mean gradient is large.
 
     Raises:
-        TypeError, ValueError: as `noise_covariance`, or if `form` is neither.
+        TypeError: as `noise_covariance`.
+        ValueError: as `noise_covariance`, or if `form` is neither "centred" nor "definition".
     """
     _named("form", form, FORMS)
     matrix = matrix_of(losses, params)
@@ -92,20 +94,21 @@ def noise_covariance(
     """The covariance of the noisy gradient ``grad(L . W)``, exact and dense.
 
     It is ``alpha G^T G + beta (G^T 1)(G^T 1)^T``, computed from centred gradients so that nothing
-    cancels. It is the covariance of one step. Where steps depend on each other, as those of
-    `noise.random_reshuffling`, each by itself has it, exactly, but their sum has not the sum of
-    these (see `noise.MNoise.covariance_between`).
+    cancels. It is the covariance of a single step. If steps depend on each other, as with
+    `noise.random_reshuffling`, the covariance of their sum is not the sum of their covariances (see
+    `noise.MNoise.covariance_between`).
 
     Args:
         losses: the loss vector.
         params: a pytree of floating-point arrays.
-        law: of the weights, or its covariance (or "fisher", "sgd_covariance": F and S).
+        law: the law of the weights, its `noise.Exchangeable`, "fisher" for F, or "sgd_covariance"
+            for S.
 
     Raises:
         TypeError: if `losses` is not a `loss.LossVector`, a parameter is not floating point, or
             `law` is none of these.
-        ValueError: if the law is for another number of examples, or is no covariance (negative
-            somewhere).
+        ValueError: if `law` is for another number of examples, states no covariance, or is an
+            `Exchangeable` with a negative eigenvalue.
     """
     factor = root_of(losses, params, law)
     return _product(factor.T, factor)
@@ -114,8 +117,8 @@ def noise_covariance(
 def diagonal(losses: loss_lib.LossVector, params: Params, law: CovarianceLaw) -> Gradients:
     """The diagonal of `noise_covariance`: the variance of each entry of the noisy gradient.
 
-    Per-example gradients are in memory a micro-batch of the loss vector at a time. It is compiled
-    anew on each call, and freed after it: put it under `jax.jit` to call it again.
+    One micro-batch of per-example gradients is in memory at a time. Each eager call compiles a
+    program and frees it afterwards: put the function under `jax.jit` to call it more than once.
 
     Args:
         losses: the loss vector.
@@ -133,8 +136,8 @@ def diagonal(losses: loss_lib.LossVector, params: Params, law: CovarianceLaw) ->
 
     def variances(params: Params, data: Data) -> Gradients:
         own = losses.replace(data=data)
-        # Of equal eigenvalues (F), they are sums of squares. Else the mean comes first: what is
-        # left of a difference of large squares would be rounding.
+        # With equal eigenvalues (F), the variances are sums of squares. Otherwise gradients are
+        # centred first, since a difference of large squares would be mostly rounding.
         if across == along:
             mean = jax.tree.map(lambda p: jnp.zeros_like(_dtypes.wide(p)), params)
         else:
@@ -153,7 +156,7 @@ def diagonal(losses: loss_lib.LossVector, params: Params, law: CovarianceLaw) ->
         size = losses.num_examples
         return jax.tree.map(lambda t, m: across * t + along * size * jnp.square(m), total, mean)
 
-    # A program of this call, which goes with it: the function is no argument, which jax may keep.
+    # The loss function is not an argument, which jax would keep: this program is freed at the end.
     return jax.jit(variances)(params, losses.data)
 
 
@@ -161,9 +164,10 @@ class Spectrum(NamedTuple):
     """The eigenvalues of a covariance that can differ from 0, and their eigenvectors.
 
     Attributes:
-        eigenvalues: [k], descending, k = min(N, D); the other D - k are 0.
-        eigenvectors: [k, D], one each, orthonormal, in the order of `flatten`; those whose
-            eigenvalue is 0 up to rounding are 0, since nothing determines them.
+        eigenvalues: [k], in descending order, k = min(N, D); the other D - k eigenvalues are 0.
+        eigenvectors: [k, D], one per eigenvalue, orthonormal, with entries in the order of
+            `flatten`; where the eigenvalue is 0 up to rounding, the vector is not determined and is
+            set to 0.
     """
 
     eigenvalues: Float[Array, " k"]
@@ -171,11 +175,11 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(losses: loss_lib.LossVector, params: Params, law: CovarianceLaw) -> Spectrum:
-    """The exact spectrum of a covariance, from an N x N matrix where N < D.
+    """The exact spectrum of a covariance, from an N x N matrix if N < D.
 
-    A covariance A^T A has the eigenvalues of the Gram matrix A A^T: no D x D matrix is formed where
-    there are more parameters than examples. Eigenvalues are exact to rounding relative to the
-    largest.
+    A covariance A^T A has the nonzero eigenvalues of the Gram matrix A A^T, so no D x D matrix is
+    formed if there are more parameters than examples. Eigenvalues are exact up to rounding relative
+    to the largest one.
 
     Args:
         losses: the loss vector.
@@ -207,7 +211,7 @@ def spectrum(losses: loss_lib.LossVector, params: Params, law: CovarianceLaw) ->
 
 
 def weight_eigenvalues(law: CovarianceLaw, num_examples: int) -> tuple[float, float]:
-    """The two eigenvalues of Cov(W), checked: across the all-ones vector, and along it."""
+    """The two eigenvalues of Cov(W), after checks: across the all-ones vector, and along it."""
     if isinstance(law, str):
         _named("law", law, NAMED)
         off_diagonal = 0.0 if law == "fisher" else -1 / num_examples**2
@@ -229,7 +233,7 @@ def numbers(name: str, tree: PyTree) -> None:
 
 
 def matrix_of(losses: loss_lib.LossVector, params: Params) -> Float[Array, "N D"]:
-    """The gradient matrix as one array."""
+    """The gradient matrix as one array, [N, D]."""
     matrix = loss_lib.checked(losses, params).gradient_matrix(params)
     return flatten(jax.tree.map(_mesh.gathered, matrix))
 

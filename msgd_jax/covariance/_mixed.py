@@ -1,4 +1,4 @@
-"""Operators on parameters of several types; imports lineax, so it is imported where one is made."""
+"""Operators on parameters of several dtypes; it imports lineax, so it is imported when needed."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ from msgd_jax import _dtypes
 
 
 class MixedLinearOperator(lineax.FunctionLinearOperator):
-    """A linear function of a pytree whose leaves have different types, with a matrix.
+    """A linear function of a pytree whose leaves have different dtypes, with a matrix.
 
-    lineax takes the columns of one basis, in one type.
+    (The ``as_matrix`` of lineax needs all leaves in one dtype.)
     """
 
     def as_matrix(self) -> Float[Array, "D D"]:
-        """The dense matrix, a block of columns for each leaf, in float32 or wider."""
+        """The dense matrix, one block of columns per leaf, in float32 or wider."""
         leaves, structure = jax.tree.flatten(self.in_structure())
         dtype = _dtypes.accumulator(*(leaf.dtype for leaf in leaves))
 

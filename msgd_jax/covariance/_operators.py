@@ -1,7 +1,7 @@
-"""Covariances as lineax operators: products with a vector, no matrix formed.
+"""Covariances as lineax operators: products with a vector, without forming a matrix.
 
-A product is one forward-mode pass (G v, [N]) and one backward pass (G^T of that), the same price at
-any N and D.
+A product takes one forward-mode pass (G v, [N]) and one backward pass (G^T times that), for any N
+and D.
 """
 
 import functools
@@ -19,12 +19,12 @@ from msgd_jax.covariance import _matrices
 
 
 def fisher_operator(losses: loss_lib.LossVector, params: Params) -> Any:
-    """The empirical Fisher matrix F; otherwise as `noise_covariance_operator`."""
+    """The `noise_covariance_operator` of the empirical Fisher matrix F."""
     return noise_covariance_operator(losses, params, "fisher")
 
 
 def sgd_covariance_operator(losses: loss_lib.LossVector, params: Params) -> Any:
-    """The gradient covariance S (Sigma_sgd); otherwise as `noise_covariance_operator`."""
+    """The `noise_covariance_operator` of the gradient covariance S (Sigma_sgd)."""
     return noise_covariance_operator(losses, params, "sgd_covariance")
 
 
@@ -33,17 +33,17 @@ def noise_covariance_operator(
 ) -> Any:
     """The covariance of ``grad(L . W)`` as a matrix-free operator on pytrees like `params`.
 
-    For `lineax`: ``operator.mv(v)``, ``operator.as_matrix()`` where D is small, iterative solves.
-    The matrix is singular if N <= D, so solve with damping::
+    Use it with `lineax`: ``operator.mv(v)``, ``operator.as_matrix()`` for small D, and iterative
+    solves. The matrix is singular if N <= D, so solve with damping::
 
       damped = operator + lineax.TaggedLinearOperator(
           damping * lineax.IdentityLinearOperator(operator.in_structure()),
           lineax.positive_semidefinite_tag,
       )
 
-    Where the losses are computed in one pass on one device, all products share one forward pass. In
-    micro-batches, products outside of `jax.jit` leave a program of each operator with jax for good.
-    Operators know nothing of meshes whose axes are explicit: give those of type Auto.
+    If the losses are computed in one pass on one device, all products share one forward pass. With
+    micro-batches, products outside of `jax.jit` leave one program per operator in jax's caches for
+    good. Meshes with explicit axes are not supported: use axes of type Auto.
 
     Args:
         losses: the loss vector.
@@ -52,7 +52,7 @@ def noise_covariance_operator(
 
     Returns:
         A `lineax.FunctionLinearOperator`, tagged symmetric and positive semi-definite. Products are
-        in the types of `params`; where these differ, ``as_matrix()`` is in the narrowest type that
+        in the dtypes of `params`; if these differ, ``as_matrix()`` is in the narrowest dtype that
         holds all of them and is float32 or wider.
 
     Raises:
@@ -74,7 +74,7 @@ def noise_covariance_operator(
     forward, backward = maps(losses, params)
 
     def product(vector: Gradients) -> Gradients:
-        # In the accumulator's type: the sum of N terms below cancels if the noise is centred.
+        # In the wide type, since the N terms below cancel in the sum if the law is centred.
         slopes = forward(vector)
         mean = slopes.mean()
         return backward(across * (slopes - mean) + along * mean)
@@ -99,7 +99,7 @@ def _walked_maps(losses: loss_lib.LossVector, params: Params) -> LinearMaps:
 
 
 def _linear_maps(losses: loss_lib.LossVector, params: Params) -> LinearMaps:
-    """The same from one linearisation, that both use."""
+    """The same two maps, both from one linearisation of the losses."""
 
     def losses_of(params: Params) -> Float[Array, " N"]:
         values = losses.loss_vector_fn(params, losses.data)

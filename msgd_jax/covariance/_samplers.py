@@ -1,4 +1,4 @@
-"""Additive Gaussian noise with a given covariance, and the way between it and weights."""
+"""Additive Gaussian noise with a given covariance, and conversions between it and weights."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GaussianSampler:
-    """Additive Gaussian noise with mean 0: white noise, coloured by a factor of the covariance.
+    """Additive Gaussian noise with mean 0: a factor of the covariance times white noise.
 
     Attributes:
         factor: [D, k] with covariance ``factor @ factor.T``; or [D], the standard deviations of
@@ -36,12 +36,13 @@ class GaussianSampler:
         """Draws the noise of one step, in the order of `flatten`; a pure function of (key, step).
 
         Args:
-            key: a typed PRNG key, the same for the whole run. It may be used for anything else as
-                well: what is drawn here is independent of what `jax.random` makes of it.
-            step: which step, from 0 to 2^31 - 1, of any integer type; a traced one is welcome.
+            key: a typed PRNG key, the same for the whole run. You may use it for other things too:
+                the noise is independent of what `jax.random` draws from it.
+            step: the number of the step, from 0 to 2^31 - 1, of any integer type; it may be traced.
 
         Raises:
-            TypeError, ValueError: if `key` is not a typed PRNG key, or `step` is no step.
+            TypeError: if `key` is not a typed PRNG key, or `step` is not an integer.
+            ValueError: if `key` is an array of keys, or `step` is out of range or not a scalar.
         """
         _validate.prng_key("key", key)
         own = derive(key, Stream.ADDITIVE, _validate.step(step))
@@ -52,23 +53,23 @@ class GaussianSampler:
 
 
 def svd_sampler(matrix: Float[Array, "D D"]) -> GaussianSampler:
-    """The usual way, as the paper's section 5.1 describes it: ``U Lambda^(1/2) eps``, by SVD.
+    """The usual sampler, described in the paper's section 5.1: ``U Lambda^(1/2) eps``, by SVD.
 
-    O(D^3) time and O(D^2) memory, to be paid again whenever the parameters move.
+    It takes O(D^3) time and O(D^2) memory, again each time the parameters change.
 
     Args:
         matrix: a covariance, [D, D]; `sgd_covariance` / b for the noise of SGD.
 
     Raises:
         ValueError: if `matrix` is not a square matrix of floating-point numbers, or, outside of
-            jit, is no covariance: not finite, not symmetric, or with an eigenvalue below 0, each
-            up to the rounding of its type (7.6e-6 sqrt(D) of its scale in float32). Under jit
-            nothing can be looked at, and eigenvalues below 0 count as their absolute values.
+            jit, it is not a covariance: not finite, not symmetric, or with an eigenvalue below 0,
+            each up to the rounding of its type (7.6e-6 sqrt(D) of its scale in float32). Under jit
+            values cannot be checked, and eigenvalues below 0 count as their absolute values.
     """
     given, matrix = matrix, _symmetric(matrix)
     vectors, values, _ = jnp.linalg.svd(matrix)
     if not isinstance(matrix, Tracer) and matrix.size:
-        # Where it is a covariance, vectors of both sides agree, and it is U Lambda U^T as well.
+        # The left and right vectors of a covariance agree, so U Lambda U^T must be the matrix.
         rebuilt = jnp.matmul(vectors * values[None], vectors.T, precision=_HIGHEST)
         error = float(jnp.linalg.norm(rebuilt - matrix))
         if error > _tolerance(given) * float(values[0]):
@@ -77,10 +78,10 @@ def svd_sampler(matrix: Float[Array, "D D"]) -> GaussianSampler:
 
 
 def eigh_sampler(matrix: Float[Array, "D D"]) -> GaussianSampler:
-    """As `svd_sampler`, by the symmetric eigendecomposition, which is several times cheaper.
+    """Like `svd_sampler`, by the symmetric eigendecomposition, which is several times cheaper.
 
     Args:
-        matrix: a covariance, [D, D]. Eigenvalues that come out below 0 by rounding count as 0.
+        matrix: a covariance, [D, D]. Eigenvalues that are below 0 by rounding count as 0.
 
     Raises:
         ValueError: as `svd_sampler`. Under jit every eigenvalue below 0 counts as 0.
@@ -94,29 +95,30 @@ def eigh_sampler(matrix: Float[Array, "D D"]) -> GaussianSampler:
 def cholesky_sampler(
     matrix: Float[Array, "D D"], *, jitter: float | None = None
 ) -> GaussianSampler:
-    """As `svd_sampler`, by a Cholesky factorisation: cheaper still, but for regular matrices.
+    """Like `svd_sampler`, by a Cholesky factorisation, which is cheaper but needs a regular matrix.
 
-    Covariances of gradients are singular if N <= D, so a multiple of the identity is added. That
-    the matrix is a covariance is checked by factoring it, with what was added: a `jitter` above the
-    smallest eigenvalue's distance from 0 hides that it is negative. The matrix 0 has the factor 0.
+    Covariances of gradients are singular if N <= D, so a multiple of the identity is added. Whether
+    the matrix is a covariance is checked by factoring the sum, so a negative eigenvalue is not
+    found if the added multiple is larger. The factor of the matrix 0 is 0.
 
     Args:
         matrix: a covariance, [D, D].
-        jitter: what is added to the diagonal, as a fraction of the trace; None for 8 times the
-            rounding of the type, which raises the total variance by D times that fraction (by 1 %
-            at D = 11,000 in float32).
+        jitter: the number added to the diagonal, as a fraction of the trace; None for 8 times the
+            rounding of the type. It raises the total variance by D times that fraction (by 1 % at
+            D = 11,000 in float32).
 
     Raises:
-        TypeError, ValueError: if `matrix` is not a square matrix of floating-point numbers, or
-            `jitter` is not a number or negative, or, outside of jit, `matrix` is not finite, not
-            symmetric up to rounding, or the factorisation fails; under jit the factor is NaN then.
+        TypeError: if `jitter` is not a number.
+        ValueError: if `matrix` is not a square matrix of floating-point numbers, `jitter` is
+            negative, or, outside of jit, `matrix` is not finite, not symmetric up to rounding, or
+            the factorisation fails; under jit the factor is NaN then.
     """
     given, matrix = matrix, _symmetric(matrix)
     if jitter is None:
         jitter = 8 * float(jnp.finfo(matrix.dtype).eps)
     jitter = _validate.finite_nonnegative("jitter", jitter)
     added = jitter * jnp.trace(matrix) * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-    # Without noise there is no noise: no jitter, which is relative, would make 0 regular.
+    # The jitter is relative to the trace, so it cannot make the matrix 0 regular.
     factor = jnp.where((matrix == 0).all(), 0, jnp.linalg.cholesky(matrix + added))
     if not isinstance(factor, Tracer) and not bool(jnp.isfinite(factor).all()):
         _semidefinite(given, jnp.linalg.eigvalsh(matrix))
@@ -128,11 +130,11 @@ def cholesky_sampler(
 
 
 def diagonal_sampler(variances: Float[Array, " D"]) -> GaussianSampler:
-    """Independent components: the approximation that the field compares with.
+    """Independent components, a diagonal approximation that is often used for comparison.
 
     Args:
-        variances: [D], such as `jax.flatten_util.ravel_pytree` of a `diagonal`. What is below 0 by
-            rounding counts as 0.
+        variances: [D], such as `jax.flatten_util.ravel_pytree` of a `diagonal`. Variances that are
+            below 0 by rounding count as 0.
 
     Raises:
         ValueError: if `variances` is not a vector of floating-point numbers, or, outside of jit, is
@@ -159,9 +161,9 @@ def diagonal_sampler(variances: Float[Array, " D"]) -> GaussianSampler:
 def gradient_sampler(
     losses: loss_lib.LossVector, params: Params, law: _matrices.CovarianceLaw
 ) -> GaussianSampler:
-    """The product of white noise in R^N with the explicit gradient matrix: no D x D matrix.
+    """The product of white noise in R^N with the explicit gradient matrix, without a D x D matrix.
 
-    Gaussian with the covariance of the law, whatever the law itself.
+    The noise is Gaussian with the covariance that `law` gives, even if `law` is not Gaussian.
 
     Args:
         losses: the loss vector.
@@ -178,12 +180,12 @@ def gradient_sampler(
 
 
 class Multiplicative(NamedTuple):
-    """An additive noise as weights.
+    """Weights that make an additive noise.
 
     Attributes:
         weights: W of all examples, [N]; ``grad(L . W)`` is the mean gradient plus the noise.
-        residual: the Euclidean norm of what no weights can make, relative to that of the noise: 0
-            up to rounding if the noise is in the span of the gradients.
+        residual: the Euclidean norm of the part of the noise that no weights can make, relative to
+            that of the noise: 0 up to rounding if the noise is in the span of the gradients.
     """
 
     weights: Weights
@@ -195,7 +197,7 @@ def to_additive(
 ) -> Float[Array, " D"]:
     """The additive noise (A-noise) that weights make: ``G^T (W - 1/N)`` (section 2 of the paper).
 
-    One forward and one backward pass: no gradient matrix.
+    It takes one forward and one backward pass, without a gradient matrix.
 
     Args:
         losses: the loss vector.
@@ -234,9 +236,9 @@ def to_multiplicative(
 ) -> Multiplicative:
     """The weights of least norm that make an additive noise: ``W = 1/N + pinv(G^T) v``.
 
-    The way back from `to_additive` is exact if the noise is in the span of the gradients. It finds
-    the same weights only if these are independent, N <= D (so "Gaussian noise, hence Gaussian
-    weights" needs that too); else other weights make the same noise.
+    It is the exact inverse of `to_additive` if the gradients are linearly independent, for which
+    N <= D is needed. Otherwise other weights make the same noise, so Gaussian noise need not come
+    from Gaussian weights. The noise is made exactly if it is in the span of the gradients.
 
     Args:
         losses: the loss vector.
@@ -262,7 +264,7 @@ def to_multiplicative(
 
 
 def _symmetric(matrix: ArrayLike) -> Float[Array, "D D"]:
-    """A matrix in float32 or wider, that may be a covariance as far as one look can tell."""
+    """The matrix in float32 or wider; raises unless it is square, finite and symmetric."""
     given, matrix = matrix, _square(matrix)
     _finite("matrix", matrix)
     if not isinstance(matrix, Tracer) and matrix.size:
@@ -277,14 +279,14 @@ def _symmetric(matrix: ArrayLike) -> Float[Array, "D D"]:
 
 
 def _semidefinite(given: ArrayLike, eigenvalues: Float[Array, " D"]) -> None:
-    """Raises ValueError unless all are at least 0 up to rounding (traced ones are not seen)."""
+    """Raises ValueError unless all eigenvalues are at least 0 up to rounding, or are traced."""
     if isinstance(eigenvalues, Tracer) or not eigenvalues.size:
         return
     smallest, largest = float(eigenvalues.min()), float(jnp.abs(eigenvalues).max())
     if smallest < -_tolerance(given) * largest:
         raise ValueError(
             "matrix must be positive semi-definite to be a covariance: smallest eigenvalue "
-            f"{smallest}, largest {float(eigenvalues.max())}. (A covariance that was computed as a "
+            f"{smallest}, largest {float(eigenvalues.max())}. (A covariance computed as a "
             "difference may have lost all its digits: see form='centred' of sgd_covariance.)"
         )
 
@@ -296,9 +298,9 @@ def _finite(name: str, values: Float[Array, "..."]) -> None:
 
 
 def _rounding(given: ArrayLike) -> float:
-    """How far an entry of a computed covariance may be off, as a fraction of the largest.
+    """The rounding error of an entry of a computed covariance, as a fraction of the largest entry.
 
-    Sums of N products in float32 or wider are off by sqrt(N) roundings or so, and by one more where
+    Sums of N products in float32 or wider have an error of about sqrt(N) roundings, and one more if
     the result was rounded to a narrow type.
     """
     dtype = jnp.result_type(given)
@@ -308,7 +310,7 @@ def _rounding(given: ArrayLike) -> float:
 
 
 def _tolerance(given: ArrayLike) -> float:
-    """The same for an eigenvalue: D^2 errors of that size have a norm of sqrt(D) times it."""
+    """The rounding error of an eigenvalue: sqrt(D) times that of an entry, for D^2 entries."""
     return math.sqrt(jnp.shape(given)[0]) * _rounding(given)
 
 

@@ -1,8 +1,8 @@
-"""Modules of flax NNX: a module and a loss of it become what `train` and `transform` take.
+"""Modules of flax NNX, as loss vector functions for `train` and `transform`.
 
-`trainable` takes a module apart, once: parameters that are trained, statistics that change from
-batch to batch (batch norm's), frozen parts, and streams of random numbers (dropout's). The loss is
-of (module, example), as if there were one example::
+`trainable` takes a module apart, once: parameters to train, statistics that change from batch to
+batch (as in batch norm), frozen parts, and streams of random numbers (as in dropout). The loss is a
+function of (module, example), for a single example::
 
   def loss_fn(model, example):
       logits = model(example["x"])
@@ -14,8 +14,8 @@ of (module, example), as if there were one example::
   ...
   net.update(model, state.params, state.model_state)
 
-flax is imported when `trainable` is called (``pip install flax``); the other modules of the library
-do without it.
+flax is imported when `trainable` is called (``pip install flax``); no other module of the library
+needs it.
 """
 
 from msgd_jax.flax_nnx._trainable import Trainable, trainable
@@ -25,6 +25,6 @@ from msgd_jax.flax_nnx._types import Carried
 __all__ = ["EXAMPLES", "Carried", "Trainable", "trainable"]
 
 EXAMPLES: str = _EXAMPLES
-"""The name of the `jax.vmap` axis along which the examples of a micro-batch lie in a loss of one
-example. `nnx.BatchNorm` layers get it as their `axis_name`; a layer of your own with statistics can
-take its means along it, by ``jax.lax.pmean(x, flax_nnx.EXAMPLES)``."""
+"""The name of the `jax.vmap` axis of the examples of a micro-batch, inside a loss of one example.
+`nnx.BatchNorm` layers get it as their `axis_name`; a layer of your own with statistics can take
+means along it by ``jax.lax.pmean(x, flax_nnx.EXAMPLES)``."""

@@ -1,4 +1,4 @@
-"""The losses of a batch, of a module that is put together for them."""
+"""Loss vector functions that put the module together and call the user's loss."""
 
 import inspect
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from msgd_jax.flax_nnx._types import EXAMPLES, Carried
 def of_examples(
     parts: _parts.Parts, loss_fn: Callable[..., Any], takes: loss_lib.Takes, has_keys: bool
 ) -> LossVectorFn:
-    """The losses of a batch, one example at a time under `jax.vmap`."""
+    """A loss vector function from a loss of (module, example), by `jax.vmap`."""
 
     def loss_vector_fn(params: Params, batch: Batch, *rest: Any) -> Any:
         carried = rest[0] if takes.has_state else parts.nothing
@@ -26,6 +26,7 @@ def of_examples(
         def of_one(example: Example, *key: Key[Array, ""]) -> Any:
             rngs, own = _parts.streams_of(parts.rngs, key[0], has_keys) if key else (parts.rngs, ())
             model = parts.merged(params, carried, rngs)
+            # Batch norm layers take their means over the examples of the micro-batch.
             model.set_attributes(nnx.BatchNorm, axis_name=EXAMPLES, raise_if_not_found=False)
             found = loss_fn(model, example, *own)
             losses, aux = _in_two(found) if takes.has_aux else (found, ())
@@ -42,6 +43,7 @@ def of_examples(
                 batch, *keys
             )
         except ValueError as error:
+            # With out_axes=None, vmap raises if the statistics differ between examples.
             if "out_axes" not in str(error):
                 raise
             names = ", ".join(_parts.named(path, x) for path, x in _parts.variables(carried.stats))
@@ -59,7 +61,7 @@ def of_examples(
 def of_batch(
     parts: _parts.Parts, loss_fn: Callable[..., Any], takes: loss_lib.Takes
 ) -> LossVectorFn:
-    """The losses of a batch, all at once."""
+    """A loss vector function from a loss of (module, batch)."""
 
     def loss_vector_fn(params: Params, batch: Batch, *rest: Any) -> Any:
         carried = rest[0] if takes.has_state else parts.nothing
@@ -73,7 +75,7 @@ def of_batch(
 
 
 def _in_two(found: Any) -> tuple[Any, Any]:
-    """The loss and the extra outputs; raises TypeError unless there are two."""
+    """The loss and the extra outputs; raises TypeError unless `found` is a tuple of two."""
     if not (isinstance(found, tuple) and len(found) == 2):
         raise TypeError(
             f"loss_fn must return (loss, aux), as has_aux = True says, got {type(found).__name__}."
@@ -82,14 +84,14 @@ def _in_two(found: Any) -> tuple[Any, Any]:
 
 
 def _result(takes: loss_lib.Takes, losses: Any, carried: Carried, aux: loss_lib.Outputs) -> Any:
-    """What a loss vector function returns."""
+    """The result of a loss vector function: losses, or a tuple with the state and the outputs."""
     if not (takes.has_state or takes.has_aux):
         return losses
     return (losses, *[carried] * takes.has_state, *[aux] * takes.has_aux)
 
 
 def _with_signature(loss_vector_fn: LossVectorFn, takes: loss_lib.Takes) -> LossVectorFn:
-    """Says which arguments it takes, so that a step that was made without `takes` is refused."""
+    """The function with a signature of the arguments in `takes`, so that other steps refuse it."""
     names = ["params", "batch", *["state"] * takes.has_state, *["keys"] * takes.has_keys]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
@@ -105,6 +107,6 @@ def _check_not_drawn(model: Any, rngs: Any) -> None:
         if now[path].get_value() is not given.get_value():
             raise TypeError(
                 f"loss_fn must not draw from {_parts.named(path[:-1], given)} with of_batch=True: "
-                "its keys would be the same at each step, and not the examples' own. Give a loss "
-                "of one example, or take their keys by has_keys=True."
+                "its keys would be the same at each step and for all examples. Give a loss of one "
+                "example, or take one key per example by has_keys=True."
             )

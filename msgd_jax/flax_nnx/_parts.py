@@ -19,10 +19,11 @@ class Parts:
     """How a module is taken apart and put together.
 
     Attributes:
-        filters: of the streams, the parameters, the statistics and the frozen parts.
-        graph: what is left without any arrays.
-        rngs: the streams as they were.
-        nothing: the state of a module that carries nothing.
+        filters: the NNX filters of the streams, the parameters, the statistics and the frozen
+            parts.
+        graph: the structure of the module, without arrays.
+        rngs: the streams of random numbers when the module was taken apart.
+        nothing: the `Carried` of a module without statistics and frozen parts.
     """
 
     filters: tuple[Any, ...]
@@ -41,8 +42,8 @@ class Parts:
         nnx.update(module, *states)
 
     def after(self, module: Any, carried: Carried) -> Carried:
-        """What the module carries after a loss was computed; raises if a frozen part changed."""
-        # What a call creates (`sow`) is thrown away: only the variables that there were are read.
+        """The module's statistics after a loss was computed; raises if a frozen part changed."""
+        # Variables that the call creates (`sow`) are dropped: only those from before are read.
         flat = nnx.to_flat_state(nnx.state(module))
         now = dict(zip(flat.paths, flat.leaves, strict=True))
         for path, given in variables(carried.frozen.arrays):
@@ -56,18 +57,18 @@ class Parts:
 
 
 def taken_apart(module: Any, filters: tuple[Any, ...]) -> tuple[Params, Carried, Any, Any]:
-    """``(params, carried, graph, rngs)`` of a module, in variables of their own; or raises."""
+    """``(params, carried, graph, rngs)`` of a module, in new variables."""
     if not isinstance(module, nnx.Module):
         raise TypeError(f"module must be a flax.nnx.Module, got {_validate.shown(module)}.")
     graph, *states, rest = nnx.split(module, *filters, ...)
     if left := [named(path, variable) for path, variable in variables(rest)]:
         more = f", and {len(left) - 2} more" if len(left) > 2 else ""
         raise ValueError(
-            f"module must hold nothing but what is trained, mutable or frozen, got "
-            f"{', '.join(left[:2])[:150]}{more}. Give its type as mutable= if it changes from "
-            "batch to batch, as frozen= if it never does, as wrt= to train it."
+            f"module must hold only variables that are trained, mutable or frozen, got "
+            f"{', '.join(left[:2])[:150]}{more}. Give their type as mutable= if they change from "
+            "batch to batch, as frozen= if they never do, or as wrt= to train them."
         )
-    # The module's own variables would change when it does.
+    # New variables, since the module's own change when the module does.
     rngs, params, stats, frozen = jax.tree.map(lambda x: x, states)
     return params, Carried(stats, loss_lib.Constants(frozen)), graph, rngs
 
@@ -79,7 +80,7 @@ def variables(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
 
 
 def _with_values(state: Any, values: list[Array]) -> Any:
-    """A state like another, in variables of their own with other values."""
+    """A state like `state`, in new variables with the given values."""
     new = [(path, x.replace(v)) for (path, x), v in zip(variables(state), values, strict=True)]
     return nnx.from_flat_state(new)
 
@@ -89,7 +90,7 @@ def named(path: tuple[Any, ...], variable: Any) -> str:
 
 
 def streams_of(rngs: Any, key: Key[Array, ""], has_keys: bool) -> tuple[Any, tuple[Array, ...]]:
-    """The streams of a module, started from the key of an example, and the key for the loss."""
+    """The streams of a module, started from an example's key, and a tuple of keys for the loss."""
     values = [x.get_value() for _, x in variables(rngs)]
     is_key = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in values]
     if not any(is_key):

@@ -1,4 +1,4 @@
-"""A module of NNX and its loss, as what `train` and `transform` take."""
+"""A module of NNX and its loss, as a loss vector function for `train` and `transform`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,12 +18,12 @@ class Trainable:
     """A module taken apart, and its loss as a function of the parts.
 
     Attributes:
-        loss_vector_fn: ``(params, batch[, model_state][, keys])`` to ``losses``, or to a tuple
+        loss_vector_fn: maps ``(params, batch[, model_state][, keys])`` to ``losses``, or to a tuple
             ``(losses[, model_state][, aux])``.
-        params: the parameters to train, an `nnx.State`, for `train.init` or an optax
-            transformation's.
-        model_state: a `Carried` of what else the module holds; () if that is nothing.
-        takes: which of these `loss_vector_fn` takes and returns, as keyword arguments for
+        params: the parameters to train, an `nnx.State`, for `train.init` or the ``init`` of an
+            optax transformation.
+        model_state: a `Carried` of the statistics and frozen parts; () if there are none.
+        takes: which optional arguments and results `loss_vector_fn` has, as keyword arguments for
             `train.make_step`, `streaming.make_loop`, `loss.noisy_value_and_grad`, ...: a dictionary
             of has_state, has_aux and has_keys.
     """
@@ -35,32 +35,33 @@ class Trainable:
     _parts: Any = dataclasses.field(repr=False)
 
     def split(self, module: Any) -> tuple[Params, ModelState]:
-        """``(params, model_state)`` of a module of the same structure, its arrays now.
+        """``(params, model_state)`` with the current arrays of a module of the same structure.
 
         Raises:
-            TypeError: if `module` is no `nnx.Module`.
-            ValueError: if it holds something that the module of `trainable` did not.
+            TypeError: if `module` is not an `nnx.Module`.
+            ValueError: if it holds variables that the module given to `trainable` did not hold.
         """
         params, carried, _, _ = self._parts.of(module)
         _same("params", self.params, params)
         return params, carried if self.takes["has_state"] else ()
 
     def merge(self, params: Params, model_state: ModelState = ()) -> Any:
-        """A module of these arrays, for an evaluation or to be saved.
+        """A module with these arrays, for an evaluation or for saving.
 
-        It is in the mode, ``train()`` or ``eval()``, in which the module of `trainable` was, and
-        its random numbers start where those did. It can be called inside `jax.jit`.
+        Its mode, ``train()`` or ``eval()``, and its streams of random numbers are those of the
+        module when it was given to `trainable`. The method can be called inside `jax.jit`.
 
         Raises:
-            ValueError: if parameters or statistics are not of the structure they had.
+            ValueError: if the structure, a shape or a dtype of `params` or `model_state` differs
+                from that of the attributes.
         """
         self._check(params, model_state)
         return self._parts.merged(params, self._carried(model_state), self._parts.rngs)
 
     def update(self, module: Any, params: Params, model_state: ModelState = ()) -> None:
-        """Writes parameters and statistics into a module; its frozen parts stay as they are.
+        """Writes parameters and statistics into a module; its frozen parts are not changed.
 
-        They are copied, so that the state they are from can be donated to the next step.
+        The arrays are copied, so that the training state that holds them can be donated.
 
         Raises:
             TypeError, ValueError: as `split` and `merge`.
@@ -91,21 +92,22 @@ def trainable(
 ) -> Trainable:
     """Makes a loss vector function of an NNX module and a loss of (module, example).
 
-    The loss is called with a module of its own at each call, in the mode in which `module` was
-    here: call ``module.train()`` first. The given module is only read.
+    Each call of the loss gets a new module, in the mode in which `module` is now: call
+    ``module.train()`` first. The given module is only read.
 
-    *Dropout*, and whatever else draws from `nnx.Rngs` inside the module, draws from the key of the
-    example: each stream starts anew from it, at count 0. The result is a function of (run, step,
-    example), in any micro-batches, on any number of devices, after a resume; the counters of the
-    module are not used, and do not move.
+    *Dropout*, and everything else that draws from `nnx.Rngs` inside the module, draws from the key
+    of the example: each stream starts anew from it, at count 0. The result is a function of (run,
+    step, example), in any micro-batches, on any number of devices, and after a resume. The counters
+    of the module are not used and do not change.
 
-    *Batch norm* couples examples: a micro-batch is its batch, a ghost batch. Its layers
-    (`nnx.BatchNorm`) take their means over the examples of the micro-batch, and the running
-    statistics are carried along as `model_state`. Other layers with statistics do the same along
-    the axis `EXAMPLES`, or need `of_batch`.
+    *Batch norm* couples the examples of a micro-batch, which is a ghost batch. `nnx.BatchNorm`
+    layers take their means over the examples of the micro-batch, and their running statistics are
+    in the `model_state`. Other layers with statistics must take means along the axis `EXAMPLES`, or
+    need `of_batch`.
 
-    *Frozen parts*: the `nnx.Param` that `wrt` leaves out. They are in the `model_state` too, in a
-    `loss.Constants`: no copy in the compiled program, no gradient, the same bits for ever.
+    *Frozen parts* are the `nnx.Param` that `wrt` leaves out. They are in the `model_state` too, in
+    a `loss.Constants`: they are not copied into compiled programs, have no gradient, and never
+    change.
 
     Args:
         module: an `nnx.Module`.
@@ -115,24 +117,25 @@ def trainable(
           ``nnx.All(nnx.Param, nnx.PathContains("head"))``.
         mutable: an NNX filter of the statistics that change from batch to batch: None for
           ``nnx.BatchStat``.
-        frozen: an NNX filter of what never changes, besides ``nnx.Param``; None for nothing else.
-        of_batch: whether it is ``loss_fn(module, batch)`` instead, and returns the losses [B]. The
-          streams of the module cannot be drawn from then: they would not know the examples.
-        has_aux: whether it returns ``(loss, aux)``, `aux` a pytree of arrays to be averaged over
-          the examples; with `of_batch` ``(losses, loss.Outputs(...))``.
-        has_keys: whether it takes a key of its own, ``loss_fn(module, example, key)``, for
-          augmentation, say; with `of_batch` the keys of the batch, [B].
+        frozen: an NNX filter of variables that never change, in addition to ``nnx.Param``; None for
+          no others.
+        of_batch: whether it is ``loss_fn(module, batch)`` and returns the losses [B]. The loss may
+          then not draw from the streams of the module, since their keys are not per example.
+        has_aux: whether `loss_fn` returns ``(loss, aux)``, with `aux` a pytree of arrays to be
+          averaged over the examples; with `of_batch`, ``(losses, loss.Outputs(...))``.
+        has_keys: whether it is ``loss_fn(module, example, key)``, with a key for augmentation, for
+          example; with `of_batch` it takes the keys of the batch, [B].
 
     Returns:
         A `Trainable`.
 
     Raises:
         ImportError: if flax is not installed.
-        TypeError: if `module` is no `nnx.Module`, `loss_fn` is not a function, or a parameter is
-            not floating point; when traced, if a frozen variable is changed, or with `of_batch` a
-            stream drawn from.
-        ValueError: if `wrt` picks nothing, or a variable of the module is neither trained, nor
-            mutable, nor frozen; when traced, if the losses or `aux` have another shape, or
+        TypeError: if `module` is not an `nnx.Module`, `loss_fn` is not a function, or a parameter
+            is not floating point; when traced, if a frozen variable is changed, or if with
+            `of_batch` the loss draws from a stream.
+        ValueError: if `wrt` picks no variables, or a variable of the module is neither trained, nor
+            mutable, nor frozen; when traced, if the losses or `aux` have a wrong shape, or
             statistics differ between the examples of a micro-batch.
 
     Example:
@@ -163,6 +166,7 @@ def trainable(
     wrt = nnx.Param if wrt is None else wrt
     mutable = nnx.BatchStat if mutable is None else mutable
     frozen = nnx.Param if frozen is None else nnx.Any(nnx.Param, frozen)
+    # A variable belongs to the first filter that takes it: `frozen` gets what `wrt` leaves out.
     filters = (nnx.RngState, wrt, mutable, frozen)
     params, carried, graph, rngs = _parts.taken_apart(module, filters)
     if not jax.tree.leaves(params):
@@ -189,7 +193,7 @@ def trainable(
 
 
 def _same(name: str, expected: Any, given: Any) -> None:
-    """Raises ValueError unless a part is of the structure, shapes and dtypes it had."""
+    """Raises ValueError unless `given` has the structure, shapes and dtypes of `expected`."""
     if (difference := _validate.first_difference(name, expected, given)) is not None:
         raise ValueError(
             f"{name} must be of the module that trainable was given: expected {difference[0]}, got "

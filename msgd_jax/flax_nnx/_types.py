@@ -1,11 +1,11 @@
-"""What the parts of a module are called."""
+"""The name of the axis of examples, and the parts of a module that are not trained."""
 
 from typing import Any, NamedTuple
 
 from msgd_jax import loss as loss_lib
 
 EXAMPLES = "examples"
-"""What `flax_nnx.EXAMPLES` is."""
+"""The value of `flax_nnx.EXAMPLES`."""
 
 
 class Carried(NamedTuple):
@@ -13,7 +13,7 @@ class Carried(NamedTuple):
 
     Attributes:
         stats: an `nnx.State` of the variables that change from batch to batch.
-        frozen: a `loss.Constants` of an `nnx.State` of those that never do.
+        frozen: a `loss.Constants` of an `nnx.State` of the variables that never change.
     """
 
     stats: Any

@@ -1,22 +1,23 @@
-"""The fast algorithm (Algorithm 1): per-example losses, weighted, in one backward pass.
+"""The fast algorithm (Algorithm 1): the gradient of weighted losses in one backward pass.
 
 A **loss vector function** maps ``(params, batch)`` to one loss per example of the batch, [B]. The
-gradient of its product with a weight vector is the noisy gradient: no gradient matrix, no
-covariance matrix, nothing larger than the gradient itself.
+gradient of its product with a weight vector is the noisy gradient. No gradient matrix and no
+covariance matrix is computed, and nothing larger than the gradient itself.
 
-* `per_example` makes one of the loss of a single example;
-* `LossVector` is such a function with its data, the L(theta) of the paper: `covariance`, `sde` and
-  `complexity` take it;
-* `noisy_value_and_grad` and `weighted_value_and_grad` are the steps of training, where data are an
-  argument; `weighted_values_and_grads` gives many draws at one place;
-* a loss vector function may do more than that, with `has_state`, `has_aux` and `has_keys` in these
-  steps and in `train`, `transform` and `streaming`: ``(params, batch[, state][, keys])`` are its
-  arguments, and ``losses`` or ``(losses[, state][, aux])`` its result, `aux` an `Outputs`; what of
-  the state never changes, such as frozen layers, is a `Constants` in it;
-* `with_output_noise` adds noise at the outputs of a net: `label_noise`, that of `sampled_labels`
-  (the true Fisher matrix), or `gauss_newton`;
-* `check` looks, once, for what is wrong with such a function;
-* `sum_over_examples` goes through the data for anything else, an evaluation, say.
+* `per_example` makes a loss vector function of the loss of a single example.
+* `LossVector` is a loss vector function with its data, the L(theta) of the paper; `covariance`,
+  `sde` and `complexity` take it.
+* `noisy_value_and_grad` and `weighted_value_and_grad` are for training, with the data as an
+  argument; `weighted_values_and_grads` computes many draws at one point.
+* A loss vector function may have mutable statistics, extra outputs and keys: see `has_state`,
+  `has_aux` and `has_keys` of these functions and of `train`, `transform` and `streaming`. It then
+  takes ``(params, batch[, state][, keys])`` and returns ``losses`` or ``(losses[, state][, aux])``,
+  with `aux` an `Outputs`. Parts of the state that never change, such as frozen layers, are a
+  `Constants`.
+* `with_output_noise` adds noise at the outputs of a net: `label_noise`, `sampled_labels` (whose
+  covariance is the true Fisher matrix) or `gauss_newton`.
+* `check` looks for mistakes in a loss vector function; call it once.
+* `sum_over_examples` adds up anything else over the data, for example for an evaluation.
 """
 
 from msgd_jax._typing import LossVectorFn as LossVectorFn

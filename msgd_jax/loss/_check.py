@@ -1,4 +1,4 @@
-"""One call that looks for what goes wrong quietly in a loss vector function of yours."""
+"""One call that looks for silent mistakes in a user's loss vector function."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ from msgd_jax._streams import Stream, derive
 from msgd_jax._typing import Batch, Data, Gradients, LossVectorFn, Params
 from msgd_jax.loss import _outputs
 
-# How far apart, relative to their size, two evaluations may be that differ by rounding alone.
+# The largest relative difference of two evaluations that differ by rounding only.
 _TOLERANCES = {"bfloat16": 0.05, "float16": 0.01, "float32": 1e-3, "float64": 1e-6}
-# Losses below this count as this large: a small loss is a difference of larger numbers.
+# Smaller losses are compared as if they were this large: they are differences of larger numbers.
 _SMALL = 0.01
-_SHOWN = 8  # examples that a message names
+_SHOWN = 8  # the number of examples that a message names
 
 Compared = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -32,49 +32,50 @@ def check(
     has_keys: bool = False,
     tolerance: float | None = None,
 ) -> None:
-    """Looks for what is wrong with a loss vector function, and raises one error with all of it.
+    """Looks for mistakes in a loss vector function, and raises one error that names all it finds.
 
-    To be called once, at the start of a script, on some tens or hundreds of examples that fit one
-    pass. It finds:
+    Call it once, at the start of a script, on some tens or hundreds of examples that fit one pass.
+    It finds:
 
-    * a mean, a sum, or an array of another shape where one loss per example is wanted, and losses
-      that are not floating point;
+    * a mean, a sum, or an array of another shape instead of one loss per example, and losses that
+      are not floating point;
     * losses that change from one evaluation to the next (numpy's random numbers, a counter);
-    * losses that are not finite, and which; a gradient that is not although all losses are;
+    * losses that are not finite; a gradient that is not finite although all losses are;
     * losses that are divided by the number of examples;
     * losses that depend on the other examples of the batch (batch norm in training mode,
-      contrastive losses), on their position in it, or on how many there are;
+      contrastive losses), on their position in the batch, or on the number of examples;
     * a function that does not work on a batch of one example;
-    * with `has_keys`, keys that are not used, or not each for its own example.
+    * with `has_keys`, keys that are not used, or are used for other examples.
 
-    A gradient that is exactly zero, as that of losses which ignore `params`, is a warning.
+    It warns if the gradient is exactly zero, as for losses that do not depend on `params`.
 
-    Examples are taken into parts and put into an order that are drawn from the key, so that a
-    second key looks once more. Losses of two evaluations are the same if they agree to
-    `tolerance`, relative to the larger of a loss and the mean of all: that is meant to let rounding
-    pass, and cannot see a dependence that is smaller.
+    The examples are split into parts and permuted by the key, so a second key tests other parts.
+    Losses of two evaluations count as equal if they agree to `tolerance`, relative to the larger of
+    the loss and the mean of all losses. This allows for rounding, and so a dependence smaller than
+    that is not found.
 
-    It costs 5.5 N losses and a gradient of N (two, and N losses more, with `has_keys`), in four
-    programs that are compiled for this call alone: two for N examples, one for half of them, and
-    one for the gradient. They run in the full precision of the types, without TF32 and the like.
+    It costs 5.5 N losses and one gradient of N losses (with `has_keys`, 6.5 N losses and two
+    gradients), in four programs that are compiled for this call: two for N examples, one for half
+    of them, and one for the gradient. They use the full precision of the types (no TF32).
 
     Args:
-        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B]. One
-          with mutable statistics is checked at given ones, in the mode in which it evaluates.
-          With `has_keys` it is ``loss_vector_fn(params, batch, keys)``, a typed PRNG key per
+        loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B]. Give
+          a function with mutable statistics at fixed statistics, in evaluation mode. With
+          `has_keys` it is ``loss_vector_fn(params, batch, keys)`` with one typed PRNG key per
           example, keys [B].
         params: a pytree of floating-point arrays.
         data: a pytree of arrays [N, ...], N at least 2.
         key: a typed PRNG key, for the parts, the order, and the keys of the examples.
-        has_keys: whether it takes a key per example. The key of an example stays the same here.
-        tolerance: None for 1e-3, or 0.05 and 0.01 where anything is computed in bfloat16 and
-          float16, and 1e-6 where nothing is narrower than float64.
+        has_keys: whether `loss_vector_fn` takes one key per example. An example has the same key in
+          all evaluations.
+        tolerance: None for 1e-3; for 0.05 or 0.01 if anything is computed in bfloat16 or float16;
+          and for 1e-6 if everything is computed in float64.
 
     Raises:
-        TypeError: if `loss_vector_fn` is not a function, or `params`, `data` or `key` are not as
-            described.
-        ValueError: if there are fewer than 2 examples, `tolerance` is not above 0, or anything is
-            found: a line for each finding says what it is and what to do.
+        TypeError: if `loss_vector_fn` is not a function, a leaf of `params` is not floating point,
+            a leaf of `data` holds neither numbers nor PRNG keys, or `key` is not a typed PRNG key.
+        ValueError: if `data` has fewer than 2 examples, `tolerance` is not above 0, or the check
+            finds something: one line per finding says what it is and what to do.
 
     Example:
         >>> from msgd_jax import loss
@@ -96,7 +97,7 @@ def check(
     data, others = jax.tree.map(jnp.asarray, data), None
     own_key, *keys_keys = jax.random.split(derive(key, Stream.CHECK), 3)
     if has_keys:
-        # Keys are part of the examples, as words, which may be used more than once.
+        # Keys become part of the examples, as words, since a key may not be used twice.
         data, others = ((data, _words(keys_key, size)) for keys_key in keys_keys)
         loss_vector_fn = _of_words(loss_vector_fn, own_key)
     findings = list(_findings(loss_vector_fn, params, data, others, own_key, tolerance))
@@ -112,9 +113,9 @@ def _findings(
     key: Key[Array, ""],
     tolerance: float | None,
 ) -> Iterator[str]:
-    """What is wrong, each with what to do; `others` are the data with other keys.
+    """Yields what is wrong and what to do about it; `others` are the data with other keys.
 
-    What makes the rest meaningless comes first, and alone.
+    A finding that makes further tests meaningless is the only one.
     """
     size = _validate.leading_axis("data", data)
     if (wrong := _wrong_result(loss_vector_fn, params, data, size)) is not None:
@@ -123,34 +124,33 @@ def _findings(
     if tolerance is None:
         tolerance = _rounding(loss_vector_fn, params, data)
 
-    # What is impure shows when it is traced anew.
+    # An impure function gives other losses when it is traced a second time.
     evaluate = _program(loss_vector_fn, params)
     losses, again = evaluate(data), _program(loss_vector_fn, params)(data)
     scale = _scale(losses)
     if not _same(losses, again, scale, tolerance).all():
         yield (
             "two evaluations at the same params and examples differ. A loss must be a pure "
-            "function: randomness comes from a jax key, nothing from numpy.random, time, or a "
-            "counter."
+            "function: take randomness from a jax key, not from numpy.random, time, or a counter."
         )
         return
     order_key, weights_key = jax.random.split(key)
     gradient = _gradient(loss_vector_fn, params, size, weights_key)
     grads = gradient(data)
     yield from _not_finite(losses, grads)
-    # Noise at the outputs leaves the losses as they are, and changes the gradient.
+    # Losses and gradient are compared, since noise at the outputs changes the gradient only.
     if others is not None and (
         np.array_equal(evaluate(others), losses) and _equal(gradient(others), grads)
     ):
         yield (
-            "the keys are not used: with others, losses and gradient are the same. Is the model in "
-            "the mode in which it evaluates, or does the loss make a key of its own?"
+            "the keys are not used: with other keys, losses and gradient are the same. Is the "
+            "model in evaluation mode, or does the loss make a key of its own?"
         )
 
     order = np.asarray(jax.random.permutation(order_key, size))
 
     def compared(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The losses of these examples as a batch, and where they are not what they were."""
+        """The losses of these examples as a batch, and where they differ from those among all."""
         new = evaluate(_taken(data, batch))
         return new, ~_same(new, losses[batch], scale, tolerance)
 
@@ -163,9 +163,9 @@ def _findings(
 
 
 def _couplings(compared: Compared, order: Int[np.ndarray, " N"]) -> Iterator[str]:
-    """Dependence on the other examples, or else on the position in the batch."""
+    """Finds losses that depend on the other examples, or else on the position in the batch."""
     half = len(order) // 2
-    # Some examples stay where they are, and copies of them take the places of all others.
+    # Keep one half of the examples in place and replace the others by copies of it.
     coupled = []
     for kept, others in ((order[:half], order[half:]), (order[half:], order[:half])):
         batch = np.arange(len(order))
@@ -174,38 +174,38 @@ def _couplings(compared: Compared, order: Int[np.ndarray, " N"]) -> Iterator[str
     if coupled:
         yield (
             f"losses depend on the other examples of the batch: {_number(coupled, 'example')} when "
-            "others are replaced. A loss must be of that example alone: norms per layer or group "
-            "instead of batch norm, or its statistics fixed, as when the model evaluates. Sums "
-            "over the batch, and one key for all, are of others too."
+            "others are replaced. Each loss must depend on its own example only: use layer or "
+            "group norm, or batch norm in evaluation mode, and no sums over the batch or keys that "
+            "examples share."
         )
         return
     moved = order[compared(order)[1]]
     if len(moved):
         yield (
             f"losses depend on the position in the batch: {_number(moved, 'example')} when the "
-            "examples are put in another order. Weights, labels and masks that go with an example "
-            "must be part of the data, not taken from outside or by position."
+            "examples are put in another order. Weights, labels and masks of the examples must be "
+            "part of the data, not arrays from outside that are read by position."
         )
 
 
 def _unfit_sizes(
     losses_of: Callable[[np.ndarray], Any], order: Int[np.ndarray, " N"]
 ) -> Iterator[str]:
-    """Batches that the function does not take: half of the examples, or one."""
+    """Finds batch sizes that the function does not take: half of the examples, or one."""
     for part in (order[: len(order) // 2], order[:1]):
         try:
             shape = jax.eval_shape(lambda part=part: losses_of(part)).shape
-        except Exception as error:  # whatever a function of the user's raises
+        except Exception as error:  # the user's function may raise anything
             yield (
                 f"it fails on a batch of {len(part)} of the {len(order)} examples: "
-                f"{type(error).__name__}: {str(error)[:120]}. It must take any number of them, as "
-                "micro-batches and devices do: no size of a batch is a constant."
+                f"{type(error).__name__}: {str(error)[:120]}. It must take any number of examples, "
+                "since micro-batches and devices have different numbers."
             )
             return
         if shape != (len(part),):
             yield (
-                f"of a batch of {len(part)} it returns shape {shape} instead of ({len(part)},): "
-                "squeeze names no axis, perhaps; jnp.squeeze(x, axis=-1) leaves the examples."
+                f"for a batch of {len(part)} it returns shape {shape} instead of ({len(part)},). "
+                "If it calls jnp.squeeze without an axis, use jnp.squeeze(x, axis=-1)."
             )
             return
 
@@ -218,28 +218,31 @@ def _scalings(
     *,
     known: bool,
 ) -> Iterator[str]:
-    """Losses that change with the number of examples; with `known` something else is wrong too."""
+    """Finds losses that change with the number of examples.
+
+    If `known`, a dependence on other examples has been found already and may be the reason.
+    """
     half = len(order) // 2
     alone, differ = compared(order[:half])
     factor = _factor(alone, losses[order[:half]], tolerance)
     if differ.any() and factor is not None:
         yield (
             f"losses of {half} of the {len(order)} examples are {factor:.3g} times what they are "
-            "among all of them: they are divided by the number of examples. Leave that out: the "
-            "weights have mean 1/N, and make a mean of the losses."
+            "among all of them: they are divided by the number of examples. Do not divide: the "
+            "weights have mean 1/N, so that L . W is a mean already."
         )
     elif differ.any() and not known:
         yield (
             "losses depend on how many examples there are: "
             f"{_number(order[:half][differ], 'example')} when half of them are a batch of their "
-            "own. The loss of an example must be of that example alone."
+            "own. Each loss must depend on its own example only."
         )
 
 
 def _wrong_result(
     loss_vector_fn: LossVectorFn, params: Params, data: Data, size: int
 ) -> str | None:
-    """What is wrong with what comes back; nothing is computed."""
+    """What is wrong with the shape or type of the result, or None; computes nothing."""
     result = jax.eval_shape(loss_vector_fn, params, data)
     if not hasattr(result, "shape"):
         kind = type(result).__name__
@@ -257,7 +260,7 @@ def _wrong_result(
         more = (
             "sum or average over the axes behind the first (tokens, outputs)"
             if shape[0] == size
-            else "loss.per_example makes it from the loss of one example"
+            else "loss.per_example makes such a function from the loss of one example"
         )
         return f"it returns shape {shape} for {size} examples instead of ({size},): {more}."
     if not jnp.issubdtype(result.dtype, jnp.floating):
@@ -266,7 +269,7 @@ def _wrong_result(
 
 
 def _not_finite(losses: Float[np.ndarray, " N"], grads: Gradients) -> Iterator[str]:
-    """Losses and gradients that are no numbers; a warning where the gradient is zero."""
+    """Finds losses and gradients that are not finite; warns if the gradient is exactly zero."""
     wrong = np.flatnonzero(~np.isfinite(losses))
     if len(wrong):
         found = ", ".join(f"{losses[i]} at {i}" for i in wrong[:_SHOWN])
@@ -281,13 +284,13 @@ def _not_finite(losses: Float[np.ndarray, " N"], grads: Gradients) -> Iterator[s
             yield (
                 f"the gradient is not finite at {_validate.place('params', path)}, although all "
                 "losses are. jnp.where does not keep a NaN out of a gradient: make the argument of "
-                "a root, logarithm or division safe before it is taken."
+                "a root, logarithm or division safe beforehand."
             )
             return
     if not any(jnp.any(leaf) for leaf in jax.tree.leaves(grads)):
         warnings.warn(
-            "The gradient of loss_vector_fn is exactly zero at params: does it use its argument, "
-            "or other parameters that it took from outside?",
+            "The gradient of loss_vector_fn is exactly zero at params: does it use its argument "
+            "params, or other parameters from outside?",
             stacklevel=4,
         )
 
@@ -295,7 +298,7 @@ def _not_finite(losses: Float[np.ndarray, " N"], grads: Gradients) -> Iterator[s
 def _gradient(
     loss_vector_fn: LossVectorFn, params: Params, size: int, key: Key[Array, ""]
 ) -> Callable[[Data], Gradients]:
-    """Of the losses with random weights, so that they do not cancel as they may in a sum."""
+    """The gradient of the losses with random weights, which do not cancel as in a plain sum."""
     weights = jax.random.uniform(key, (size,), minval=0.5, maxval=1.5)
 
     @jax.jit
@@ -311,12 +314,12 @@ def _equal(grads: Gradients, others: Gradients) -> bool:
 
 
 def _words(key: Key[Array, ""], size: int) -> Array:
-    """The words of a key per example."""
+    """The words of one key per example."""
     return jax.random.key_data(jax.random.split(key, size))
 
 
 def _of_words(loss_vector_fn: LossVectorFn, like: Key[Array, ""]) -> LossVectorFn:
-    """A loss that takes keys, as one whose examples have the words of their keys with them."""
+    """A loss that takes keys, as a loss whose examples are pairs with the words of their keys."""
     implementation = jax.random.key_impl(like)
 
     def of_words(params: Params, batch: Batch) -> Any:
@@ -332,7 +335,7 @@ def _taken(data: Data, indices: np.ndarray) -> Batch:
 
 
 def _program(loss_vector_fn: LossVectorFn, params: Params) -> Callable[[Batch], np.ndarray]:
-    """The losses of a batch, in float64 for comparisons, traced by nobody before."""
+    """A newly traced program for the losses of a batch, in float64 for comparisons."""
     program = jax.jit(lambda params, batch: loss_vector_fn(params, batch))
 
     def evaluate(batch: Batch) -> np.ndarray:
@@ -360,14 +363,14 @@ def _same(
     scale: float,
     tolerance: float,
 ) -> Bool[np.ndarray, " B"]:
-    """Which are the same up to rounding; not finite ones are compared as they are."""
+    """Which losses are equal up to rounding; those that are not finite must be equal exactly."""
     return np.isclose(losses, others, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def _factor(
     losses: Float[np.ndarray, " B"], others: Float[np.ndarray, " B"], tolerance: float
 ) -> float | None:
-    """The number, other than 1, that all `losses` are of the `others`; None if there is none."""
+    """The factor, other than 1, by which all `losses` differ from the `others`; None if none."""
     finite = np.isfinite(losses) & np.isfinite(others)
     losses, others = losses[finite], others[finite]
     if not others.any():
@@ -379,7 +382,7 @@ def _factor(
 
 
 def _number(examples: Any, noun: str) -> str:
-    """How many differ, and the first of them."""
+    """How many examples change, and the numbers of the first ones."""
     numbers = sorted(int(i) for i in examples)
     shown = ", ".join(map(str, numbers[:_SHOWN]))
     more = ", ..." if len(numbers) > _SHOWN else ""

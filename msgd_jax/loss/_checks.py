@@ -1,4 +1,4 @@
-"""Checks of a loss vector, for all that takes one."""
+"""Checks of loss vectors, for the functions that take one."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from msgd_jax.loss._vector import LossVector
 
 
 def checked_kind(losses: Any, name: str = "losses") -> LossVector:
-    """Returns `losses` if these are a loss vector; raises TypeError."""
+    """Returns `losses` if it is a `LossVector`; else raises TypeError."""
     if not isinstance(losses, LossVector):
         raise TypeError(
             f"{name} must be a loss.LossVector, such as loss.LossVector(loss_vector_fn, data), got "
@@ -21,12 +21,12 @@ def checked_kind(losses: Any, name: str = "losses") -> LossVector:
 
 
 def checked(losses: Any, params: Params, *, wide: bool = False) -> LossVector:
-    """Returns `losses` if these are a loss vector and parameters for it.
-
-    With `wide`, parameters must be float32 or wider.
+    """Returns `losses` if it is a `LossVector` and `params` can be its parameters.
 
     Raises:
-        TypeError, ValueError: if they are not.
+        TypeError: if `losses` is not a `LossVector`, or a parameter is not floating point or, with
+            `wide`, narrower than float32.
+        ValueError: if `params` has no leaves.
     """
     checked_kind(losses)
     _validate.floating_params(params)

@@ -1,4 +1,4 @@
-"""Value and gradient at weights that are drawn inside; `train` and `transform` use it too."""
+"""The value and gradient of L . W, with W drawn inside; `train` and `transform` use it too."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -29,14 +29,14 @@ NO_KEYS = "there is no has_keys here (keys that stay the same: loss.LossVector(.
 
 
 class Evaluated(NamedTuple):
-    """What one forward and backward pass gives.
+    """The results of one forward and backward pass.
 
     Attributes:
-        value: of the weighted loss.
-        grads: its gradient, like the parameters.
-        model_state: the statistics afterwards; as they were given where the loss takes none.
-        aux: the extra outputs; without arrays where the loss returns none.
-        weights: what was drawn, None where nobody asked.
+        value: the weighted loss, a scalar.
+        grads: its gradient, a pytree like the parameters.
+        model_state: the statistics afterwards; unchanged if the loss takes none.
+        aux: the extra outputs; without arrays if the loss returns none.
+        weights: the weights that were drawn; None unless they were asked for.
     """
 
     value: Float[Array, ""]
@@ -47,9 +47,10 @@ class Evaluated(NamedTuple):
 
 
 def presented(found: Evaluated, takes: Takes) -> tuple[PyTree, Gradients]:
-    """``(value, grads)``, the value in a tuple with what the loss vector function returns besides.
+    """``(value, grads)``, where the value is in a tuple with the statistics and extra outputs.
 
-    As `jax.value_and_grad` does.
+    If the loss vector function returns losses only, the value is not in a tuple, as with
+    `jax.value_and_grad`.
     """
     rest = [found.model_state] * takes.has_state + [found.aux] * takes.has_aux
     return ((found.value, *rest) if rest else found.value), found.grads
@@ -65,7 +66,7 @@ def evaluated(
     read: bool = False,
     reports_weights: bool = False,
 ) -> Callable[..., Evaluated]:
-    """``f(params, data, key, step, model_state)`` at ``draw_for(size)(key, step)``.
+    """``f(params, data, key, step, model_state)``, with the weights ``draw_for(size)(key, step)``.
 
     `size` is the number of examples of the data. With `read`, the data are the examples that the
     weights list, in their order.
@@ -83,7 +84,7 @@ def evaluated(
         step: Int[Array, ""],
         model_state: ModelState = None,
     ) -> Evaluated:
-        # Losses of one ghost batch depend on each other: which examples share one is random.
+        # Losses in a ghost batch depend on each other, so examples are put into them at random.
         moving, constants = _outputs.without_constants(model_state)
         coupled = takes.has_state and (jax.tree.leaves(moving) or not constants)
         order = derive(key, Stream.ORDER, step) if coupled else None
@@ -103,7 +104,7 @@ def evaluated(
 
 
 def losses_key(key: Key[Array, ""], step: Step | None) -> Key[Array, ""]:
-    """What the keys of the examples of a step are derived from."""
+    """The key from which the keys of the examples of a step are derived."""
     return derive(key, Stream.LOSSES, step)
 
 
@@ -116,7 +117,7 @@ def at_drawn(
     read: bool = False,
     reports_weights: bool = False,
 ) -> Callable[..., Evaluated]:
-    """``f(params, data, draw, args, model_state, keys)``: at the weights ``draw(*args)``."""
+    """``f(params, data, draw, args, model_state, keys)``, with the weights ``draw(*args)``."""
 
     def one_batch(
         held: tuple[Params, list[Constants]],
@@ -133,6 +134,7 @@ def at_drawn(
             )
             return losses, (new_state, outputs)
 
+        # Sums over examples are in float32 or wider, also if the model computes in a narrow type.
         wide_losses_of, narrow = _narrow.wide_sums(losses_of, params)
         scale = _narrow.scale(values) if narrow else None
 
@@ -186,19 +188,25 @@ def at_drawn(
             indices = None if weights.indices is None else jnp.asarray(weights.indices)
             return jnp.asarray(weights.values), indices
 
-        # Constants go where the parameters go: into each micro-batch as they are, to all devices.
+        # Constants are treated like the parameters: unchanged in micro-batches, on all devices.
         moving, constants = _outputs.without_constants(model_state)
         held = (params, constants)
         examples = _walker.weighted_examples(
-            data, checked, tuple(args), sharding,
-            read=read, numbered=takes.has_keys or reports_weights, marked=takes.has_aux,
+            data,
+            checked,
+            tuple(args),
+            sharding,
+            read=read,
+            numbered=takes.has_keys or reports_weights,
+            marked=takes.has_aux,
             equal_parts=sharding is not None and needs_runs(held, data, moving, keys),
-        )  # fmt: skip
+        )
         ((value, sums), grads), moving, stacked = total(held, examples, moving, keys)
         model_state = _outputs.with_constants(moving, constants)
         grads = like(params, grads)
         if not (takes.has_aux or reports_weights):
             return Evaluated(value, grads, model_state, Outputs(), None)
+        # Extra outputs are averaged over the examples that the weights list.
         shapes = jax.eval_shape(draw, *args)
         size = shapes.values.shape[0]
         averaged = jax.tree.map(lambda x: x / size, sums)
@@ -209,7 +217,7 @@ def at_drawn(
 
 
 def _cut(examples: _walker.WeightedExamples, drawn: Weights) -> Weights:
-    """The weights as they were drawn, without what fills up the devices."""
+    """The weights that were drawn, without the zeros for the examples that fill up the devices."""
     size = drawn.values.shape[0]
     listed = None if drawn.indices is None else examples.numbers
     values, indices = jax.tree.map(lambda x: _mesh.cut(x, size), (examples.values, listed))
@@ -217,7 +225,7 @@ def _cut(examples: _walker.WeightedExamples, drawn: Weights) -> Weights:
 
 
 def like(params: Params, grads: Gradients) -> Gradients:
-    """The gradients, summed in wide types, in the types of the parameters."""
+    """The gradients, which were summed in wide types, converted to the types of the parameters."""
     return jax.tree.map(_mesh.like, params, grads)
 
 

@@ -1,4 +1,4 @@
-"""Functions of a batch of examples, made of the user's: losses, slopes, gradients, sums."""
+"""Functions of a batch made of the user's loss: losses, slopes, gradients and sums."""
 
 import functools
 from collections.abc import Callable
@@ -30,13 +30,13 @@ def per_example(
     """Turns the loss of one example into the losses of a batch.
 
     Args:
-        loss_fn: maps ``(params, example)`` to a scalar, where an example is the data without its
+        loss_fn: maps ``(params, example)`` to a scalar, where an example is the data without their
           leading axis.
-        has_aux: whether it returns ``(loss, aux)`` instead, `aux` any pytree of arrays. The loss
-          vector function then returns a `loss.Outputs` of them besides, to be averaged over the
-          examples.
-        has_keys: whether it is ``loss_fn(params, example, key)``, with a typed PRNG key of the
-          example's own. The loss vector function then takes the keys of the batch, [B].
+        has_aux: whether `loss_fn` returns ``(loss, aux)``, with `aux` any pytree of arrays. The
+          loss vector function then also returns a `loss.Outputs` with the `aux` of all examples, to
+          be averaged.
+        has_keys: whether it is ``loss_fn(params, example, key)``, with one typed PRNG key per
+          example. The loss vector function then takes the keys of the batch, [B].
 
     Returns:
         A loss vector function: ``jax.vmap`` of `loss_fn` over the examples.
@@ -66,7 +66,7 @@ def per_example(
             raise ValueError(f"loss_fn must return a scalar for one example, got shape {got}.")
         return (losses, _outputs.Outputs(averaged=aux)) if has_aux else losses
 
-    # Two functions, so that their signatures say what they take.
+    # Two functions, whose signatures say which arguments they take.
     if has_keys:
 
         def loss_vector_fn_of_keys(params: Params, batch: Batch, keys: Key[Array, " B"]) -> Any:
@@ -89,26 +89,27 @@ def sum_over_examples(
     sharding: NamedSharding | None = None,
     num_examples: PositiveInt | None = None,
 ) -> PyTree:
-    """Adds up anything over the examples, in micro-batches: what an evaluation counts, say.
+    """Adds up anything over the examples, in micro-batches, such as the counts of an evaluation.
 
-    Called eagerly in micro-batches or spread, it compiles anew on each call: put it under `jax.jit`
-    to call it again.
+    Eager calls with micro-batches or a sharding compile anew each time: put the function under
+    `jax.jit` to call it more than once.
 
     Args:
         of_batch: ``of_batch(params, batch, weights)`` returns a pytree of floating-point arrays,
-            the sums over a batch of B examples with their weights, [B]: 1, or 0 where an example
+            the sums over a batch of B examples with their weights, [B]: 1, or 0 for an example that
             only fills up a micro-batch or a device.
-        params: any pytree that `of_batch` needs besides the examples.
+        params: any further pytree that `of_batch` needs.
         data: a pytree of arrays [N, ...].
         microbatch_size: examples in one pass, on each device; None for all of them at once.
         sharding: how the examples are spread over devices, as in `weighted_value_and_grad`.
-        num_examples: N, where the data were filled up for the devices.
+        num_examples: N, if the data were filled up for the devices; None for their length.
 
     Returns:
         The sums over all examples, in float32 or wider.
 
     Raises:
-        TypeError, ValueError: if `of_batch` is not a function, and as `LossVector` on the others.
+        TypeError: if `of_batch` is not a function, or as `LossVector` for the other arguments.
+        ValueError: as `LossVector`.
 
     Example:
         >>> from msgd_jax import loss
@@ -171,7 +172,7 @@ def gradients_of_batch(
             _validate.loss_vector(losses, 1)
             return losses[0]
 
-        # An example may use a parameter many times, as a text does a word: summed in float32.
+        # In float32, since an example may use a parameter many times, as a text uses a word.
         return jax.grad(_narrow.wide_sums(loss_of_one, params)[0])(params)
 
     return jax.vmap(one_gradient)(batch)

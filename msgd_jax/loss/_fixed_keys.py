@@ -1,4 +1,4 @@
-"""Losses with keys that stay the same: L is a function of the parameters alone."""
+"""Losses at fixed keys, so that L is a function of the parameters only."""
 
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ def with_keys(data: Data, key: Key[Array, ""], sharding: NamedSharding | None) -
 
 
 def at_fixed_keys(loss_vector_fn: LossVectorFn) -> Bound:
-    """A loss vector function of batches that hold their keys; compares by value."""
+    """A loss vector function of batches that contain their keys; it compares by value."""
     return bound(_at_keys_of_batch, loss_vector_fn)
 
 
@@ -50,5 +50,5 @@ def _at_keys_of_batch(
             "data must be a loss.WithKeys(data, keys), as losses.data is, since this loss vector "
             f"was made with key=, got {_validate.shown(batch)}."
         )
-    # At every evaluation the same keys, which is what jax's checker of keys looks for.
+    # Cloned, since every evaluation uses the same keys, which jax's checker of keys forbids.
     return loss_vector_fn(params, batch.data, jax.random.clone(batch.keys))

@@ -1,4 +1,4 @@
-"""The values and gradients of many draws of weights at one place."""
+"""The values and gradients of many draws of weights at one point."""
 
 from collections.abc import Callable
 
@@ -22,31 +22,36 @@ def weighted_values_and_grads(
 ) -> Callable[[Params, Data, Weights], tuple[Float[Array, " draws"], Gradients]]:
     """The values and the gradients of ``loss_vector_fn(params, data) . W`` for K draws of W.
 
-    What K calls of `weighted_value_and_grad` at the same parameters give, up to rounding, with one
-    forward pass instead of K: the losses are linearised once, then each draw is one backward pass,
-    `draws_per_pass` of them in memory at a time. For the statistics of the noise at one point::
+    Up to rounding it gives the results of K calls of `weighted_value_and_grad` at the same
+    parameters, with one forward pass instead of K: the losses are linearised once, and each draw
+    takes one backward pass, `draws_per_pass` of them at a time. Use it for the statistics of the
+    noise at one point::
 
       draws = jax.vmap(law.sample, in_axes=(None, 0))(key, jnp.arange(K))
       values, grads = loss.weighted_values_and_grads(loss_vector_fn)(params, data, draws)
 
-    All N losses are computed, also for sparse weights: different draws need different examples.
-    Called eagerly it compiles itself, as `weighted_value_and_grad` does in micro-batches.
+    All N losses are computed, also for sparse weights, since different draws use different
+    examples. Eager calls run a compiled program, like those of `weighted_value_and_grad` in
+    micro-batches.
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
         microbatch_size: examples in one pass, as in `weighted_value_and_grad`; None for all.
-        draws_per_pass: draws whose backward passes are made at once, by `jax.vmap`: more memory,
-            fewer passes, and nothing else changes but the rounding.
+        draws_per_pass: the number of draws whose backward passes run at once, by `jax.vmap`. More
+            draws take more memory and fewer passes; results change by rounding only.
         sharding: how the examples are spread over devices, as in `weighted_value_and_grad`.
 
     Returns:
-        ``f(params, data, weights) -> (values, grads)``: `weights` is a `noise.Weights` with leading
-        axes of K draws, `values` is [K], and `grads` is like `params` with leading axes of K. When
-        traced, `f` raises TypeError or ValueError as that of `weighted_value_and_grad` does.
+        ``f(params, data, weights) -> (values, grads)``: the arrays of `weights`, a `noise.Weights`,
+        have a leading axis of K draws, `values` is [K], and `grads` is like `params` with a leading
+        axis of K. When traced, `f` raises TypeError or ValueError as the result of
+        `weighted_value_and_grad` does.
 
     Raises:
-        TypeError, ValueError: if `loss_vector_fn` is not a function, `microbatch_size` is not a
-            positive integer, or `sharding` does not spread the leading axis alone.
+        TypeError: if `loss_vector_fn` is not a function, `microbatch_size` or `draws_per_pass` is
+            not an integer, or `sharding` is not a `NamedSharding`.
+        ValueError: if `microbatch_size` or `draws_per_pass` is not positive, or `sharding` does not
+            spread the leading axis alone.
 
     Example:
         >>> from msgd_jax import loss, noise
@@ -81,7 +86,7 @@ def weighted_values_and_grads(
             scaled = _narrow.scaled(values, scale).astype(losses.dtype)
             return value, _narrow.unscaled(pull_back(scaled)[0], scale)
 
-        # One draw at a time is a plain scan, without a `vmap` over one inside.
+        # One draw at a time is a plain scan, without a `vmap` over a single draw inside.
         at_once = None if draws_per_pass == 1 else draws_per_pass
         totals, grads = jax.lax.map(one_draw, values.T, batch_size=at_once)
         return _walker.Terms(totals, grads, model_state)

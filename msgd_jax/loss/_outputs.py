@@ -1,4 +1,4 @@
-"""What a loss vector function takes besides parameters and batch, and returns besides losses."""
+"""The state, keys and extra outputs that a loss vector function may take and return."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -14,25 +14,25 @@ from msgd_jax._typing import Batch, LossVectorFn, ModelState, Params, PyTree
 
 
 class Outputs(NamedTuple):
-    """Extra outputs of the forward pass, by what becomes of them over the micro-batches.
+    """Extra outputs of the forward pass, and how those of several micro-batches are combined.
 
-    A loss vector function with `has_aux` returns one, and gets one back with the value. The two
-    names leave nothing to be guessed: an array of shape [B, ...] is averaged over the examples in
-    one and kept whole in the other::
+    A loss vector function with `has_aux` returns an `Outputs`, and the combined `Outputs` comes
+    with the value. An array of shape [B, ...] is averaged over the examples if it is in `averaged`,
+    and kept whole if it is in `stacked`::
 
       correct = logits.argmax(-1) == batch["label"]
       return losses, loss.Outputs(averaged={"accuracy": correct}, stacked={"logits": logits})
 
     Attributes:
-        averaged: a pytree of per-example arrays [B, ...], of numbers or booleans. What comes back
-            is their plain mean over the examples that the step evaluates, [...], in float32 or
-            wider: not weighted by W, an example that a sparse law lists twice counted twice, and
-            what only fills up a micro-batch or a device not counted.
-        stacked: a pytree of arrays of numbers, of any shapes [...]. What comes back is one per
-            micro-batch, [M, ...] in the order in which the micro-batches are visited, with M = 1
-            where there are none. Examples spread over D devices have [D, M, ...], each device's
-            own, on that device. Of per-example arrays these also hold the examples that only fill
-            up the last micro-batch or the devices.
+        averaged: a pytree of per-example arrays [B, ...] of numbers or booleans. The result is
+            their plain mean over the examples that the step evaluates, [...], in float32 or wider.
+            It is not weighted by W. An example that a sparse law lists twice counts twice, and
+            examples that only fill up a micro-batch or a device do not count.
+        stacked: a pytree of arrays of numbers of any shapes [...]. The result holds one array per
+            micro-batch, [M, ...], in the order in which the micro-batches are computed; M = 1
+            without micro-batches. If examples are spread over D devices it is [D, M, ...], each
+            part on its own device. Per-example arrays in it include the examples that only fill up
+            the last micro-batch or the devices.
     """
 
     averaged: PyTree = ()
@@ -40,13 +40,13 @@ class Outputs(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """A part of the mutable statistics that no step changes: the frozen layers of a net, say.
+    """A part of the mutable statistics that no step changes, such as the frozen layers of a net.
 
-    It travels with the state, as an argument of the compiled step, where an array that the loss
-    reads from outside would be a copy in the program, one in each program. The loss returns one
-    like it, whose values are not looked at: the state goes on with what it had, bit for bit. It is
-    not averaged over devices, and has the layout there that parameters have. A state of constants
-    alone makes no ghost batches::
+    It is part of the state and so an argument of the compiled step. (An array that the loss reads
+    from outside would be copied into each compiled program.) The loss returns a `Constants` of the
+    same structure, whose values are ignored: the state keeps its own, bit for bit. Constants are
+    not averaged over devices, and are laid out on them as the parameters are. A state that holds
+    constants only makes no ghost batches::
 
       def loss_vector_fn(params, batch, state):
           features = backbone(state.arrays, batch["x"])
@@ -62,7 +62,7 @@ class Constants(NamedTuple):
 
 
 def without_constants(state: ModelState) -> tuple[ModelState, list[Constants]]:
-    """The statistics with `Constants` of nothing in their places, and the constants in order."""
+    """The statistics with each `Constants` replaced by an empty one, and the list of constants."""
     entries, structure = jax.tree.flatten(state, is_leaf=_are_constants)
     constants = [entry for entry in entries if _are_constants(entry)]
     moving = [Constants() if _are_constants(entry) else entry for entry in entries]
@@ -70,7 +70,7 @@ def without_constants(state: ModelState) -> tuple[ModelState, list[Constants]]:
 
 
 def with_constants(moving: ModelState, constants: list[Constants]) -> ModelState:
-    """What `without_constants` took apart, put together."""
+    """The inverse of `without_constants`."""
     entries, structure = jax.tree.flatten(moving, is_leaf=_are_constants)
     ours = iter(constants)
     whole = [next(ours) if _are_constants(entry) else entry for entry in entries]
@@ -82,10 +82,10 @@ def _are_constants(entry: Any) -> bool:
 
 
 class Takes(NamedTuple):
-    """What a loss vector function takes and returns besides the usual, in the one fixed order.
+    """Which optional arguments a loss vector function takes, and which optional results it returns.
 
-    ``loss_vector_fn(params, batch[, state][, keys])`` returns ``losses``, or a tuple
-    ``(losses[, state][, aux])``.
+    Their order is fixed: ``loss_vector_fn(params, batch[, state][, keys])`` returns ``losses``, or
+    a tuple ``(losses[, state][, aux])``.
     """
 
     has_state: bool = False
@@ -99,7 +99,7 @@ class Takes(NamedTuple):
 
 
 def check_takes(loss_vector_fn: LossVectorFn, takes: Takes, hint: str = "") -> None:
-    """Raises TypeError unless `loss_vector_fn` can be called with as many arguments."""
+    """Raises TypeError unless `loss_vector_fn` can be called with the arguments in `takes`."""
     for name, flag in takes._asdict().items():
         if not isinstance(flag, (bool, np.bool_)):
             raise TypeError(f"{name} must be True or False, got {_validate.shown(flag)}.")
@@ -107,7 +107,7 @@ def check_takes(loss_vector_fn: LossVectorFn, takes: Takes, hint: str = "") -> N
     names += ["state"] * takes.has_state + ["keys"] * takes.has_keys
     try:
         signature = inspect.signature(loss_vector_fn)
-    except (TypeError, ValueError):  # of functions written in C it is not known
+    except (TypeError, ValueError):  # functions written in C have no signature
         return
     try:
         signature.bind(*names)
@@ -128,10 +128,13 @@ def call(
     state: ModelState,
     keys: Key[Array, " B"] | None,
 ) -> tuple[Array, ModelState, Outputs]:
-    """The losses of a batch of this size, the statistics after it, and the extra outputs, checked.
+    """The checked losses of a batch of this size, the new statistics, and the extra outputs.
 
     Raises:
-        TypeError, ValueError: if what is returned is not as `takes` says.
+        TypeError: if `loss_vector_fn` does not return the tuple that `takes` says, or its losses or
+            extra outputs are not numbers.
+        ValueError: if the losses or extra outputs do not have one entry per example, or the
+            statistics change their structure, shapes or dtypes.
     """
     given = [state] * takes.has_state + [keys] * takes.has_keys
     found = loss_vector_fn(params, batch, *given)
@@ -156,7 +159,7 @@ def call(
 
 
 def checked_outputs(aux: Any, size: int) -> Outputs:
-    """Returns extra outputs as arrays; raises TypeError or ValueError."""
+    """Returns `aux` with arrays as leaves if it is an `Outputs`; raises TypeError or ValueError."""
     if not isinstance(aux, Outputs):
         raise TypeError(
             "aux must be a loss.Outputs(averaged=..., stacked=...), which says of each array "
@@ -172,7 +175,7 @@ def checked_outputs(aux: Any, size: int) -> Outputs:
         if name == "averaged" and jnp.shape(leaf)[:1] != (size,):
             raise ValueError(
                 f"{where} must have one entry per example of the batch, shape ({size}, ...), got "
-                f"{jnp.shape(leaf)}. An array of another kind belongs into loss.Outputs(stacked=)."
+                f"{jnp.shape(leaf)}. Arrays of other shapes belong in loss.Outputs(stacked=)."
             )
         return jnp.asarray(leaf)
 
@@ -185,7 +188,7 @@ def checked_outputs(aux: Any, size: int) -> Outputs:
 
 
 def sums(averaged: PyTree, real: Bool[Array, " B"] | None) -> PyTree:
-    """The sums over the examples of a batch, those left out that only fill it up."""
+    """The sums over the examples of a batch, without the examples that only fill it up."""
 
     def total(leaf: Array) -> Array:
         inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)

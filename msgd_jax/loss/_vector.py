@@ -1,4 +1,4 @@
-"""The loss vector L(theta) of a data set, as an object that is checked once."""
+"""The loss vector L(theta) of a data set: an object whose parts are checked once."""
 
 import dataclasses
 import functools
@@ -37,53 +37,51 @@ from msgd_jax.noise import Weights
 class LossVector:
     """The loss vector L(theta) in R^N of N examples: a loss vector function with its data.
 
-    It is what `covariance`, `sde` and `complexity` work on::
+    The functions of `covariance`, `sde` and `complexity` take it::
 
       losses = loss.LossVector(loss_vector_fn, data, microbatch_size=100)
       losses(params)                          # [N], the loss of every example
       losses.value_and_grad(params, weights)  # of L . W, by one forward and one backward pass
 
     A loss vector is a pytree whose leaves are the data, so it may be an argument of `jax.jit`,
-    `jax.vmap` or `jax.lax.scan`. Everything else about it is static and compares by value: a
-    function that was compiled for one loss vector runs, as it is, with other data of these shapes.
-    (Data that a compiled function takes from outside, instead of as an argument, are copied into
-    its program.)
+    `jax.vmap` or `jax.lax.scan`. Its other attributes are static and compare by value: a function
+    that was compiled for one loss vector needs no new compilation for other data of these shapes.
+    (Data that a compiled function uses without taking them as an argument are copied into its
+    program.)
 
-    jax keeps the static part of arguments in its caches: `loss_vector_fn`, and all that it holds,
-    stays in memory where a loss vector was an argument of `jax.jit`, until `jax.clear_caches`.
-    Where many losses come and go, make the data the argument instead:
+    jax keeps the static part of arguments in its caches: after a loss vector was an argument of
+    `jax.jit`, its `loss_vector_fn`, and all that it holds, stay in memory until `jax.clear_caches`.
+    If you use many loss vector functions, make the data the argument instead:
     ``jax.jit(lambda params, data: losses.replace(data=data).mean(params))``. The library's own
     functions do so.
 
-    Its methods, called eagerly, compile themselves, once for each set of shapes. The programs
-    belong to this object and go with it; what `loss_vector_fn` takes from outside (globals,
-    attributes) is read at the first call only. Called inside `jax.jit` they are traced with the
-    rest.
+    Eager calls of its methods run programs that are compiled once per set of shapes. The programs
+    are freed with this object. Values that `loss_vector_fn` reads from outside (globals,
+    attributes) are read at the first call only. Calls inside `jax.jit` are traced.
 
     Losses must not depend on each other. A model with mutable statistics (batch norm) has a loss
     vector at given statistics: ``lambda params, batch: losses(params, batch, statistics)[0]``, with
-    the model in the mode in which it evaluates. Statistics that change belong to training: `train`
-    and `weighted_value_and_grad` carry them.
+    the model in evaluation mode. Statistics that change belong to training: see `train` and
+    `weighted_value_and_grad`.
 
     Losses with keys (dropout, label noise) have a loss vector at fixed keys: given `key`, every
-    example has one key, that of step 0 of a run with this key, the same at each evaluation. So L is
-    a function of the parameters alone, as `covariance`, `sde` and `complexity` need it, and what
-    they find is of this one draw; other keys give other draws. The keys are stored with the data,
+    example has one key, that of step 0 of a run with this key, at all evaluations. So L is a
+    function of the parameters only, as `covariance`, `sde` and `complexity` need it, and their
+    results are for this one draw; other keys give other draws. The keys are stored with the data,
     which become a `WithKeys` (8 bytes per example).
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
-        data: a pytree of arrays [N, ...]. They are not looked at: a NaN in them is found where it
-            is computed with.
+        data: a pytree of arrays [N, ...]. Their values are not checked; a NaN shows in the results.
         microbatch_size: examples in one pass, on each device; None for all of them at once.
         sharding: how the examples are spread over devices, as in `weighted_value_and_grad`; None if
             they are not.
-        num_examples: N, where the data were filled up for the devices by `sharding.shard_examples`;
-            None for the leading axis of the data.
-        key: a typed PRNG key, for a ``loss_vector_fn(params, batch, keys)``, keys [B].
+        num_examples: N, if `sharding.shard_examples` filled up the data for the devices; None for
+            the length of their leading axis.
+        key: a typed PRNG key if it is ``loss_vector_fn(params, batch, keys)`` with keys [B].
 
     Raises:
-        TypeError: if `loss_vector_fn` is not a function, takes keys and `key` is None or the
+        TypeError: if `loss_vector_fn` is not a function, it takes keys but `key` is None or the
             reverse, `key` is not a typed PRNG key, a leaf of `data` holds neither numbers nor
             PRNG keys, or `sharding` is not a `NamedSharding`.
         ValueError: if `data` are empty or their leaves have different lengths, `microbatch_size` is
@@ -141,28 +139,28 @@ class LossVector:
         return self.loss_vector_fn, self.microbatch_size, self.sharding, self._num_examples
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """For jax: the data are leaves, all else is static."""
+        """For jax: the data are leaves, and everything else is static."""
         return ((jax.tree_util.GetAttrKey("data"), self.data),), self._static
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], leaves: Any) -> "LossVector":
-        """For jax, which puts other things than arrays in their place, so nothing is checked."""
+        """For jax. Leaves are not checked, since jax also puts other objects in place of arrays."""
         made = object.__new__(cls)
         made._set(leaves[0], static)
         return made
 
     @property
     def num_examples(self) -> int:
-        """N, how many examples there are; not counting those that fill up the devices."""
+        """N, the number of examples, without those that fill up the devices."""
         given = self._num_examples
         return _validate.leading_axis("data", self.data) if given is None else given
 
     def replace(
         self, loss_vector_fn: LossVectorFn | None = None, data: Data | None = None
     ) -> "LossVector":
-        """With another function or other data, in the same micro-batches and places.
+        """A loss vector of another function or other data, in the same micro-batches and layout.
 
-        Both are of the kind that this one holds: a function of (params, batch), data with keys.
+        They must be of the kind that this one holds: a function of (params, batch), data with keys.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -206,15 +204,15 @@ class LossVector:
     def values_and_grads(
         self, params: Params, weights: Weights, *, draws_per_pass: PositiveInt = 1
     ) -> tuple[Float[Array, " draws"], Gradients]:
-        """The same for K draws of weights at one place, as `weighted_values_and_grads` does.
+        """The same for K draws of weights at one point, as `weighted_values_and_grads` does.
 
         Args:
             params: a pytree of floating-point arrays.
-            weights: K draws, with leading axes of K.
-            draws_per_pass: draws whose backward passes are made at once.
+            weights: K draws, whose arrays have a leading axis of K.
+            draws_per_pass: the number of draws whose backward passes run at once.
 
         Returns:
-            The values, [K], and the gradients, like `params` with leading axes of K.
+            The values, [K], and the gradients, like `params` with a leading axis of K.
 
         Raises:
             TypeError, ValueError: as `value_and_grad`, or if `draws_per_pass` is not positive.
@@ -235,7 +233,7 @@ class LossVector:
     def gradient(
         self, params: Params, weights: Weights | Float[Array, " N"] | None = None
     ) -> Gradients:
-        """The gradient of ``L . weights``, like `params`; without weights that of the mean loss.
+        """The gradient of ``L . weights``, like `params`; without weights, of the mean loss.
 
         Raises:
             TypeError, ValueError: as `value_and_grad`.
@@ -245,7 +243,7 @@ class LossVector:
     def slopes(self, params: Params, direction: Gradients) -> Float[Array, " N"]:
         """The derivative of every loss along a direction: the gradient matrix times a vector, [N].
 
-        One forward-mode pass, whatever the number of parameters.
+        It takes one forward-mode pass for any number of parameters.
 
         Args:
             params: a pytree of floating-point arrays.
@@ -262,9 +260,9 @@ class LossVector:
         direction: Gradients,
         weights: Weights | Float[Array, " N"] | None = None,
     ) -> Gradients:
-        """The Hessian of ``L . weights`` times a vector, like `params`; without, of the mean loss.
+        """The Hessian of ``L . weights`` times a vector like `params`; without, of the mean loss.
 
-        Forward over reverse. Raises as `value_and_grad`.
+        It is computed forward over reverse. Raises as `value_and_grad`.
         """
         return self._hessian_product(params, self.data, self._weights(params, weights), direction)
 
@@ -272,7 +270,7 @@ class LossVector:
         """The gradient of every example's loss: the paper's nabla L, transposed.
 
         It takes N times the memory of the parameters, so it is for few parameters or few examples.
-        `loss_vector_fn` is given batches of one example; with `microbatch_size`, that many
+        `loss_vector_fn` is called with batches of one example; with `microbatch_size`, that many
         gradients are computed at once.
 
         Args:
@@ -300,18 +298,18 @@ class LossVector:
         params: Params,
         *rest: PyTree,
     ) -> PyTree:
-        """Adds up what is made of per-example gradients, a micro-batch of them in memory at a time.
+        """Adds up a function of per-example gradients, of which one micro-batch is in memory.
 
-        Called eagerly in micro-batches, it compiles anew on each call: put it under `jax.jit` to
-        call it again.
+        Eager calls with micro-batches compile anew each time: put the function under `jax.jit` to
+        call it more than once.
 
         Args:
             of_batch: ``of_batch(gradients, weights, *rest)``, with the gradients of B examples,
-                leaves ``[B, *parameter shape]``, and their weights, [B]: 1, or 0 where an example
-                only fills up a micro-batch. It returns a pytree of floating-point arrays.
+                leaves ``[B, *parameter shape]``, and their weights, [B]: 1, or 0 for an example
+                that only fills up a micro-batch. It returns a pytree of floating-point arrays.
             params: a pytree of floating-point arrays.
-            *rest: pytrees that `of_batch` needs besides. (Of arrays that are spread over an
-                explicit mesh it may not close over any.)
+            *rest: further pytrees that `of_batch` needs. (It may not close over arrays that are
+                spread over an explicit mesh.)
 
         Returns:
             The sum over all micro-batches, in float32 or wider.
@@ -333,7 +331,7 @@ class LossVector:
     def sum_over(
         self, of_batch: Callable[[Params, Batch, Float[Array, " B"]], PyTree], params: Params
     ) -> PyTree:
-        """`sum_over_examples` of the data, in the micro-batches and places of this loss vector."""
+        """`sum_over_examples` of the data, in the micro-batches and layout of this loss vector."""
         places = {"sharding": self.sharding, "num_examples": self.num_examples}
         size = self.microbatch_size
         return sum_over_examples(of_batch, params, self.data, microbatch_size=size, **places)
@@ -341,14 +339,14 @@ class LossVector:
     # Weights --------------------------------------------------------------------------------------
 
     def _weights(self, params: Params, weights: Weights | Float[Array, " N"] | None) -> Weights:
-        """These; for None 1/N each, in float32, or in float64 where a parameter is."""
+        """The given weights; for None, 1/N in float32, or in float64 if a parameter is float64."""
         n = self.num_examples
         if weights is None:
             dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
             weights = jnp.full(n, 1 / n, _dtypes.accumulator(*dtypes))
         return _weights.as_weights(weights, n)
 
-    # Programs: of the function alone, for one that held this object would keep it alive -----------
+    # Programs; they hold the function only, since one that held this object would keep it alive ---
 
     @functools.cached_property
     def _losses(self) -> Callable[[Params, Data], Float[Array, " N"]]:

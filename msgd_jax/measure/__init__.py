@@ -1,17 +1,17 @@
-"""What gradient noise is like: its scale, its shape, whether it is Gaussian, what it remembers.
+"""Measurements of gradient noise: its scale, its shape, its tails, and its memory.
 
-Everything takes a loss vector and the parameters at which it is looked at, and where it says so a
-law of weights. Numbers come with their standard errors; what is known exactly stands beside what is
-measured. Under `jax.jit` and `jax.vmap` the numbers are arrays, and errors that depend on values
-are not raised.
+Most functions take a loss vector, the parameters at which to measure, and some a law of weights.
+Numbers come with standard errors, and with their exact values where these are known. Under
+`jax.jit` and `jax.vmap` the numbers are arrays, and errors that depend on values are not raised.
 
-* Scale: `noise_scale`, `noise_scale_from_draws`, `microbatch_moments`, and for free in training
-  `noise_scale_monitor`; `squared_gradient_norms` and `probed_gradient_norms` of each example.
+* Scale: `noise_scale`, `noise_scale_from_draws`, `microbatch_moments`, and, without further
+  gradients, `noise_scale_monitor` in training; `squared_gradient_norms` and
+  `probed_gradient_norms` per example.
 * Shape: `hessian_product`, `hessian_trace`, `hessian_eigenvalues` and `hessian_density` of any loss
-  vector; `alignment` of a law's noise with the Hessian, `ranks`, `batch_sharpness`.
-* Tails: `noise_projections`, whose draws cost no gradient, `excess_kurtosis` beside its exact
-  values, `gaussianity_test`, and `hill_index` and `block_index` beside what they say of Gaussians.
-* Memory: `noise_autocorrelation` beside its exact value, `autocorrelation` of recorded noise.
+  vector; `alignment` of the noise of a law with the Hessian, `ranks`, `batch_sharpness`.
+* Tails: `noise_projections`, whose draws cost no gradient; `excess_kurtosis` and its exact values;
+  `gaussianity_test`; `hill_index` and `block_index`, with their values for Gaussian noise.
+* Memory: `noise_autocorrelation` with its exact value, and `autocorrelation` of recorded noise.
 """
 
 from msgd_jax._estimate import Estimate

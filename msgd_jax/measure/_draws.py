@@ -1,4 +1,4 @@
-"""Draws of the noise of a law at one place, and what is asked of a law that they come from."""
+"""Draws of the noise of a law at one point, and checks of the law."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from msgd_jax.noise import MNoise, Weights
 
 
 class Moments(NamedTuple):
-    """What a law makes of S and of g, the mean gradient: ``Cov(grad(L . W)) = s S + m g g^T``.
+    """The factors of S and of the mean gradient g in ``Cov(grad(L . W)) = s S + m g g^T``.
 
     Attributes:
         of_s: s = alpha N.
@@ -25,7 +25,7 @@ class Moments(NamedTuple):
 
 
 def moments_of(law: MNoise, num_examples: int) -> Moments:
-    """The two numbers of a law with noise; raises ValueError where it has none."""
+    """The two factors of a law; raises ValueError if the law has no noise."""
     across, along = _laws.eigenvalues("law", law, num_examples)
     if across <= 0:
         raise ValueError(
@@ -36,10 +36,11 @@ def moments_of(law: MNoise, num_examples: int) -> Moments:
 
 
 def independent(law: Any, num_examples: int) -> MNoise:
-    """Returns `law` if it is a law of so many weights whose steps are independent.
+    """Returns `law` if it is for `num_examples` examples and its steps are independent.
 
     Raises:
-        TypeError, ValueError: if it is not.
+        TypeError: if `law` is not a `noise.MNoise`.
+        ValueError: if it is for another number of examples, or its steps depend on each other.
     """
     _laws.drawable("law", law)
     _laws.of_size("law", law, num_examples)
@@ -47,25 +48,25 @@ def independent(law: Any, num_examples: int) -> MNoise:
         raise ValueError(
             f"law must have independent steps, got {law.name[:120]}, whose steps depend on each "
             "other, so that standard errors would be wrong. dataclasses.replace(law, draw_at=None, "
-            "between=None) draws each step by itself."
+            "between=None) draws steps independently."
         )
     return law
 
 
 def weights_of_steps(law: MNoise, key: Key[Array, ""], first_step: Step, num_draws: int) -> Weights:
-    """K draws of weights, ``law.sample(key, first_step + k)``, with leading axes of K."""
+    """K draws of weights, ``law.sample(key, first_step + k)``, with a leading axis of K."""
     _validate.prng_key("key", key)
     steps = _validate.step(first_step, "first_step") + jnp.arange(num_draws, dtype=jnp.int32)
     return jax.vmap(law.sample, in_axes=(None, 0))(key, steps)
 
 
 class Draws(NamedTuple):
-    """K noisy gradients at one place.
+    """K noisy gradients at one point.
 
     Attributes:
-        gradients: like the parameters, with leading axes of K, in float32 or wider.
+        gradients: the gradients, like the parameters with a leading axis of K, in float32 or wider.
         mean_gradient: g, the gradient of the mean loss, in float32 or wider.
-        sums: of the weights of each draw, [K]; 1 for all draws of a law that is centred.
+        sums: the sum of the weights of each draw, [K]; 1 for all draws of a centred law.
     """
 
     gradients: Gradients
@@ -73,11 +74,11 @@ class Draws(NamedTuple):
     sums: Float[Array, " K"]
 
     def noise(self) -> Gradients:
-        """``grad(L . W_k) - g``, with leading axes of K; its covariance is that of the law."""
+        """``grad(L . W_k) - g``, with a leading axis of K; its covariance is that of the law."""
         return jax.tree.map(lambda d, g: d - g[None], self.gradients, self.mean_gradient)
 
     def centred(self) -> Gradients:
-        """``grad(L . W_k) - (1 . W_k) g``, whose covariance is alpha N S, whatever the law."""
+        """``grad(L . W_k) - (1 . W_k) g``, whose covariance is alpha N S for every law."""
         return jax.tree.map(
             lambda d, g: d - _along(self.sums, d) * g[None], self.gradients, self.mean_gradient
         )
@@ -93,7 +94,7 @@ def draw(
     num_draws: int,
     draws_per_pass: PositiveInt,
 ) -> Draws:
-    """K noisy gradients and the mean gradient: one forward and K + 1 backward passes."""
+    """K noisy gradients and the mean gradient, by one forward and K + 1 backward passes."""
     drawn = weights_of_steps(law, key, first_step, num_draws).dense()
     n = losses.num_examples
     weights = jnp.concatenate([drawn, jnp.full((1, n), 1 / n, drawn.dtype)])

@@ -1,4 +1,4 @@
-"""Estimates with standard errors, from samples, by the jackknife, and of ratios of means."""
+"""Estimates with standard errors: of means, of statistics by the jackknife, of ratios of means."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ def estimate(
     *,
     positive: bool = False,
 ) -> Estimate:
-    """An `Estimate` of Python floats; of scalar arrays where these are traced."""
+    """An `Estimate` of Python floats, or of scalar arrays if the numbers are traced."""
     if not any(isinstance(x, Tracer) for x in (value, standard_error, degrees_of_freedom)):
         value, standard_error = float(value), float(standard_error)
         degrees_of_freedom = float(degrees_of_freedom)
@@ -35,7 +35,7 @@ def estimate(
 
 
 def of_sample(values: Float[Array, " K"], *, positive: bool = False) -> Estimate:
-    """The mean of K independent values."""
+    """The mean of K independent values, with its standard error."""
     size = values.shape[0]
     return estimate(
         values.mean(), values.std(ddof=1) / math.sqrt(size), size - 1, positive=positive
@@ -48,7 +48,8 @@ def jackknife(
     """A statistic of K weighted draws, and its jackknife standard error.
 
     Args:
-        statistic: a function of the weights of the draws, 1 for those that count and 0 for others.
+        statistic: a function of the weights of the draws, [K], which are 0 for draws left out and 1
+            for the others.
         size: K.
         dtype: of the weights.
     """
@@ -58,7 +59,7 @@ def jackknife(
 
 
 def spread_without(without: Float[Array, " K"]) -> Float[Array, ""]:
-    """The jackknife standard error, from what a statistic is without each draw in turn."""
+    """The jackknife standard error, from the values of a statistic without each draw in turn."""
     size = without.shape[0]
     return jnp.sqrt((size - 1) / size * jnp.square(without - without.mean()).sum())
 
@@ -70,7 +71,7 @@ class MeanPair(NamedTuple):
         trace: T.
         squared: U.
         var_trace: the variance of T.
-        covariance: that of T and U.
+        covariance: the covariance of T and U.
         var_squared: the variance of U.
     """
 
@@ -91,12 +92,12 @@ class Ratio(NamedTuple):
 
 
 def ratio(pair: MeanPair) -> Ratio:
-    """The ratio of two means, T >= 0 over U: infinite where U is not above 0, 0 where T is 0.
+    """The ratio of two means, T >= 0 over U: infinite if U is not above 0, and 0 if T is 0.
 
     The standard error is that of the delta method. The interval is Fieller's: all B >= 0 with
-    ``|T - B U| <= z s.e.(T - B U)``; it has no upper end where U may be 0.
+    ``|T - B U| <= z s.e.(T - B U)``; it has no upper end if U cannot be told from 0.
     """
-    # What is known already is computed on the host, in float64.
+    # Values that are not traced are computed on the host, in float64.
     xp: Any = jnp
     if not any(isinstance(leaf, Tracer) for leaf in pair):
         xp, pair = np, MeanPair(*(np.asarray(leaf, np.float64) for leaf in pair))  # type: ignore[arg-type]
@@ -109,7 +110,7 @@ def ratio(pair: MeanPair) -> Ratio:
     error = xp.sqrt(xp.maximum(variance, 0)) / safe
     exact = (pair.var_trace == 0) & (pair.var_squared == 0)
     error = xp.where(present | (t == 0) | exact, error, xp.inf)
-    # The ends solve a B^2 - 2 b B + c = 0; written so that the lower one has no pole at a = 0.
+    # The ends solve a B^2 - 2 b B + c = 0, in a form in which the lower one has no pole at a = 0.
     a = u**2 - _Z**2 * pair.var_squared
     b = t * u - _Z**2 * pair.covariance
     c = t**2 - _Z**2 * pair.var_trace
@@ -118,20 +119,20 @@ def ratio(pair: MeanPair) -> Ratio:
     low = xp.where((c > 0) & (sum_ > 0), c / xp.where(sum_ > 0, sum_, 1), 0.0)
     bounded = (a > 0) & present
     high = xp.where(bounded, sum_ / xp.where(bounded, a, 1), xp.inf)
-    # Known exactly, the ratio is its own interval.
+    # If the ratio is known exactly, both ends of the interval are the ratio.
     low, high = (xp.where(exact, value, end) for end in (low, high))
     return Ratio(value, error, low, xp.where((t == 0) & exact, 0.0, high))
 
 
 def root(values: Any) -> Any:
-    """The square root, on the host where the values are known."""
+    """The square root, computed on the host if the values are not traced."""
     return jnp.sqrt(values) if isinstance(values, Tracer) else np.sqrt(np.asarray(values))
 
 
 def check_finite(losses: loss_lib.LossVector, params: Params, result: PyTree) -> None:
-    """Raises ValueError, naming an example, where something measured is NaN (traced: nothing).
+    """Raises ValueError, naming an example, if a result is NaN; traced results are not checked.
 
-    The losses are looked at then, and only then.
+    Only in that case the losses are evaluated, to find the example.
     """
     leaves = jax.tree.leaves(result)
     if any(isinstance(leaf, Tracer) for leaf in leaves):
@@ -151,13 +152,13 @@ def check_finite(losses: loss_lib.LossVector, params: Params, result: PyTree) ->
                 f"{wrong[0]}{others}."
             )
     raise ValueError(
-        "losses give a result at params that is not finite, though every loss and every gradient "
-        "is: a square overflows. Rescale the losses, or use float64."
+        "losses give a result at params that is not finite, although all losses and gradients are: "
+        "a square overflows. Rescale the losses, or use float64."
     )
 
 
 def per_example_squares(losses: loss_lib.LossVector, params: Params) -> Float[Array, " N"]:
-    """The squared norm of every example's gradient, a micro-batch of gradients in memory."""
+    """The squared norms of all examples' gradients, with one micro-batch of them in memory."""
     loss_vector_fn = losses.loss_vector_fn
 
     def squares(params: Params, batch: Any) -> Float[Array, " B"]:
@@ -180,19 +181,19 @@ def dot_rows(leaf: Float[Array, "B *shape"], other: Float[Array, "B *shape"]) ->
 
 
 def with_total(parts: list[Float[Array, "*shape"]]) -> Float[Array, "*shape parts"]:
-    """One number per leaf, and their sum behind them, along a new last axis."""
+    """One number per leaf and then their sum, along a new last axis."""
     dtype = _dtypes.accumulator(*(part.dtype for part in parts))
     wide = [part.astype(dtype) for part in parts]
     return jnp.stack([*wide, functools.reduce(jnp.add, wide)], axis=-1)
 
 
 def squared_norms(tree: PyTree) -> Float[Array, " parts"]:
-    """The sum of squares of each leaf, and of all of them behind these."""
+    """The sum of squares of each leaf, and last the sum of all of them."""
     return with_total([jnp.square(leaf).sum() for leaf in jax.tree.leaves(tree)])
 
 
 def samples(name: str, values: Array, minimum: int) -> int:
-    """How many there are; raises ValueError where these are too few."""
+    """The number of samples; raises ValueError if it is below `minimum`."""
     if jnp.ndim(values) < 1 or values.shape[0] < minimum:
         raise ValueError(
             f"{name} must be at least {minimum} along the leading axis, got shape "

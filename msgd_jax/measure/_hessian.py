@@ -24,8 +24,9 @@ def hessian_product(
 ) -> Callable[[Gradients], Gradients]:
     """The map ``v -> H v``, with H the Hessian of the mean loss, or of ``L . weights``.
 
-    Forward over reverse: a product costs about three gradients of the examples that have weights,
-    and no D x D matrix. `loss.LossVector.hessian_product` at these parameters and weights.
+    It is `loss.LossVector.hessian_product` at these parameters and weights, computed forward over
+    reverse: a product costs about three gradients of the examples that have weights, and no D x D
+    matrix is formed.
 
     Args:
         losses: the loss vector.
@@ -33,11 +34,11 @@ def hessian_product(
         weights: a draw of a law, or any array [N]; None for 1/N each.
 
     Returns:
-        A linear function of pytrees like `params`, for `lanczos` or by itself.
+        A linear function of pytrees like `params`, which `lanczos` takes too.
 
     Raises:
-        TypeError, ValueError: if `losses` is not a `loss.LossVector`, a parameter is not floating
-            point, or, on the first call, the weights are not for its examples.
+        TypeError: if `losses` is not a `loss.LossVector`, or a parameter is not floating point.
+        ValueError: in a call of the function, if the weights are for another number of examples.
 
     Example:
         >>> from msgd_jax import loss, measure
@@ -59,12 +60,13 @@ def hessian_operator(
 ) -> Any:
     """`hessian_product` as a `lineax.FunctionLinearOperator`, tagged symmetric.
 
-    It is in general not positive semi-definite.
+    The Hessian is in general not positive semi-definite.
 
     Raises:
-        ImportError: if lineax is not installed (``pip install 'msgd-jax[solvers]'``);
-            `hessian_product` does without.
-        TypeError, ValueError: as `hessian_product`; or if the parameters are of several types.
+        ImportError: if lineax is not installed (``pip install 'msgd-jax[solvers]'``), which
+            `hessian_product` does not need.
+        TypeError: as `hessian_product`.
+        ValueError: as `hessian_product`, or if the parameters have several dtypes.
     """
     try:
         import lineax
@@ -86,7 +88,7 @@ def hessian_operator(
 
 
 class HessianTrace(NamedTuple):
-    """What random probes say of the Hessian H of the mean loss.
+    """Estimates by random probes for the Hessian H of the mean loss.
 
     Attributes:
         trace: tr H.
@@ -108,23 +110,24 @@ def hessian_trace(
     """The trace of the Hessian of the mean loss by Hutchinson's estimator, and its norm.
 
     For random z with independent entries, ``E z^T H z = tr H`` and ``E |H z|^2 = |H|_F^2``. The
-    variance of ``z^T H z`` is ``2 |H|_F^2`` for Gaussian probes, and for random signs less by twice
-    the squares of the diagonal of H.
+    variance of ``z^T H z`` is ``2 |H|_F^2`` for Gaussian probes; for random signs it is lower by
+    twice the sum of the squares of the diagonal of H.
 
-    Costs `num_probes` Hessian-vector products, about three gradients of the N examples each.
-    Compiled anew on each call.
+    It costs `num_probes` Hessian-vector products, each about three gradients of the N examples.
+    Each eager call compiles a program.
 
     Args:
         losses: the loss vector.
         params: a pytree of floating-point arrays.
         key: a typed PRNG key; probe k is a function of (key, k).
-        num_probes: at least 2.
+        num_probes: the number of probes, at least 2.
         kind: "rademacher" or "gaussian".
 
     Raises:
-        TypeError, ValueError: if `losses` is not a `loss.LossVector`, a parameter is not floating
-            point, `num_probes` is below 2, `kind` is neither, `key` is no typed PRNG key, or,
-            outside of `jax.jit`, a loss or a gradient is not finite.
+        TypeError: if `losses` is not a `loss.LossVector`, a parameter is not floating point, or
+            `key` is not a typed PRNG key.
+        ValueError: if `num_probes` is below 2, `kind` is neither of the two, or, outside of
+            `jax.jit`, a loss or a gradient is not finite.
     """
     loss_lib.checked(losses, params)
     k = _validate.positive_int("num_probes", num_probes, minimum=2)
@@ -147,7 +150,7 @@ def probed(
     num_probes: int,
     kind: str,
 ) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
-    """z^T H z and ``|H z|^2`` of K random z."""
+    """z^T H z and ``|H z|^2`` for K random z."""
     own = losses.replace(data=data)
 
     def one(number: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -159,7 +162,7 @@ def probed(
 
 
 def dot(one: Gradients, other: Gradients) -> Float[Array, ""]:
-    """The inner product of two vectors of the space of parameters, in float32 or wider."""
+    """The inner product of two pytrees like the parameters, in float32 or wider."""
     pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
     dtype = _dtypes.accumulator(*(leaf.dtype for pair in pairs for leaf in pair))
     products = [(a.astype(dtype) * b.astype(dtype)).sum() for a, b in pairs]

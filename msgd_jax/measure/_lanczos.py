@@ -18,14 +18,15 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Ritz(NamedTuple):
-    """What m steps of Lanczos' iteration say of the spectrum of a symmetric operator.
+    """The results of m steps of Lanczos' iteration for a symmetric operator.
 
     Attributes:
-        values: the Ritz values, descending, [m]. The first never exceeds the largest eigenvalue,
-            the last is never below the smallest.
-        residuals: some eigenvalue lies within this distance of each value, [m], and the rounding of
-            the products, which is not counted.
-        weights: of each value in the spectral measure of the start, [m], adding up to 1.
+        values: the Ritz values in descending order, [m]. The first is never above the largest
+            eigenvalue, and the last is never below the smallest.
+        residuals: for each value, the distance within which there is an eigenvalue, [m]; the
+            rounding of the products is not counted.
+        weights: the weight of each value in the spectral measure of the start, [m]; they add up to
+            1.
     """
 
     values: Float[Array, "*starts m"]
@@ -43,28 +44,30 @@ def lanczos(
 ) -> Ritz:
     """Lanczos' iteration with full reorthogonalisation, for any symmetric linear function.
 
-    The ends of the spectrum come first: a few dozen steps give the largest and the smallest
-    eigenvalues, with `Ritz.residuals` saying how well. (Power iteration finds the eigenvalue of the
-    largest modulus only, which for a Hessian may be negative.) Where the iteration has exhausted
-    the directions that it can reach from its start, it goes on in a new random one, so that
-    repeated eigenvalues and singular operators are no obstacle.
+    It finds the ends of the spectrum first: a few dozen steps give the largest and the smallest
+    eigenvalues, and `Ritz.residuals` says how accurately. (Power iteration finds only the
+    eigenvalue of the largest modulus, which may be negative for a Hessian.) If the iteration has
+    used all directions that it can reach from its start, it continues in a new random direction, so
+    that it also works for repeated eigenvalues and singular operators.
 
-    Costs `num_steps` products; memory for as many vectors like the parameters.
+    It costs `num_steps` products, and memory for as many vectors like the parameters.
 
     Args:
         product: a symmetric linear function of pytrees like `params`: `hessian_product`, or the
             ``mv`` of an operator of `covariance`.
-        params: the parameters, for their shapes and types.
+        params: the parameters, whose shapes and dtypes are used.
         key: a typed PRNG key, for the start and for new directions.
         num_steps: m, at most the number of parameters.
-        start: where to start; None for a random direction, which no eigenvector is orthogonal to.
+        start: the first direction, like `params`; None for a random one, which almost surely is not
+            orthogonal to any eigenvector.
 
     Returns:
         Ritz values in float32 or wider.
 
     Raises:
-        TypeError, ValueError: if `product` is no function, `num_steps` is not from 1 to the number
-            of parameters, `start` is not like `params`, or `key` no typed PRNG key.
+        TypeError: if `product` is not a function, or `key` is not a typed PRNG key.
+        ValueError: if `num_steps` is not from 1 to the number of parameters, or `start` is not like
+            `params`.
     """
     _validate.function("product", product)
     _validate.floating_params(params)
@@ -87,6 +90,7 @@ def lanczos(
     first = random(0) if start is None else ravel_pytree(start)[0].astype(wide)
     diagonal, off_diagonal = _tridiagonal(flat_product, first, random, num_steps)
     matrix = jnp.diag(diagonal) + jnp.diag(off_diagonal[:-1], 1) + jnp.diag(off_diagonal[:-1], -1)
+    # Residuals and weights are the last and first entries of the tridiagonal's eigenvectors.
     values, vectors = jnp.linalg.eigh(matrix)
     return Ritz(
         values[::-1],
@@ -103,14 +107,14 @@ def _tridiagonal(
 ) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
     """The diagonal and the off-diagonal of the operator in the basis of Lanczos.
 
-    (matfree has the same iteration, but divides by 0 where the start spans an invariant subspace,
-    as dead units and singular covariances make them.)
+    (matfree has the same iteration, but divides by 0 if the start spans an invariant subspace, as
+    happens with dead units and singular covariances.)
     """
     dtype = start.dtype
     tiny = 10 * jnp.finfo(dtype).eps
 
     def orthogonal(vector: Float[Array, " D"], basis: Float[Array, "m D"]) -> Float[Array, " D"]:
-        for _ in range(2):  # once leaves rounding behind, twice is enough (Kahan)
+        for _ in range(2):  # once is not exact because of rounding, twice is enough (Kahan)
             parts = jnp.matmul(basis, vector, precision=_HIGHEST)
             vector = vector - jnp.matmul(parts, basis, precision=_HIGHEST)
         return vector
@@ -126,13 +130,18 @@ def _tridiagonal(
         rest = orthogonal(image, basis)
         length = jnp.linalg.norm(rest)
         scale = jnp.maximum(scale, jnp.abs(along) + length)
+        # If only rounding is left, the space is exhausted: continue in a new random direction.
         exhausted = length <= tiny * scale
         length = jnp.where(exhausted, 0, length)
         onwards = rest / jnp.where(exhausted, 1, length)
         vector = jnp.where(exhausted, unit(orthogonal(random(i + 1), basis)), onwards)
         return (
-            basis, vector, diagonal.at[i].set(along), off_diagonal.at[i].set(length), scale,
-        )  # fmt: skip
+            basis,
+            vector,
+            diagonal.at[i].set(along),
+            off_diagonal.at[i].set(length),
+            scale,
+        )
 
     empty = jnp.zeros(num_steps, dtype)
     basis = jnp.zeros((num_steps, start.size), dtype)
@@ -146,9 +155,9 @@ def hessian_eigenvalues(
 ) -> Ritz:
     """The ends of the spectrum of the Hessian of the mean loss, by `lanczos`.
 
-    ``.values[0]`` is the sharpness. Costs `num_steps` Hessian-vector products, about three
-    gradients of the N examples each. Compiled anew on each call: put it under `jax.jit` to call it
-    again.
+    ``.values[0]`` is the sharpness. It costs `num_steps` Hessian-vector products, each about three
+    gradients of the N examples. Each eager call compiles a program: put the function under
+    `jax.jit` to call it more than once.
 
     Args:
         losses: the loss vector.
@@ -157,8 +166,9 @@ def hessian_eigenvalues(
         num_steps: m; 20 to 50 give the largest eigenvalue of most nets to three digits.
 
     Raises:
-        TypeError, ValueError: as `lanczos` and `hessian_product`; or, outside of `jax.jit`, if a
-            loss or a gradient is not finite.
+        TypeError: as `lanczos` and `hessian_product`.
+        ValueError: as `lanczos` and `hessian_product`, or, outside of `jax.jit`, if a loss or a
+            gradient is not finite.
     """
     loss_lib.checked(losses, params)
 
@@ -175,7 +185,7 @@ class SpectralDensity(NamedTuple):
     """The density of eigenvalues, as weighted points.
 
     Attributes:
-        ritz: of each random start, with a leading axis of starts.
+        ritz: the results for each random start, with a leading axis of starts.
     """
 
     ritz: Ritz
@@ -183,11 +193,11 @@ class SpectralDensity(NamedTuple):
     def density(
         self, at: Float[Array, " points"], *, width: Scalar
     ) -> tuple[Float[Array, " points"], Float[Array, " points"]]:
-        """The share of eigenvalues per unit, blurred by a Gaussian, with its standard error.
+        """The share of eigenvalues per unit, smoothed by a Gaussian, with its standard error.
 
         Args:
-            at: where.
-            width: the standard deviation of the Gaussian.
+            at: the points at which the density is computed, in units of eigenvalues.
+            width: the standard deviation of the Gaussian, in the same units.
         """
         values, weights = self.ritz.values, self.ritz.weights
         distance = (at[:, None, None] - values[None]) / width
@@ -207,16 +217,16 @@ def hessian_density(
 ) -> SpectralDensity:
     """The spectral density of the Hessian of the mean loss: stochastic Lanczos quadrature.
 
-    Averaged over Gaussian starts, the weighted Ritz values have the mean of every polynomial of the
-    eigenvalues up to degree 2 m - 1, up to the bias of normalising the starts, O(1/D). Costs
-    ``num_starts * num_steps`` Hessian-vector products.
+    Averaged over Gaussian starts, the weighted Ritz values give the mean of every polynomial of the
+    eigenvalues up to degree 2 m - 1, except for a bias of O(1/D) from normalising the starts. It
+    costs ``num_starts * num_steps`` Hessian-vector products.
 
     Args:
         losses: the loss vector.
         params: a pytree of floating-point arrays.
         key: a typed PRNG key; start k is a function of (key, k).
-        num_steps: m, Ritz values per start.
-        num_starts: random starts, at least 2.
+        num_steps: m, the number of Ritz values per start.
+        num_starts: the number of random starts, at least 2.
 
     Raises:
         TypeError, ValueError: as `hessian_eigenvalues`, or if `num_starts` is below 2.

@@ -1,4 +1,4 @@
-"""What gradient noise remembers: its autocorrelation over steps, measured and exact."""
+"""The memory of gradient noise: its autocorrelation over steps, measured and exact."""
 
 from typing import NamedTuple
 
@@ -16,12 +16,12 @@ from msgd_jax.noise import MNoise
 
 
 class Autocorrelation(NamedTuple):
-    """The correlation of noise with itself so many steps later, from lag 0 (which is 1) on.
+    """The correlation of noise with itself a number of steps (the lag) later.
 
     Attributes:
-        measured: of each lag, [lags + 1].
-        standard_error: by the jackknife over runs, [lags + 1].
-        exact: what the law has, [lags + 1]; None where it is not known.
+        measured: the value at each lag, from lag 0, where it is 1, [lags + 1].
+        standard_error: its standard error by the jackknife over runs, [lags + 1].
+        exact: the exact value for the law, [lags + 1]; None if it is not known.
     """
 
     measured: Float[Array, " lags"]
@@ -32,21 +32,22 @@ class Autocorrelation(NamedTuple):
 def autocorrelation(series: Float[Array, "R T J"], *, max_lag: PositiveInt) -> Autocorrelation:
     """The autocorrelation of noise that was recorded along R independent runs.
 
-    At lag h the mean of ``x_t . x_(t+h)`` over the steps and runs, over that of ``|x_t|^2``. The
-    noise has mean 0: record ``grad(L . W) - grad L``, or its projections on a few directions, not
-    the gradient itself. No mean is taken out here, since that of a short run would take memory with
-    it. Costs no gradient.
+    At lag h it is the mean of ``x_t . x_(t+h)`` over steps and runs, divided by that of
+    ``|x_t|^2``. The noise must have mean 0: record ``grad(L . W) - grad L``, or its projections on
+    a few directions, not the gradient itself. No mean is subtracted here, since subtracting the
+    mean of a short run would remove memory too. It costs no gradient.
 
     Args:
-        series: R runs of T steps, J numbers each; R at least 2.
+        series: the noise, [R, T, J]: R runs of T steps with J numbers each; R at least 2.
         max_lag: the largest lag, below T.
 
     Returns:
         The measured values, whose standard errors need no assumption on the steps of one run.
 
     Raises:
-        TypeError, ValueError: if `series` are not [R, T, J] with R at least 2, or `max_lag` is not
-            from 1 to T - 1.
+        TypeError: if `max_lag` is not an integer.
+        ValueError: if `series` are not [R, T, J] with R at least 2, or `max_lag` is not from 1 to
+            T - 1.
     """
     if jnp.ndim(series) != 3 or series.shape[0] < 2:
         raise ValueError(
@@ -54,7 +55,7 @@ def autocorrelation(series: Float[Array, "R T J"], *, max_lag: PositiveInt) -> A
         )
     runs, steps, _ = series.shape
     max_lag = _validate.positive_int("max_lag", max_lag, maximum=steps - 1)
-    # [R, lags + 1]: what each run has at each lag.
+    # [R, lags + 1]: the mean product of each run at each lag.
     products = jnp.stack(
         [
             (series[:, : steps - lag] * series[:, lag:]).sum(-1).mean(1)
@@ -82,35 +83,37 @@ def noise_autocorrelation(
     num_runs: PositiveInt,
     momentum: float = 0.0,
 ) -> Autocorrelation:
-    """What the noise of a law remembers at one place, beside its exact value.
+    """The autocorrelation of the noise of a law at one point, measured and exact.
 
-    The noise of these steps of R independent runs, which begin at step 0, is projected on J
-    directions; with `momentum` it is that of the velocity ``v' = momentum * v + gradient``,
-    which starts at 0. White noise has 0 at every lag but the first; `noise.coloured` and momentum
-    remember, and under `noise.random_reshuffling` the batches of one epoch repel each other.
+    The noise of the given steps of R independent runs, which begin at step 0, is projected on J
+    directions. With `momentum` it is the noise of the velocity ``v' = momentum * v + gradient``,
+    which starts at 0. For white noise the autocorrelation is 0 at all lags but 0. It is not for
+    `noise.coloured` and with momentum, and for `noise.random_reshuffling`, whose batches in one
+    epoch are negatively correlated.
 
-    The exact value is ``sum over t of Cov(x_t, x_(t+h))`` over that of lag 0, from
-    `noise.MNoise.covariance_between`, for these very steps and directions.
+    The exact value is ``sum over t of Cov(x_t, x_(t+h))`` divided by that at lag 0, from
+    `noise.MNoise.covariance_between`, for the same steps and directions.
 
-    Costs J forward-mode passes over the N examples, and no further gradient, whatever the number of
-    runs and steps. Compiled anew on each call.
+    It costs J forward-mode passes over the N examples and no gradient, for any number of runs and
+    steps. Each eager call compiles a program.
 
     Args:
         losses: the loss vector.
         params: a pytree of floating-point arrays.
         law: any law of N weights; its steps may depend on each other.
         key: a typed PRNG key; run r is a function of (key, r).
-        directions: like `params` with leading axes of J, from `random_directions` say.
-        steps: the T steps that count, one after the other: ``range(40, 60)``, say, leaves out the
-          first 40, after which the velocity has forgotten that it began at 0.
+        directions: like `params` with a leading axis of J, for example from `random_directions`.
+        steps: the T consecutive steps that are measured. ``range(40, 60)``, for example, leaves out
+          the first 40, after which the start of the velocity at 0 hardly matters.
         max_lag: the largest lag, below T.
         num_runs: R, at least 2.
-        momentum: from 0 to below 1.
+        momentum: the decay rate of the velocity, from 0 to below 1.
 
     Raises:
-        TypeError, ValueError: as `noise_projections` (steps that depend on each other are welcome
-            here), or if `steps` is not a range of at least 2 steps from 0 on, `max_lag` is not from
-            1 to T - 1, there are fewer than 2 runs, or `momentum` is out of range.
+        TypeError: as `noise_projections`.
+        ValueError: as `noise_projections` (but steps may depend on each other), or if `steps` is
+            not a range of at least 2 consecutive steps from 0 on, `max_lag` is not from 1 to T - 1,
+            there are fewer than 2 runs, or `momentum` is out of range.
     """
     loss_lib.checked(losses, params)
     _laws.of_size("law", _laws.drawable("law", law), losses.num_examples)
@@ -126,7 +129,7 @@ def noise_autocorrelation(
     _validate.prng_key("key", key)
     total = steps.stop
     ages = np.arange(total)[:, None] - np.arange(total)[None]
-    # What the velocity of a step has of the noise of each step before it.
+    # The coefficients of the noise of each step in the velocity of each measured step.
     filter_ = np.where(ages >= 0, float(momentum) ** np.maximum(ages, 0), 0.0)[steps.start :]
 
     slopes = _tails.slopes_along(losses, params, directions)
@@ -144,7 +147,7 @@ def noise_autocorrelation(
 def _exact(
     law: MNoise, slopes: Float[Array, "J N"], filter_: np.ndarray, max_lag: int
 ) -> Float[Array, " lags"] | None:
-    """The same quotient of exact covariances; None where two numbers do not state them."""
+    """The same quotient of exact covariances; None if the law does not state them."""
     total = filter_.shape[1]
     try:
         pairs = [[law.covariance_between(s, t) for t in range(total)] for s in range(total)]
@@ -153,7 +156,7 @@ def _exact(
     n = slopes.shape[-1]
     across = np.array([[pair.alpha for pair in row] for row in pairs])
     along = np.array([[pair.alpha + n * pair.beta for pair in row] for row in pairs])
-    # Weights of covariance alpha I + beta 1 1^T, across and along the all-ones vector.
+    # Covariances alpha I + beta 1 1^T of the weights, across and along the all-ones vector.
     means = slopes.mean(-1)
     spread = jnp.square(slopes - means[:, None]).sum()
     shifted = n * jnp.square(means).sum()

@@ -1,4 +1,4 @@
-"""The noise scale of a run, from gradients that the run computes anyway: an optax monitor."""
+"""An optax monitor for the noise scale, from the gradients that a run computes anyway."""
 
 from typing import NamedTuple
 
@@ -16,18 +16,18 @@ from msgd_jax.noise import MNoise
 
 
 class NoiseScaleState(NamedTuple):
-    """What the monitor keeps: one running mean gradient, and a few numbers per leaf.
+    """The state of the monitor: one running mean gradient, and a few numbers per leaf.
 
     Attributes:
-        inside: gradients of the present group so far.
+        inside: the number of gradients so far in the current group.
         mean: their mean, like the parameters, in float32 or wider.
-        spread: the sum of their squared deviations, [leaves + 1].
-        groups: complete groups so far.
-        weight: the sum of the groups' weights, and that of their squares, [2].
-        trace: the weighted mean of the groups' estimates of tr S, [leaves + 1].
-        squared: that of ``|grad L|^2``.
-        products: weighted sums of the products of their deviations: T T, T U and U U,
-            [3, leaves + 1].
+        spread: the sum of their squared deviations from the mean, [leaves + 1].
+        groups: the number of complete groups so far.
+        weight: the sum of the groups' weights, and the sum of their squares, [2].
+        trace: the weighted mean of the groups' estimates T of tr S, [leaves + 1].
+        squared: the weighted mean of their estimates U of ``|grad L|^2``, [leaves + 1].
+        products: weighted sums of the products of the deviations of T and U from these means: T T,
+            T U and U U, [3, leaves + 1].
     """
 
     inside: Int[Array, ""]
@@ -48,10 +48,10 @@ def noise_scale_monitor(
     num_examples: PositiveInt | None = None,
     decay: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Watches gradients go by, K to a group, and estimates the noise scale from their spread.
+    """Estimates the noise scale from the spread of the gradients passed to it, in groups of K.
 
-    It changes nothing and computes no gradient. Put it where micro-batch gradients pass one by one,
-    in front of what accumulates them, clips them or has momentum::
+    It does not change the gradients and computes none. Put it where the gradients of micro-batches
+    are passed one by one, before any accumulation, clipping or momentum::
 
       optimizer = optax.chain(
           measure.noise_scale_monitor(4, batch_size=32),
@@ -60,30 +60,32 @@ def noise_scale_monitor(
       ...
       measure.monitored_noise_scale(state.opt_state)
 
-    The parameters stand still inside a group then, and the group's estimates of tr S and
-    ``|grad L|^2`` are unbiased. Without accumulation the K gradients of a group are those of
-    consecutive steps: the drift of the mean gradient between them counts as noise, so keep K at 2.
-    Groups are averaged, tr S and ``|grad L|^2`` each by itself, then divided (see
-    `pooled_noise_scale`); standard errors take the groups as independent.
+    With accumulation, the parameters do not change within a group, and the group's estimates of
+    tr S and ``|grad L|^2`` are unbiased. Without accumulation, the K gradients of a group are those
+    of consecutive steps, and the drift of the mean gradient between them counts as noise: keep K at
+    2. The estimates of tr S and of ``|grad L|^2`` are averaged over groups before they are divided
+    (see `pooled_noise_scale`). Standard errors assume that groups are independent.
 
     The gradients are either means over `batch_size` examples each, or noisy gradients of a `law`
-    (from `transform.multiplicative_noise` or `train`), whose exact covariance is then taken out.
+    (from `transform.multiplicative_noise` or `train`), whose exact covariance is used.
 
-    Memory: one gradient in float32 or wider. Costs no gradient evaluation.
+    It takes memory for one gradient in float32 or wider, and computes no gradient.
 
     Args:
-        num_microbatches: K, the gradients of one group, at least 2.
-        batch_size: b, the examples of each gradient; or
-        law: the law of the weights of each gradient, its steps independent.
-        num_examples: with `batch_size`, N, if the K b examples of a group are distinct ones of N;
+        num_microbatches: K, the number of gradients per group, at least 2.
+        batch_size: b, the number of examples per gradient; give this or `law`.
+        law: the law of the weights of each gradient, with independent steps.
+        num_examples: N, with `batch_size`, if the K b examples of a group are distinct ones of N;
             None if they are drawn independently. With `law` it must be None.
-        decay: what a group's weight is multiplied by with each group that comes after it; 1 for the
-            plain average over the whole run. The window is then about 1 / (1 - decay) groups.
+        decay: the factor by which the weight of a group is multiplied with each later group; 1 for
+            the plain average over the whole run. The window is about 1 / (1 - decay) groups.
 
     Raises:
-        TypeError, ValueError: if K is below 2, not exactly one of `batch_size` and `law` is given,
-            the law has no noise, no covariance of two numbers or steps that depend on each other,
-            a group has more examples than there are, or `decay` is not in (0, 1].
+        TypeError: if K or `batch_size` is not an integer, `law` is not a law, or `decay` is not a
+            number.
+        ValueError: if K is below 2, not exactly one of `batch_size` and `law` is given, the law has
+            no noise, states no covariance or has steps that depend on each other, a group has more
+            than `num_examples` examples, or `decay` is not in (0, 1].
     """
     k = _validate.positive_int("num_microbatches", num_microbatches, minimum=2)
     if (batch_size is None) == (law is None):
@@ -93,7 +95,7 @@ def noise_scale_monitor(
         )
     if law is not None:
         if num_examples is not None:
-            raise ValueError("num_examples belongs to batch_size: a law knows its own; leave it.")
+            raise ValueError("num_examples belongs to batch_size; leave it out, a law has its own.")
         independent = _draws.independent(law, getattr(law, "num_examples", 0))
         of_s, of_mean = _draws.moments_of(independent, law.num_examples)
         n = 0
@@ -106,7 +108,7 @@ def noise_scale_monitor(
         raise ValueError(f"decay must be above 0 and at most 1, got {decay}.")
 
     def unbiased(q: Array, squared: Array) -> tuple[Array, Array]:
-        """The two estimates, from the sample variance q of K gradients and their mean, squared."""
+        """Both estimates, from the sample variance q of K gradients and their mean's square."""
         if law is None:
             return _scale.unbiased_of_spread(q / of_s, squared, n, num_examples)
         squared = squared - q / k
@@ -118,11 +120,17 @@ def noise_scale_monitor(
         dtype = _dtypes.accumulator(*(leaf.dtype for leaf in jax.tree.leaves(mean)))
         zeros = jnp.zeros(len(jax.tree.leaves(params)) + 1, dtype)
         none = jnp.zeros((), jnp.int32)
-        # Arrays of their own each, so that a state can be donated.
+        # One new array per attribute, so that the state can be donated.
         return NoiseScaleState(
-            none, mean, zeros, none + 0, jnp.zeros(2, dtype), zeros + 0, zeros + 0,
-            jnp.zeros((3, *zeros.shape), dtype),
-        )  # fmt: skip
+            inside=none,
+            mean=mean,
+            spread=zeros,
+            groups=none + 0,
+            weight=jnp.zeros(2, dtype),
+            trace=zeros + 0,
+            squared=zeros + 0,
+            products=jnp.zeros((3, *zeros.shape), dtype),
+        )
 
     def update(
         updates: Updates, state: OptState, params: Params | None = None
@@ -139,18 +147,17 @@ def noise_scale_monitor(
 
 
 def monitored_noise_scale(opt_state: OptState) -> NoiseScale:
-    """What a `noise_scale_monitor` has seen so far.
+    """The noise scale from the gradients that a `noise_scale_monitor` has seen so far.
 
     Args:
-        opt_state: the state of an optimizer, or any pytree, with one monitor's state in it.
+        opt_state: the state of an optimizer, or any pytree, which contains one monitor's state.
 
     Returns:
-        The noise scale of all complete groups, with standard errors from two groups on (infinite
-        before).
+        The noise scale of all complete groups. Its standard errors are infinite for one group.
 
     Raises:
-        ValueError: if there is no monitor in it, or more than one; or, outside of `jax.jit`, if no
-            group is complete yet.
+        ValueError: if `opt_state` contains no monitor or more than one, or, outside of `jax.jit`,
+            if no group is complete yet.
     """
     is_state = lambda node: isinstance(node, NoiseScaleState)  # noqa: E731
     found = [s for s in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(s)]
@@ -166,7 +173,7 @@ def monitored_noise_scale(opt_state: OptState) -> NoiseScale:
             f"{int(state.inside)} gradients and no complete group."
         )
     total, squares = state.weight
-    # 1 / (effective number of groups); without decay 1 / R.
+    # 1 / (effective number of groups), which is 1 / R without decay.
     share = squares / total**2
     single = share >= 1
     variance = state.products / total * share / jnp.where(single, 1, 1 - share)
@@ -176,7 +183,7 @@ def monitored_noise_scale(opt_state: OptState) -> NoiseScale:
 
 
 def _added(state: NoiseScaleState, gradients: Gradients) -> NoiseScaleState:
-    """One gradient more in the group, by Welford's updates: no large squares cancel."""
+    """Adds a gradient to the group by Welford's update, in which no large squares cancel."""
     seen = state.inside + 1
     means, spread = [], []
     for leaf, mean in zip(jax.tree.leaves(gradients), jax.tree.leaves(state.mean), strict=True):
@@ -193,7 +200,7 @@ def _added(state: NoiseScaleState, gradients: Gradients) -> NoiseScaleState:
 
 
 def _pooled(state: NoiseScaleState, trace: Array, squared: Array, decay: float) -> NoiseScaleState:
-    """One group more in the averages, and an empty group begun."""
+    """Adds the complete group to the averages, and begins an empty one."""
     dtype = state.trace.dtype
     trace, squared = trace.astype(dtype), squared.astype(dtype)
     weight = state.weight * jnp.asarray([decay, decay**2], dtype) + 1

@@ -1,4 +1,4 @@
-"""Norms of the gradients of all examples, exactly or by random probes in forward mode."""
+"""Norms of the gradients of all examples: exact, or by random probes in forward mode."""
 
 import math
 from typing import NamedTuple
@@ -16,10 +16,10 @@ from msgd_jax.measure import _estimates
 
 
 def squared_gradient_norms(losses: loss_lib.LossVector, params: Params) -> Float[Array, " N"]:
-    """The squared norm of the gradient of each example, exact.
+    """The exact squared norm of the gradient of each example.
 
-    Costs N per-example gradients; those of one micro-batch are in memory at a time. Compiled anew
-    on each call: put it under `jax.jit` to call it again.
+    It costs N per-example gradients, of which one micro-batch is in memory at a time. Each eager
+    call compiles a program: put the function under `jax.jit` to call it more than once.
 
     Args:
         losses: the loss vector.
@@ -30,7 +30,8 @@ def squared_gradient_norms(losses: loss_lib.LossVector, params: Params) -> Float
 
     Raises:
         TypeError: if `losses` is not a `loss.LossVector`, or a parameter is not floating point.
-        ValueError: outside of `jax.jit`, if a loss or a gradient is not finite, naming the example.
+        ValueError: outside of `jax.jit`, if a loss or a gradient is not finite; the error names the
+            example.
 
     Example:
         >>> from msgd_jax import loss, measure
@@ -51,7 +52,7 @@ class ProbedNorms(NamedTuple):
     Attributes:
         squared: unbiased estimates of the squared norms, [N].
         norm: unbiased estimates of the norms, [N].
-        relative_error: the relative standard error of each of `squared`, sqrt(2 / K), exact.
+        relative_error: the exact relative standard error of each entry of `squared`, sqrt(2 / K).
         trace: tr S, from the same probes.
     """
 
@@ -64,15 +65,15 @@ class ProbedNorms(NamedTuple):
 def probed_gradient_norms(
     losses: loss_lib.LossVector, params: Params, key: Key[Array, ""], *, num_probes: PositiveInt
 ) -> ProbedNorms:
-    """Gradient norms of all N examples from K forward passes, whatever the number of parameters.
+    """Gradient norms of all N examples from K forward passes, for any number of parameters.
 
-    For z ~ N(0, I), one forward-mode pass gives u_i = z . g_i of all examples at once; its square
-    has the mean ``|g_i|^2`` and the variance ``2 |g_i|^4``. The root of a mean of K squares is
-    biased low by the factor sqrt(2/K) Gamma((K+1)/2) / Gamma(K/2), which is taken out. The spread
-    of the u_i, ``z^T S z``, has the mean tr S.
+    For z ~ N(0, I), one forward-mode pass gives u_i = z . g_i for all examples; its square has the
+    mean ``|g_i|^2`` and the variance ``2 |g_i|^4``. The root of a mean of K squares is too low by
+    the factor sqrt(2/K) Gamma((K+1)/2) / Gamma(K/2), by which it is divided. The variance of the
+    u_i over examples, ``z^T S z``, has the mean tr S.
 
-    Costs K forward-mode passes over the N examples: no backward pass, no per-example gradient.
-    Compiled anew on each call.
+    It costs K forward-mode passes over the N examples, and neither a backward pass nor per-example
+    gradients. Each eager call compiles a program.
 
     Args:
         losses: the loss vector.
@@ -81,8 +82,8 @@ def probed_gradient_norms(
         num_probes: K, at least 2.
 
     Raises:
-        TypeError, ValueError: as `squared_gradient_norms`, or if `num_probes` is below 2 or `key`
-            no typed PRNG key.
+        TypeError: as `squared_gradient_norms`, or if `key` is not a typed PRNG key.
+        ValueError: as `squared_gradient_norms`, or if `num_probes` is below 2.
     """
     loss_lib.checked(losses, params)
     k = _validate.positive_int("num_probes", num_probes, minimum=2)

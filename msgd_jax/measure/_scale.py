@@ -1,4 +1,4 @@
-"""How large gradient noise is: tr S, the squared mean gradient, and the simple noise scale."""
+"""The size of gradient noise: tr S, the squared mean gradient, and the simple noise scale."""
 
 import functools
 from typing import Any, NamedTuple
@@ -27,17 +27,17 @@ from msgd_jax.noise import MNoise
 
 
 class Scale(NamedTuple):
-    """How large the noise of one example's gradient is, of all parameters or of one leaf.
+    """The size of the noise of one example's gradient, for all parameters or for one leaf.
 
     Attributes:
-        trace: tr S, the variance of the gradient of one uniform example, summed over parameters.
-        squared_gradient: the squared norm of the mean gradient. Its unbiased estimates may be
-            negative: average them first.
+        trace: tr S, the variance of the gradient of one random example, summed over parameters.
+        squared_gradient: the squared norm of the mean gradient. Unbiased estimates of it may be
+            negative: average them before dividing.
         noise_scale: ``tr S / |grad L|^2``, the "simple" noise scale of McCandlish et al. 2018
-            (arXiv:1812.06162), in examples. Infinite where the squared gradient is not above 0; 0
-            where tr S is 0.
-        interval: the two ends of Fieller's 95 % interval of the noise scale. The upper one is
-            infinite where the squared gradient cannot be told from 0.
+            (arXiv:1812.06162), in examples. Infinite if the squared gradient is not above 0; 0 if
+            tr S is 0.
+        interval: the two ends of Fieller's 95 % interval of the noise scale. The upper end is
+            infinite if the squared gradient cannot be told from 0.
     """
 
     trace: Estimate
@@ -50,8 +50,8 @@ class NoiseScale(NamedTuple):
     """The scale of gradient noise, in total and per leaf of the parameters.
 
     Attributes:
-        total: of all parameters.
-        leaves: a pytree like the parameters, with a `Scale` in the place of each leaf.
+        total: the `Scale` for all parameters.
+        leaves: a pytree like the parameters, with one `Scale` per leaf.
     """
 
     total: Scale
@@ -61,28 +61,28 @@ class NoiseScale(NamedTuple):
 def noise_scale(
     losses: loss_lib.LossVector, params: Params, *, population: bool = False
 ) -> NoiseScale:
-    """The noise scale from the gradients of all examples, exact.
+    """The exact noise scale from the gradients of all examples.
 
-    S has divisor N: it is the covariance of the gradient of one uniform example of the data. With
-    `population`, the data are taken as N independent examples of a population, and its numbers are
+    S has the divisor N: it is the covariance of the gradient of one random example of the data.
+    With `population`, the data are N independent examples of a population, whose numbers are
     estimated without bias, with standard errors to first order.
 
-    Per-example gradients are in memory a micro-batch of the loss vector at a time. Costs one
-    forward and backward pass over the N examples, and N per-example gradients. Compiled anew on
-    each call: put it under `jax.jit` to call it again.
+    It costs one forward and backward pass over the N examples, and N per-example gradients, of
+    which one micro-batch is in memory at a time. Each eager call compiles a program: put the
+    function under `jax.jit` to call it more than once.
 
     Args:
         losses: the loss vector.
         params: a pytree of floating-point arrays.
-        population: whether the data stand for a population.
+        population: whether the data are a sample of a population.
 
     Returns:
         The scale, in float32 or wider; without `population`, standard errors are 0.
 
     Raises:
         TypeError: if `losses` is not a `loss.LossVector`, or a parameter is not floating point.
-        ValueError: outside of `jax.jit`, if a loss or a gradient is not finite, naming the example;
-            or if there is one example only, and `population` is asked for.
+        ValueError: outside of `jax.jit`, if a loss or a gradient is not finite (the error names the
+            example); or if there is only one example with `population`.
 
     Example:
         >>> from msgd_jax import loss, measure
@@ -106,7 +106,7 @@ def noise_scale(
         if not population:
             zero = jnp.zeros_like(trace)
             return _estimates.MeanPair(trace, squared, zero, zero, zero)
-        # To first order |g|^2 is the mean of 2 g . (g_i - g), which is 0 on average.
+        # To first order, |g|^2 varies like the mean of 2 g . (g_i - g).
         return _estimates.MeanPair(
             trace * (n / (n - 1)),
             squared - trace / (n - 1),
@@ -130,48 +130,53 @@ def noise_scale_from_draws(
     first_step: Step = 0,
     draws_per_pass: PositiveInt = 1,
 ) -> NoiseScale:
-    """The noise scale from K noisy gradients of any law with a covariance of two numbers.
+    """The noise scale from K noisy gradients of any law that states its covariance.
 
-    For each draw, ``|grad(L . W) - (1 . W) grad L|^2 / (alpha N)`` is an unbiased estimate of tr S:
-    the spread of the weights across the all-ones vector is all that it needs, so that laws which
-    are not centred (`noise.fisher`, `noise.bernoulli`) do as well. ``|grad L|^2`` is exact.
+    For each draw, ``|grad(L . W) - (1 . W) grad L|^2 / (alpha N)`` is an unbiased estimate of tr S.
+    It only uses the weights across the all-ones vector, so laws that are not centred
+    (`noise.fisher`, `noise.bernoulli`) work too. ``|grad L|^2`` is exact.
 
     The relative standard error for Gaussian laws is sqrt(2 / (K p)), with p the participation ratio
-    of S (`ranks`). Costs one forward pass over the N examples and K + 1 backward passes; memory for
-    K + 1 gradients.
+    of S (`ranks`). It costs one forward pass over the N examples and K + 1 backward passes, and
+    memory for K + 1 gradients.
 
     Args:
         losses: the loss vector.
         params: a pytree of floating-point arrays.
-        law: a law of N weights with independent steps; `noise.cov` if you have no other.
+        law: a law for N examples with independent steps, for example `noise.cov`.
         key: a typed PRNG key; draw k is ``law.sample(key, first_step + k)``.
         num_draws: K, at least 2.
         first_step: the step of the first draw.
-        draws_per_pass: draws whose backward passes are made at once.
+        draws_per_pass: the number of draws whose backward passes run at once.
 
     Raises:
         TypeError: if `losses` is not a `loss.LossVector`, a parameter is not floating point, `law`
-            is no `noise.MNoise`, or `key` is no typed PRNG key.
-        ValueError: if the law is for another number of examples, has no noise (`noise.gd`), no
-            covariance of two numbers, or steps that depend on each other, `num_draws` is below 2,
-            or, outside of `jax.jit`, a loss or a gradient is not finite.
+            is not a `noise.MNoise`, or `key` is not a typed PRNG key.
+        ValueError: if the law is for another number of examples, has no noise (`noise.gd`), states
+            no covariance, or has steps that depend on each other, `num_draws` is below 2, or,
+            outside of `jax.jit`, a loss or a gradient is not finite.
     """
     loss_lib.checked(losses, params)
     num_draws = _validate.positive_int("num_draws", num_draws, minimum=2)
     n = losses.num_examples
     of_s = _draws.moments_of(_draws.independent(law, n), n).of_s
     drawn = _draws.draw(
-        losses, params, law, key,
-        first_step=first_step, num_draws=num_draws, draws_per_pass=draws_per_pass,
-    )  # fmt: skip
+        losses,
+        params,
+        law,
+        key,
+        first_step=first_step,
+        num_draws=num_draws,
+        draws_per_pass=draws_per_pass,
+    )
     pair = _pair_of_draws(drawn, of_s)
     _estimates.check_finite(losses, params, pair)
     return assembled(params, pair, num_draws - 1)
 
 
-@jax.jit  # of arrays alone: what is kept is one program per set of shapes, as of jnp's functions
+@jax.jit  # arrays only, so jax keeps one program per set of shapes, as for functions of jnp
 def _pair_of_draws(drawn: _draws.Draws, of_s: Scalar) -> _estimates.MeanPair:
-    """The trace of S, with the variance of its mean, and ``|g|^2``, per leaf and in total."""
+    """The trace of S with the variance of its mean, and ``|g|^2``, per leaf and in total."""
     leaves = jax.tree.leaves(drawn.centred())
     squares = _estimates.with_total([_estimates.of_rows(leaf) for leaf in leaves]) / of_s
     squared = _estimates.squared_norms(drawn.mean_gradient)
@@ -184,8 +189,8 @@ class MicrobatchMoments(NamedTuple):
     """Unbiased estimates from the micro-batches of one step, per leaf and in total.
 
     Attributes:
-        trace: of tr S, [leaves + 1]: of each leaf, and last of all parameters.
-        squared_gradient: of ``|grad L|^2``, likewise; it may be negative.
+        trace: estimates of tr S, [leaves + 1]: for each leaf, and last for all parameters.
+        squared_gradient: estimates of ``|grad L|^2``, [leaves + 1]; they may be negative.
     """
 
     trace: Float[Array, "*steps parts"]
@@ -198,25 +203,25 @@ def microbatch_moments(
     *,
     num_examples: PositiveInt | None = None,
 ) -> MicrobatchMoments:
-    """The noise scale's two parts from the K micro-batches of one step, for free.
+    """Unbiased estimates of tr S and ``|grad L|^2`` from the K micro-batches of one step.
 
-    These are unbiased estimates of tr S and ``|grad L|^2``. With q the weighted spread
-    ``sum b_k |m_k - m|^2 / (K - 1)`` of the mean gradients m_k of b_k examples each, and
-    n = sum b_k, they are q and ``|m|^2 - q / n`` for examples that were drawn independently, and
-    ``q (N - 1) / N`` and ``|m|^2 - (1/n - 1/N) q`` for n distinct ones of N, randomly split, of any
-    sizes. Costs no gradient. Never divide one by the other before averaging over steps: that is
-    what `pooled_noise_scale` is for.
+    Let m_k be the mean gradients of b_k examples each, n = sum b_k, and q the weighted variance
+    ``sum b_k |m_k - m|^2 / (K - 1)``. For examples that were drawn independently, the estimates are
+    q and ``|m|^2 - q / n``. For n distinct ones of N examples, split at random into any sizes, they
+    are ``q (N - 1) / N`` and ``|m|^2 - (1/n - 1/N) q``. They cost no gradient. Average them over
+    steps before you divide one by the other: `pooled_noise_scale` does that.
 
     Args:
-        gradients: a pytree like the parameters with leading axes of K: the gradient of the mean
+        gradients: a pytree like the parameters with a leading axis of K: the gradient of the mean
             loss of each micro-batch.
-        sizes: b_k, one number for all or K of them.
+        sizes: b_k, one number for all micro-batches or K numbers.
         num_examples: N, if the n examples of the step are distinct; None if they were drawn
             independently (with replacement, or from a stream).
 
     Raises:
-        TypeError, ValueError: if `gradients` are not floating point, there are fewer than 2, or
-            `sizes` are not positive, not K, or more than `num_examples` together.
+        TypeError: if `gradients` are not floating point, or a size is not an integer.
+        ValueError: if there are fewer than 2 gradients, or `sizes` are not positive, not K numbers,
+            or add up to more than `num_examples`.
     """
     _validate.floating_params(gradients, "gradients")
     k = _validate.positive_int(
@@ -242,24 +247,24 @@ def microbatch_moments(
 def unbiased_of_spread(
     q: Float[Array, "*parts"], squared: Float[Array, "*parts"], n: int, num_examples: int | None
 ) -> tuple[Float[Array, "*parts"], Float[Array, "*parts"]]:
-    """The two estimates, from the spread q of n examples' gradients and their mean, squared."""
+    """Both estimates, from the variance q of n examples' gradients and their mean's square."""
     if num_examples is None:
         return q, squared - q / n
     return q * ((num_examples - 1) / num_examples), squared - (1 / n - 1 / num_examples) * q
 
 
 def pooled_noise_scale(params: Params, moments: MicrobatchMoments) -> NoiseScale:
-    """The noise scale from the `microbatch_moments` of R steps: averages first, then one ratio.
+    """The noise scale from the `microbatch_moments` of R steps, as a ratio of their means.
 
-    The mean of R ratios would be useless: a ratio whose denominator comes near 0 has no mean. The
-    ratio of means is biased upwards, by order 1/R; where the upper end of `Scale.interval` is
-    infinite, R is too small. Standard errors take the steps as independent. (Of independent steps,
-    with a noise scale of 12 and 16 examples per step, the interval covered the truth in 91.7 % of
-    cases at R = 10, 94.8 % at R = 30 and at R = 100.)
+    The mean of R ratios would be useless, since a ratio whose denominator can be near 0 has no
+    mean. The ratio of means is biased upwards by order 1/R. If the upper end of `Scale.interval` is
+    infinite, R is too small. Standard errors assume that steps are independent. (For independent
+    steps, with a noise scale of 12 and 16 examples per step, the interval covered the truth in
+    91.7 % of cases at R = 10, and in 94.8 % at R = 30 and at R = 100.)
 
     Args:
-        params: the parameters, for their structure.
-        moments: with leading axes of R steps, at least 2.
+        params: the parameters, whose structure is used.
+        moments: the moments of R steps, with a leading axis of R, at least 2.
 
     Raises:
         ValueError: if there are fewer than 2 steps, or the leaves are not those of `params`.
@@ -284,7 +289,7 @@ def pooled_noise_scale(params: Params, moments: MicrobatchMoments) -> NoiseScale
 
 
 def assembled(params: Params, pair: _estimates.MeanPair, degrees_of_freedom: Any) -> NoiseScale:
-    """What was measured per leaf, [leaves + 1], in the structure of the parameters."""
+    """The results per leaf, [leaves + 1], in the structure of the parameters."""
     structure = jax.tree.structure(params)
     if pair.trace.shape != (structure.num_leaves + 1,):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The shape of gradient noise: how it lies to the Hessian, how many directions it has."""
+"""The shape of gradient noise: its alignment with the Hessian, and its number of directions."""
 
 from typing import NamedTuple
 
@@ -18,19 +18,20 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Alignment(NamedTuple):
-    """How the noise of a law, of covariance C, lies to the Hessian H of the mean loss.
+    """The alignment of the noise of a law, with covariance C, with the Hessian H of the mean loss.
 
     Attributes:
-        trace_hc: tr(H C), for which E v^T H v of the noise v stands.
-        trace_hs: tr(H S), of one example's gradient, whatever the law.
+        trace_hc: tr(H C), which is E v^T H v for the noise v.
+        trace_hs: tr(H S), the same for the gradient of one example; it does not depend on the law.
         trace_c: ``tr C = E|v|^2``.
         squared_norm_c: ``|C|_F^2``.
         trace_h: tr H.
         squared_norm_h: ``|H|_F^2``.
-        alignment: ``D tr(HC) / (tr H tr C)``, 1 for noise without a direction. It can be read only
-            where tr H > 0, since it changes sign with tr H; see `cosine`.
-        cosine: ``tr(HC) / (|H|_F |C|_F)``, from -1 to 1, whatever the sign of tr H.
-        participation_ratio: ``(tr C)^2 / |C|_F^2``, how many directions the noise has.
+        alignment: ``D tr(HC) / (tr H tr C)``, 1 for isotropic noise. It is meaningful only if
+            tr H > 0, since it changes sign with tr H; see `cosine`.
+        cosine: ``tr(HC) / (|H|_F |C|_F)``, from -1 to 1, for any sign of tr H.
+        participation_ratio: ``(tr C)^2 / |C|_F^2``, the effective number of directions of the
+            noise.
     """
 
     trace_hc: Estimate
@@ -45,7 +46,7 @@ class Alignment(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """Of K draws of the noise v, and of P probes of H."""
+    """The numbers from K draws of the noise v, and from P probes of H."""
 
     hc: Float[Array, " K"]
     hs: Float[Array, " K"]
@@ -65,26 +66,26 @@ def alignment(
     first_step: Step = 0,
     draws_per_pass: PositiveInt = 1,
 ) -> Alignment:
-    """tr(HC), tr(HS), their alignment and cosine with H, from K draws of the noise of any law.
+    """The alignment of the noise of any law with the Hessian, from K draws of the noise.
 
     Traces and squared norms are unbiased: ``|C|_F^2`` comes from pairs of different draws.
     Quotients are biased by order 1/K (the participation ratio upwards); their standard errors are
     those of the jackknife over draws and over probes.
 
-    Costs one forward pass and K + 1 backward passes over the N examples, and 1 + K + P
-    Hessian-vector products, about three gradients each; memory for K + 1 gradients. Compiled anew
-    on each call: put it under `jax.jit` to call it again.
+    It costs one forward pass and K + 1 backward passes over the N examples, 1 + K + P
+    Hessian-vector products of about three gradients each, and memory for K + 1 gradients. Each
+    eager call compiles a program: put the function under `jax.jit` to call it more than once.
 
     Args:
         losses: the loss vector.
         params: a pytree of floating-point arrays.
-        law: a law of N weights with independent steps.
-        key: a typed PRNG key; draw k is ``law.sample(key, first_step + k)``, probe p a function of
-            (key, p).
+        law: a law for N examples with independent steps.
+        key: a typed PRNG key; draw k is ``law.sample(key, first_step + k)``, and probe p is a
+            function of (key, p).
         num_draws: K, at least 3.
-        num_probes: P, of the trace and the norm of H, at least 3.
+        num_probes: P, the number of probes for the trace and the norm of H, at least 3.
         first_step: the step of the first draw.
-        draws_per_pass: draws whose backward passes are made at once.
+        draws_per_pass: the number of draws whose backward passes run at once.
 
     Raises:
         TypeError, ValueError: as `noise_scale_from_draws`, or if there are fewer than 3 draws or
@@ -100,9 +101,14 @@ def alignment(
     def measured(params: Params, data: Data, key: Key[Array, ""]) -> _Parts:
         own = losses.replace(data=data)
         drawn = _draws.draw(
-            own, params, law, key,
-            first_step=first_step, num_draws=num_draws, draws_per_pass=draws_per_pass,
-        )  # fmt: skip
+            own,
+            params,
+            law,
+            key,
+            first_step=first_step,
+            num_draws=num_draws,
+            draws_per_pass=draws_per_pass,
+        )
         hc, hs = _quadratic(own, params, drawn)
         h, h2 = _hessian.probed(losses, params, data, key, num_probes=num_probes, kind="rademacher")
         return _Parts(hc, hs / of_s, _gram(drawn.noise()), h, h2)
@@ -116,7 +122,7 @@ def alignment(
 def _quadratic(
     losses: loss_lib.LossVector, params: Params, drawn: _draws.Draws
 ) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
-    """v^T H v and u^T H u of each draw: v is the noise, u what is left of it across the mean."""
+    """v^T H v and u^T H u of each draw: v is the noise, and u is `Draws.centred`."""
 
     def product(vector: Gradients) -> Gradients:
         typed = jax.tree.map(lambda v, p: v.astype(jnp.result_type(p)), vector, params)
@@ -129,7 +135,7 @@ def _quadratic(
     def one(given: tuple[Gradients, Array]) -> tuple[Array, Array]:
         u, total = given
         across = _hessian.dot(u, product(u))
-        # v = u + (sum of the weights - 1) g, so that one product does for both.
+        # v = u + (sum of the weights - 1) g, so that one product is enough for both.
         excess = (total - 1).astype(along.dtype)
         return across + 2 * excess * _hessian.dot(u, hg) + excess**2 * along, across
 
@@ -165,7 +171,7 @@ def _of_parts(parts: _Parts, dim: int) -> Alignment:
         if name == "alignment":
             return dim * a["hc"] / (b["h"] * a["c"])
         if name == "cosine":
-            # Estimates of |C|_F^2 may come out below 0 for few draws: then there is no cosine yet.
+            # With few draws, the estimate of |C|_F^2 may be below 0: then the cosine is not finite.
             return a["hc"] / jnp.sqrt(b["h2"] * jnp.maximum(a["c2"], 0))
         return jnp.square(a["c"]) / a["c2"]
 
@@ -191,12 +197,12 @@ def _of_parts(parts: _Parts, dim: int) -> Alignment:
 
 
 class Ranks(NamedTuple):
-    """How many directions a covariance has, by three counts, each at most the next one.
+    """The effective number of directions of a covariance by three counts, each at most the next.
 
     Attributes:
-        over_largest: the trace over the largest eigenvalue.
-        participation_ratio: the squared trace over the sum of the squared eigenvalues.
-        effective: the exponential of the entropy of the eigenvalues, as shares of the trace.
+        over_largest: the trace divided by the largest eigenvalue.
+        participation_ratio: the squared trace divided by the sum of the squared eigenvalues.
+        effective: the exponential of the entropy of the eigenvalues as shares of the trace.
     """
 
     over_largest: Float[Array, ""]
@@ -209,12 +215,12 @@ def ranks(
     params: Params,
     law: MNoise | Exchangeable | str = "sgd_covariance",
 ) -> Ranks:
-    """Effective rank and participation ratio of S or of the covariance of a law, exact.
+    """The exact effective rank and participation ratio of S or of the covariance of a law.
 
-    From the eigenvalues of the N x N Gram matrix where N < D (`covariance.spectrum`). Costs N
-    per-example gradients, memory for all of them, and O(N^2 D) operations. A subset of n examples
-    gives much less than all: at most n - 1. For large D take the participation ratio of
-    `alignment`.
+    They are computed from the eigenvalues of the N x N Gram matrix if N < D
+    (`covariance.spectrum`). They cost N per-example gradients, memory for all of them, and O(N^2 D)
+    operations. A subset of n examples gives much smaller numbers, at most n - 1. For large D use
+    the participation ratio of `alignment`.
 
     Args:
         losses: the loss vector.
@@ -222,11 +228,12 @@ def ranks(
         law: as in `covariance.noise_covariance`.
 
     Returns:
-        Three scalars; NaN under `jax.jit` where there is no noise.
+        Three scalars; NaN under `jax.jit` if there is no noise.
 
     Raises:
-        TypeError, ValueError: as `covariance.noise_covariance`; or, outside of `jax.jit`, if a loss
-            or a gradient is not finite, or there is no noise: all eigenvalues are 0.
+        TypeError: as `covariance.noise_covariance`.
+        ValueError: as `covariance.noise_covariance`; or, outside of `jax.jit`, if a loss or a
+            gradient is not finite, or all eigenvalues are 0.
     """
     values = covariance.spectrum(losses, params, law).eigenvalues
     _estimates.check_finite(losses, params, values)
@@ -241,19 +248,18 @@ def ranks(
 
 
 class BatchSharpness(NamedTuple):
-    """Batch sharpness of a law, by its two definitions, which are not interchangeable.
+    """Batch sharpness of a law by its two definitions, which are not interchangeable.
 
-    With g_W the gradient and H_W the Hessian of the same weighted loss L . W:
+    g_W is the gradient and H_W the Hessian of the same weighted loss L . W.
 
     Attributes:
-        ratio_of_expectations: ``E[g_W^T H_W g_W] / E|g_W|^2``. On quadratic losses one step of
-            learning rate eta neither raises nor lowers the weighted loss, on average, where this is
-            2 / eta.
-        expectation_of_ratios: ``E[g_W^T H_W g_W / |g_W|^2]``. NaN where a gradient was 0 (as of the
-            empty batches of `noise.bernoulli`): then it is not defined.
+        ratio_of_expectations: ``E[g_W^T H_W g_W] / E|g_W|^2``. If it is 2 / eta and losses are
+            quadratic, one step with learning rate eta does not change the weighted loss on average.
+        expectation_of_ratios: ``E[g_W^T H_W g_W / |g_W|^2]``. NaN if a gradient was 0 (as with an
+            empty batch of `noise.bernoulli`), since it is not defined then.
         curvature: ``E[g_W^T H_W g_W]``.
         squared_gradient: ``E|g_W|^2``.
-        zero_gradients: how many gradients were 0.
+        zero_gradients: the number of gradients that were 0.
     """
 
     ratio_of_expectations: Estimate
@@ -274,27 +280,28 @@ def batch_sharpness(
 ) -> BatchSharpness:
     """Batch sharpness (Andreyev and Beneventano 2024, arXiv:2412.20553) of any law of weights.
 
-    The curvature along the noisy gradient of the loss that this gradient belongs to: the Hessian
-    has the same weights as the gradient. Both definitions in circulation are measured; at batch
-    size 1 they may differ by an order of magnitude.
+    It is the curvature of the weighted loss along its own gradient: the Hessian has the same
+    weights as the gradient. Both definitions in use are measured; at batch size 1 they may differ
+    by an order of magnitude.
 
-    Costs per draw one gradient and one Hessian-vector product, about four gradients in all, of the
-    examples that have weights: b for `noise.sgd`, N for dense laws. Compiled anew on each call: put
-    it under `jax.jit` to call it again.
+    A draw costs one gradient and one Hessian-vector product, about four gradients in all, of the
+    examples that have weights: b for `noise.sgd`, N for dense laws. Each eager call compiles a
+    program: put the function under `jax.jit` to call it more than once.
 
     Args:
         losses: the loss vector.
         params: a pytree of floating-point arrays.
-        law: a law of N weights with independent steps; no covariance is asked of it.
+        law: a law for N examples with independent steps; it need not state a covariance.
         key: a typed PRNG key; draw k is ``law.sample(key, first_step + k)``.
         num_draws: K, at least 2.
         first_step: the step of the first draw.
 
     Raises:
-        TypeError, ValueError: if `losses` is not a `loss.LossVector`, a parameter is not floating
-            point, `law` is no `noise.MNoise`, is for another number of examples or has steps that
-            depend on each other, `key` is no typed PRNG key, `num_draws` is below 2, or, outside of
-            `jax.jit`, a loss or a gradient is not finite.
+        TypeError: if `losses` is not a `loss.LossVector`, a parameter is not floating point, `law`
+            is not a `noise.MNoise`, or `key` is not a typed PRNG key.
+        ValueError: if `law` is for another number of examples or has steps that depend on each
+            other, `num_draws` is below 2, or, outside of `jax.jit`, a loss or a gradient is not
+            finite.
     """
     loss_lib.checked(losses, params)
     num_draws = _validate.positive_int("num_draws", num_draws, minimum=2)
@@ -318,6 +325,7 @@ def batch_sharpness(
     curvature, squares = jax.jit(measured)(params, losses.data, key, first)
     _estimates.check_finite(losses, params, (curvature, squares))
     total = curvature.sum(), squares.sum()
+    # The jackknife: the ratio of the sums without each draw in turn.
     without = (total[0] - curvature) / (total[1] - squares)
     return BatchSharpness(
         _estimates.estimate(total[0] / total[1], _estimates.spread_without(without), num_draws - 1),

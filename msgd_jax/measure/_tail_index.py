@@ -1,4 +1,4 @@
-"""Estimators of tail indices, beside what they say where no tail is heavy."""
+"""Estimators of tail indices, with their values for noise without heavy tails."""
 
 import math
 from typing import NamedTuple
@@ -16,12 +16,12 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class TailIndex(NamedTuple):
-    """A tail index, and what the estimator says of noise that has no heavy tail.
+    """A tail index, and the value of the estimator for noise without heavy tails.
 
     Attributes:
-        estimate: of the index, with its standard error for independent samples.
-        without_tails: what the estimator tends to where nothing is heavy-tailed. An estimate near
-            it says nothing of heavy tails, however low it is.
+        estimate: the estimate of the index, with its standard error for independent samples.
+        without_tails: the limit of the estimator for noise without heavy tails. An estimate near
+            this value is no evidence of heavy tails, even if it is low.
     """
 
     estimate: Estimate
@@ -31,21 +31,22 @@ class TailIndex(NamedTuple):
 def hill_index(samples: Float[Array, " K"], *, num_top: PositiveInt) -> TailIndex:
     """Hill's estimator from the largest absolute values of K independent samples.
 
-    It is finite for any data: for Gaussian noise it is 4.7 at the top 10 %, 6.0 at the top 5 %, 9.0
-    at the top 1 %, and that value stands beside the estimate. A low index is a sign of heavy tails
-    where it stays low as `num_top` falls. Ties at the top (finite sums of few examples) make it
-    infinite. Not for samples that depend on each other, as those of consecutive steps of
-    reshuffling do. Costs no gradient.
+    It is finite for data without heavy tails too: for Gaussian noise it is 4.7 for the top 10 %,
+    6.0 for the top 5 % and 9.0 for the top 1 %, and the result contains this value. A low index is
+    a sign of heavy tails if it stays low as `num_top` decreases. Ties at the top (finite sums of
+    few examples) make it infinite. Samples must be independent, unlike those of consecutive steps
+    of reshuffling. It costs no gradient.
 
     Args:
-        samples: [K].
-        num_top: k, how many of the largest count, below K.
+        samples: the samples, [K].
+        num_top: k, the number of the largest samples that are used, below K.
 
     Returns:
-        The index, with the standard error index / sqrt(k), and the value of Gaussian samples.
+        The index, with the standard error index / sqrt(k), and its value for Gaussian samples.
 
     Raises:
-        TypeError, ValueError: if k is not from 1 to K - 1.
+        TypeError: if k is not an integer.
+        ValueError: if k is not from 1 to K - 1.
     """
     size = _estimates.samples("samples", samples, 2)
     top = _validate.positive_int("num_top", num_top, maximum=size - 1)
@@ -60,7 +61,7 @@ def hill_index(samples: Float[Array, " K"], *, num_top: PositiveInt) -> TailInde
 
 
 def _hill_of_gaussian(share: float) -> float:
-    """What Hill's estimator tends to for |N(0, 1)| at the top `share` of the samples."""
+    """The limit of Hill's estimator for |N(0, 1)| with the top `share` of the samples."""
     from scipy.integrate import quad
     from scipy.special import erfc, erfcinv
 
@@ -72,26 +73,28 @@ def _hill_of_gaussian(share: float) -> float:
 def block_index(samples: Float[Array, "K *J"], *, block_size: PositiveInt) -> TailIndex:
     """The block estimator of Mohammadi et al. 2015, which Simsekli et al. 2019 apply to SGD noise.
 
-    With the sums Y of blocks of K1 samples, ``1 / alpha = (E ln|Y| - E ln|X|) / ln K1``: exact for
-    alpha-stable noise. For noise of finite variance it tends to
-    ``1/2 + (E ln|N(0, C)| - E ln|X|) / ln K1`` instead of 1/2, and so the estimate falls below 2
-    where nothing is heavy-tailed (or above it), by an amount that shrinks like 1 / ln K1. That
-    value, of Gaussian block sums of the same covariance, stands beside the estimate. (For SGD of
-    batch size 1 on 40 examples, bounded vectors of which there are finitely many, it is 1.6.)
+    With the sums Y of blocks of K1 samples, ``1 / alpha = (E ln|Y| - E ln|X|) / ln K1``, which is
+    exact for alpha-stable noise. For noise of finite variance it tends to
+    ``1/2 + (E ln|N(0, C)| - E ln|X|) / ln K1`` instead of 1/2. So without heavy tails the estimate
+    is below 2 (or above), by an amount that decreases like 1 / ln K1. The result contains this
+    value, for Gaussian block sums of the same covariance. (For SGD of batch size 1 on 40 examples,
+    whose noise takes finitely many bounded values, it is 1.6.)
 
-    Take independent draws of one noise. The coordinates of one gradient, pooled as if they were a
-    sample, are not: a Gaussian whose coordinates have different scales looks heavy-tailed, and the
-    result depends on the order of the parameters. Costs no gradient.
+    The samples must be independent draws of the noise. The coordinates of one gradient are not such
+    draws: a Gaussian whose coordinates have different scales looks heavy-tailed, and the result
+    depends on the order of the parameters. It costs no gradient.
 
     Args:
-        samples: [K] or vectors [K, J], of mean 0; zeros are left out, as by the authors' code.
-        block_size: K1, at least 2; what does not fill a block is left out.
+        samples: numbers [K] or vectors [K, J] with mean 0; zeros are left out, as in the authors'
+            code.
+        block_size: K1, at least 2; samples that do not fill a block are left out.
 
     Returns:
-        The index, with a standard error from the spread between blocks. It may be negative.
+        The index, with a standard error from the variance between blocks. It may be negative.
 
     Raises:
-        TypeError, ValueError: if there are fewer than 2 blocks, or K1 is below 2.
+        TypeError: if K1 is not an integer.
+        ValueError: if there are fewer than 2 blocks, or K1 is below 2.
     """
     size = _estimates.samples("samples", samples, 4)
     k1 = _validate.positive_int("block_size", block_size, minimum=2)
@@ -105,7 +108,7 @@ def block_index(samples: Float[Array, "K *J"], *, block_size: PositiveInt) -> Ta
     sums = _lengths(vectors.sum(1))
     inverse = (jnp.log(jnp.where(sums > 0, sums, 1)) - within) / math.log(k1)
     mean, error = inverse.mean(), inverse.std(ddof=1) / math.sqrt(blocks)
-    # Known to first order in the error of 1 / alpha.
+    # The standard error to first order in the error of 1 / alpha.
     found = _estimates.estimate(1 / mean, error / jnp.square(mean), blocks - 1)
     limit = 0.5 + (_log_of_gaussian(vectors) - within.mean()) / math.log(k1)
     return TailIndex(found, _estimates.estimate(1 / limit).value)
@@ -116,7 +119,7 @@ def _lengths(vectors: Float[Array, "*shape J"]) -> Array:
 
 
 def _mean_log(lengths: Float[Array, "blocks K1"]) -> Float[Array, " blocks"]:
-    """The mean logarithm in each block, of those that are not 0."""
+    """The mean logarithm per block of the lengths that are not 0."""
     counts = lengths > 0
     logarithms = jnp.log(jnp.where(counts, lengths, 1))
     return logarithms.sum(1) / jnp.maximum(counts.sum(1), 1)

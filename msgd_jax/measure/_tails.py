@@ -1,7 +1,7 @@
-"""Is gradient noise Gaussian? Its kurtosis, and a test of the right level.
+"""Whether gradient noise is Gaussian: its kurtosis, and a test with an exact level.
 
-Everything here takes samples: projections of the noise on a few directions, from
-`noise_projections`, or what you have yourself.
+The functions take samples: projections of the noise on a few directions, from
+`noise_projections` or from elsewhere.
 """
 
 import math
@@ -28,9 +28,9 @@ class Projections(NamedTuple):
     """The noise of a law along J directions.
 
     Attributes:
-        noise: of K draws, ``u_j . (grad(L . W_k) - grad L)``, [K, J].
-        slopes: of the N losses along the directions, ``u_j . g_i``, [J, N]: what the exact values
-            are made of.
+        noise: the noise of K draws, ``u_j . (grad(L . W_k) - grad L)``, [K, J].
+        slopes: the slopes of the N losses along the directions, ``u_j . g_i``, [J, N], which give
+            the exact values.
     """
 
     noise: Float[Array, "K J"]
@@ -40,13 +40,13 @@ class Projections(NamedTuple):
 def random_directions(
     params: Params, key: Key[Array, ""], num_directions: PositiveInt
 ) -> Gradients:
-    """J orthonormal random directions like the parameters, with leading axes of J.
+    """J orthonormal random directions, like the parameters with a leading axis of J.
 
-    Costs memory for J vectors like the parameters; no gradient.
+    They cost memory for J vectors like the parameters, and no gradient.
 
     Raises:
-        TypeError, ValueError: if `params` are not floating point, `key` is no typed PRNG key, or
-            there are not so many directions.
+        TypeError: if `params` are not floating point, or `key` is not a typed PRNG key.
+        ValueError: if the number of directions is not from 1 to the number of parameters.
     """
     _validate.floating_params(params)
     _validate.prng_key("key", key)
@@ -76,27 +76,28 @@ def noise_projections(
     num_draws: PositiveInt,
     first_step: Step = 0,
 ) -> Projections:
-    """The noise of K draws of a law along J directions, at the price of J forward-mode passes.
+    """The noise of K draws of a law along J directions, at the cost of J forward-mode passes.
 
-    A projection of the noise is ``V . (G u)``, and G u does not depend on the draw: after one
-    forward-mode pass of the N examples per direction, a draw costs J N multiplications and no
-    gradient at all. 10,000 draws are as cheap as ten. Compiled anew on each call.
+    A projection of the noise is ``V . (G u)``, and G u does not depend on the draw. So after one
+    forward-mode pass over the N examples per direction, a draw costs J N multiplications and no
+    gradient: 10,000 draws cost hardly more than ten. Each eager call compiles a program.
 
     Args:
         losses: the loss vector.
         params: a pytree of floating-point arrays.
-        law: a law of N weights with independent steps; no covariance is asked of it.
+        law: a law for N examples with independent steps; it need not state a covariance.
         key: a typed PRNG key; draw k is ``law.sample(key, first_step + k)``.
-        directions: like `params` with leading axes of J, from `random_directions` say, and chosen
-            without looking at the draws.
+        directions: like `params` with a leading axis of J, for example from `random_directions`;
+            they must be chosen independently of the draws.
         num_draws: K, at least 2.
         first_step: the step of the first draw.
 
     Raises:
-        TypeError, ValueError: if `losses` is not a `loss.LossVector`, a parameter is not floating
-            point, `directions` are not like `params`, `law` is no `noise.MNoise`, is for another
-            number of examples or has steps that depend on each other, `key` is no typed PRNG key,
-            `num_draws` is below 2, or, outside of `jax.jit`, a loss or a slope is not finite.
+        TypeError: if `losses` is not a `loss.LossVector`, a parameter is not floating point, `law`
+            is not a `noise.MNoise`, or `key` is not a typed PRNG key.
+        ValueError: if `directions` are not like `params`, `law` is for another number of examples
+            or has steps that depend on each other, `num_draws` is below 2, or, outside of
+            `jax.jit`, a loss or a slope is not finite.
     """
     loss_lib.checked(losses, params)
     num_draws = _validate.positive_int("num_draws", num_draws, minimum=2)
@@ -111,7 +112,7 @@ def noise_projections(
 def slopes_along(
     losses: loss_lib.LossVector, params: Params, directions: Gradients
 ) -> Float[Array, "J N"]:
-    """The slopes of all losses along J directions, a forward-mode pass each."""
+    """The slopes of all losses along J directions, by one forward-mode pass per direction."""
     _validate.leading_axis("directions", directions)
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], directions)
     _validate.same_kind("directions", "params", jax.tree.map(jnp.asarray, params), one)
@@ -128,9 +129,9 @@ def slopes_along(
 def draws_along(
     slopes: Float[Array, "J N"], law: MNoise, key: Key[Array, ""], first: Step, num_draws: int
 ) -> Float[Array, "K J"]:
-    """The noise of K steps, projected: each draw is a product of its weights with the slopes."""
+    """The projected noise of K steps: the product of the weights of each draw with the slopes."""
     mean = slopes.mean(1)
-    # Of centred slopes: what is left of W would cancel in a sum of N terms.
+    # With centred slopes, so that no large terms cancel in a sum of N terms.
     centred = (slopes - mean[:, None]).T
 
     def of_draw(step: Int[Array, ""]) -> Float[Array, " J"]:
@@ -150,9 +151,9 @@ def draws_along(
 def excess_kurtosis(samples: Float[Array, " K"]) -> Estimate:
     """The excess kurtosis of K independent samples, 0 for a normal law, with its standard error.
 
-    The fourth central moment over the squared variance, less 3, with the standard error to first
-    order. It cannot exceed K - 2 + 1/(K - 1), and its standard error means little where the eighth
-    moment is infinite: it cannot show an infinite kurtosis. Costs no gradient.
+    It is the fourth central moment divided by the squared variance, less 3, with its standard error
+    to first order. It is at most K - 2 + 1/(K - 1), and its standard error means little if the
+    eighth moment is infinite, so it cannot show an infinite kurtosis. It costs no gradient.
 
     Raises:
         ValueError: if there are fewer than 4 samples.
@@ -162,7 +163,7 @@ def excess_kurtosis(samples: Float[Array, " K"]) -> Estimate:
     second = jnp.square(deviations).mean()
     unit = deviations / jnp.sqrt(second)
     fourth = (unit**4).mean()
-    # What each sample moves the ratio by, that of the mean included.
+    # The first-order effect of each sample on the ratio, including its effect on the mean.
     moved = unit**4 - fourth - 2 * fourth * (jnp.square(unit) - 1) - 4 * (unit**3).mean() * unit
     return _estimates.estimate(fourth - 3, moved.std(ddof=1) / math.sqrt(size), size - 1)
 
@@ -172,8 +173,8 @@ def independent_kurtosis(slopes: Float[Array, "*J N"], weight_kurtosis: float) -
 
     Args:
         slopes: a_i = u . g_i, [N] or [J, N].
-        weight_kurtosis: the excess kurtosis of one weight: 0 of `noise.fisher`, -2 of
-            `noise.rademacher`, (1 - 6 p (1 - p)) / (p (1 - p)) with p = b/N of `noise.bernoulli`.
+        weight_kurtosis: the excess kurtosis of one weight: 0 for `noise.fisher`, -2 for
+            `noise.rademacher`, (1 - 6 p (1 - p)) / (p (1 - p)) with p = b/N for `noise.bernoulli`.
 
     Returns:
         ``weight_kurtosis * sum a^4 / (sum a^2)^2``, a scalar or [J].
@@ -182,11 +183,13 @@ def independent_kurtosis(slopes: Float[Array, "*J N"], weight_kurtosis: float) -
 
 
 def student_t_kurtosis(slopes: Float[Array, "*J N"], degrees_of_freedom: float) -> Array:
-    """The exact excess kurtosis of projected `noise.student_t`; infinite up to 4 degrees.
+    """The exact excess kurtosis of the projected noise of `noise.student_t`.
+
+    It is infinite for up to 4 degrees of freedom.
 
     Args:
         slopes: a_i = u . g_i, [N] or [J, N].
-        degrees_of_freedom: of the law.
+        degrees_of_freedom: the degrees of freedom of the law.
     """
     centred = slopes - slopes.mean(-1, keepdims=True)
     if degrees_of_freedom <= 4:
@@ -199,17 +202,18 @@ def sgd_kurtosis(
 ) -> Array:
     """The exact excess kurtosis of the projected noise of `noise.sgd`.
 
-    With replacement (kappa - 3) / b, with kappa the kurtosis of the N slopes; without, the fourth
-    moment of a mean of b of N numbers.
+    With replacement it is (kappa - 3) / b, with kappa the kurtosis of the N slopes. Without, it
+    follows from the fourth moment of the mean of b of N numbers.
 
     Args:
         slopes: a_i = u . g_i, [N] or [J, N].
-        batch_size: b.
-        replace: as of the law.
+        batch_size: b, between 1 and N.
+        replace: whether the law draws with replacement.
 
     Raises:
-        TypeError, ValueError: if b is not from 1 to N, or, without replacement, N is below 4 or b
-            is N: then there is no noise.
+        TypeError: if b is not an integer.
+        ValueError: if b is not from 1 to N, or, without replacement, N is below 4, or b is N, so
+            that there is no noise.
     """
     n = slopes.shape[-1]
     b = _validate.positive_int("batch_size", batch_size, maximum=None if replace else n - 1)
@@ -240,8 +244,8 @@ class GaussianityTest(NamedTuple):
     Attributes:
         kurtosis: Mardia's multivariate kurtosis b.
         expected: its mean for Gaussian noise, J (J + 2) (K - 1) / (K + 1), exact.
-        p_value: two-sided; at most 0.05 for Gaussian noise with probability 0.05, exactly, where
-            40 divides M + 1 for M simulations.
+        p_value: the two-sided p-value. For Gaussian noise it is at most 0.05 with probability 0.05,
+            exactly, if 40 divides M + 1 for M simulations.
     """
 
     kurtosis: Float[Array, ""]
@@ -252,11 +256,12 @@ class GaussianityTest(NamedTuple):
 def mardia_kurtosis(samples: Float[Array, "K J"]) -> Float[Array, ""]:
     """The mean of the fourth powers of the samples' Mahalanobis distances from their mean.
 
-    NaN where the samples do not span all J directions, up to rounding: there are no distances then.
+    It is NaN if the samples do not span all J directions up to rounding, since there are no
+    distances then.
     """
     deviations = samples - samples.mean(0)[None]
-    # Distances are those of an orthonormal basis of the columns: no covariance is inverted. Columns
-    # of length 1, so that directions of little noise are not taken for missing ones.
+    # Distances come from an orthonormal basis of the columns, so that no covariance is inverted.
+    # Columns are scaled to length 1, so that directions of little noise do not count as missing.
     lengths = jnp.linalg.norm(deviations, axis=0)
     columns = deviations / jnp.where(lengths > 0, lengths, 1)[None]
     basis, rest = jnp.linalg.qr(columns)
@@ -268,25 +273,27 @@ def mardia_kurtosis(samples: Float[Array, "K J"]) -> Float[Array, ""]:
 def gaussianity_test(
     samples: Float[Array, "K J"], key: Key[Array, ""], *, num_simulations: PositiveInt = 199
 ) -> GaussianityTest:
-    """Tests that K independent draws along J directions are Gaussian, with an exact level.
+    """Tests whether K independent draws along J directions are Gaussian, with an exact level.
 
-    One test for all directions, of any mean and covariance: Mardia's kurtosis does not change under
-    affine maps, so for Gaussian noise its law depends on (J, K) alone, and is simulated. (The usual
-    normal approximation has a level of 2.9 % instead of 5 % at J = 3, K = 100.) Directions one by
-    one would be dependent tests; for several layers or steps, correct the p-values by Holm's rule.
+    It is one test for all directions, for any mean and covariance: Mardia's kurtosis does not
+    change under affine maps, so for Gaussian noise its distribution depends on (J, K) only, and is
+    simulated. (The usual normal approximation has a level of 2.9 % instead of 5 % at J = 3,
+    K = 100.) Separate tests per direction would depend on each other. For several layers or steps,
+    correct the p-values by Holm's rule.
 
-    Not to reject is no proof: the power against SGD of batch size 8 of 40 without replacement,
-    whose excess kurtosis is -0.08, is 7 %. Costs no gradient.
+    A test that does not reject proves nothing: the power against SGD of batch size 8 of 40 without
+    replacement, whose excess kurtosis is -0.08, is 7 %. It costs no gradient.
 
     Args:
-        samples: [K, J], `Projections.noise` say; J at most the rank of the covariance, K > J + 1.
+        samples: the draws, [K, J] with K > J + 1, for example `Projections.noise`; J must be at
+            most the rank of the covariance.
         key: a typed PRNG key, for the simulations.
-        num_simulations: M.
+        num_simulations: M, at least 39.
 
     Raises:
-        TypeError, ValueError: if `samples` are not [K, J] with K > J + 1, or, outside of `jax.jit`,
-            do not span all J directions, `num_simulations` is below 39, or `key` is no typed PRNG
-            key.
+        TypeError: if `key` is not a typed PRNG key, or `num_simulations` is not an integer.
+        ValueError: if `samples` are not [K, J] with K > J + 1, or, outside of `jax.jit`, do not
+            span all J directions, or `num_simulations` is below 39.
     """
     if samples.ndim != 2 or samples.shape[0] <= samples.shape[1] + 1:
         raise ValueError(

@@ -1,12 +1,13 @@
-r"""M-noises: random weight vectors W in R^N with mean 1/N, as pure functions of (PRNG key, step).
+r"""Laws of random weight vectors W in R^N with mean 1/N, drawn by pure functions of (key, step).
 
 A noisy gradient is ``grad(L(theta) . W)``, a vector of per-example losses times a weight vector
-that does not depend on theta (the paper's Eq. 6). Every noise here is exchangeable, so that its
-covariance is two numbers, ``Cov(W) = alpha I + beta 1 1^T``, known exactly; the noisy gradient then
-has covariance ``alpha N F + beta N^2 grad L grad L^T``, with F the empirical Fisher matrix.
+that does not depend on theta (the paper's Eq. 6), the M-noise of the paper. All laws in this table
+are exchangeable, so the covariance of W is given by two numbers that are known exactly,
+``Cov(W) = alpha I + beta 1 1^T``. The noisy gradient then has covariance ``alpha N F + beta N^2
+grad L grad L^T``, with F the empirical Fisher matrix.
 
 ==========================  =====================================  ===========  ====================
-noise                       W                                      evaluations  Cov(grad(L . W))
+law                         W                                      evaluations  Cov(grad(L . W))
 ==========================  =====================================  ===========  ====================
 :func:`gd`                  1/N                                    N            0
 :func:`sgd`                 1/b on b examples                      b            (N-b)/(N-1) S/b
@@ -24,15 +25,16 @@ noise                       W                                      evaluations  
 :func:`svag`                p W1 + q W2, two draws of any base     2b for sgd   l times the base's
 ==========================  =====================================  ===========  ====================
 
-Laws have an algebra: :func:`scaled` multiplies the noise by a number, a traced array or a schedule,
-:func:`sum_of` adds independent noises, :func:`mixture` draws each step from one of several laws,
-:func:`coloured` correlates the noise over steps, and :func:`reweighted` lets examples count more or
-less. Their covariances are as exact, where two numbers can state them.
+New laws can be made of others: :func:`scaled` multiplies the noise W - 1/N of a law by a number, a
+traced array or a schedule, :func:`sum_of` adds the independent noises of several laws,
+:func:`mixture` draws each step from one of several laws, :func:`coloured` correlates the noise over
+steps, and :func:`reweighted` lets examples count more or less. Their covariances are exact too,
+where two numbers can state them.
 
-For the batches of a data loader, of any size, there are :func:`batch_cov` and :func:`batch_fisher`:
+For batches of a data loader, of any size, there are :func:`batch_cov` and :func:`batch_fisher`:
 they count the draw of the batch as part of the noise.
 
-F = G G^T / N is the empirical Fisher, S = F - grad L grad L^T the gradient covariance, and
+F = G G^T / N is the empirical Fisher matrix, S = F - grad L grad L^T the gradient covariance, and
 `batch_size` (b) always means the scale: the batch size of the SGD that the noise imitates.
 """
 

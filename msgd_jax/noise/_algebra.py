@@ -21,24 +21,24 @@ Scale = float | int | np.generic | Float[Array, ""] | Callable[[Int[Array, ""]],
 def scaled(law: MNoise, scale: Scale) -> MNoise:
     """The noise of a law multiplied by a number: W = 1/N + c (W' - 1/N), W' a draw of `law`.
 
-    The mean stays 1/N and the covariance is c^2 times that of `law`. The weights of a step are made
-    of the ones that `law` itself draws for that step, so that different scales see the same noise.
+    The mean stays 1/N and the covariance is c^2 times that of `law`. W' is the draw of `law` for
+    the same key and step, so different scales give multiples of the same noise.
 
-    A law whose draws list some examples only becomes dense, since the mean 1/N of all the others
-    has to be made up for: a step then computes all N losses, unless c is the number 1.
+    If `law` is sparse, the scaled law is dense, since the examples that a draw leaves out need
+    weights too for their mean to be 1/N: a step computes all N losses, unless c is the number 1.
 
     Args:
-        law: the law W' comes from.
-        scale: c, a finite number of at least 0, or an array of shape (), which may be traced: built
-            inside a function, the law can be swept over by `jax.vmap` and compiles once, but
-            states no `covariance`. Or a schedule, a function from the step (an int32 array of shape
-            ()) to such a number, like those of optax: then the law states no `covariance` either,
-            since that changes from step to step; `covariance_between` states it.
+        law: the law that W' is drawn from.
+        scale: c, a finite number of at least 0, or an array of shape () that may be traced. With a
+            traced scale the law is built inside a function, which `jax.vmap` can map over scales
+            and which compiles once; the law then states no `covariance`. Or a schedule like those
+            of optax, a function from the step (an int32 array of shape ()) to such a number: the
+            covariance then changes from step to step and is stated by `covariance_between`.
 
     Raises:
         TypeError: if `law` is not a law or `scale` is neither a number nor a function.
-        ValueError: if `scale`, or a schedule at step 0, is negative, not finite or not a scalar;
-            traced ones are taken on trust.
+        ValueError: if `scale`, or the value of a schedule at step 0, is negative, not finite or not
+            a scalar; traced values are not checked.
 
     Example:
         >>> from msgd_jax import noise
@@ -75,16 +75,16 @@ def scaled(law: MNoise, scale: Scale) -> MNoise:
 def sum_of(*laws: MNoise) -> MNoise:
     """The noises of several laws added up: W = 1/N + sum over k of (W_k - 1/N), independent W_k.
 
-    The covariances add up. Draws are dense, as those of `scaled`, so that a step computes all N
-    losses. The key of a step is split in as many as there are laws, so none of the W_k is what its
-    law draws by itself from the same key.
+    The covariances add up. The law is dense, as those of `scaled` are, so a step computes all N
+    losses. The key of a step is split into one key per law, so W_k differs from the draw of its law
+    alone with the same key.
 
     Args:
         laws: at least one law, all for the same number of examples.
 
     Raises:
         TypeError: if an argument is not a law.
-        ValueError: if there is none, or their numbers of examples differ.
+        ValueError: if there are no laws, or their numbers of examples differ.
 
     Example:
         >>> from msgd_jax import noise
@@ -104,26 +104,26 @@ def sum_of(*laws: MNoise) -> MNoise:
 
 
 def mixture(laws: Sequence[MNoise], probabilities: Any) -> MNoise:
-    """Each step drawn from one of several laws, which one by chance.
+    """Draws each step from one of several laws, which is chosen at random.
 
-    The mean is 1/N and the covariance the average of those of the laws. Where the laws list some
-    examples only, so does the mixture, always as many as the largest of them (with weights of 0 for
-    the rest); with one law that is dense, all draws are.
+    The mean is 1/N and the covariance is the average of those of the laws. If all laws are sparse,
+    the mixture is sparse too: its draws list as many examples as the largest of the laws does, and
+    those left over have weight 0. If one law is dense, the mixture is dense.
 
     Args:
         laws: at least one law of independent steps, all for the same number of examples.
         probabilities: one per law, at least 0, adding up to 1.
 
     Raises:
-        TypeError: if one is not a law, or not a number.
-        ValueError: if there is none, their numbers of examples differ, the steps of one are not
-            independent, or the probabilities are not as many, below 0, or add up to something
-            else than 1.
+        TypeError: if one of `laws` is not a law, or one of `probabilities` is not a number.
+        ValueError: if there are no laws, their numbers of examples differ, the steps of a law are
+            not independent, or there is not one probability per law, one is below 0, or they do
+            not add up to 1.
 
     Example:
         >>> from msgd_jax import noise
         >>> law = noise.mixture([noise.sgd(100, 10), noise.sgd(100, 1)], [0.9, 0.1])
-        >>> law.support_size  # a step costs ten losses, also where one is drawn
+        >>> law.support_size  # a step computes ten losses, even if it uses one of them
         10
     """
     laws = tuple(laws)
@@ -149,7 +149,7 @@ def mixture(laws: Sequence[MNoise], probabilities: Any) -> MNoise:
 
 
 def weights_at(law: MNoise, key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
-    """What a law draws for a step from the key of its stream, as `MNoise.sample` does."""
+    """The weights of a step, from the key of the stream, as `MNoise.sample` draws them."""
     return weights_of_step(law.draw, law.draw_at, key, step)
 
 
@@ -166,7 +166,7 @@ def _at(scale: Scale, step: Int[Array, ""]) -> Any:
 
 
 def _scaled_draw(law: MNoise, scale: Scale, key: Key[Array, ""]) -> Weights:
-    # One draw by itself has no step: by a schedule it is the first one's.
+    # A draw without a step takes the scale of the schedule at step 0.
     return _stretched(law.draw(key), _at(scale, jnp.zeros((), jnp.int32)))
 
 
@@ -191,7 +191,7 @@ def _summed(draws: list[Weights]) -> Weights:
 
 
 def combined(draws: list[Weights], coefficients: Sequence[float], rest: float) -> Weights:
-    """``rest / N`` and the draws times their coefficients, added up; dense."""
+    """The dense sum of ``rest / N`` and the draws times their coefficients."""
     n = draws[0].num_examples
     total = jnp.full(n, rest / n, draws[0].values.dtype)
     dense = jax.lax.optimization_barrier([draw.dense() for draw in draws])
@@ -204,19 +204,19 @@ def _mixture_draw(
     laws: tuple[MNoise, ...], shares: tuple[float, ...], size: int | None, key: Key[Array, ""]
 ) -> Weights:
     choice_key, draw_key = jax.random.split(key)
-    # Which one: how many of the cumulative shares a uniform number is above.
+    # The index of the chosen law is the number of cumulative shares that a uniform number exceeds.
     bounds = jnp.asarray(np.cumsum(shares)[:-1], jnp.float32)
     chosen = jnp.sum(jax.random.uniform(choice_key, (), jnp.float32) >= bounds, dtype=jnp.int32)
     implementation = str(jax.random.key_impl(draw_key))
     draws = [bound(_padded, law, size, implementation) for law in laws]
-    # As words: one branch alone uses the key, which the checker of reused keys cannot know.
+    # As words: jax's checker of reused keys cannot know that only one branch uses the key.
     return jax.lax.switch(chosen, draws, jax.random.key_data(draw_key))
 
 
 def _padded(
     law: MNoise, size: int | None, implementation: str, words: UInt32[Array, " words"]
 ) -> Weights:
-    """A draw on `size` examples, some of them with weight 0; None: on all, in order."""
+    """A draw that lists `size` examples, padded with weights of 0; dense if `size` is None."""
     weights = law.draw(jax.random.wrap_key_data(words, impl=implementation))
     if size is None or weights.indices is None:
         return Weights(weights.dense(), None, weights.num_examples)
@@ -229,7 +229,7 @@ def _padded(
 
 
 def _moments(laws: Sequence[MNoise], factors: Sequence[float]) -> Exchangeable | None:
-    """The covariances multiplied and added up; None where a law states none."""
+    """The sum of the covariances times their factors; None if a law states no covariance."""
     total = Exchangeable(0.0, 0.0)
     for factor, law in zip(factors, laws, strict=True):
         if law.moments is None:

@@ -1,4 +1,4 @@
-"""The noises of sections 2 to 5.2: gradient descent, SGD, and independent or centred weights."""
+"""The laws of sections 2 to 5.2: gradient descent, SGD, and independent or centred weights."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ def gd(num_examples: int, *, dtype: Any = jnp.float32) -> MNoise:
 
     Raises:
         TypeError: if `num_examples` is not an integer.
-        ValueError: if it is below 1, or `dtype` is neither float32 nor float64.
+        ValueError: if `num_examples` is below 1, or `dtype` is neither float32 nor float64.
     """
     n = _validate.num_examples("num_examples", num_examples)
     dtype = _validate.wide_float_dtype("dtype", dtype)
@@ -76,7 +76,7 @@ def sgd(
 
 
 def _draw_sgd(n: int, b: int, replace: bool, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
-    # The type of what is drawn is part of the draw: jax's default depends on the x64 flag.
+    # The dtype is given, since jax's default, and with it the draw, depends on the x64 flag.
     if replace:
         indices = jax.random.randint(key, (b,), 0, n, jnp.int32)
     else:
@@ -91,8 +91,8 @@ def fisher(num_examples: int, batch_size: float | int, *, dtype: Any = jnp.float
 
     Args:
         num_examples: N, at least 1.
-        batch_size: b, the batch size of the SGD whose scale the noise has, any number above 0:
-            also above N, also fractional.
+        batch_size: b, the batch size of the SGD whose scale the noise has: any number above 0,
+            which may be fractional or above N.
         dtype: of the weights, float32 or float64.
 
     Raises:
@@ -118,8 +118,8 @@ def cov(num_examples: int, batch_size: float | int, *, dtype: Any = jnp.float32)
 
     Args:
         num_examples: N, at least 1; with N = 1 there is nothing to vary and W = 1.
-        batch_size: b, the batch size of the SGD whose covariance the noise has, any number above 0:
-            also above N, also fractional.
+        batch_size: b, the batch size of the SGD whose covariance the noise has: any number above 0,
+            which may be fractional or above N.
         dtype: of the weights, float32 or float64.
 
     Raises:
@@ -170,8 +170,8 @@ def bernoulli(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -
 
 
 def _draw_bernoulli(n: int, b: int, dtype: jnp.dtype, key: Key[Array, ""]) -> Weights:
-    # mode="high": a 23-bit uniform would misstate probabilities b/N below about 1e-5. The type of
-    # the probability is that of the uniforms: jax's default depends on the x64 flag.
+    # mode="high", because a 23-bit uniform would misstate probabilities b/N below about 1e-5. The
+    # dtype of the probability is given, since jax's default depends on the x64 flag.
     probability = jnp.asarray(b / n, jnp.float32)
     chosen = jax.random.bernoulli(key, probability, (n,), mode="high")
     return Weights(chosen.astype(dtype) / b, None, n)
@@ -180,9 +180,9 @@ def _draw_bernoulli(n: int, b: int, dtype: jnp.dtype, key: Key[Array, ""]) -> We
 def rademacher(num_examples: int, scale: float, *, dtype: Any = jnp.float32) -> MNoise:
     """GD-Rademacher: W = 1/N + scale a/N, a_i = +-1 with equal probability.
 
-    Gradient descent on the loss plus `scale` times the empirical Rademacher regulariser, its
-    supremum and absolute value left out, as in Figure 1 (a) and (d). `matching_scale` gives the
-    scale that has the variances of another noise.
+    This is gradient descent on the loss plus `scale` times the empirical Rademacher regulariser
+    without its supremum and absolute value, as in Figure 1 (a) and (d). `matching_scale` gives the
+    scale at which the weights have the variances of another law.
 
     Args:
         num_examples: N, at least 1.

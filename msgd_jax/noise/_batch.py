@@ -1,4 +1,4 @@
-"""Laws for a batch that somebody else drew: a data loader, a generator, a stream."""
+"""Laws for a batch that was drawn elsewhere: by a data loader, a generator or a stream."""
 
 import dataclasses
 import functools
@@ -18,21 +18,21 @@ from msgd_jax.noise._types import Exchangeable, MNoise, Weights
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class BatchLaw:
-    """What law the weights of a loaded batch have, whatever its size; made by `batch_cov` and kin.
+    """The laws of the weights of loaded batches of any size; see `batch_cov` and `batch_fisher`.
 
-    The batch itself is random, and part of the noise: what its weights add is less. `of` gives the
-    law of the weights of B examples, an `MNoise` of B examples with mean 1/B.
+    The batch is random and so part of the noise: its weights add only the rest. `of` gives the law
+    of the weights of B examples, an `MNoise` of B examples with mean 1/B.
 
-    `train`, `transform` and `loss` take a batch law as it is: B is then the length of the data of
+    `train`, `transform` and `loss` take a batch law directly: B is then the length of the data of
     each step, which is known when the step is traced. A smaller last batch has a law of its own,
-    with the scale of its size, and ``jax.jit`` compiles the step once for each size.
+    with the scale for its size, and ``jax.jit`` compiles the step once per size.
 
     Attributes:
         num_examples: N, how many examples the loader draws from; None for a stream.
         batch_size: b, the batch size of the SGD whose noise is wanted.
-        centred: whether the target is S/b, as that of `cov`, or F/b, as that of `fisher`.
-        matching: what is matched, "total" or "gaussian".
-        dtype: of the weights.
+        centred: whether the covariance wanted is S/b, as in `cov`, or F/b, as in `fisher`.
+        matching: the part of the noise that has this covariance, "total" or "gaussian".
+        dtype: of the weights, float32 or float64.
     """
 
     num_examples: int | None
@@ -43,13 +43,13 @@ class BatchLaw:
 
     @property
     def name(self) -> str:
-        """The constructor and its arguments, for people."""
+        """The constructor and its arguments, for messages."""
         kind = "batch_cov" if self.centred else "batch_fisher"
         return f"{kind}({self.num_examples}, {self.batch_size}, matching={self.matching!r})"
 
     @property
     def smallest(self) -> int:
-        """The fewest examples of a batch for which there is such a law."""
+        """The smallest number of examples in a batch for which the law exists."""
         n, b = self.num_examples, self.batch_size
         if self.matching == "gaussian":
             return 2 if self.centred else 1
@@ -60,12 +60,12 @@ class BatchLaw:
     def of(self, size: int) -> MNoise:
         """The law of the weights of a batch of `size` examples.
 
-        Its `covariance` is that of the weights given the batch, [B, B].
+        Its `covariance` is the one of the weights given the batch, [B, B].
 
         Raises:
             TypeError: if `size` is not an integer.
-            ValueError: if the batch has more examples than there are, or so few that drawing them
-                is noisier by itself than the noise that is wanted; the error names the fewest.
+            ValueError: if `size` is above `num_examples`, or below `smallest`, so that drawing the
+                batch is already noisier than the noise that is wanted.
         """
         size = _validate.positive_int("the number of examples in a batch", size)
         if size not in self._laws:
@@ -74,7 +74,7 @@ class BatchLaw:
 
     @functools.cached_property
     def _laws(self) -> dict[int, MNoise]:
-        # A law owns the program that draws: two of one size would compile it twice.
+        # A law owns its compiled program, so a second law of the same size would compile it again.
         return {}
 
     def _of(self, size: int) -> MNoise:
@@ -90,13 +90,14 @@ class BatchLaw:
                 "drawing so few is noisier than SGD of that batch_size. Drop the last batch of an "
                 "epoch (drop_remainder, drop_last), load more, or raise batch_size."
             )
-        # What is missing: sigma^2 on each example, tau^2 on all of them together.
-        rest = 1.0 if n is None else (n - size) / n  # of the variance of the draw of the batch
-        one = 1 if n is None else (n - 1) / n  # for b = 1
+        # The weights are (1 + sigma eps_i + tau xi)/B. `each` is sigma^2 and `together` is tau^2,
+        # the variances that are left to add after the draw of the batch.
+        rest = 1.0 if n is None else (n - size) / n  # of the variance of a draw from a stream
+        one = 1 if n is None else (n - 1) / n  # the same factor for one example, b = 1
         together = 0.0
         if self.matching == "gaussian":
             each = size**2 * one / (b * (size - 1)) if self.centred else size / b
-        elif size == 1:  # SGD of batch size 1 as it is
+        elif size == 1:  # SGD of batch size 1, to which nothing is added
             each = 0.0
         elif self.centred:
             each = size * (size * one / b - rest) / (size - 1)
@@ -120,29 +121,31 @@ def batch_cov(
     matching: Literal["total", "gaussian"] = "total",
     dtype: Any = jnp.float32,
 ) -> BatchLaw:
-    """SGD's noise at another batch size, on the batches of a data loader: covariance S/b in all.
+    """SGD's noise at another batch size, for the batches of a data loader: total covariance S/b.
 
-    The loader hands over B examples, drawn uniformly from N: any B of them, or the next B of a
-    shuffled epoch. Their weights are (1 + s (eps - mean eps))/B, with s so that a step, the draw of
-    its batch included, has mean gradient grad L and covariance exactly S/b: large batches that are
-    as noisy as small ones, on `sparse_cov`'s formula, with the subset given.
+    The loader gives B examples, drawn uniformly from N: any B of them, or the next B of a shuffled
+    epoch. Their weights are (1 + s (eps - mean eps))/B. s is such that the gradient of a step,
+    including the draw of its batch, has mean grad L and covariance exactly S/b. So large batches
+    are as noisy as small ones, by the formula of `sparse_cov` with the subset given.
 
     * ``matching="total"``: every single step has covariance S/b. Needs B >= bN/(N - 1 + b).
-    * ``matching="gaussian"``: what the weights add has covariance S/b by itself, and the draw of
-      the batch comes on top. That is the choice where batches partition an epoch and the sum over
-      epochs matters: the draws of an epoch cancel (two of its steps have covariance -S/(N - 1)).
+    * ``matching="gaussian"``: the noise that the weights add has covariance S/b, and the draw of
+      the batch adds to it. Choose this if batches partition an epoch and the sum over epochs
+      matters: the draws of an epoch cancel (two of its steps have covariance -S/(N - 1)).
 
     Args:
-        num_examples: N, how many examples the loader draws from; None for a stream of independent
-            examples, or a loader that draws with replacement, where S is the covariance of one
-            example of the population.
+        num_examples: N, the number of examples that the loader draws from; None for a stream of
+            independent examples or a loader that draws with replacement, where S is the covariance
+            of one example of the population.
         batch_size: b, the batch size of the SGD whose covariance is wanted, above 0.
         matching: "total" or "gaussian".
         dtype: of the weights, float32 or float64.
 
     Raises:
-        TypeError, ValueError: if `num_examples` is not an integer of at least 2 or None,
-            `batch_size` not a number above 0, or one of the others not among its choices.
+        TypeError: if `num_examples` is neither an integer nor None, or `batch_size` is not a
+            number.
+        ValueError: if `num_examples` is below 2, `batch_size` is not above 0, `matching` is
+            unknown, or `dtype` is neither float32 nor float64.
 
     Example:
         >>> from msgd_jax import noise
@@ -160,17 +163,18 @@ def batch_fisher(
     matching: Literal["total", "gaussian"] = "total",
     dtype: Any = jnp.float32,
 ) -> BatchLaw:
-    """Fisher noise on the batches of a data loader: covariance F/b in all.
+    """Fisher noise for the batches of a data loader: total covariance F/b.
 
-    As `batch_cov`, with weights (1 + s eps_i + t xi)/B: the normal xi, common to the batch, makes
-    up for the products of different examples that the draw of the batch leaves out. ``"total"``
-    needs B >= N(b + 1)/(N + b).
+    Like `batch_cov`, but the weights are (1 + s eps_i + t xi)/B. The normal xi, common to the
+    batch, adds the products of different examples' gradients that the draw of the batch lacks.
+    ``"total"`` needs B >= N(b + 1)/(N + b).
 
     Args:
-        num_examples: N, how many examples the loader draws from; None for a stream of independent
-            examples, or a loader that draws with replacement.
+        num_examples: N, the number of examples that the loader draws from; None for a stream of
+            independent examples or a loader that draws with replacement.
         batch_size: b, the batch size of the SGD whose scale is wanted, above 0.
-        matching: "total" or "gaussian"; for "gaussian" the weights' own part has covariance F/b.
+        matching: "total" or "gaussian"; with "gaussian" the noise that the weights add has
+            covariance F/b.
         dtype: of the weights, float32 or float64.
 
     Raises:
@@ -182,7 +186,7 @@ def batch_fisher(
 def _batch_law(
     num_examples: Any, batch_size: Any, centred: bool, matching: Any, dtype: Any
 ) -> BatchLaw:
-    # In a stream there are always enough.
+    # A stream always has enough examples.
     n, b = _building_blocks.scale(
         2 if num_examples is None else num_examples, batch_size, smallest=2
     )

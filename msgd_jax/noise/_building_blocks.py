@@ -1,4 +1,4 @@
-"""The pieces that noises are made of: subsets, centred normals, and the covariances they add."""
+"""The pieces that laws are made of: subsets, centred normals, and the covariances they add."""
 
 import math
 
@@ -12,7 +12,7 @@ from msgd_jax.noise._types import Exchangeable
 
 
 def sizes(num_examples: int, batch_size: int, *, smallest: int = 1) -> tuple[int, int]:
-    """Checks smallest <= N and 1 <= b <= N."""
+    """Returns N and b if smallest <= N and 1 <= b <= N; else raises TypeError or ValueError."""
     n = _validate.num_examples("num_examples", num_examples, minimum=smallest)
     return n, _validate.positive_int("batch_size", batch_size, maximum=n)
 
@@ -20,7 +20,7 @@ def sizes(num_examples: int, batch_size: int, *, smallest: int = 1) -> tuple[int
 def scale(
     num_examples: int, batch_size: float | int, *, smallest: int = 1
 ) -> tuple[int, float | int]:
-    """Checks smallest <= N and 0 < b, for laws in which b is but the scale of the noise."""
+    """Like `sizes` with b any number above 0, for laws in which b is only a scale."""
     n = _validate.num_examples("num_examples", num_examples, minimum=smallest)
     if not 0 < _validate.real("batch_size", batch_size) < math.inf:
         raise ValueError(f"batch_size must be finite and above 0, got {batch_size}.")
@@ -34,7 +34,7 @@ def subset(key: Key[Array, ""], num_examples: int, size: int) -> Int[Array, " {s
 
 
 def normals(key: Key[Array, ""], size: int, dtype: jnp.dtype) -> Float[Array, " {size}"]:
-    """Standard normals, the same bits in any program: never fused with what is done to them."""
+    """Standard normals, the same bits in any program: never fused with the code that uses them."""
     return jax.lax.optimization_barrier(jax.random.normal(key, (size,), dtype))
 
 
@@ -55,13 +55,13 @@ def scatter(
 
 
 def centre_normals(normals: Float[Array, " size"]) -> Float[Array, " size"]:
-    """Subtracts the mean of standard normals: the same bits for any sharding of the axis.
+    """Subtracts the mean of standard normals; the bits are the same for any sharding of the axis.
 
     A floating-point sum depends on its order, and so on the number of devices; an integer sum does
-    not. The normals are summed in fixed point, in 32 bits (64 for float64), with as many fractional
-    bits as leave room for a sum of 8 standard deviations (beyond that with probability 1e-15).
-    What rounding leaves in the mean is below a 2^-12th of the mean's own standard deviation at
-    any size up to 2^31, and a 2^-23rd at 1,000.
+    not. So the normals are summed in fixed point, in 32 bits (64 for float64), with as many
+    fractional bits as leave room for a sum of 8 standard deviations (which it exceeds with
+    probability 1e-15). The rounding error of the mean is below 2^-12 of the mean's own standard
+    deviation at any size up to 2^31, and below 2^-23 of it at 1,000.
     """
     size = normals.shape[0]
     fractional_bits = _fractional_bits(normals)
@@ -72,15 +72,16 @@ def centre_normals(normals: Float[Array, " size"]) -> Float[Array, " size"]:
 def centre_symmetric(values: Float[Array, " size"]) -> Float[Array, " size"]:
     """Subtracts the mean of independent symmetric values, however heavy their tails.
 
-    As `centre_normals`, the same bits for any sharding of the axis. Given their absolute values,
-    the sum of symmetric values is one of random signs: above 8 sqrt(size) times the largest with
-    probability 3e-14. So the largest value, which depends on no order, sets the fixed point, and
-    what rounding to it leaves is added up in a second fixed point.
+    As in `centre_normals`, the bits are the same for any sharding of the axis. Given their absolute
+    values, symmetric values differ by random signs only, so their sum exceeds 8 sqrt(size) times
+    the largest one with probability 3e-14. The largest value, which does not depend on the order of
+    the values, sets the unit of the fixed point. The remainders of rounding to this unit are summed
+    in a second, finer fixed point.
     """
     size = values.shape[0]
     fractional_bits = _fractional_bits(values)
     unit = _power_of_two_above(jnp.max(jnp.abs(values))) * 2.0**-fractional_bits
-    counts = values / unit  # exact: a power of two
+    counts = values / unit  # exact, since the unit is a power of two
     rest = (counts - jnp.round(counts)) * 2.0**fractional_bits
     total = _rounded_sum(counts) + _rounded_sum(rest) * 2.0**-fractional_bits
     return values - total * (unit / size)
@@ -97,13 +98,13 @@ def _power_of_two_above(value: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def _fractional_bits(values: Float[Array, " size"]) -> int:
-    """How many leave room for a sum of 8 sqrt(size): 2^root is at least sqrt(size)."""
-    root = math.ceil(math.log2(values.shape[0]) / 2)
+    """The number of fractional bits that leaves room for a sum of 8 sqrt(size)."""
+    root = math.ceil(math.log2(values.shape[0]) / 2)  # 2^root is at least sqrt(size)
     return min(60 - root, 50) if values.dtype == jnp.dtype("float64") else 28 - root
 
 
 def _rounded_sum(values: Float[Array, " size"]) -> Float[Array, ""]:
-    """The sum of the nearest integers, as one integer until it is complete."""
+    """The sum of the values rounded to integers, computed as an integer."""
     integer = jnp.int64 if values.dtype == jnp.dtype("float64") else jnp.int32
     return jnp.sum(jnp.round(values).astype(integer)).astype(values.dtype)
 

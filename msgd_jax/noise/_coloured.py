@@ -1,4 +1,4 @@
-"""Noise that is correlated over steps."""
+"""Laws whose noise is correlated over steps."""
 
 import math
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ from msgd_jax.noise._types import Exchangeable, MNoise, Weights, is_sparse
 def coloured(law: MNoise, coefficients: Any) -> MNoise:
     """Noise that is correlated over steps: W_t = 1/N + sum over k of c_k V_(t-k).
 
-    V_t = W'_t - 1/N is the noise that `law` by itself draws for step t from the same key; those of
-    steps before the first, which the first steps need, have keys of their own, so that the noise is
-    stationary from step 0 on. With rho(h) = sum_k c_k c_(k+h),
-    Cov(W_t, W_(t+h)) = rho(h) Cov(W'), exactly; summed over all lags it is (sum c)^2 Cov(W').
+    V_t = W'_t - 1/N is the noise of the draw W'_t of `law` for step t with the same key. The first
+    steps also need draws for steps before the first; these have keys of their own, so that the
+    noise is stationary from step 0 on. With rho(h) = sum_k c_k c_(k+h), exactly
+    Cov(W_t, W_(t+h)) = rho(h) Cov(W'); summed over all lags it is (sum c)^2 Cov(W').
 
     * ``(1, -1)`` is the noise of Anti-PGD (Orvieto et al. 2022, arXiv:2202.02831): its sum over
       any number of steps stays bounded.
     * ``sqrt(1 - r^2) r^k`` for k = 0 ... M is an autoregressive noise, as momentum makes it.
-    * For the same size of noise per step as `law`, let the squares of the coefficients add up to 1.
+    * If the squares of the coefficients add up to 1, a step is as noisy as a step of `law`.
 
-    Each step draws M + 1 vectors, M + 1 the number of coefficients. If the coefficients add up to 1
-    and the draws of `law` list some examples only, a step computes M + 1 times as many losses;
-    otherwise it computes all N.
+    Each step draws M + 1 vectors, where M + 1 is the number of coefficients. If the coefficients
+    add up to 1 and `law` is sparse, a step computes M + 1 times as many losses; otherwise it
+    computes all N.
 
     Args:
         law: any law of independent steps.
@@ -38,7 +38,7 @@ def coloured(law: MNoise, coefficients: Any) -> MNoise:
 
     Raises:
         TypeError: if `law` is not a law or a coefficient is not a number.
-        ValueError: if there is no coefficient or one is not finite, or the steps of `law` are not
+        ValueError: if there is no coefficient, one is not finite, or the steps of `law` are not
             independent.
 
     Example:
@@ -52,7 +52,7 @@ def coloured(law: MNoise, coefficients: Any) -> MNoise:
     check_independent(law)
     c = _numbers("coefficients", coefficients)
     n = law.num_examples
-    rest = 1 - math.fsum(c)  # of the mean: on all examples
+    rest = 1 - math.fsum(c)  # the part of the mean 1/N that is added on all examples
     sparse = is_sparse(law) and abs(rest) < 1e-12 * math.fsum(map(abs, c))
     size = len(c) * law.support_size if sparse else n
     rest = None if sparse else rest
@@ -75,7 +75,7 @@ def coloured(law: MNoise, coefficients: Any) -> MNoise:
 def _coloured_draw(
     law: MNoise, coefficients: tuple[float, ...], rest: float | None, key: Key[Array, ""]
 ) -> Weights:
-    """One step by itself, with the law of every step."""
+    """A draw of one step, whose law is the same for every step."""
     return _coloured_draw_at(law, coefficients, rest, key, jnp.zeros((), jnp.int32))
 
 
@@ -86,8 +86,8 @@ def _coloured_draw_at(
     key: Key[Array, ""],
     step: Int[Array, ""],
 ) -> Weights:
-    # As unsigned numbers the steps before the first are those from 2^32 - 1 downwards, which are
-    # beyond the last step there is.
+    # As unsigned numbers, the steps before the first are 2^32 - 1 and downwards: all of them are
+    # above the last step, 2^31 - 1, so that their keys are used for nothing else.
     now = step.astype(jnp.uint32)
     parts = [
         law.draw(jax.random.fold_in(key, now - jnp.uint32(lag))) for lag in range(len(coefficients))

@@ -1,8 +1,9 @@
-"""Random permutations of up to 2^31 - 1 examples, one position at a time: nothing is sorted.
+"""Random permutations of up to 2^31 - 1 examples, computed one position at a time without sorting.
 
 A generalised Feistel network (Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains) is a
-keyed bijection of a grid that is hardly larger than N; walking on its cycle until a number below N
-comes up makes it a bijection of range(N). Time and memory are those of the positions asked for.
+keyed bijection of a grid that has hardly more than N cells. Applying it again and again until the
+result is below N gives a bijection of range(N). Time and memory are proportional to the number of
+positions asked for.
 """
 
 import functools
@@ -18,7 +19,7 @@ from jaxtyping import Array, Int, Integer, Key, UInt32
 from msgd_jax import _validate
 from msgd_jax._streams import Stream, derive
 
-# Up to here a permutation is sorted out by `jax.random.permutation`: exactly uniform and quick.
+# Up to this N, `jax.random.permutation` makes the whole permutation: exactly uniform and quick.
 SORTED_UP_TO = 1024
 
 # Twelve rounds leave the law of any two positions within 1e-7 of uniform, in total variation, for
@@ -31,23 +32,23 @@ def permute(
     positions: int | Integer[Array, "*shape"] | Integer[np.ndarray, "*shape"],
     num_examples: int,
 ) -> Int[Array, "*shape"]:
-    """What a random permutation of range(N) has at the given positions.
+    """The values of a random permutation of range(N) at the given positions.
 
-    The whole permutation is fixed by `key`, and any part of it can be had alone, on any device, at
-    a cost that does not grow with N: positions 0 to b-1 are a mini-batch without replacement,
-    positions tb to (t+1)b - 1 the t-th batch of a shuffled epoch, and distinct positions always
+    `key` fixes the whole permutation. Any part of it can be computed alone, on any device, at a
+    cost that does not grow with N: positions 0 to b-1 are a mini-batch without replacement, and
+    positions tb to (t+1)b - 1 are the t-th batch of a shuffled epoch. Distinct positions always
     have distinct values.
 
-    Up to 1,024 examples it is sorted out, uniform over all N! permutations. Above, it is a
-    pseudo-random permutation: a Feistel network of twelve rounds of Threefry, walked on its cycle
-    (format-preserving encryption). The law of one position is uniform and that of two within 1e-7
-    of uniform in total variation, to the extent that Threefry's outputs are independent and
-    uniform.
+    Up to N = 1,024 the permutation is uniform over all N! permutations. Above, it is a
+    pseudo-random permutation: a Feistel network of twelve rounds of Threefry, applied until the
+    value is below N (format-preserving encryption). The value at one position is uniform and the
+    values at two positions are within 1e-7 of uniform in total variation, to the extent that
+    Threefry's outputs are independent and uniform.
 
     Args:
         key: a typed PRNG key; the permutation is independent of what `jax.random` makes of it.
-        positions: integers in [0, N), of any shape and integer type; traced ones outside are
-            clipped.
+        positions: integers in [0, N), of any shape and integer type; traced positions out of range
+            are clipped.
         num_examples: N, between 1 and 2^31 - 1.
 
     Returns:
@@ -75,7 +76,7 @@ def permute(
 
 @functools.partial(jax.jit, static_argnames="n")
 def _permute(key: Key[Array, ""], positions: Int[Array, "*shape"], n: int) -> Int[Array, "*shape"]:
-    # What is kept of this, for good, is one program for each N and each shape, as of jnp's own.
+    # jax keeps one compiled program per N and shape of this, as it does for functions of jnp.
     key = derive(key, Stream.PERMUTATION)
     if n <= SORTED_UP_TO:
         return jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))[positions]
@@ -103,10 +104,11 @@ class _Grid(NamedTuple):
 
 @functools.cache
 def _grid(n: int) -> _Grid:
-    """The one with the fewest cells too many, among those at most 16 by 9.
+    """The grid whose sides have a ratio of at most 16 to 9 and which exceeds N by the fewest cells.
 
-    These are a few cells, none where N has a divisor there. So the walk is as good as always one
-    step, and time does not depend on N; the smallest square would have up to sqrt(N) too many.
+    It exceeds N by a few cells only, and by none if N has a suitable divisor. So nearly every value
+    is below N after one application, and the time does not depend on N. The smallest square would
+    exceed N by up to 2 sqrt(N) cells.
     """
     most = math.isqrt(n - 1) + 1
     rows = np.arange(-(-3 * most // 4), most + 1)
@@ -119,7 +121,7 @@ def _encrypt(
     grid: _Grid, words: UInt32[Array, "rounds 2"], values: UInt32[Array, "*shape"]
 ) -> UInt32[Array, "*shape"]:
     """The keyed bijection of the cells 0, ..., rows * columns - 1."""
-    # Typed, so that nothing is promoted to 64 bits.
+    # With dtypes, so that nothing is promoted to 64 bits.
     num_rows, num_columns = jnp.uint32(grid.rows), jnp.uint32(grid.columns)
 
     def two_rounds(i: Int[Array, ""], cell: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -137,9 +139,10 @@ def _random_below(
 ) -> UInt32[Array, "*shape"]:
     """A random function of the values into range(size), size below 2^16.
 
-    Threefry's 64 bits modulo the size: each result is as likely as another to within 2^-48.
+    The result is Threefry's 64 bits modulo the size: all results are equally likely to within
+    2^-48.
     """
-    zeros = values * jnp.uint32(0)  # has the axes of the values under vmap too
+    zeros = values * jnp.uint32(0)  # so that it has the axes of the values under vmap too
     high, low = threefry2x32_p.bind(words[0] + zeros, words[1] + zeros, values, zeros)
     modulus = jnp.uint32(size)
     return (high % modulus * jnp.uint32(2**32 % size) + low % modulus) % modulus

@@ -1,4 +1,4 @@
-"""Random reshuffling: what most training loops do instead of drawing every batch anew."""
+"""Random reshuffling: batches from shuffled epochs, which most training loops use."""
 
 from typing import Any
 
@@ -19,20 +19,20 @@ def random_reshuffling(
     """SGD through shuffled epochs: weight 1/b on the examples of one batch of a partition.
 
     An epoch is N/b steps, and its batches partition the examples; each epoch has a permutation of
-    its own. The batch of step t is computed from (key, t) alone, in O(b) time and memory for any N
-    (`permute`), so runs resume anywhere.
+    its own. The batch of step t is a function of (key, t), computed in O(b) time and memory for any
+    N (see `permute`), so runs can resume anywhere.
 
-    A single step has the law of `sgd` without replacement, and its covariance, exactly. The steps
-    of one epoch are not independent: an example seen in one is not seen in the others, and for
-    s != t their weights have Cov(W_s,i, W_t,i) = -1/N^2 and Cov(W_s,i, W_t,j) = 1/(N^2 (N-1));
-    steps of different epochs are independent. That is `covariance_between`. (For N <= 1,024; above,
-    to within what `permute` says.)
+    A single step has exactly the law, and so the covariance, of `sgd` without replacement. The
+    steps of one epoch are not independent, since an example is in one batch of the epoch only: for
+    s != t, Cov(W_s,i, W_t,i) = -1/N^2 and Cov(W_s,i, W_t,j) = 1/(N^2 (N-1)). Steps of different
+    epochs are independent. `covariance_between` states these numbers. They are exact for
+    N <= 1,024; above, they hold to within the deviation that `permute` states.
 
     Args:
         num_examples: N, between 1 and 2^31 - 1.
         batch_size: b, between 1 and N.
-        drop_remainder: whether an epoch may leave N mod b examples out, others each time; if not, b
-            must divide N.
+        drop_remainder: whether an epoch may leave out N mod b examples, which differ from epoch to
+            epoch; if not, b must divide N.
         dtype: of the weights, float32 or float64.
 
     Raises:
@@ -53,9 +53,9 @@ def random_reshuffling(
     if n % b and not drop_remainder:
         raise ValueError(
             f"batch_size must divide num_examples = {n}, got {b}, which leaves {n % b} examples "
-            "over: drop_remainder=True leaves out as many in each epoch, others each time."
+            "over: drop_remainder=True leaves out that many per epoch, chosen anew in each."
         )
-    steps = n // b  # in an epoch
+    steps = n // b  # per epoch
     return MNoise(
         f"random_reshuffling({n}, {b}, drop_remainder={drop_remainder})",
         n,

@@ -1,4 +1,4 @@
-"""Weights with another mean than 1/N: importance, balanced classes, a curriculum."""
+"""Laws whose means differ from 1/N: importance weights, balanced classes, a curriculum."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,27 +18,27 @@ Factors = Callable[[Int[Array, " support"], Int[Array, ""]], Float[Array, " supp
 
 
 def reweighted(law: MNoise, factors: Any) -> MNoise:
-    """Examples that count more or less: W_i = r_i W'_i, W' a draw of `law`.
+    """Lets examples count more or less: W_i = r_i W'_i, W' a draw of `law`.
 
-    The mean is r_i / N, so that training minimises the weighted loss (1/N) sum_i r_i L_i; draws
-    list the examples that those of `law` do. The weights are no longer exchangeable: the law states
-    no `covariance`, and what needs it (`covariance`, `sde`, `complexity`) refuses it.
-    Training, `loss` and `transform` take the law like any other.
+    The mean is r_i / N, so training minimises the weighted loss (1/N) sum_i r_i L_i. The law is
+    sparse if `law` is. The weights are no longer exchangeable, so the law states no `covariance`,
+    and functions that need one (in `covariance`, `sde` and `complexity`) refuse it. `train`, `loss`
+    and `transform` take it like any other law.
 
     Args:
-        law: the law W' comes from.
-        factors: r, an array of N finite numbers of at least 0 whose mean is 1; it becomes part of
-            compiled programs, so for millions of examples, or for factors that change along
-            training, give a function instead. It maps indices of examples (int32, [support]) and
-            the step (int32, a scalar) to the factors of these examples, [support], and is taken on
-            trust::
+        law: the law that W' is drawn from.
+        factors: r, an array of N finite numbers of at least 0 whose mean is 1. The array becomes
+            part of compiled programs, so for millions of examples, or for factors that change
+            during training, give a function instead. It maps indices of examples (int32, [support])
+            and the step (int32, a scalar) to the factors of these examples, [support]; its results
+            are not checked::
 
               seen = lambda indices, step: jnp.where(indices < 100 * (step + 1), r(indices), 0.0)
 
     Raises:
         TypeError: if `law` is not a law or `factors` neither an array of numbers nor a function.
-        ValueError: if there are not N factors, one is below 0 or not finite, or their mean is not
-            1.
+        ValueError: if there are not N factors, a factor is below 0 or not finite, or their mean is
+            not 1.
 
     Example:
         >>> from msgd_jax import noise
@@ -65,7 +65,7 @@ def reweighted(law: MNoise, factors: Any) -> MNoise:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """N factors, compared by value."""
+    """N factors in an object that compares by value."""
 
     data: bytes  # float64
 

@@ -1,4 +1,4 @@
-"""Heavy tails: the covariance of SGD, and multipliers with Student's t distribution."""
+"""A heavy-tailed law with the covariance of SGD, whose weights have Student's t distribution."""
 
 import math
 from typing import Any
@@ -22,20 +22,21 @@ def student_t(
 ) -> MNoise:
     """Heavy-tailed noise with SGD's covariance: W = 1/N + s (t_i - mean t), t_i Student's t.
 
-    With s^2 = (nu-2)/(nu b N) the moments are exactly those of `cov`: gradient noise of covariance
-    S/b, that of SGD with replacement. The fewer degrees of freedom nu, the heavier the tails: of
-    the moments E|W_i|^k those with k < nu are finite. As nu grows, the law becomes that of `cov`.
+    With s^2 = (nu-2)/(nu b N) the moments are exactly those of `cov`: the gradient noise has
+    covariance S/b, like SGD with replacement. The fewer degrees of freedom nu, the heavier the
+    tails: the moments E|W_i|^k with k < nu are finite. As nu grows, the law tends to that of `cov`.
 
-    The t_i are Bailey's: Box and Muller's formula with the radius of a bivariate t (Bailey 1994,
-    Polar Generation of Random Variates with the t-Distribution, Mathematics of Computation 62).
-    Its uniforms go down to 2^-65; what lies beyond has the share (nu/2) 2^(-65 (1 - 2/nu)) of the
-    variance, and is missing: 5e-7 at nu = 3, 2e-4 at nu = 2.5, 12 % at nu = 2.1.
+    The t_i are drawn by Bailey's method, the formula of Box and Muller with the radius of a
+    bivariate t distribution (Bailey 1994, Polar Generation of Random Variates with the
+    t-Distribution, Mathematics of Computation 62). The uniform numbers in it are at least 2^-65.
+    The tail beyond is missing, and with it the share (nu/2) 2^(-65 (1 - 2/nu)) of the variance:
+    5e-7 at nu = 3, 2e-4 at nu = 2.5, 12 % at nu = 2.1.
 
     Args:
         num_examples: N, at least 1; with N = 1 there is nothing to vary and W = 1.
-        batch_size: b, the batch size of the SGD whose covariance the noise has, any number above 0:
-            also above N, also fractional.
-        degrees_of_freedom: nu, finite and above 2, where the variance is finite.
+        batch_size: b, the batch size of the SGD whose covariance the noise has: any number above 0,
+            which may be fractional or above N.
+        degrees_of_freedom: nu, finite and above 2, so that the variance is finite.
         dtype: of the weights, float32 or float64.
 
     Raises:
@@ -61,17 +62,17 @@ def _draw(n: int, nu: float, scale: float, dtype: jnp.dtype, key: Key[Array, ""]
 def _variates(
     key: Key[Array, ""], size: int, nu: float, dtype: jnp.dtype
 ) -> Float[Array, " {size}"]:
-    """Independent t variates, the same bits in any program."""
+    """Independent t-distributed numbers, the same bits in any program."""
     radius_key, angle_key = jax.random.split(key)
     words = jax.random.bits(radius_key, (2, size), jnp.uint32)
-    # P(R > r) = (1 + r^2/nu)^(-nu/2), solved for r where the probability is uniform.
+    # The radius R has P(R > r) = (1 + r^2/nu)^(-nu/2): solve for r with a uniform probability.
     radius = jnp.sqrt(nu * jnp.expm1(-2 / nu * jnp.log(_uniform(words, dtype))))
     angle = 2 * math.pi * jax.random.uniform(angle_key, (size,), dtype)
     return jax.lax.optimization_barrier(radius * jnp.cos(angle))
 
 
 def _uniform(words: UInt32[Array, "2 size"], dtype: jnp.dtype) -> Float[Array, " size"]:
-    """Uniform numbers between 2^-65 and 1, with all the bits a float has also where it is small."""
+    """Uniform numbers between 2^-65 and 1; small ones have all bits of a float too."""
     high, low = words.astype(dtype)
     return (high + (low + 0.5) * 2.0**-32) * 2.0**-32
 
@@ -80,7 +81,7 @@ def _degrees_of_freedom(value: Any) -> float:
     _validate.real("degrees_of_freedom", value)
     if not math.isfinite(value) or value <= 2:
         raise ValueError(
-            "degrees_of_freedom must be finite and above 2, where the variance is finite, got "
+            "degrees_of_freedom must be finite and above 2, so that the variance is finite, got "
             f"{value}."
         )
     return float(value)

@@ -1,4 +1,4 @@
-"""The practical noises of section 5.3, whose Gaussian part lives on a random subset."""
+"""The practical laws of section 5.3, whose Gaussian part is on a random subset of the examples."""
 
 import math
 from typing import Any, Literal
@@ -15,16 +15,17 @@ from msgd_jax.noise._types import MNoise, Weights
 def estimated_fisher(
     num_examples: int, batch_size: float | int, *, estimate_size: int, dtype: Any = jnp.float32
 ) -> MNoise:
-    """M-SGD-[Fisher-m]: full gradient, and Fisher noise estimated from m examples (section 5.3).
+    """M-SGD-[Fisher-m]: the full gradient plus Fisher noise estimated from m examples (5.3).
 
-    W = 1/N + eps_i/sqrt(bm) on a uniform subset T of m examples, 1/N elsewhere. Given T the noise
-    has covariance F_T/b; over all T the moments are exactly those of `fisher`.
+    W = 1/N + eps_i/sqrt(bm) on a uniform subset T of m examples, 1/N elsewhere. Given T, the
+    gradient noise has covariance F_T/b; over all T, the moments are exactly those of `fisher`.
 
     Args:
         num_examples: N, at least 1.
-        batch_size: b, the batch size of the SGD whose scale the noise has, any number above 0:
-            also above N, also fractional.
-        estimate_size: m, how many examples the Fisher matrix is estimated from, between 1 and N.
+        batch_size: b, the batch size of the SGD whose scale the noise has: any number above 0,
+            which may be fractional or above N.
+        estimate_size: m, the number of examples that the Fisher matrix is estimated from, between 1
+            and N.
         dtype: of the weights, float32 or float64.
 
     Raises:
@@ -45,16 +46,17 @@ def estimated_fisher(
 def estimated_cov(
     num_examples: int, batch_size: float | int, *, estimate_size: int, dtype: Any = jnp.float32
 ) -> MNoise:
-    """M-SGD-[Cov-m]: full gradient, and covariance noise estimated from m examples (section 5.3).
+    """M-SGD-[Cov-m]: the full gradient plus covariance noise estimated from m examples (5.3).
 
     W = 1/N + s (eps_i - mean_T eps) on a uniform subset T of m examples, 1/N elsewhere, with
     s^2 = (N-1)/(bN(m-1)): Bessel's correction makes the moments exactly those of `cov`.
 
     Args:
         num_examples: N, at least 2.
-        batch_size: b, the batch size of the SGD whose covariance the noise has, any number above 0:
-            also above N, also fractional.
-        estimate_size: m, how many examples it is estimated from, between 2 and N.
+        batch_size: b, the batch size of the SGD whose covariance the noise has: any number above 0,
+            which may be fractional or above N.
+        estimate_size: m, the number of examples that the covariance is estimated from, between 2
+            and N.
         dtype: of the weights, float32 or float64.
 
     Raises:
@@ -92,17 +94,19 @@ def sparse_fisher(
     """[M-SGD-Fisher]-B: a mini-batch of B examples times Gaussian weights (section 5.3).
 
     W = (1 + s eps_i)/B on a uniform subset of B examples, 0 elsewhere: a large batch that is as
-    noisy as a small one. The paper does not say how it scales the Gaussian part; both readings:
+    noisy as a small one. The paper does not say how it scales the Gaussian part. There are two
+    readings:
 
-    * ``matching="total"``: the variances of W, those of the subset draw included, are those of
+    * ``matching="total"``: the variances of W, including those of the subset draw, are those of
       `fisher`, 1/(bN). Then s^2 = B/b - 1 + B/N; at B = b hardly any Gaussian noise is left.
     * ``matching="gaussian"``: the Gaussian part alone has the covariance of `fisher`, and the
-      subset draw's comes on top. Then s^2 = B/b.
+      covariance of the subset draw adds to it. Then s^2 = B/b.
 
     Args:
         num_examples: N, at least 1.
         batch_size: b, the batch size of the SGD whose scale the noise has, between 1 and N.
-        support_size: B, how many examples a step computes, between bN/(N+b) and N for "total".
+        support_size: B, the number of examples that a step computes, between 1 (for "total",
+          bN/(N+b)) and N.
         matching: "total" or "gaussian".
         dtype: of the weights, float32 or float64.
 
@@ -142,16 +146,16 @@ def sparse_cov(
     W = (1 + s (eps_i - mean_T eps))/B on a uniform subset T of B examples, 0 elsewhere; the
     weights of every draw add up to one.
 
-    * ``matching="total"``: the moments, those of the subset draw included, are exactly those of
+    * ``matching="total"``: the moments, including those of the subset draw, are exactly those of
       `cov`. Then s^2 = B (B(N-1)/b - (N-B)) / (N(B-1)).
-    * ``matching="gaussian"``: the Gaussian part alone has the covariance of `cov`, and the subset
-      draw's comes on top. Then s^2 = B^2 (N-1) / (bN(B-1)).
+    * ``matching="gaussian"``: the Gaussian part alone has the covariance of `cov`, and the
+      covariance of the subset draw adds to it. Then s^2 = B^2 (N-1) / (bN(B-1)).
 
     Args:
         num_examples: N, at least 2.
         batch_size: b, the batch size of the SGD whose covariance the noise has, between 1 and N.
-        support_size: B, how many examples a step computes, between 2 (for "total" also
-          bN/(N-1+b)) and N.
+        support_size: B, the number of examples that a step computes, between 2 (for "total" also at
+          least bN/(N-1+b)) and N.
         matching: "total" or "gaussian".
         dtype: of the weights, float32 or float64.
 
@@ -188,7 +192,7 @@ def _draw_sparse(
 
 
 def _check_support(size: int, minimum: int) -> None:
-    """Raises ValueError where the subset draw alone is noisier than the noise to be matched."""
+    """Raises ValueError if the subset draw alone is noisier than the noise to be matched."""
     if size < minimum:
         raise ValueError(
             f"support_size must be at least {minimum} for matching='total', got {size}: drawing so "

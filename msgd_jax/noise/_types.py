@@ -1,4 +1,4 @@
-"""What an M-noise is: `MNoise`, its draws `Weights`, and its covariance `Exchangeable`."""
+"""Laws of weight vectors: `MNoise`, its draws `Weights`, and its covariance `Exchangeable`."""
 
 import dataclasses
 import functools
@@ -19,18 +19,18 @@ from msgd_jax._typing import Step
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """One draw of an M-noise: the weight of each example whose loss is computed.
+    """One draw of a law: the weight of each example whose loss is computed.
 
     Attributes:
-        values: weights, [support]; float32 or float64.
-        indices: which examples they belong to, [support], repeats allowed (their weights add up);
-          None means all examples in order, and then support = num_examples.
+        values: the weights, [support]; float32 or float64.
+        indices: the indices of their examples, [support]; the weights of an example that is listed
+          several times add up. None means all examples in order; then support = num_examples.
         num_examples: N, the length of the full weight vector.
 
     Raises:
         TypeError: if `num_examples` is not an integer or `indices` are not integers.
         ValueError: if `num_examples` is not positive or `indices` are not in [0, num_examples);
-            traced ones are not looked at.
+            traced indices are not checked.
     """
 
     values: Float[Array, "*batch support"]
@@ -44,14 +44,14 @@ class Weights:
             _validate.indices("indices", self.indices, self.num_examples)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], int]:
-        """For jax: values and indices are leaves, the number of examples is static."""
+        """For jax: values and indices are leaves, and the number of examples is static."""
         names = ("values", "indices")
         keyed = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
         return keyed, self.num_examples
 
     @classmethod
     def tree_unflatten(cls, num_examples: int, leaves: Any) -> "Weights":
-        """For jax, which puts other things than arrays in their place, so nothing is checked."""
+        """For jax. Leaves are not checked, since jax also puts other objects in place of arrays."""
         made = object.__new__(cls)
         for name, value in zip(
             ("values", "indices", "num_examples"), (*leaves, num_examples), strict=True
@@ -60,9 +60,9 @@ class Weights:
         return made
 
     def dense(self) -> Float[Array, "*batch num_examples"]:
-        """The full weight vector W in R^N, zeros included; of K draws, [K, N].
+        """The full weight vector W in R^N, [N], zeros included; of K draws, [K, N].
 
-        Traced indices outside [0, N) count for nothing.
+        Traced indices outside [0, N) are ignored.
 
         Example:
             >>> from msgd_jax import noise
@@ -88,7 +88,7 @@ class Exchangeable:
 
     Attributes:
         diagonal: Var(W_i).
-        off_diagonal: Cov(W_i, W_j) for i != j; 0 where there is one example only.
+        off_diagonal: Cov(W_i, W_j) for i != j; 0 if there is only one example.
     """
 
     diagonal: float
@@ -109,7 +109,7 @@ class Exchangeable:
         return Exchangeable(self.diagonal + other.diagonal, self.off_diagonal + other.off_diagonal)
 
     def __rmul__(self, factor: float | int) -> "Exchangeable":
-        """The covariance of a vector that is multiplied by the root of a number."""
+        """The covariance of the vector multiplied by the square root of `factor`."""
         return Exchangeable(factor * self.diagonal, factor * self.off_diagonal)
 
     def eigenvalues(self, num_examples: int) -> tuple[float, float]:
@@ -118,7 +118,8 @@ class Exchangeable:
         They are alpha and alpha + N beta.
 
         Raises:
-            ValueError: if either is negative or not finite: then no N weights have these moments.
+            ValueError: if an eigenvalue is negative or not finite: no N weights have this
+                covariance.
         """
         num_examples = _validate.positive_int("num_examples", num_examples)
         across, along = self.alpha, self.alpha + num_examples * self.beta
@@ -129,7 +130,7 @@ class Exchangeable:
                 "noise must have finite alpha >= 0 and alpha + N beta >= 0 to be a covariance of "
                 f"N = {num_examples} weights, got alpha = {self.alpha}, beta = {self.beta}."
             )
-        if along < 1e-12 * across:  # centred, up to the rounding of two Python floats
+        if along < 1e-12 * across:  # 0 up to the rounding of two Python floats: centred
             along = 0.0
         return max(across, 0.0), max(along, 0.0)
 
@@ -143,33 +144,34 @@ class Exchangeable:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class MNoise:
-    """An M-noise: a law of weight vectors with mean 1/N, drawn by a pure function of (key, step).
+    """A law of weight vectors W in R^N with mean 1/N, drawn by a pure function of (key, step).
 
-    Made by the constructors of this module, or by you: `draw` is all it takes. It holds no arrays,
-    and jit sees it as a constant. Laws compare by value: two that one constructor made of the same
-    arguments are equal, two of yours are if all their attributes are (functions compare by
-    identity). The program that draws belongs to the law and goes when it goes, so build a law once,
-    outside the training loop.
+    The constructors of this module make laws, and so can you: only `draw` has to be written. A law
+    holds no arrays, and jit treats it as a constant. Laws compare by value: two laws that one
+    constructor made with the same arguments are equal, and two of yours are equal if all their
+    attributes are (functions compare by identity). A law owns the compiled program that draws from
+    it, so build a law once, outside the training loop.
 
     Attributes:
-        name: the constructor and its arguments, for people.
-        num_examples: N, how many examples there are.
-        support_size: how many per-example losses one step computes.
-        moments: `covariance`; None where two numbers do not state it, because the weights are not
-            exchangeable or it changes from step to step. What needs it refuses such a law.
-        draw: maps one PRNG key to `Weights`. It is called with keys that nobody else draws from;
-            call `sample`, which sees to that.
-        draw_at: for steps that depend on each other: maps (key of the run, step) to `Weights`, each
-            step by itself with the law of `draw`. None: the steps are independent, each of them
-            `draw` with a key of its own.
-        between: with `draw_at`, Cov(W_s, W_t) of two different steps, exact, and without
+        name: the constructor and its arguments, for messages.
+        num_examples: N, the number of examples.
+        support_size: the number of per-example losses that one step computes.
+        moments: the `covariance`; None if two numbers cannot state it, because the weights are not
+            exchangeable or it changes from step to step. Functions that need it refuse such a law.
+        draw: maps one PRNG key to `Weights`. It must be called with keys that nothing else draws
+            from: call `sample`, which makes such keys.
+        draw_at: for steps that depend on each other: maps (key of the run, step) to `Weights`; each
+            single step has the law of `draw`. None if the steps are independent: each of them then
+            calls `draw` with a key of its own.
+        between: with `draw_at`, the exact Cov(W_s, W_t) of two different steps, and without
             `moments` also that of a step with itself; see `covariance_between`. It may be None
-            where `moments` are.
+            if `moments` are None.
 
     Raises:
         TypeError: if a number is not an integer, `draw`, `draw_at` or `between` is not a function,
             or `moments` are neither an `Exchangeable` nor None.
-        ValueError: if a number is below 1, or `draw_at` and `between` do not belong together.
+        ValueError: if a number is below 1, or only one of `draw_at` and `between` is given (without
+            `moments`, `between` may be left out).
     """
 
     name: str
@@ -198,11 +200,11 @@ class MNoise:
 
     @property
     def covariance(self) -> Exchangeable:
-        """Cov(W) of every step, exact.
+        """The exact Cov(W) of every step.
 
         Raises:
-            ValueError: if the law states none: the weights are not exchangeable, or it changes from
-                step to step.
+            ValueError: if the law states none, because the weights are not exchangeable or the
+                covariance changes from step to step.
         """
         if self.moments is None:
             raise ValueError(
@@ -212,11 +214,11 @@ class MNoise:
         return self.moments
 
     def covariance_between(self, step: int, other: int) -> Exchangeable:
-        """The covariance of the weight vectors of two steps: Cov(W_s,i, W_t,i), Cov(W_s,i, W_t,j).
+        """The covariance of the weights of two steps: Cov(W_s,i, W_t,i) and Cov(W_s,i, W_t,j).
 
         Raises:
             TypeError: if a step is not an integer.
-            ValueError: if a step is negative, or the law has no covariance of two numbers.
+            ValueError: if a step is negative, or the law states no covariance.
         """
         step, other = (
             _validate.positive_int(name, value, minimum=0)
@@ -230,14 +232,14 @@ class MNoise:
     def sample(self, key: Key[Array, ""], step: Step) -> Weights:
         """Draws the weight vector of one step.
 
-        Same key and step, same weights: under jit or not, under vmap over keys, on any number of
-        devices, before and after a resume. (With jax's default threefry keys: the others promise
-        less under vmap.)
+        The same key and step give the same weights: under jit or not, under vmap over keys, on any
+        number of devices, before and after a resume. (This holds for jax's default threefry keys;
+        the other implementations promise less under vmap.)
 
         Args:
-            key: a typed PRNG key, the same for the whole run. It may be used for anything else as
-                well: what is drawn here is independent of what `jax.random` makes of it.
-            step: which step, from 0 to 2^31 - 1, of any integer type; a traced one is welcome.
+            key: a typed PRNG key, the same for the whole run. You may use it for other things too:
+                the weights are independent of what `jax.random` draws from it.
+            step: the number of the step, from 0 to 2^31 - 1, of any integer type; it may be traced.
 
         Raises:
             TypeError: if `key` is not a typed PRNG key or `step` is not an integer.
@@ -256,8 +258,8 @@ class MNoise:
 
     @functools.cached_property
     def _compiled(self) -> Callable[[Key[Array, ""], Int[Array, ""]], Weights]:
-        # Compiled also when called eagerly, and not fused with what uses the weights: arithmetic
-        # that is fused otherwise rounds otherwise.
+        # Compiled also for eager calls, and behind a barrier, so that XLA does not fuse it with the
+        # code that uses the weights: different fusion rounds differently.
         draw, draw_at = self.draw, self.draw_at
 
         def one_step(key: Key[Array, ""], step: Int[Array, ""]) -> Weights:
@@ -273,10 +275,10 @@ def weights_of_step(
     key: Key[Array, ""],
     step: Int[Array, ""],
 ) -> Weights:
-    """What a law of these functions draws for a step, from the key of its stream."""
+    """The weights of a step by `draw` or `draw_at`, from the key of the stream of weights."""
     return draw(jax.random.fold_in(key, step)) if draw_at is None else draw_at(key, step)
 
 
 def is_sparse(law: MNoise) -> bool:
-    """Whether its draws list some examples only; computes nothing."""
+    """Whether the draws of `law` list only some of the examples; computes nothing."""
     return jax.eval_shape(lambda: law.draw(jax.random.key(0)).indices) is not None

@@ -1,28 +1,29 @@
-r"""The continuous side: the SDE of an M-noise, its paths, and how far the iteration is from it.
+r"""The SDE of a law of weights: its paths, and the distance of the iteration from it.
 
 The iteration ``theta - eta grad(L(theta) . W)`` has the SDE (Eqs. 12 and 68) ::
 
     dTheta = -grad L dt + sqrt(eta) C(Theta) dW,    C C^T = Cov(grad(L . W)),
 
-with a Brownian motion W in R^N and C = G A, G the matrix of per-example gradients and A the root of
-the weights' covariance. C times a vector is one backward pass (`diffusion`), so that paths of any
-model can be simulated.
+with a Brownian motion W in R^N and C = G A, where G is the matrix of per-example gradients and A
+the root of the weights' covariance. C times a vector takes one backward pass (`diffusion`), so
+paths can be simulated for any model.
 
-* `euler_maruyama` integrates it on a Brownian path that is a function of a key, can be refined at
-  will, and is the one that `noise.fisher` and `noise.cov` follow when trained with the same key;
-* `underdamped` integrates the SDE of momentum on the same path;
-* `diffrax_terms` hands it to diffrax, in the interpretation that the solver converges to;
-* `strong_error` and `weak_error` measure the distance between iteration and SDE against the
-  learning rate, path by path (Theorem 3) and in expectation (Theorem 2);
-* `stationary_covariance` and `stationary_covariance_of_sde` are where both settle on a quadratic;
-* `exit_time` is when, and where, they leave a region.
+* `euler_maruyama` integrates the SDE on a Brownian path that is a function of a key. The path can
+  be refined, and training with `noise.fisher` or `noise.cov` and the same key follows it.
+* `underdamped` integrates the SDE of momentum on the same path.
+* `diffrax_terms` makes terms for diffrax, in the interpretation that the solver converges to.
+* `strong_error` and `weak_error` measure the distance between iteration and SDE as a function of
+  the learning rate, path by path (Theorem 3) and in expectation (Theorem 2).
+* `stationary_covariance` and `stationary_covariance_of_sde` are the stationary covariances of the
+  iteration and of the SDE on a quadratic loss.
+* `exit_time` measures when, and where, paths leave a region.
 
-The noise of the SDE has independent increments, as the steps of a law must have. The steps of
-`noise.random_reshuffling` depend on each other; over many of them their covariances do not add up,
-and such laws are refused. What an epoch of m steps leaves per step is
-``sum_{s, t < m} law.covariance_between(s, t) / m`` (0 where the batches use up all examples): these
-two moments in a `noise.Exchangeable` give the SDE the noise of many epochs. It is of weak order 1
-whatever the drift, since the correlation of steps also moves the mean, by O(eta).
+The increments of the SDE's noise are independent, so the steps of the law must be independent too.
+The steps of `noise.random_reshuffling` depend on each other, so the covariance of their sum is not
+the sum of their covariances, and such laws are refused. The covariance of an epoch of m steps,
+divided by m, is ``sum_{s, t < m} law.covariance_between(s, t) / m`` (0 if the batches use all
+examples). A `noise.Exchangeable` with these two moments gives the SDE the noise of many epochs. It
+is of weak order 1 for either drift, since the correlation of steps also changes the mean by O(eta).
 """
 
 from msgd_jax._estimate import Estimate

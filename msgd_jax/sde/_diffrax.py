@@ -16,7 +16,7 @@ def diffrax_terms(
 ) -> Any:
     """The SDE dTheta = -grad L dt + sqrt(eta) C dW (Eqs. 12 and 68) for `diffrax.diffeqsolve`.
 
-    `args` is the loss vector, so that its data are not constants of the compiled program::
+    The loss vector is given as `args`, so that its data are not constants of compiled programs::
 
       motion = diffrax.VirtualBrownianTree(0, T, tol=eta / 64, shape=(N,), key=key)
       solver = diffrax.Euler()
@@ -26,10 +26,10 @@ def diffrax_terms(
           saveat=diffrax.SaveAt(ts=times),
       )
 
-    **The paper's SDE is Itô's, and most solvers are Stratonovich's.** The terms are for the solver
-    that they are made for: for one that converges to Stratonovich solutions the drift has
-    -eta/4 grad tr(C C^T) added, with which both have the same solution; that costs a Hessian-vector
-    product for every example. Given to a solver of the other kind, the terms have another solution.
+    **The paper's SDE is Itô's, and most solvers are Stratonovich's.** The terms are made for one
+    solver. For a solver that converges to Stratonovich solutions, -eta/4 grad tr(C C^T) is added to
+    the drift, which gives the same solution as Itô's SDE; it costs one Hessian-vector product per
+    example. With a solver of the other kind, the terms have another solution.
 
     * Itô: `Euler`, and `ItoMilstein`.
     * Stratonovich: `EulerHeun`, `Heun`, `Midpoint`, `Ralston`, `ReversibleHeun`,
@@ -37,18 +37,18 @@ def diffrax_terms(
       with ``levy_area=diffrax.SpaceTimeLevyArea``) `GeneralShARK`, `SlowRK` and `SPaRK`.
     * `HalfSolver` of one of these.
 
-    For all but two, a step needs products with C alone, each of them one backward pass, and C is
-    never formed. `ReversibleHeun` keeps C in its state, N times the size of the parameters;
-    `ItoMilstein` differentiates it, which needs N^2 times their size and is for small problems.
-    The noise does not commute in general, and the Milstein methods then have strong order 1/2.
-    Refused are solvers for ordinary differential equations (`Tsit5`, `Dopri5`, `KenCarp4`, ...),
-    those for additive noise (`ShARK`, `SRA1`, `SEA`), for C depends on the parameters, and those
-    for Langevin dynamics (`ALIGN`, `QUICSORT`, `ShOULD`).
+    All solvers but two need only products with C, each of which takes one backward pass, and C is
+    never formed. `ReversibleHeun` keeps C in its state, N times the size of the parameters.
+    `ItoMilstein` differentiates C, which needs N^2 times their size and is for small problems. The
+    noise does not commute in general, and then the Milstein methods have strong order 1/2. Refused
+    are solvers for ordinary differential equations (`Tsit5`, `Dopri5`, `KenCarp4`, ...), solvers
+    for additive noise (`ShARK`, `SRA1`, `SEA`), since C depends on the parameters, and solvers for
+    Langevin dynamics (`ALIGN`, `QUICSORT`, `ShOULD`).
 
-    diffrax keeps the programs that it compiles for a loss and a law, and with them what these hold.
+    diffrax keeps the programs that it compiles, and with them the loss function and the law.
 
     Args:
-        law: whose covariance the SDE has: a `noise.MNoise` with independent steps, or a
+        law: the law whose covariance the SDE has: a `noise.MNoise` with independent steps, or a
             `noise.Exchangeable`.
         control: a diffrax path of increments [N], such as a `diffrax.VirtualBrownianTree`.
         solver: the diffrax solver that the terms are for.
@@ -60,10 +60,11 @@ def diffrax_terms(
 
     Raises:
         ImportError: if diffrax is not installed (``pip install 'msgd-jax[solvers]'``).
-        TypeError: if `law` is no law, `control` is no diffrax path, `solver` is no diffrax solver,
-            or `learning_rate` is no number; when traced, if `args` is not a `loss.LossVector`.
-        ValueError: if the solver is none for this SDE, the law has dependent steps, or a number is
-            out of its range; when traced, if the law is for another number of examples.
+        TypeError: if `law` is not a law, `control` is not a diffrax path, `solver` is not a diffrax
+            solver, or `learning_rate` is not a number; when traced, if `args` is not a
+            `loss.LossVector`.
+        ValueError: if `solver` cannot solve this SDE, the steps of the law depend on each other, or
+            a number is out of its range; when traced, if the law is for another number of examples.
     """
     try:
         import diffrax
@@ -87,14 +88,17 @@ def diffrax_terms(
 
 
 def _interpretation(diffrax: Any, solver: Any, control: Any) -> str:
-    """What the solver converges to, "ito" or "stratonovich"; raises if it is none for this SDE."""
+    """The interpretation that the solver converges to, "ito" or "stratonovich".
+
+    Raises TypeError or ValueError if the solver cannot solve this SDE.
+    """
     if not isinstance(solver, diffrax.AbstractSolver):
         got = f"the class {solver.__name__}" if inspect.isclass(solver) else _validate.shown(solver)
         raise TypeError(f"solver must be a diffrax solver, such as diffrax.Euler(), got {got}.")
     while isinstance(solver, diffrax.AbstractWrappedSolver):
         solver = solver.solver
     name = type(solver).__name__
-    instead = "Use diffrax.Euler() (Itô), or diffrax.Heun() (Stratonovich), say."
+    instead = "Use diffrax.Euler() (Itô) or diffrax.Heun() (Stratonovich), for example."
     if isinstance(solver, diffrax.AbstractFosterLangevinSRK):
         raise ValueError(f"solver must not be {name}: it is for Langevin dynamics. {instead}")
     if isinstance(solver, diffrax.AbstractSRK) and solver.tableau.is_additive_noise():

@@ -1,4 +1,4 @@
-"""The two terms of `diffrax_terms`. Importing this needs diffrax: it is imported when used."""
+"""The two terms of `diffrax_terms`. Importing this module imports diffrax, so it is done late."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from msgd_jax.sde import _dynamics
 
 
 class SDE(equinox.Module):
-    """What both terms are made of; the loss vector comes with each call, as diffrax's `args`."""
+    """The parts of both terms; diffrax passes the loss vector in each call, as `args`."""
 
     law: Law = equinox.field(static=True)
     learning_rate: Any
@@ -25,7 +25,7 @@ class SDE(equinox.Module):
     def parts(
         self, params: Params, losses: loss.LossVector
     ) -> tuple[_dynamics.Root, Float[Array, ""]]:
-        """The root of the covariance of these examples, and eta."""
+        """The root of the weights' covariance for these examples, and eta."""
         loss.checked_kind(losses, "args")
         loss.checked(losses, params, wide=True)
         dtype = _dynamics.wide_dtype(params)
@@ -33,7 +33,7 @@ class SDE(equinox.Module):
         return _dynamics.Root.cast(moments, dtype), jnp.asarray(self.learning_rate, dtype)
 
     def drift(self, time: Any, params: Params, losses: loss.LossVector) -> Gradients:
-        """Of the interpretation that the solver converges to."""
+        """The drift for the interpretation that the solver converges to."""
         del time
         root, rate = self.parts(params, losses)
         value = _dynamics.drift_at(losses, params, self.order, rate)
@@ -44,12 +44,12 @@ class SDE(equinox.Module):
     def product(
         self, params: Params, losses: loss.LossVector, increment: Float[Array, " N"]
     ) -> Gradients:
-        """sqrt(eta) C times an increment: one backward pass."""
+        """sqrt(eta) C times an increment, by one backward pass."""
         root, rate = self.parts(params, losses)
         return losses.gradient(params, jnp.sqrt(rate) * root(increment.astype(rate.dtype)))
 
     def matrix(self, params: Params, losses: loss.LossVector) -> PyTree:
-        """sqrt(eta) C itself, a pytree of [*parameter, N]: from the gradient of every example."""
+        """sqrt(eta) C itself, a pytree of [*parameter, N], from the gradients of all examples."""
         root, rate = self.parts(params, losses)
 
         def coloured(param: Array, gradients: Float[Array, "N ..."]) -> Float[Array, "..."]:
@@ -65,7 +65,7 @@ def _trace_gradient(losses: loss.LossVector, root: _dynamics.Root, params: Param
 
     def products(params: Params, batch: Batch, weights: Float[Array, " B"]) -> Gradients:
         def own_product(example: Example) -> Gradients:
-            """The Hessian of one loss times its gradient, from a batch of its own."""
+            """The Hessian of one loss times its gradient, from a batch of one example."""
             alone = jax.tree.map(lambda x: x[None], example)
 
             def loss_of_one(params: Params) -> Float[Array, ""]:
@@ -89,15 +89,15 @@ def _trace_gradient(losses: loss.LossVector, root: _dynamics.Root, params: Param
 class Diffusion(diffrax.AbstractTerm):
     """The term sqrt(eta) C dW.
 
-    Solvers that want a product alone (`vf_prod`) get one backward pass, and C is never formed.
-    Those that want the vector field itself (`vf`), to add up several or to differentiate it, get C.
+    For solvers that need products only (`vf_prod`), a product is one backward pass and C is never
+    formed. Solvers that need the vector field (`vf`), to add it up or differentiate it, get C.
     """
 
     sde: SDE
     control: diffrax.AbstractPath
 
     def vf(self, t: Any, y: Any, args: Any) -> Any:
-        """C, a pytree like the parameters of [*parameter, N]."""
+        """C, a pytree like the parameters with leaves [*parameter, N]."""
         del t
         return self.sde.matrix(y, args)
 
@@ -110,7 +110,7 @@ class Diffusion(diffrax.AbstractTerm):
         return jax.tree.map(lambda c: jnp.tensordot(c, control.astype(c.dtype), 1), vf)
 
     def vf_prod(self, t: Any, y: Any, args: Any, control: Any) -> Any:
-        """The same without C."""
+        """C times an increment, without forming C."""
         del t
         size = loss.checked_kind(args, "args").num_examples
         if jnp.shape(control) != (size,):
@@ -121,7 +121,7 @@ class Diffusion(diffrax.AbstractTerm):
         return self.sde.product(y, args, control)
 
     def is_vf_expensive(self, t0: Any, t1: Any, y: Any, args: Any) -> bool:
-        """Yes: it is cheaper to evaluate two products than C."""
+        """True, since two products are cheaper than C."""
         del t0, t1, y, args
         return True
 

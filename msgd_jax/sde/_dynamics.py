@@ -1,7 +1,7 @@
-"""The two sides of the coupling: drift and diffusion of the SDE, and the weights of the iteration.
+"""Drift and diffusion of the SDE, and the weights of the iteration that is coupled to it.
 
-Everything is a weighted loss: the drift is ``-grad(L . 1/N)`` and the diffusion ``grad(L . A w)``,
-with A A^T = Cov(W) a matrix of two eigenvalues, so that neither C nor a covariance is formed.
+All of them are gradients of weighted losses: the drift is ``-grad(L . 1/N)`` and the diffusion
+``grad(L . A w)``. A A^T = Cov(W) has two eigenvalues, so neither C nor a covariance is formed.
 """
 
 import dataclasses
@@ -29,24 +29,24 @@ def drift(
     order: int = 1,
     learning_rate: Scalar | None = None,
 ) -> Gradients:
-    """The drift of the SDE: -grad L, or of order 2, ``-grad(L + eta/4 |grad L|^2)``.
+    """The drift of the SDE: -grad L, or for order 2, ``-grad(L + eta/4 |grad L|^2)``.
 
-    The second is the stochastic modified equation of Li, Tai and E (2017): an approximation of weak
-    order 2 to the iteration. It costs a Hessian-vector product more.
+    The drift of order 2 is that of the stochastic modified equation of Li, Tai and E (2017), which
+    approximates the iteration with weak order 2. It costs one more Hessian-vector product.
 
     Args:
         losses: the loss vector.
         params: a pytree of floating-point arrays.
         order: 1 or 2.
-        learning_rate: eta, above 0; needed for order 2 only. Of a schedule, its value at the step
-            in question: ``schedule(step)``.
+        learning_rate: eta, above 0; needed for order 2 only. With a schedule, give its value at the
+            step: ``schedule(step)``.
 
     Returns:
         A pytree like `params`.
 
     Raises:
         TypeError: if `losses` is not a `loss.LossVector`, or a parameter is not floating point.
-        ValueError: if `order` is neither 1 nor 2, or 2 without a positive learning rate.
+        ValueError: if `order` is neither 1 nor 2, or is 2 without a positive learning rate.
     """
     check_order(order)
     loss.checked(losses, params)
@@ -62,14 +62,14 @@ def diffusion(
     """C(theta) w, matrix-free, where C C^T is the covariance of ``grad(L . W)`` (Eq. 68).
 
     For `noise.fisher` it is ``grad(L . w)/sqrt(bN)``; for `noise.cov` (Eq. 15) the same with
-    ``w - mean(w)``; for any exchangeable law, ``grad(L . A w)`` with A A^T = Cov(W). One forward
-    and one backward pass. The SDE multiplies it by sqrt(eta): the learning rate is not in here.
+    ``w - mean(w)``; for any exchangeable law, ``grad(L . A w)`` with A A^T = Cov(W). It takes one
+    forward and one backward pass. It does not include the factor sqrt(eta) of the SDE.
 
     Args:
         losses: the loss vector.
         params: a pytree of floating-point arrays.
-        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its covariance
-            matters.
+        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`; only its covariance
+            is used.
         vector: w, [N].
 
     Returns:
@@ -78,13 +78,13 @@ def diffusion(
     Raises:
         TypeError: if `losses` is not a `loss.LossVector`, a parameter is not floating point, or
             `law` is neither of these.
-        ValueError: if the law is for another number of examples, has dependent steps or is no
-            covariance, or `vector` is not of shape [N].
+        ValueError: if the law is for another number of examples, its steps depend on each other, it
+            states no covariance, or `vector` is not of shape [N].
     """
     num_examples = loss.checked(losses, params).num_examples
     if jnp.shape(vector) != (num_examples,):
         raise ValueError(
-            f"vector must have shape ({num_examples},), one entry for each example, got "
+            f"vector must have shape ({num_examples},), one entry per example, got "
             f"{jnp.shape(vector)}."
         )
     dtype = wide_dtype(params)
@@ -95,14 +95,14 @@ def diffusion(
 def coupling(law: Law, num_examples: PositiveInt) -> Coupling:
     """The weights of the iteration that shares the SDE's Brownian path: W = 1/N - A dW.
 
-    The iteration ``theta - eta grad(L . W)`` with the weights of
-    ``coupling(law, N)(increment)``, where `increment` is that of `brownian_increments` over the
-    iteration, is M-SGD-Gaussian (Eq. 67) driven by the SDE's own path. It is linear in `increment`
-    around 1/N: to study another coupling, compose it with another function.
+    The iteration ``theta - eta grad(L . W)`` with the weights W = ``coupling(law, N)(increment)``,
+    where `increment` is that of `brownian_increments` over the iteration, is M-SGD-Gaussian
+    (Eq. 67) driven by the path of the SDE. W - 1/N is linear in `increment`. To study another
+    coupling, compose it with another function.
 
     Args:
-        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its covariance
-            matters.
+        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`; only its covariance
+            is used.
         num_examples: N.
 
     Returns:
@@ -128,7 +128,7 @@ class Root(NamedTuple):
 
     @classmethod
     def cast(cls, eigenvalues: tuple[float, float], dtype: jnp.dtype) -> "Root":
-        """From the eigenvalues of Cov(W), across the all-ones vector and along it."""
+        """The root for these eigenvalues of Cov(W), across the all-ones vector and along it."""
         across, along = (jnp.asarray(value, dtype) for value in eigenvalues)
         return cls(across, along)
 
@@ -139,15 +139,16 @@ class Root(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """Which SDE is integrated, and how finely.
+    """The order of the SDE that is integrated, and the number of substeps.
 
     Attributes:
-        substeps: of Euler-Maruyama in one iteration, a power of two, at most 65,536.
+        substeps: the number of Euler-Maruyama steps per iteration: a power of two, at most 65,536.
         order: 1, or 2 for the drift ``-grad(L + eta/4 |grad L|^2)``, which is integrated by Heun's
-            method (Euler's own error would be as large as the correction).
+            method (the error of Euler's method would be as large as the correction).
 
     Raises:
-        TypeError, ValueError: if `substeps` is not a power of two, or `order` is neither 1 nor 2.
+        TypeError: if `substeps` is not an integer.
+        ValueError: if `substeps` is not a power of two up to 65,536, or `order` is neither 1 nor 2.
     """
 
     substeps: int = 8
@@ -159,7 +160,7 @@ class Scheme:
 
 
 class Equation(NamedTuple):
-    """The SDE of a loss vector and a law, with its Brownian paths: checked, and ready to step."""
+    """The SDE of a loss vector and a law, with its Brownian paths; its parts are checked."""
 
     losses: loss.LossVector
     moments: tuple[float, float]
@@ -169,7 +170,7 @@ class Equation(NamedTuple):
 
     @classmethod
     def of(cls, losses: loss.LossVector, params: Params, law: Law, scheme: Scheme) -> "Equation":
-        """Checks the arguments; raises TypeError or ValueError."""
+        """The equation of these arguments, after checks; raises TypeError or ValueError."""
         loss.checked(losses, params, wide=True)
         moments, dtype = eigenvalues(law, losses.num_examples), wide_dtype(params)
         if not isinstance(scheme, Scheme):
@@ -177,16 +178,16 @@ class Equation(NamedTuple):
         return cls(losses, moments, dtype, _brownian.path_dtype(law, dtype), scheme)
 
     def with_data(self, data: Data) -> "Equation":
-        """The same of other data, which may be traced."""
+        """The same equation for other data, which may be traced."""
         return self._replace(losses=self.losses.replace(data=data))
 
     @property
     def root(self) -> Root:
-        """The root of the covariance."""
+        """The root of the weights' covariance."""
         return Root.cast(self.moments, self.dtype)
 
     def increments(self, key: Key[Array, ""], step: Step) -> Float[Array, "substeps N"]:
-        """Of the Brownian path over one iteration: drawn in the type of the law."""
+        """The increments of the Brownian path over one iteration, drawn in the dtype of the law."""
         return _brownian.brownian_increments(
             key,
             step,
@@ -201,7 +202,7 @@ class Equation(NamedTuple):
         increments: Float[Array, "substeps N"],
         learning_rate: Float[Array, ""],
     ) -> Params:
-        """One iteration of Euler-Maruyama, in as many substeps as there are increments."""
+        """One iteration of Euler-Maruyama, with one substep per increment."""
         root = self.root
 
         def substep(params: Params, increment: Float[Array, " N"]) -> tuple[Params, None]:
@@ -212,16 +213,16 @@ class Equation(NamedTuple):
     def substep(
         self, params: Params, coloured: Float[Array, " N"], learning_rate: Float[Array, ""]
     ) -> Params:
-        """One substep of Euler-Maruyama; order 2 drifts by Heun.
+        """One substep of Euler-Maruyama; for order 2 the drift is integrated by Heun's method.
 
         `coloured` is A times the Brownian increment in units of sqrt(eta), so the noise is
-        ``eta grad(L . coloured)``. Of order 1, drift and noise are one backward pass.
+        ``eta grad(L . coloured)``. For order 1, drift and noise take one backward pass together.
         """
         losses, length = self.losses, 1 / self.scheme.substeps
         if self.scheme.order == 1:
             weights = learning_rate * (length / losses.num_examples - coloured)
             return step_along(params, losses.gradient(params, weights), -1.0)
-        # The noise first, then Heun: the drift before the step and at its end, averaged.
+        # Add the noise first, then the average of the drifts before the step and at its end.
         noisy = step_along(params, losses.gradient(params, learning_rate * coloured), 1.0)
         time = length * learning_rate
         start = drift_at(losses, params, 2, learning_rate)
@@ -243,41 +244,42 @@ def drift_at(
 
 
 def wide_dtype(params: Params) -> jnp.dtype:
-    """Float32, or float64 where a parameter is."""
+    """float64 if a parameter is float64, else float32."""
     return _dtypes.accumulator(*(jnp.result_type(leaf) for leaf in jax.tree.leaves(params)))
 
 
 def step_along(params: Params, direction: Gradients, length: Scalar) -> Params:
-    """Moves params by length * direction, in the types of the parameters."""
+    """The parameters moved by length * direction, in their own dtypes."""
     return jax.tree.map(lambda p, d: p + jnp.asarray(length, p.dtype) * d, params, direction)
 
 
 def eigenvalues(law: Law, num_examples: int) -> tuple[float, float]:
-    """The eigenvalues of Cov(W), across the all-ones vector and along it, checked.
+    """The eigenvalues of Cov(W), across the all-ones vector and along it.
 
     Raises:
-        TypeError, ValueError: unless the law has a covariance, the same over every step and none
-            between them.
+        TypeError: if `law` is not a law.
+        ValueError: if the law is for another number of examples, its steps depend on each other, or
+            it does not state the same covariance for all steps.
     """
     check_independent(law)
     return _laws.eigenvalues("law", law, num_examples)
 
 
 def check_independent(law: Law) -> None:
-    """Raises unless the increments of the SDE can have the covariance of this law."""
+    """Raises TypeError unless `law` is a law, and ValueError unless its steps are independent."""
     if not isinstance(law, (MNoise, Exchangeable)):
         raise TypeError(
             f"law must be a noise.MNoise or a noise.Exchangeable, got {_validate.shown(law)}."
         )
     if isinstance(law, MNoise) and law.draw_at is not None:
         raise ValueError(
-            f"law must have independent steps, as the increments of the SDE are, got {law.name}: "
-            "its steps are correlated, and add up to another covariance than that of one step. "
-            "Use noise.sgd(N, b), or a noise.Exchangeable given on purpose, such as that of a "
-            "whole epoch divided by its steps."
+            f"law must have independent steps, since the SDE has independent increments, got "
+            f"{law.name}, whose steps are correlated: the covariance of their sum is not the sum "
+            "of their covariances. Use noise.sgd(N, b), or a noise.Exchangeable, such as the "
+            "covariance of a whole epoch divided by its steps."
         )
 
 
 def check_order(order: int) -> None:
-    """Raises unless `order` is 1 or 2."""
+    """Raises ValueError unless `order` is 1 or 2."""
     _validate.positive_int("order", order, maximum=2)

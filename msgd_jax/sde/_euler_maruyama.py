@@ -20,16 +20,16 @@ from msgd_jax.sde._dynamics import Equation, Scheme
 
 
 class Path(NamedTuple):
-    """A path at the iterations asked for; under `jax.vmap` over keys, one for each key.
+    """A path at the iterations in `save_at`; under `jax.vmap` over keys, one path per key.
 
     Attributes:
         steps: the iterations, [saved].
-        times: t = steps * learning_rate, [saved]; of a schedule, the sum of the rates before.
+        times: t = steps * learning_rate, [saved]; with a schedule, the sum of the rates before.
         params: a pytree like `params` with a leading axis [saved]. NaN from `diverged_at` on.
         diverged_at: the first iteration whose end is not finite, counted from 1; -1 if there is
             none.
-        last_params: a pytree like `params`: the last finite point, at iteration `diverged_at` - 1
-            or at the end.
+        last_params: a pytree like `params`: the last finite point, at iteration `diverged_at` - 1,
+            or at the end if the path does not diverge.
     """
 
     steps: Int[Array, "*paths saved"]
@@ -53,12 +53,12 @@ def euler_maruyama(
 ) -> Path:
     """A path of the SDE of a law, dTheta = -grad L dt + sqrt(eta) C dW (Eqs. 12 and 68).
 
-    Each of `num_steps` iterations covers the time eta in equal substeps; each of these is one
-    backward pass. C C^T is the covariance of ``grad(L . W)``; C is never formed. W has N
-    dimensions and is drawn as the path goes along, by `brownian_increments`: memory is that of one
-    iteration and of the points saved.
+    Each of `num_steps` iterations covers the time eta in equal substeps, which take one backward
+    pass each. C C^T is the covariance of ``grad(L . W)``; C is never formed. W has N dimensions and
+    is drawn iteration by iteration, by `brownian_increments`: memory holds the increments of one
+    iteration and the saved points.
 
-    With one substep this *is* M-SGD-Gaussian (Eq. 67). With the same key, more substeps follow
+    With one substep this is M-SGD-Gaussian (Eq. 67). With the same key, more substeps follow
     the same Brownian path, and so does training with `noise.fisher` or `noise.cov`::
 
       law = noise.cov(N, b)
@@ -66,44 +66,46 @@ def euler_maruyama(
       sde = euler_maruyama(losses, params, law, scheme=Scheme(substeps=64), **options)
       msgd = euler_maruyama(losses, params, law, scheme=Scheme(substeps=1), **options)
 
-    The path is drawn in the type of the law's weights, whatever that of the parameters: so it is
-    the one that training draws. (An `Exchangeable` has no type: then it is the parameters'.)
+    The path is drawn in the dtype of the law's weights, as in training, for parameters of any
+    dtype. (For an `Exchangeable`, which has no dtype, it is drawn in that of the parameters.)
 
-    A schedule gives eta_k to iteration k, as it does in `transform.msgd`, and with the same key
-    both are on the same path. It is the SDE of a step that varies (Li, Tai and E 2017),
-    ``dTheta = -grad L dt + sqrt(eta_k) C dW`` over the time eta_k that iteration k takes: the rate
-    holds for a whole iteration, so that the drift of order 2 needs no term for its slope.
+    A schedule gives eta_k to iteration k, as in `transform.msgd`, and with the same key both are on
+    the same path. The SDE is the one with varying steps of Li, Tai and E (2017),
+    ``dTheta = -grad L dt + sqrt(eta_k) C dW`` over the time eta_k that iteration k takes. The rate
+    is constant within an iteration, so the drift of order 2 has no term for the rate's slope.
 
-    It is compiled anew on each call, and nothing is kept. Put it under `jax.jit` to call it again::
+    Each eager call compiles a program and frees it afterwards. Put the function under `jax.jit` to
+    call it more than once::
 
       walk = jax.jit(lambda losses, params, key: euler_maruyama(losses, params, law, key=key,
                                                                 learning_rate=0.1, num_steps=20))
 
     Args:
         losses: the loss vector.
-        params: where the path starts: a pytree of float32 or float64 arrays.
-        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`: only its
-            covariance matters.
+        params: the starting point of the path: a pytree of float32 or float64 arrays.
+        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`; only its covariance
+            is used.
         learning_rate: eta, above 0, which may be traced; or an optax schedule, a function of the
-            iteration, from 0: finite and at least 0 at all of them.
+            iteration from 0, which must be finite and at least 0 at all iterations.
         num_steps: the iteration at which the path ends, at t = num_steps * eta; at least 1. It may
             be traced; `save_at` is then not checked against it.
-        key: a typed PRNG key; `jax.vmap` over keys for several paths.
-        scheme: how many substeps an iteration has, and the order of the SDE.
-        save_at: the iterations after which the path is kept, ascending, from `first_step` (the
-            start) to num_steps; None for num_steps alone.
-        first_step: the iteration that `params` stand at, below num_steps; it may be traced. A path
+        key: a typed PRNG key; use `jax.vmap` over keys for several paths.
+        scheme: the number of substeps per iteration, and the order of the SDE.
+        save_at: the iterations after which the path is saved, in ascending order, from `first_step`
+            (the start) to num_steps; None for num_steps only.
+        first_step: the iteration of `params`, below num_steps; it may be traced. A path that is
             continued from one of its points is the same path to the last bit.
 
     Returns:
-        The path. If it leaves the finite numbers it stops there, and says when.
+        The path. If it becomes infinite or NaN, it stops there, and `diverged_at` says when.
 
     Raises:
         TypeError: if `losses` is not a `loss.LossVector`, `params` are not float32 or float64,
-            `law` is no law, `key` is no typed PRNG key, or a number is of the wrong type.
-        ValueError: if the law is for another number of examples, has dependent steps or is no
-            covariance, a number is out of its range, or a schedule is negative or not finite at an
-            iteration asked for (which is then named; traced ones are taken on trust).
+            `law` is not a law, `key` is not a typed PRNG key, `num_steps`, `first_step` or an entry
+            of `save_at` is not an integer, or `learning_rate` is neither a number nor a function.
+        ValueError: if the law is for another number of examples, its steps depend on each other, it
+            states no covariance, a number is out of its range, or a schedule is negative or not
+            finite at an iteration, which the error names (traced values are not checked).
 
     Example:
         >>> from msgd_jax import loss, noise, sde
@@ -133,7 +135,7 @@ def euler_maruyama(
         rate = learning_rate if number is None else number
         return _integrate(equation.with_data(data), params, rate, start, end, saved, key)
 
-    # A program of this call, which goes with it: it holds the loss function, and jax holds it not.
+    # Compiled here, so that the program, which holds the loss function, is freed after the call.
     params = jax.tree.map(jnp.asarray, params)
     number = None if callable(learning_rate) else learning_rate
     return jax.jit(integrate)(params, losses.data, number, start, end, key)
@@ -142,7 +144,7 @@ def euler_maruyama(
 def check_iterations(
     first_step: Any, num_steps: Any, save_at: Any
 ) -> tuple[Int[Array, ""], Int[Array, ""], Int[np.ndarray, " saved"] | None]:
-    """Where a path starts and ends, and what is kept; raises TypeError or ValueError."""
+    """The first and the last iteration of a path, and those saved; raises TypeError, ValueError."""
     end = _iteration_number("num_steps", num_steps, minimum=1)
     last_start = 2**31 - 2 if isinstance(num_steps, Tracer) else int(num_steps) - 1
     start = _iteration_number("first_step", first_step, minimum=0, maximum=last_start)
@@ -152,7 +154,7 @@ def check_iterations(
 def _iteration_number(
     name: str, value: Any, minimum: int, maximum: int = _validate.MAX_STEP
 ) -> Int[Array, ""]:
-    """An iteration as an int32 scalar, in [minimum, maximum] unless it is traced."""
+    """The number of an iteration as an int32 scalar, in [minimum, maximum] unless it is traced."""
     if not isinstance(value, Tracer):
         _validate.integer_dtype(name, value)
         if jnp.shape(value) == ():
@@ -169,7 +171,7 @@ def _check_save_at(
     if one or not isinstance(save_at, Iterable):
         raise TypeError(
             "save_at must be a sequence of iterations, such as [10, 20], or None for the last "
-            f"alone, got {_validate.shown(save_at)}."
+            f"one only, got {_validate.shown(save_at)}."
         )
     if hasattr(save_at, "dtype"):
         save_at = np.asarray(save_at)
@@ -185,7 +187,7 @@ def _check_save_at(
 
 
 class _State(NamedTuple):
-    """Where a path stands: at `at` after `step` iterations, or the last finite ones."""
+    """A path at `at` after `step` iterations, or at its last finite point."""
 
     at: PyTree
     step: Int[Array, ""]
@@ -218,9 +220,10 @@ def walk(
     end: Int[Array, ""],
     targets: Int[Array, " saved"],
 ) -> tuple[PyTree, Int[Array, ""], PyTree]:
-    """Iterates while all is finite: what it is at the targets, when it diverged (or -1), the last.
+    """Iterates while the state is finite.
 
-    Of the targets that it does not reach, all is NaN.
+    Returns the states at the targets (NaN at targets that are not reached), the iteration in which
+    the path diverged (or -1), and the last finite state.
     """
 
     def advance(state: _State) -> _State:

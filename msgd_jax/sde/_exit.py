@@ -1,4 +1,4 @@
-"""When the noise leaves: first exits from a region, of the SDE and of the iteration."""
+"""First exits from a region, of the SDE and of the iteration."""
 
 import dataclasses
 import math
@@ -26,16 +26,16 @@ Region = Callable[[Params], Bool[Array, ""]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExitTimes:
-    """When paths left a region, and where. Paths that had not left in time are censored.
+    """When paths left a region, and where. Paths that had not left by `limit` are censored.
 
     Attributes:
-        times: of the exit, [paths], as the time of the SDE: the sum of the learning rates so far;
-            `limit` for censored paths.
-        iterations: in which it was, counted from 1, [paths].
+        times: the exit times, [paths], in the time of the SDE, the sum of the learning rates so
+            far; `limit` for censored paths.
+        iterations: the iterations of the exits, counted from 1, [paths].
         exited: whether the path left, [paths].
         points: a pytree like the parameters with a leading axis [paths]: the first point outside,
-            or for censored paths the last.
-        limit: the time until which paths were watched.
+            or the last point of a censored path.
+        limit: the time at which paths were stopped.
     """
 
     times: Float[np.ndarray, " paths"]
@@ -46,7 +46,7 @@ class ExitTimes:
 
     @property
     def censored(self) -> int:
-        """How many paths had not left when watching ended."""
+        """The number of paths that had not left by `limit`."""
         return int((~self.exited).sum())
 
     @property
@@ -57,22 +57,22 @@ class ExitTimes:
     @property
     def exited_interval(self) -> tuple[float, float]:
         """The exact 95 % confidence interval (Clopper-Pearson) of the probability to leave."""
-        from scipy.stats import binomtest  # here, since it takes a while to import
+        from scipy.stats import binomtest  # imported here, since scipy.stats is slow to import
 
         interval = binomtest(int(self.exited.sum()), self.exited.size).proportion_ci()
         return float(interval.low), float(interval.high)
 
     @property
     def restricted_mean(self) -> Estimate:
-        """E min(T, limit), the mean of `times`: no assumption, and E T if nothing is censored."""
+        """E min(T, limit), the mean of `times`, without assumptions; E T if no path is censored."""
         mean, error = _sweeps.mean_and_spread(self.times)
         return Estimate(float(mean), float(error), self.times.size - 1, positive=True)
 
     @property
     def exponential_mean(self) -> Estimate:
-        """E T if T is exponential: all time watched per exit, which takes censored paths along.
+        """E T if T is exponential: the total time of all paths, censored ones too, per exit.
 
-        Exits over a high barrier are exponential, after the time to settle; others are not.
+        Exits over a high barrier are exponential, after the path has settled; others are not.
 
         Raises:
             ValueError: if no path left.
@@ -80,14 +80,14 @@ class ExitTimes:
         exits = int(self.exited.sum())
         if not exits:
             raise ValueError(
-                f"No path left until {self.limit:g}: there is no mean exit time, only "
+                f"No path left until {self.limit:g}, so there is no mean exit time: use "
                 "exited_interval."
             )
         mean = float(self.times.sum()) / exits
         return Estimate(mean, mean / math.sqrt(exits), positive=True)
 
 
-# Paths that are walked side by side.
+# The number of paths that are simulated at the same time.
 _AT_ONCE = 1_000
 
 
@@ -105,36 +105,38 @@ def exit_time(
 ) -> ExitTimes:
     """When, and where, paths from `params` first leave a region: a basin, a ball, a level set.
 
-    Of the SDE, or, with ``scheme=None``, of M-SGD itself. **Exits are seen at the ends of substeps
-    only** (of iterations, of M-SGD), and so are late: to first order as if the barrier were farther
-    away by ``0.5826 s sqrt(eta/substeps)``, where s^2 = eta n^T C n is the variance of the noise
-    across it (Broadie, Glasserman and Kou 1997). Compare an iteration with that, not with the
-    continuous SDE.
+    The paths are those of the SDE, or with ``scheme=None`` those of M-SGD itself. **Exits are
+    checked at the ends of substeps only** (for M-SGD, of iterations), and so they are late: to
+    first order as if the barrier were farther away by ``0.5826 s sqrt(eta/substeps)``, where s^2 =
+    eta n^T C n is the variance of the noise across the barrier (Broadie, Glasserman and Kou 1997).
+    So compare M-SGD with the SDE with one substep, not with the continuous SDE.
 
-    It is compiled anew on each call, and nothing is kept. Paths that have left wait for the last;
-    1,000 of them are in memory together.
+    Each call compiles a program and frees it afterwards. 1,000 paths run at the same time; those
+    that have left wait for the last one.
 
     Args:
         losses: the loss vector.
-        params: where all paths start: a pytree of float32 or float64 arrays.
-        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`; without a
-            scheme, any `noise.MNoise`.
-        inside: ``inside(params)`` returns a boolean scalar; it must hold at the start.
+        params: the starting point of all paths: a pytree of float32 or float64 arrays.
+        law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`; with
+            ``scheme=None``, any `noise.MNoise`.
+        inside: ``inside(params)`` returns a boolean scalar; it must be true at the start.
         learning_rate: eta, above 0, or a schedule, as in `euler_maruyama`.
-        max_steps: the iterations after which a path that has not left is censored.
-        num_paths: at least 2.
+        max_steps: the number of iterations after which a path that has not left is censored.
+        num_paths: the number of paths, at least 2.
         key: a typed PRNG key.
-        scheme: how many substeps of the SDE an iteration has, and its order; None for the iteration
-            itself, with the law's own draws.
+        scheme: the number of substeps per iteration and the order of the SDE; None for M-SGD, with
+            draws of the law.
 
     Returns:
-        Exit times and points, with what they say of the mean, on the host.
+        Exit times and points, and estimates of the mean exit time, on the host.
 
     Raises:
-        TypeError: if `losses` is not a `loss.LossVector`, `params` are not float32 or float64, or
-            another argument is not of the type that is described.
-        ValueError: if the region does not hold the start, a law is none for this, a number is out
-            of its range, or a path leaves the finite numbers.
+        TypeError: if `losses` is not a `loss.LossVector`, `params` are not float32 or float64,
+            `law` is not a law, `inside` is not a function that returns a boolean scalar, `key` is
+            not a typed PRNG key, `scheme` is not a `Scheme`, or a number has the wrong type.
+        ValueError: if `inside` is false at the start, the law is for another number of examples or
+            (with a scheme) its steps depend on each other, a number is out of its range, or a path
+            becomes infinite or NaN.
 
     Example:
         >>> from msgd_jax import loss, noise, sde
@@ -155,7 +157,7 @@ def exit_time(
     params = jax.tree.map(jnp.asarray, params)
     _check_region(inside, params)
 
-    # A program of this call, which goes with it.
+    # Compiled here, so that the program is freed after the call.
     @jax.jit
     def exits_of_all(params: Params, data: Data, key: Key[Array, ""]) -> _State:
         rate_at = _schedules.rate_at(learning_rate, _dynamics.wide_dtype(params))
@@ -177,7 +179,7 @@ def exit_time(
 
 
 def _check_sides(losses: Any, params: Params, law: Any, scheme: Scheme | None) -> Equation | None:
-    """The SDE, or None for the iteration; raises if there is no such."""
+    """The SDE, or None for M-SGD; raises TypeError or ValueError if an argument does not fit."""
     if scheme is not None:
         return Equation.of(losses, params, law, scheme)
     loss.checked(losses, params, wide=True)
@@ -187,12 +189,12 @@ def _check_sides(losses: Any, params: Params, law: Any, scheme: Scheme | None) -
 
 
 def _check_region(inside: Any, params: Params) -> None:
-    """Raises unless `inside` is a predicate that holds at the start."""
+    """Raises TypeError or ValueError unless `inside` is a predicate that is true at the start."""
     _validate.function("inside", inside)
     kind = jax.eval_shape(inside, params)
     if getattr(kind, "dtype", None) != jnp.bool_ or kind.shape:
         raise ValueError(
-            "inside must return a boolean scalar, whether the parameters are in the region, got "
+            "inside must return a boolean scalar, which says whether params are in the region, got "
             f"{_validate.shown(kind)}."
         )
     if not bool(inside(params)):
@@ -200,7 +202,7 @@ def _check_region(inside: Any, params: Params) -> None:
 
 
 class _State(NamedTuple):
-    """A path that stops where it leaves: after `step` iterations, at a substep of the last."""
+    """A path that stops where it leaves: after `step` iterations, at a substep of the last one."""
 
     params: Params
     step: Int[Array, "*paths"]
@@ -209,9 +211,9 @@ class _State(NamedTuple):
 
 
 Substep = Callable[[Params, Any], Params]
-"""The parameters after a substep, of those before it and what drives it."""
+"""Maps the parameters before a substep, and what drives it, to the parameters after it."""
 Drive = Callable[[Key[Array, ""], Int[Array, ""]], tuple[Substep, Any]]
-"""The substep of an iteration, and what drives its substeps, [substeps, ...]."""
+"""The substep function of an iteration, and what drives its substeps, [substeps, ...]."""
 
 
 def _sde(equation: Equation, rate_at: _schedules.RateAt) -> Drive:
@@ -243,7 +245,7 @@ def _iteration(losses: loss.LossVector, law: MNoise, rate_at: _schedules.RateAt)
 def _one_path(
     drive: Drive, inside: Region, start: Params, max_steps: int
 ) -> Callable[[Key[Array, ""]], _State]:
-    """Of a key: where and when the path left, or where it stood in the end."""
+    """A function from a key to where and when its path left, or to its last point."""
 
     def one_path(key: Key[Array, ""]) -> _State:
         def iterate(state: _State) -> _State:
@@ -268,7 +270,7 @@ def _one_path(
 def _times(
     found: _State, learning_rate: Any, substeps: int, max_steps: int
 ) -> tuple[Float[np.ndarray, " paths"], float]:
-    """The times of the exits, and the last time, in float64."""
+    """The exit times, and the time of the last iteration, in float64."""
     before = np.asarray(found.step) - 1
     part = np.asarray(found.substep) / substeps
     if callable(learning_rate):
@@ -280,7 +282,7 @@ def _times(
 
 
 def _check_finite(found: _State) -> None:
-    """Raises ValueError if a path left by leaving the finite numbers."""
+    """Raises ValueError if a path became infinite or NaN."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(found.params)]
     finite = np.logical_and.reduce(
         [np.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves]

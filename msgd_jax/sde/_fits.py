@@ -1,4 +1,4 @@
-"""Orders of convergence: lines through measured errors, with what is left uncertain of them."""
+"""Orders of convergence: lines fitted to measured errors, with their uncertainties."""
 
 import dataclasses
 import math
@@ -10,21 +10,21 @@ from jaxtyping import Float
 from msgd_jax import _validate
 from msgd_jax._estimate import Estimate
 
-MODEL_PATHS = 32  # a mean of fewer skewed squares has no interval that covers 92 %
+MODEL_PATHS = 32  # with fewer skewed squares, the interval of a mean covers less than 92 %
 
 Numbers = Float[np.ndarray, " E"]
 
 
 class Fit(NamedTuple):
-    """A line fitted by least squares, points weighted by their standard errors.
+    """A line fitted by least squares, with points weighted by their standard errors.
 
     Attributes:
-        intercept: its value at 0.
-        slope: its slope.
-        chi_square: sum of squared residuals, in standard errors; nan where these are 0.
-        degrees_of_freedom: what `chi_square` is to be compared with: points less 2.
-        p_value: the probability of so large a `chi_square` if the points are on a line; nan where
-            there are two points, or their standard errors are 0.
+        intercept: the value of the line at 0.
+        slope: the slope of the line.
+        chi_square: the sum of squared residuals in units of standard errors; nan if these are 0.
+        degrees_of_freedom: the degrees of freedom of `chi_square`: the number of points less 2.
+        p_value: the probability of a `chi_square` at least this large if the points are on a line;
+            nan if there are two points, or their standard errors are 0.
     """
 
     intercept: Estimate
@@ -36,18 +36,18 @@ class Fit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ErrorSweep:
-    """Errors against learning rate.
+    """Errors at several learning rates.
 
-    There are standard errors but no intervals of the single errors: a root mean square of few
-    skewed distances has none that can be trusted. Orders have intervals: see `fit_line`.
+    The single errors have standard errors but no intervals, since an interval for a root mean
+    square of few skewed distances cannot be trusted. Orders have intervals: see `fit_line`.
 
     Attributes:
         learning_rates: eta, [E].
-        errors: of `strong_error`, root mean squares over paths, [E]; of `weak_error`, differences
+        errors: for `strong_error`, root mean squares over paths, [E]; for `weak_error`, differences
             of expectations, iteration less SDE, which have a sign.
-        standard_errors: of `errors`, [E]; 0 where nothing is random.
-        degrees_of_freedom: of `standard_errors`, [E] or the same for all; infinite where they are
-            known.
+        standard_errors: the standard errors of `errors`, [E]; 0 if nothing is random.
+        degrees_of_freedom: those of `standard_errors`, [E] or one number for all; infinite if the
+            standard errors are known exactly.
     """
 
     learning_rates: Float[np.ndarray, " E"]
@@ -57,7 +57,7 @@ class ErrorSweep:
 
     @property
     def order(self) -> Estimate:
-        """The slope of ``log |error|`` against log eta, the slope of `order_fit`.
+        """The slope of ``log |error|`` against log eta, which is the slope of `order_fit`.
 
         Raises:
             ValueError: if there are fewer than two learning rates, or an error is 0.
@@ -68,8 +68,8 @@ class ErrorSweep:
     def order_fit(self) -> Fit:
         """The line through ``log |error|`` against log eta, by `fit_line`.
 
-        Where `p_value` is small, the points are on a curve: there is no one order, and the interval
-        of the slope is widened by how far they are from a line.
+        A small `p_value` says that the points are on a curve: then there is no single order, and
+        the interval of the slope is widened by the distance of the points from the line.
         """
         size = np.abs(self.errors)
         if not (size > 0).all():
@@ -83,25 +83,25 @@ class ErrorSweep:
     def error_model(self) -> "ErrorModel":
         """The fit of errors^2 = a^2 eta^2 + c eta^3, for the errors of `strong_error`.
 
-        The deterministic Euler error of the drift is a * eta, the same for every noise; what the
-        noise adds is of order 3/2.
+        The deterministic Euler error of the drift is a * eta, the same for every law; the error
+        that the noise adds is of order 3/2.
 
         Raises:
             ValueError: if there are fewer than two learning rates, or the standard errors come from
-                fewer than 32 paths: means of fewer squares, which are skewed, have intervals that
-                cover less than 92 %, and are too low where they are weighed by standard errors.
+                fewer than 32 paths. Squares are skewed: with fewer of them, intervals of their
+                means cover less than 92 %, and means weighted by standard errors are too low.
         """
         random = (self.standard_errors > 0).any()
         paths = 1 + np.min(self.degrees_of_freedom)
         if random and paths < MODEL_PATHS:
             raise ValueError(
                 f"num_paths must be at least {MODEL_PATHS} for an error_model, got {paths:g}: "
-                "squared distances are skewed, and their means uncertain beyond what their "
-                "standard errors say."
+                "squared distances are skewed, so means of few of them are less certain than "
+                "their standard errors say."
             )
         rates = self.learning_rates
         ratios = np.abs(self.errors) / rates
-        scale = float(ratios.max()) or 1.0  # squares could overflow, or vanish
+        scale = float(ratios.max()) or 1.0  # scaled, since squares could overflow or vanish
         ratios = ratios / scale
         deviations = 2 * ratios * (self.standard_errors / (rates * scale))
         line = fit_line(rates, ratios**2, deviations, self.degrees_of_freedom)
@@ -121,13 +121,13 @@ class ErrorSweep:
 
 
 class ErrorModel(NamedTuple):
-    """errors^2 = a^2 eta^2 + c eta^3.
+    """The fit of errors^2 = a^2 eta^2 + c eta^3.
 
     Attributes:
         deterministic: a.
         noise: c.
-        chi_square: of the fit, as in `Fit`.
-        degrees_of_freedom: points less 2.
+        chi_square: as in `Fit`.
+        degrees_of_freedom: the number of points less 2.
         p_value: as in `Fit`.
     """
 
@@ -141,28 +141,28 @@ class ErrorModel(NamedTuple):
 def fit_line(
     x: Numbers, y: Numbers, standard_errors: Numbers, degrees_of_freedom: Any = math.inf
 ) -> Fit:
-    """Weighted least squares, with intervals that count how well the line fits.
+    """Weighted least squares, with intervals that depend on how well the line fits.
 
-    * Where the residuals are no larger than the standard errors say, the coefficients have the
-      standard errors that follow from those of the points, with Satterthwaite's degrees of freedom.
-    * Where they are larger, the points are not on a line or their errors are larger than stated:
-      the standard errors are multiplied by Birge's ratio sqrt(chi_square / (points - 2)), with
-      Student's t of points - 2 degrees of freedom.
-    * Where a standard error is 0, the fit is unweighted and judged by its residuals alone, with
-      points - 2 degrees of freedom; nothing is known of two such points (standard errors of nan).
+    * If the residuals are no larger than the standard errors say, the standard errors of the
+      coefficients follow from those of the points, with Satterthwaite's degrees of freedom.
+    * If they are larger, the points are not on a line or their errors are larger than stated: the
+      standard errors are multiplied by Birge's ratio sqrt(chi_square / (points - 2)), and
+      Student's t has points - 2 degrees of freedom.
+    * If a standard error is 0, the fit is unweighted and its errors follow from the residuals, with
+      points - 2 degrees of freedom; for two such points the standard errors are nan.
 
-    With four points and at least 4 draws behind each, 95 % intervals cover 93 to 98 %, skewed draws
-    included. With two points nobody knows whether they are on a line: the interval is what sampling
-    leaves, with the smaller one of the points' degrees of freedom instead of Satterthwaite's, since
-    no third point shows that skewed draws have errors beyond their standard errors. It covers 92 to
-    98 % (98.5 % where 4 draws are little skewed).
+    With four points and at least 4 draws for each, 95 % intervals cover 93 to 98 %, also for skewed
+    draws. Two points are always on a line: the interval counts the sampling errors only, with the
+    smaller of the points' degrees of freedom instead of Satterthwaite's, since no third point shows
+    whether skewed draws have errors beyond their standard errors. It covers 92 to 98 % (98.5 % for
+    4 draws that are little skewed).
 
     Args:
-        x: abscissae, at least two different ones.
-        y: ordinates.
-        standard_errors: of `y`.
-        degrees_of_freedom: of `standard_errors`, for each or one for all: one less than the draws
-            that they come from; infinite where they are known.
+        x: the abscissae, [points], at least two different ones.
+        y: the ordinates, [points].
+        standard_errors: the standard errors of `y`, [points].
+        degrees_of_freedom: those of `standard_errors`, [points] or one for all: one less than the
+            number of draws that they come from; infinite if they are known exactly.
 
     Raises:
         ValueError: if there are not two different abscissae, or a number is not finite.
@@ -177,7 +177,9 @@ def fit_line(
         if not np.isfinite(values).all():
             raise ValueError(f"{name} must be finite to fit a line, got {values}.")
     known = bool((errors > 0).all())
-    weights = (errors.min() / errors) ** 2 if known else np.ones_like(x)  # as ratios: no overflow
+    weights = (
+        (errors.min() / errors) ** 2 if known else np.ones_like(x)
+    )  # as ratios, which do not overflow
     centre = weights @ x / weights.sum()
     slopes = weights * (x - centre)
     slopes = slopes / (slopes @ (x - centre))
@@ -194,7 +196,7 @@ def fit_line(
         errors, freedoms = np.ones_like(x), np.full_like(x, math.inf)
 
     def estimate(value: float, parts: Float[np.ndarray, " E"]) -> Estimate:
-        # Norms of the parts by `hypot`: squares of small errors vanish.
+        # By `hypot`, since squares of small errors vanish.
         error, freedom = math.hypot(*parts), satterthwaite(parts, freedoms)
         if not degrees:
             freedom = float(freedoms.min())
@@ -210,7 +212,7 @@ def fit_line(
 
 
 def satterthwaite(parts: Any, degrees_of_freedom: Any) -> float:
-    """Degrees of freedom of a root of a sum of squares with their own ones (Satterthwaite 1946)."""
+    """The degrees of freedom of the root of a sum of squares (Satterthwaite 1946)."""
     parts = np.abs(np.asarray(parts, np.float64))
     if not (parts > 0).any():
         return math.inf
@@ -220,8 +222,8 @@ def satterthwaite(parts: Any, degrees_of_freedom: Any) -> float:
 
 
 def _p_value(chi_square: float, degrees: int, freedoms: Float[np.ndarray, " E"]) -> float:
-    """By the F distribution, which is that of chi-square where standard errors are known."""
-    from scipy import stats  # here, since it takes a while to import
+    """The p-value by the F distribution, which is chi-square if standard errors are known."""
+    from scipy import stats  # imported here, since scipy.stats is slow to import
 
     if degrees == 0 or math.isnan(chi_square):
         return math.nan

@@ -1,4 +1,4 @@
-"""Learning rates that change from step to step: optax schedules, and shapes of them over time."""
+"""Learning rates that change from step to step: optax schedules, and functions of time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +15,11 @@ from msgd_jax import _validate
 RateAt = Callable[[Int[Array, ""]], Float[Array, ""]]
 """The learning rate of a step, counted from 0."""
 
-_CHUNK = 2**16  # steps whose rates are looked at together
+_CHUNK = 2**16  # the number of steps whose rates are checked at a time
 
 
 def rate_at(learning_rate: optax.ScalarOrSchedule, dtype: jnp.dtype) -> RateAt:
-    """The learning rate of each step, in one type; of a number, the same for all."""
+    """The learning rate as a function of the step, in `dtype`; constant if it is a number."""
 
     def rate(step: Int[Array, ""]) -> Float[Array, ""]:
         value = learning_rate(step) if callable(learning_rate) else learning_rate
@@ -31,8 +31,8 @@ def rate_at(learning_rate: optax.ScalarOrSchedule, dtype: jnp.dtype) -> RateAt:
 def check(learning_rate: Any, first: Any, end: Any) -> None:
     """Raises unless a learning rate is a number above 0, or a schedule that is >= 0 and finite.
 
-    A schedule is evaluated at all steps from `first` to before `end`, which only these steps have
-    to stand. It may be 0: then nothing moves. What is traced is taken on trust.
+    A schedule is evaluated and checked at the steps from `first` to `end` - 1 only. It may be 0:
+    then nothing moves. Traced values are not checked.
     """
     if not callable(learning_rate):
         _validate.positive_scalar("learning_rate", learning_rate)
@@ -46,14 +46,14 @@ def check(learning_rate: Any, first: Any, end: Any) -> None:
 
 
 def check_shape(schedule: Any, times: Float[np.ndarray, " steps"]) -> None:
-    """Raises unless a function of time is finite and at least 0 at these times."""
+    """Raises TypeError or ValueError unless `schedule` is finite and at least 0 at these times."""
     _validate.function("schedule", schedule)
     _check_values("schedule", schedule, times, "time")
 
 
 def _check_values(name: str, function: Any, at: np.ndarray, called: str) -> bool:
-    """Whether all values could be seen; raises naming the first that cannot be a rate."""
-    # Concrete numbers also where a program around this is being traced.
+    """Whether no value is traced; raises an error that names the first value that is not a rate."""
+    # Evaluated at compile time, so that values are known also while a program is traced.
     with jax.ensure_compile_time_eval():
         values = jax.vmap(function)(jnp.asarray(at))
     if isinstance(values, Tracer):
@@ -78,7 +78,7 @@ def _check_values(name: str, function: Any, at: np.ndarray, called: str) -> bool
 def times(
     learning_rate: optax.ScalarOrSchedule, dtype: jnp.dtype, targets: Int[Array, " saved"]
 ) -> Float[Array, " saved"]:
-    """The time at these iterations: the sum of the learning rates before each."""
+    """The times of these iterations: the sums of the learning rates before them."""
     rate = rate_at(learning_rate, dtype)
     if not callable(learning_rate):
         return targets.astype(dtype) * rate(targets[0])

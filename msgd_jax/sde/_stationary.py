@@ -1,4 +1,4 @@
-"""Where the noise settles: stationary covariances around the minimum of a quadratic."""
+"""Stationary covariances of the parameters around the minimum of a quadratic loss."""
 
 from typing import Any
 
@@ -24,29 +24,30 @@ def stationary_covariance(
 ) -> Matrix:
     """The covariance X of the parameters under M-SGD on a quadratic, after many steps.
 
-    The loss is ``(theta - theta*)^T H (theta - theta*)/2``, and the noisy gradient has the
-    covariance C everywhere: its value at the minimum, where covariances vary. Without momentum X
-    solves ``H X + X H - eta H X H = eta C``, and with it the discrete Lyapunov equation of
-    parameters and momentum (those of `transform.msgd`). In the eigenbasis of H each entry of X is
-    found by itself, to the accuracy of float64. The mean loss exceeds its minimum by tr(H X)/2.
+    The loss is ``(theta - theta*)^T H (theta - theta*)/2``, and the noisy gradient has the same
+    covariance C at all parameters; if it varies, take its value at the minimum. Without momentum X
+    solves ``H X + X H - eta H X H = eta C``. With momentum it solves the discrete Lyapunov equation
+    of parameters and momentum (as in `transform.msgd`). In the eigenbasis of H each entry of X is
+    computed by itself, to the accuracy of float64. The mean loss exceeds its minimum by tr(H X)/2.
 
-    It is computed on the host, in float64 whatever the types given, and not under `jax.jit`.
+    It is computed on the host, in float64 for all input dtypes, and not under `jax.jit`.
 
     Args:
         hessian: H, [D, D], symmetric and positive definite.
         noise_covariance: C, [D, D], as from `covariance.noise_covariance`.
         learning_rate: eta, above 0.
         momentum: mu, in [0, 1).
-        nesterov: whether the momentum is Nesterov's.
+        nesterov: whether to use Nesterov's momentum.
 
     Returns:
         X, [D, D].
 
     Raises:
-        TypeError: if a matrix is traced or not of real numbers, or a number is of the wrong type.
-        ValueError: if a matrix is not square, finite and symmetric, H is not positive definite or C
-            not positive semi-definite (with the eigenvalue), or the learning rate is too large for
-            an eigenvalue of H, which is then named.
+        TypeError: if a matrix is traced or not of real numbers, or `learning_rate` or `momentum` is
+            traced or not a number.
+        ValueError: if a matrix is not square, finite and symmetric, H is not positive definite, C
+            is not positive semi-definite, or the learning rate is too large for an eigenvalue of H;
+            the error names the eigenvalue.
 
     Example:
         >>> from msgd_jax import sde
@@ -59,13 +60,13 @@ def stationary_covariance(
     eta, mu = _check_rates(learning_rate, momentum)
     _check_stable(curvatures, eta, mu, nesterov)
 
-    # In the eigenbasis z = (theta, v) moves by A(l) z + b xi in each direction.
+    # In direction i of the eigenbasis, z = (theta, v) becomes A(l_i) z + b xi in each step.
     ahead = mu if nesterov else 0.0
     A = np.empty((len(curvatures), 2, 2))
     A[:, 0, 0], A[:, 0, 1] = 1 - eta * (1 + ahead) * curvatures, -eta * mu * (ahead or 1.0)
     A[:, 1, 0], A[:, 1, 1] = curvatures, mu
     b = np.array([-eta * (1 + ahead), 1.0])
-    # Of two directions: Z = A(l_i) Z A(l_j)^T + C_ij b b^T, four equations in four unknowns.
+    # For two directions, solve Z = A(l_i) Z A(l_j)^T + C_ij b b^T: four equations, four unknowns.
     X = np.empty_like(noise)
     source = np.outer(b, b).reshape(4, 1)
     for i, own in enumerate(A):
@@ -81,24 +82,24 @@ def stationary_covariance_of_sde(
     learning_rate: Scalar,
     momentum: Scalar | None = None,
 ) -> Matrix:
-    """The covariance that the SDE of `euler_maruyama` has in the end, or that of `underdamped`.
+    """The stationary covariance of the SDE of `euler_maruyama`, or of `underdamped`.
 
     On a quadratic with noise of covariance C the SDE is an Ornstein-Uhlenbeck process, and
-    ``H X + X H = eta C``: `stationary_covariance` without its term of order eta^2. With momentum
-    the SDE is the underdamped one. In the eigenbasis of H its variances are those at the effective
-    learning rate eta/(1 - mu); its covariances are smaller, where H and C do not commute.
+    ``H X + X H = eta C``: the equation of `stationary_covariance` without its term of order eta^2.
+    With momentum, the SDE is the underdamped one. In the eigenbasis of H its variances are those at
+    the effective learning rate eta/(1 - mu); its covariances are smaller if H and C do not commute.
 
     Args:
         hessian: H, [D, D], symmetric and positive definite.
         noise_covariance: C, [D, D].
         learning_rate: eta, above 0.
-        momentum: mu, in [0, 1), of the underdamped SDE; None for that without momentum.
+        momentum: mu, in [0, 1), of the underdamped SDE; None for the SDE without momentum.
 
     Returns:
         X, [D, D], in float64.
 
     Raises:
-        TypeError, ValueError: as `stationary_covariance`; no learning rate is too large.
+        TypeError, ValueError: as `stationary_covariance`, but no learning rate is too large.
 
     Example:
         >>> from msgd_jax import sde
@@ -117,7 +118,7 @@ def stationary_covariance_of_sde(
 
 
 def check_momentum(momentum: Any) -> None:
-    """Raises unless `momentum` is in [0, 1) (a traced one is taken on trust)."""
+    """Raises TypeError or ValueError unless `momentum` is in [0, 1) or traced."""
     _validate.nonnegative_scalar("momentum", momentum)
     if not isinstance(momentum, Tracer) and float(momentum) >= 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
@@ -135,7 +136,10 @@ def _check_rates(learning_rate: Any, momentum: Any) -> tuple[float, float]:
 def _diagonalised(
     hessian: Any, noise_covariance: Any
 ) -> tuple[Float[np.ndarray, " D"], Matrix, Matrix]:
-    """The eigenvalues and eigenvectors of H, and C in their basis; raises if they are no such."""
+    """The eigenvalues and eigenvectors of H, and C in their basis.
+
+    Raises TypeError or ValueError as `stationary_covariance`.
+    """
     H, rounding = _symmetric("hessian", hessian)
     C, rounding_of_C = _symmetric("noise_covariance", noise_covariance)
     if H.shape != C.shape:
@@ -145,7 +149,7 @@ def _diagonalised(
     if lowest <= rounding * max(highest, 0.0):
         raise ValueError(
             f"hessian must be positive definite to settle, got the eigenvalue {lowest:.6g} (the "
-            f"largest is {highest:.6g}): along its eigenvector nothing holds the parameters."
+            f"largest is {highest:.6g}), along whose eigenvector the parameters move away."
         )
     spectrum = np.linalg.eigvalsh(C)
     if spectrum[0] < -rounding_of_C * max(float(spectrum[-1]), 0.0):
@@ -157,7 +161,7 @@ def _diagonalised(
 
 
 def _symmetric(name: str, value: Any) -> tuple[Matrix, float]:
-    """A symmetric matrix in float64, with how exact its eigenvalues are; raises if it is none."""
+    """A symmetric matrix in float64 and the error of its eigenvalues; raises for other values."""
     if isinstance(value, Tracer):
         raise TypeError(f"{name} must not be traced: this is computed on the host, in float64.")
     given = np.asarray(value)
@@ -182,7 +186,7 @@ def _symmetric(name: str, value: Any) -> tuple[Matrix, float]:
 def _check_stable(
     curvatures: Float[np.ndarray, " D"], eta: float, mu: float, nesterov: bool
 ) -> None:
-    """Raises if the iteration does not settle in the steepest direction."""
+    """Raises ValueError if the iteration does not settle in the steepest direction."""
     limit = 2 * (1 + mu) / (1 + 2 * mu if nesterov else 1.0)
     steepest = float(curvatures[-1])
     if eta * steepest >= limit:
@@ -193,6 +197,6 @@ def _check_stable(
 
 
 def _back(matrix: Matrix, basis: Matrix) -> Matrix:
-    """From the eigenbasis, symmetric to the last bit."""
+    """The matrix transformed back from the eigenbasis, symmetric to the last bit."""
     full = basis @ matrix @ basis.T
     return (full + full.T) / 2

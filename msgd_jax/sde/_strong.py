@@ -1,4 +1,4 @@
-"""The strong error: how far the iteration is from the SDE, path by path."""
+"""The strong error: the distance between the iteration and the SDE, path by path."""
 
 import math
 from collections.abc import Callable
@@ -32,39 +32,41 @@ def strong_error(
 ) -> _fits.ErrorSweep:
     """The root mean square distance between iteration and SDE at a fixed time (Theorem 3).
 
-    For each eta, the SDE with its own sqrt(eta) C (Eq. 68) is integrated in substeps, and the
-    iteration follows beside it. By default it is M-SGD-Gaussian on the same
-    Brownian path, and the square of the error is a^2 eta^2 + c eta^3 (`ErrorSweep.error_model`):
-    a eta is the Euler error of gradient descent, which is there without any noise, and the noise
-    adds an order 3/2. So the order is 1 where a dominates and up to 3/2 where the noise does; with
-    a scheme of order 2 the drift's error is gone and it is 3/2. Without a shared path it is 1/2.
+    For each eta, the SDE with its own sqrt(eta) C (Eq. 68) is integrated in substeps, side by side
+    with the iteration. By default the iteration is M-SGD-Gaussian on the same Brownian path, and
+    the square of the error is a^2 eta^2 + c eta^3 (`ErrorSweep.error_model`): a eta is the Euler
+    error of gradient descent without noise, and the noise adds an error of order 3/2. So the order
+    is 1 if a dominates, and up to 3/2 if the noise does. With a scheme of order 2 the error of the
+    drift is gone and the order is 3/2. Without a shared path it is 1/2.
 
-    It is compiled anew on each call, once for all learning rates, and nothing is kept.
+    Each call compiles one program for all learning rates and frees it afterwards.
 
-    The reference being Euler steps itself, a is about 1 - 1/substeps of that to the SDE.
+    The reference is computed by Euler steps too, so a is about 1 - 1/substeps times its value for
+    the exact SDE.
 
     Args:
         losses: the loss vector.
-        params: where all paths start: a pytree of float32 or float64 arrays.
-        law: whose covariance the SDE has: a `noise.MNoise` with independent steps, or a
+        params: the starting point of all paths: a pytree of float32 or float64 arrays.
+        law: the law whose covariance the SDE has: a `noise.MNoise` with independent steps, or a
             `noise.Exchangeable`.
-        sweep: the learning rates, their schedule, the time, and how many paths.
+        sweep: the learning rates, their schedule, the time, and the number of paths.
         key: a typed PRNG key; each eta has paths of its own.
-        scheme: how many substeps of the SDE an iteration has, and its order.
-        iterate: the weights of the iteration. None for ``coupling(law, N)``, M-SGD-Gaussian on
-            the SDE's path; a function from the Brownian increment over the iteration [N], in units
-            of sqrt(eta), to weights [N], for another coupling; a `noise.MNoise` to be drawn by its
-            own sampling, which knows nothing of the path (its steps may depend on each other).
+        scheme: the number of substeps per iteration, and the order of the SDE.
+        iterate: the weights of the iteration. None for ``coupling(law, N)``, M-SGD-Gaussian on the
+            path of the SDE; for another coupling, a function from the Brownian increment over the
+            iteration, [N] in units of sqrt(eta), to weights [N]; or a `noise.MNoise`, whose draws
+            do not depend on the path (its steps may depend on each other).
 
     Returns:
-        The errors with their standard errors, and the order they fit.
+        The errors with their standard errors, and the order that fits them.
 
     Raises:
-        TypeError: if `losses` is not a `loss.LossVector`, `params` are not float32 or float64, or
-            another argument is not of the type that is described.
-        ValueError: if a law is for another number of examples, has dependent steps or is no
-            covariance, or a path leaves the finite numbers: then with the learning rate and the
-            iteration.
+        TypeError: if `losses` is not a `loss.LossVector`, `params` are not float32 or float64,
+            `law` is not a law, `sweep` is not a `Sweep`, `scheme` is not a `Scheme`, `iterate` is
+            neither a law nor a function, or `key` is not a typed PRNG key.
+        ValueError: if a law is for another number of examples, the steps of `law` depend on each
+            other, it states no covariance, or a path becomes infinite or NaN; the error then names
+            the learning rate and the iteration.
     """
     equation = Equation.of(losses, params, law, scheme)
     _sweeps.checked(sweep)
@@ -75,7 +77,7 @@ def strong_error(
         _validate.function("iterate", iterate)
     params = jax.tree.map(jnp.asarray, params)
 
-    # One program for all learning rates, which nobody holds when this call is over.
+    # One program for all learning rates, which is freed after the call.
     @jax.jit
     def distances_of_all(
         params: Params, data: Data, rate: Scalar, steps: Int[Array, ""], key: Key[Array, ""]
@@ -97,15 +99,15 @@ def strong_error(
 
 
 class _Distance(NamedTuple):
-    """Norms of differences as a product of two numbers: the norm itself may overflow, or vanish."""
+    """The norm of a difference as a product of two numbers, since it may overflow or vanish."""
 
     largest: Float[Array, "*paths"]
     ratio: Float[Array, "*paths"]
 
     @classmethod
     def between(cls, one: Params, other: Params) -> "_Distance":
-        """Of two finite points."""
-        # Half of the difference: it never overflows, and halving is exact.
+        """The distance of two finite points."""
+        # Half of the difference never overflows, and halving is exact.
         halves = jax.tree.map(lambda a, b: 0.5 * a - 0.5 * b, one, other)
         largest = optax.tree.norm(halves, ord=jnp.inf)
         divisor = jnp.where(largest > 0, largest, 1)
@@ -119,7 +121,7 @@ class _Distance(NamedTuple):
 
 
 def _root_mean_square(distances: Float[np.ndarray, " paths"]) -> tuple[float, float]:
-    """With its standard error, by the derivative of the root."""
+    """The root mean square, with its standard error by the derivative of the root."""
     scale = float(distances.max())
     if scale == 0:
         return 0.0, 0.0
@@ -129,7 +131,7 @@ def _root_mean_square(distances: Float[np.ndarray, " paths"]) -> tuple[float, fl
 
 
 class _Pair(NamedTuple):
-    """SDE and iteration side by side, and the iteration in which either left the finite numbers."""
+    """SDE and iteration, and the number of the iteration in which one became infinite or NaN."""
 
     sde: Params
     msgd: Params
@@ -143,7 +145,7 @@ def _one_path(
     rate_at: _schedules.RateAt,
     num_steps: Int[Array, ""],
 ) -> Callable[[Key[Array, ""]], tuple[_Distance, Int[Array, ""]]]:
-    """Of a key: the distance at the end, and when the path left the finite numbers, or -1."""
+    """A function from a key to the distance at the end, and to when a path diverged, or -1."""
     losses, root = equation.losses, equation.root
 
     def weights(
@@ -158,7 +160,7 @@ def _one_path(
         path_key, own_key = jax.random.split(key)
 
         def advance(step: Int[Array, ""], pair: _Pair) -> _Pair:
-            # Both sides over one iteration: the iteration sees the sum of the SDE's increments.
+            # Both over one iteration; the iteration is driven by the sum of the SDE's increments.
             increments, rate = equation.increments(path_key, step), rate_at(step)
             gradient = losses.gradient(pair.msgd, weights(increments.sum(0), own_key, step))
             sde = equation.iteration(pair.sde, increments, rate)

@@ -1,4 +1,4 @@
-"""What strong and weak error share: checked arguments, keys, and paths in passes."""
+"""Code that strong and weak error share: checks of arguments, keys, and paths in passes."""
 
 import dataclasses
 import math
@@ -20,21 +20,23 @@ MIN_PATHS = 4  # with fewer, the 95 % intervals of an order cover less than 92 %
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What `strong_error` and `weak_error` measure at: learning rates, a time, and paths.
+    """The learning rates, the time and the paths of `strong_error` and `weak_error`.
 
     Attributes:
-        learning_rates: eta, each a whole fraction of `horizon`.
+        learning_rates: the values of eta, [E]; each divides `horizon` into whole iterations.
         horizon: T, the time at which iteration and SDE are compared, above 0.
-        num_paths: paths for each eta (and each side), at least 4.
-        at_once: paths in memory together; None for all.
-        schedule: how the rate changes over time: iteration k has the rate ``eta schedule(k eta)``
-            (and so takes that much of the SDE's own time). Optax schedules are such functions,
-            their steps read as time: ``optax.cosine_decay_schedule(1.0, horizon)``. None for 1.
+        num_paths: the number of paths per eta (and per side), at least 4.
+        at_once: the number of paths that run at the same time; None for all.
+        schedule: the change of the rate over time: iteration k has the rate ``eta schedule(k eta)``
+            (and so covers that much time of the SDE). Optax schedules are such functions if their
+            steps are read as time: ``optax.cosine_decay_schedule(1.0, horizon)``. None for 1.
 
     Raises:
-        TypeError, ValueError: if there are no learning rates, one is not positive or not a whole
-            fraction of the horizon, there are too few paths, or the schedule is negative or not
-            finite at one of its times (which is then named).
+        TypeError: if `learning_rates` is not a sequence of numbers, or another number has the wrong
+            type.
+        ValueError: if there are no learning rates, one is not positive or does not divide the
+            horizon, there are fewer than 4 paths, or the schedule is negative or not finite at one
+            of its times, which the error names.
     """
 
     learning_rates: Sequence[float]
@@ -67,7 +69,7 @@ class Sweep:
 
     @property
     def num_steps(self) -> tuple[int, ...]:
-        """How many iterations of each learning rate make up the horizon."""
+        """The number of iterations in the horizon, one per learning rate."""
         return tuple(round(self.horizon / rate) for rate in self.learning_rates)
 
     @property
@@ -76,7 +78,7 @@ class Sweep:
         return np.array(self.learning_rates)
 
     def rate_at(self, rate: Scalar, dtype: jnp.dtype) -> _schedules.RateAt:
-        """The learning rate of each iteration, of one of the learning rates."""
+        """The learning rate of each iteration, for one of the learning rates."""
         schedule = self.schedule
         if schedule is None:
             return _schedules.rate_at(rate, dtype)
@@ -86,7 +88,7 @@ class Sweep:
     def over_paths(
         self, one_path: Callable[[Key[Array, ""]], PyTree], key: Key[Array, ""]
     ) -> PyTree:
-        """`one_path` of a key for each path; results have a leading axis [num_paths]."""
+        """`one_path` for one key per path; results have a leading axis [num_paths]."""
         return over_paths(one_path, key, self.num_paths, self.at_once)
 
 
@@ -96,7 +98,7 @@ def over_paths(
     num_paths: int,
     at_once: int | None,
 ) -> PyTree:
-    """`one_path` of a key for each path, in passes; results have a leading axis [num_paths]."""
+    """`one_path` for one key per path, in passes; results have a leading axis [num_paths]."""
     keys = jax.random.split(key, num_paths)
     if at_once is None or at_once >= num_paths:
         return jax.vmap(one_path)(keys)
@@ -104,14 +106,14 @@ def over_paths(
 
 
 def checked(sweep: Sweep) -> Sweep:
-    """Returns `sweep` if it is one; raises TypeError."""
+    """Returns `sweep` if it is a `Sweep`; else raises TypeError."""
     if not isinstance(sweep, Sweep):
         raise TypeError(f"sweep must be an sde.Sweep, got {_validate.shown(sweep)}.")
     return sweep
 
 
 def check_finite(left_at: Int[Array, " paths"], learning_rate: float, what: str) -> None:
-    """Raises ValueError if a path left the finite numbers; `left_at` is when, or -1."""
+    """Raises ValueError if a path became infinite or NaN in the iteration `left_at` (-1: never)."""
     left = np.asarray(left_at)
     left = left[left >= 0]
     if left.size:
@@ -123,7 +125,7 @@ def check_finite(left_at: Int[Array, " paths"], learning_rate: float, what: str)
 
 
 def check_values(values: ArrayLike, learning_rate: float, what: str) -> Float[np.ndarray, " paths"]:
-    """In float64; raises ValueError if what is measured of finite paths is not finite."""
+    """The values in float64; raises ValueError if one is not finite although its path is."""
     values = np.asarray(values, np.float64)
     wrong = int((~np.isfinite(values)).sum())
     if wrong:
@@ -138,7 +140,7 @@ def check_values(values: ArrayLike, learning_rate: float, what: str) -> Float[np
 def left_at(
     before: Int[Array, ""], step: Int[Array, ""], finite: Bool[Array, ""]
 ) -> Int[Array, ""]:
-    """The iteration in which a path left the finite numbers, counted from 1, or -1."""
+    """The iteration in which a path became infinite or NaN, counted from 1, or -1."""
     return jnp.where((before < 0) & ~finite, jnp.asarray(step, jnp.int32) + 1, before)
 
 

@@ -1,4 +1,4 @@
-"""The SDE of momentum: paths of the underdamped equation that heavy-ball M-SGD is a scheme of."""
+"""The SDE of momentum: paths of the underdamped equation, of which heavy-ball M-SGD is a scheme."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,12 +18,12 @@ from msgd_jax.sde._stationary import check_momentum
 
 
 class Moving(NamedTuple):
-    """Where a path with momentum starts, where that is not at rest, or goes on.
+    """A starting point with a velocity, for a path with momentum or for continuing one.
 
     Attributes:
         params: a pytree of float32 or float64 arrays.
-        velocity: p = dtheta/dt, like `params`.
-        step: the iteration that they are of, at least 0.
+        velocity: p = dtheta/dt, a pytree like `params`.
+        step: the iteration of this point, at least 0.
     """
 
     params: Params
@@ -32,17 +32,17 @@ class Moving(NamedTuple):
 
 
 class UnderdampedPath(NamedTuple):
-    """A path with its velocities at the iterations asked for; under `jax.vmap`, one for each key.
+    """A path with its velocities at the iterations in `save_at`; under `jax.vmap`, one per key.
 
     Attributes:
         steps: the iterations, [saved].
         times: t = steps * sqrt(learning_rate), [saved].
         params: a pytree like `params` with a leading axis [saved]. NaN from `diverged_at` on.
-        velocity: the same of dtheta/dt: minus sqrt(learning_rate) times optax's momentum.
+        velocity: dtheta/dt in the same form: minus sqrt(learning_rate) times optax's momentum.
         diverged_at: the first iteration whose end is not finite, counted from 1; -1 if there is
             none.
         last_params: a pytree like `params`: the last finite point.
-        last_velocity: its velocity.
+        last_velocity: the velocity at `last_params`.
     """
 
     steps: Int[Array, "*paths saved"]
@@ -72,40 +72,40 @@ def underdamped(
 
         dTheta = p dt,    dp = -q p dt - grad L dt + eta^(1/4) C dW,
 
-    and an iteration takes the time sqrt(eta), not eta. With one substep this *is*
+    and an iteration takes the time sqrt(eta), not eta. With one substep this is
     ``transform.msgd(eta, law, key, momentum=mu)`` for `noise.fisher` and `noise.cov`: the heavy
     ball is the semi-implicit Euler scheme of this equation, with p = -sqrt(eta) v. More substeps
     follow the same Brownian path, that of `brownian_increments`.
 
-    **There are two limits.** With eta to 0 at a fixed friction, mu = 1 - q sqrt(eta) goes to 1, and
-    the iteration is close to this SDE path by path: of strong order 1/2 in eta. At a fixed mu the
-    mass vanishes, and what is left is the SDE of `euler_maruyama` at the effective learning rate
-    eta/(1 - mu). Nesterov's momentum has to leading order a friction ``sqrt(eta) grad^2 L p`` more
-    (Shi, Du, Jordan and Su 2018), which vanishes in both limits.
+    **There are two limits.** As eta goes to 0 at a fixed friction, mu = 1 - q sqrt(eta) goes to 1,
+    and the iteration is close to this SDE path by path, with strong order 1/2 in eta. At a fixed mu
+    the mass vanishes, and the limit is the SDE of `euler_maruyama` at the effective learning rate
+    eta/(1 - mu). Nesterov's momentum has, to leading order, the additional friction
+    ``sqrt(eta) grad^2 L p`` (Shi, Du, Jordan and Su 2018), which vanishes in both limits.
 
-    It is compiled anew on each call, and nothing is kept, as `euler_maruyama`.
+    As with `euler_maruyama`, each eager call compiles a program and frees it afterwards.
 
     Args:
         losses: the loss vector.
-        params: where the path starts: a pytree of float32 or float64 arrays, at rest at iteration
-            0; or a `Moving`, which has a velocity, and a number of its own.
+        params: the starting point: a pytree of float32 or float64 arrays, at rest at iteration 0;
+            or a `Moving`, which also has a velocity and an iteration.
         law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`.
-        learning_rate: eta, above 0; may be traced. Schedules have no such SDE here.
-        momentum: mu, in [0, 1); may be traced.
+        learning_rate: eta, above 0; it may be traced, but not be a schedule.
+        momentum: mu, in [0, 1); it may be traced.
         num_steps: the iteration at which the path ends, at t = num_steps * sqrt(eta).
-        key: a typed PRNG key; `jax.vmap` over keys for several paths.
-        scheme: how many substeps an iteration has; of order 1.
+        key: a typed PRNG key; use `jax.vmap` over keys for several paths.
+        scheme: the number of substeps per iteration; its order must be 1.
         save_at: as in `euler_maruyama`.
 
     Returns:
-        The path. If it leaves the finite numbers it stops there, and says when.
+        The path. If it becomes infinite or NaN, it stops there, and `diverged_at` says when.
 
     Raises:
         TypeError: if `losses` is not a `loss.LossVector`, `params` are not float32 or float64,
-            `law` is no law, `key` is no typed PRNG key, or a number is of the wrong type.
-        ValueError: if the law is for another number of examples, has dependent steps or is no
-            covariance, a number is out of its range, `velocity` is not like `params`, or the scheme
-            is of order 2.
+            `law` is not a law, `key` is not a typed PRNG key, or a number has the wrong type.
+        ValueError: if the law is for another number of examples, its steps depend on each other, it
+            states no covariance, a number is out of its range, `velocity` is not like `params`, or
+            the scheme is of order 2.
 
     Example:
         >>> from msgd_jax import loss, noise, sde
@@ -153,7 +153,7 @@ def underdamped(
         times = saved.astype(equation.dtype) * pace
         return UnderdampedPath(saved, times, points, speeds, diverged_at, *last)
 
-    # A program of this call, which goes with it.
+    # Compiled here, so that the program is freed after the call.
     numbers = learning_rate, momentum
     return jax.jit(integrate)((params, velocity), losses.data, numbers, start, end, key)
 
@@ -165,7 +165,7 @@ def _iteration(
     pace: Float[Array, ""],
     momentum: Float[Array, ""],
 ) -> tuple[Params, Gradients]:
-    """Semi-implicit Euler over one iteration, of the time `pace`: velocity first, then params."""
+    """Semi-implicit Euler over one iteration, which takes the time `pace`: first the velocity."""
     root, length = equation.root, 1 / equation.scheme.substeps
     kept = 1 - (1 - momentum) * length
     losses = equation.losses
@@ -174,7 +174,7 @@ def _iteration(
         at: tuple[Params, Gradients], increment: Float[Array, " N"]
     ) -> tuple[tuple[Params, Gradients], None]:
         params, velocity = at
-        # Gradient and noise in one backward pass: the increments are in units of sqrt(pace).
+        # Gradient and noise take one backward pass; the increments are in units of sqrt(pace).
         weights = pace * (length / losses.num_examples - root(increment))
         kick = losses.gradient(params, weights)
         velocity = jax.tree.map(lambda p, g: kept.astype(p.dtype) * p - g, velocity, kick)

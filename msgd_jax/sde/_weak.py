@@ -1,4 +1,4 @@
-"""The weak error: how far expectations under the iteration are from those under the SDE."""
+"""The weak error: the difference of expectations under the iteration and under the SDE."""
 
 import functools
 import math
@@ -38,43 +38,44 @@ def weak_error(
 ) -> _fits.ErrorSweep:
     """E g(theta_K) - E g(Theta_T), of the iteration and of the SDE at a fixed time (Theorem 2).
 
-    **Of order 1 this says nothing about the noise**: gradient flow without any noise passes too,
-    for the noise moves expectations by O(eta) only. With a scheme of order 2 the SDE has the drift
-    ``-grad(L + eta/4 |grad L|^2)``, and the error is of order 2 if the SDE has the iteration's
-    covariance, and of order 1 if not: that is the test to make.
+    **An order of 1 says nothing about the noise**: gradient flow without noise has order 1 too,
+    since the noise changes expectations by O(eta) only. With a scheme of order 2 the SDE has the
+    drift ``-grad(L + eta/4 |grad L|^2)``, and the error has order 2 if the SDE has the iteration's
+    covariance, and order 1 if not. So use a scheme of order 2 to test the noise.
 
-    It is compiled anew on each call, once for all learning rates, and nothing is kept.
+    Each call compiles one program per side, for all learning rates, and frees it afterwards.
 
-    Both sides are sampled, with independent paths. The control variate is the linear response y of
-    the path to its noise along the noise-free path, for which E y = 0 exactly: grad g . y is
-    subtracted from g. It lowers the standard error from O(sqrt(eta)) to O(eta), at the price of a
-    Hessian-vector product and a gradient in each step; where grad g = 0, as at a minimum of L for
-    g = L, it does nothing.
+    Both sides are sampled, with independent paths. The control variate is grad g . y, where y is
+    the linear response of the path to its noise along the noise-free path, so that E y = 0 exactly.
+    It is subtracted from g, and lowers the standard error from O(sqrt(eta)) to O(eta), at the cost
+    of a Hessian-vector product and a gradient per step. It has no effect if grad g = 0, as at a
+    minimum of L for g = L.
 
     Args:
         losses: the loss vector.
-        params: where all paths start: a pytree of float32 or float64 arrays.
-        law: whose covariance the SDE has: a `noise.MNoise` with independent steps, or a
+        params: the starting point of all paths: a pytree of float32 or float64 arrays.
+        law: the law whose covariance the SDE has: a `noise.MNoise` with independent steps, or a
             `noise.Exchangeable`.
-        sweep: the learning rates, their schedule, the time, and how many paths.
+        sweep: the learning rates, their schedule, the time, and the number of paths.
         key: a typed PRNG key.
-        scheme: how many substeps of the SDE an iteration has, and its order. The SDE is sampled
+        scheme: the number of substeps per iteration, and the order of the SDE. The SDE is sampled
             with an error of its own, O(eta/substeps) for order 1 and O(eta^2/substeps) for order 2.
-        iterate: the M-noise of the iteration, drawn by its own sampling (its steps may depend on
-            each other); None for `law`, which must be an MNoise then.
+        iterate: the law of the iteration's weights (its steps may depend on each other); None for
+            `law`, which must then be a `noise.MNoise`.
         test_fn: g, ``test_fn(params, data)`` returns a differentiable scalar; None for the mean
             loss L.
-        control_variate: whether to use it.
+        control_variate: whether to use the control variate.
 
     Returns:
-        The differences with their standard errors, and the order that their sizes fit.
+        The differences with their standard errors, and the order that fits their sizes.
 
     Raises:
-        TypeError: if `losses` is not a `loss.LossVector`, `params` are not float32 or float64, or
-            another argument is not of the type that is described.
-        ValueError: if a law is for another number of examples, has dependent steps or is no
-            covariance, or a path leaves the finite numbers: then with the learning rate and the
-            iteration.
+        TypeError: if `losses` is not a `loss.LossVector`, `params` are not float32 or float64, a
+            law is not a law, `sweep` is not a `Sweep`, `scheme` is not a `Scheme`, `test_fn` is not
+            a function, or `key` is not a typed PRNG key.
+        ValueError: if a law is for another number of examples, the steps of `law` depend on each
+            other, it states no covariance, or a path becomes infinite or NaN; the error then names
+            the learning rate and the iteration.
     """
     equation = Equation.of(losses, params, law, scheme)
     _sweeps.checked(sweep)
@@ -90,7 +91,7 @@ def weak_error(
     if test_fn is not None:
         _check_test_fn(test_fn, params, losses.data)
 
-    # Two programs for all learning rates, which nobody holds when this call is over.
+    # One program per side for all learning rates, which are freed after the call.
     def program(side: MNoise | None) -> Callable[..., tuple[Array, Array]]:
         @jax.jit
         def final_values(
@@ -137,7 +138,7 @@ def _check_test_fn(test_fn: TestFn, params: Params, data: Data) -> None:
 
 
 class _State(NamedTuple):
-    """A path, the noise-free path, the linear response, and when the path left finite numbers."""
+    """A path, the noise-free path, the linear response, and when the path diverged, or -1."""
 
     params: Params
     centre: Params
@@ -154,7 +155,10 @@ def _one_path(
     rate_at: _schedules.RateAt,
     num_steps: Int[Array, ""],
 ) -> Callable[[Key[Array, ""]], tuple[Float[Array, ""], Int[Array, ""]]]:
-    """Of a key: g at the end less its control variate; of the SDE where `iterate` is None."""
+    """A function from a key to g at the end of its path, less the control variate.
+
+    The path is that of the SDE if `iterate` is None.
+    """
     losses = equation.losses
     if iterate is None:
         advance = _sde(equation, rate_at, control_variate)
@@ -194,7 +198,7 @@ def _iteration(
         moved = _dynamics.step_along(state.params, noisy_gradient, -rate)
         if not control_variate:
             return state._replace(params=moved)
-        # The noise-free path, and how the path answers its noise, to first order.
+        # The noise-free path, and the response of the path to its noise, to first order.
         gradient = losses.gradient(state.centre)
         noise = jax.tree.map(jnp.subtract, gradient, losses.gradient(state.centre, weights))
         return _State(
@@ -238,7 +242,7 @@ def _sde(equation: Equation, rate_at: _schedules.RateAt, control_variate: bool) 
 def _respond(
     losses: loss.LossVector, state: _State, noise: Gradients, *, noise_scale: Scalar, time: Scalar
 ) -> Gradients:
-    """The linear response a step later: y - time H y + scale * noise, H and noise at the centre."""
+    """The linear response after a step: y - time H y + scale * noise, H and noise at the centre."""
     curved = losses.hessian_product(state.centre, state.response)
     response = _dynamics.step_along(state.response, curved, -time)
     return _dynamics.step_along(response, noise, noise_scale)

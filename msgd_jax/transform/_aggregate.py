@@ -17,7 +17,7 @@ class AggregateState(NamedTuple):
     """State of `aggregate_per_example`.
 
     Attributes:
-        step: updates made so far; the step whose weights the next update draws.
+        step: the number of updates made so far, which is the step of the next draw of weights.
         key: the PRNG key of the run, the same at every step.
     """
 
@@ -28,25 +28,28 @@ class AggregateState(NamedTuple):
 def aggregate_per_example(law: MNoise | BatchLaw, key: Key[Array, ""]) -> aggregating.Aggregator:
     """Adds up per-example gradients with the weights of a law.
 
-    The counterpart of `multiplicative_noise` for code that has per-example gradients already, to
-    clip them, say: an aggregator as `optax.experimental.aggregating` defines it, whose updates
-    come with a leading axis of N examples and leave without it. The sum is in float32 or wider.
+    It is the counterpart of `multiplicative_noise` for code that has per-example gradients already,
+    for example to clip them: an aggregator as `optax.experimental.aggregating` defines it, which
+    takes updates with a leading axis of N examples and returns updates without it. The sum is in
+    float32 or wider.
 
-    Inside ``optax.masked`` it sees the selected leaves only; ``optax.MultiSteps`` belongs behind it
+    Inside ``optax.masked`` it gets the selected leaves only. ``optax.MultiSteps`` belongs behind it
     in a chain, not around it.
 
     Args:
         law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
-          updates; with a `BatchLaw` they are of a batch that a loader drew, of any size.
+          updates; with a `BatchLaw` the updates are those of a batch that a loader drew, of any
+          size.
         key: a typed PRNG key, copied into the state by ``init``.
 
     Returns:
         An aggregator with ``update(per_example_gradients, state, params)``. It raises ValueError if
-        `params` is missing, and, naming the leaf, if the shape of a leaf is not
-        ``(N, *parameter shape)``: a gradient that is averaged already is refused.
+        `params` is missing, or if the shape of a leaf, which the error names, is not ``(N,
+        *parameter shape)``: gradients that are averaged already are refused.
 
     Raises:
-        TypeError, ValueError: if `law` is no law, or `key` is no typed PRNG key.
+        TypeError: if `law` is not a law, or `key` is not a typed PRNG key.
+        ValueError: if `key` is an array of keys.
 
     Example:
         >>> from msgd_jax import noise, transform

@@ -29,8 +29,8 @@ from msgd_jax.noise import BatchLaw, MNoise
 from msgd_jax.sharding import check_key_agrees
 
 _HINT = (
-    " What optax's lookahead and sam go around gets no such arguments: put them behind the noise, "
-    "transform.with_noise(optimizer, law, key)."
+    " optax's lookahead and sam do not pass such arguments on to what is inside them: put them "
+    "behind the noise, transform.with_noise(optimizer, law, key)."
 )
 
 
@@ -38,13 +38,13 @@ class MultiplicativeNoiseState(NamedTuple):
     """State of `multiplicative_noise`.
 
     Attributes:
-        step: updates made so far; the step whose weights the next update draws.
+        step: the number of updates made so far, which is the step of the next draw of weights.
         key: the PRNG key of the run, the same at every step.
         value: the weighted loss of the last update, an unbiased estimate of the mean loss at the
-          parameters it was given; infinite before the first.
-        model_state: the mutable statistics after the last update; () without any.
-        aux: the extra outputs of the last update, a `loss.Outputs`; () without any, and zeros
-          before the first.
+          parameters it was given; infinite before the first update.
+        model_state: the mutable statistics after the last update; () if there are none.
+        aux: the extra outputs of the last update, a `loss.Outputs`; () if there are none, and zeros
+          before the first update.
     """
 
     step: Int[Array, ""]
@@ -66,7 +66,7 @@ def multiplicative_noise(
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the noisy gradient ``grad(L(params) . W)`` with one backward pass (Algorithm 1).
 
-    First in a chain, since it makes the gradient that the rest of the chain works on::
+    Put it first in a chain, since it makes the gradient that the rest of the chain uses::
 
       optimizer = optax.chain(multiplicative_noise(law, key), optax.adam(1e-3))
       state = optimizer.init(params)
@@ -74,23 +74,23 @@ def multiplicative_noise(
           (), state, params, loss_vector_fn=loss_vector_fn, data=data
       )
 
-    There are no updates to pass in yet, hence the ``()`` (None is as good). Optimizers that take
-    more than the gradient do not get it in such a chain: see `with_noise`.
+    There are no updates to pass in yet, so pass ``()`` or None. In such a chain, optimizers that
+    take extra arguments do not get them: see `with_noise`.
 
-    What it composes with:
+    It works with:
 
     * ``optax.masked`` and ``optax.partition``: only the selected parameters get the noisy gradient,
-      the others keep the updates passed in. Give ``full_params=params`` besides, since optax hides
-      the other parameters from the transformations inside.
-    * ``optax.MultiSteps`` behind it in a chain averages noisy gradients over several steps. Around
-      it there is nothing to accumulate, which is an error: use `microbatch_size` for memory. The
-      same holds for ``apply_if_finite``, ``conditionally_transform``, ``lookahead`` and ``sam``:
-      ``with_noise(optax.apply_if_finite(optax.adam(1e-3), 5), noise, key)``.
+      the others keep the updates passed in. Pass ``full_params=params`` too, since optax hides the
+      other parameters from the transformations inside.
+    * ``optax.MultiSteps`` behind it in a chain, which averages noisy gradients over several steps.
+      (To save memory, use `microbatch_size`.) It is an error to put MultiSteps around it, and so
+      for ``apply_if_finite``, ``conditionally_transform``, ``lookahead`` and ``sam``, since they
+      need a gradient: ``with_noise(optax.apply_if_finite(optax.adam(1e-3), 5), law, key)``.
     * ``optax.inject_hyperparams(msgd, static_args=("law", "key"))``.
 
-    Statistics and extra outputs are in the state, whose structure optax fixes at ``init``: so what
-    they start as, and what the outputs look like, is said here (where that is not known, `train`
-    needs no such thing). The program of eager calls is kept for the last `loss_vector_fn`.
+    The state contains the statistics and extra outputs, and optax fixes its structure at ``init``.
+    So give their initial values and shapes here (`train` does not need the shapes). The compiled
+    program of eager calls is kept for the last `loss_vector_fn`.
 
     Args:
         law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
@@ -98,13 +98,13 @@ def multiplicative_noise(
         key: a typed PRNG key, copied into the state by ``init``.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
-        model_state: for losses with mutable statistics, what these start as: a pytree of arrays,
-          copied into the state by ``init``. None where the losses have none.
+        model_state: for losses with mutable statistics, their initial values: a pytree of arrays,
+          copied into the state by ``init``. None if the losses have none.
         aux: for losses with extra outputs, a `loss.Outputs` of arrays or `jax.ShapeDtypeStruct`
-          like what comes back: ``loss.Outputs(averaged={"accuracy": jnp.zeros(())})``. None where
-          there are none.
-        has_keys: whether losses take a key per example, as in `loss.weighted_value_and_grad`; key
-          and step are those of the state.
+          with the shapes of the results: ``loss.Outputs(averaged={"accuracy": jnp.zeros(())})``.
+          None if there are none.
+        has_keys: whether losses take one key per example, as in `loss.weighted_value_and_grad`; it
+          depends on the key and the step in the state.
 
     Returns:
         A transformation with ``update((), state, params, *, loss_vector_fn, data)``: the update is
@@ -112,10 +112,11 @@ def multiplicative_noise(
         `loss_vector_fn` or `data` is missing, and as `loss.weighted_value_and_grad` does.
 
     Raises:
-        TypeError, ValueError: if `law` is no law, `key` is no typed PRNG key,
-            `microbatch_size` is not positive, `sharding` does not spread the leading axis alone, or
-            `aux` is not a `loss.Outputs`. ``update`` raises them where statistics or outputs come
-            back with another structure, shape or dtype.
+        TypeError: if `law` is not a law, `key` is not a typed PRNG key, `sharding` is not a
+            `NamedSharding`, or `aux` is not a `loss.Outputs`.
+        ValueError: if `microbatch_size` is not positive, or `sharding` does not spread the leading
+            axis alone; in ``update``, if statistics or outputs have another structure, shape or
+            dtype than was given here.
 
     Example:
         >>> from msgd_jax import loss, noise, transform
@@ -129,11 +130,16 @@ def multiplicative_noise(
         >>> int(state[0].step), updates.shape
         (1, ())
     """
-    alone = optax.identity()
     whole = with_noise(
-        alone, law, key, microbatch_size=microbatch_size, sharding=sharding,
-        model_state=model_state, aux=aux, has_keys=has_keys,
-    )  # fmt: skip
+        optax.identity(),
+        law,
+        key,
+        microbatch_size=microbatch_size,
+        sharding=sharding,
+        model_state=model_state,
+        aux=aux,
+        has_keys=has_keys,
+    )
 
     def init_fn(params: Params) -> MultiplicativeNoiseState:
         state: Any = whole.init(params)
@@ -142,7 +148,7 @@ def multiplicative_noise(
     def update_fn(
         updates: Updates, state: Any, params: Params = None, **extra_args: Any
     ) -> tuple[Updates, MultiplicativeNoiseState]:
-        both: Any = state, alone.init(params)
+        both: Any = state, optax.EmptyState()
         updates, both = whole.update(updates, both, params, **extra_args)
         return updates, both[0]
 
@@ -160,17 +166,17 @@ def with_noise(
     aux: loss_lib.Outputs | None = None,
     has_keys: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer behind `multiplicative_noise`, with all that it may ask for.
+    """An optimizer behind `multiplicative_noise`, with the extra arguments that it takes.
 
-    Updates and state are those of ``optax.chain(multiplicative_noise(law, key), optimizer)``,
-    where nobody tells the optimizer the loss. Here those that take more get it, all with the
-    weights of the step, as from `train.make_step`: ``value=`` (``polyak_sgd``, ``momo``,
+    Updates and state are those of ``optax.chain(multiplicative_noise(law, key), optimizer)``. In a
+    chain the optimizer gets no extra arguments; here it gets those that it takes, all with the
+    weights of the step, as in `train.make_step`: ``value=`` (``polyak_sgd``, ``momo``,
     ``reduce_on_plateau``), ``grad=`` and ``value_fn=`` (line searches, ``lbfgs``), ``obj_fn=``
-    (``sophia``), ``grad_fn=`` (``sam``), and `data` as they are. So is `loss_vector_fn`, where it
-    is a function of (params, batch) that returns losses alone.
+    (``sophia``), ``grad_fn=`` (``sam``), `data`, and `loss_vector_fn` if that is a function of
+    (params, batch) that returns losses only.
 
     Args:
-        optimizer: any optax transformation of a gradient, a chain of several, say.
+        optimizer: any optax transformation of a gradient, for example a chain of several.
         law: the law of the weights. The num_examples of an `MNoise` must be the leading axis of the
           data; with a `BatchLaw` the data are a batch that a loader drew, of any size.
         key: a typed PRNG key, copied into the state by ``init``.
@@ -234,11 +240,11 @@ def with_noise(
 
 
 def _start(model_state: ModelState, aux: loss_lib.Outputs | None) -> Callable[[], dict[str, Any]]:
-    """How statistics and extra outputs begin, in buffers of their own."""
+    """A function that makes the initial statistics and extra outputs, in buffers of their own."""
     if aux is not None and not isinstance(aux, loss_lib.Outputs):
         raise TypeError(
-            "aux must be a loss.Outputs(averaged=..., stacked=...) like what comes back, or None, "
-            f"got {_validate.shown(aux)}."
+            "aux must be a loss.Outputs(averaged=..., stacked=...) like that of the losses, or "
+            f"None, got {_validate.shown(aux)}."
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path((model_state, aux)):
         name = ("model_state", "aux")[path[0].idx]
@@ -265,7 +271,7 @@ def _start(model_state: ModelState, aux: loss_lib.Outputs | None) -> Callable[[]
 
 
 def _after(state: Any, found: loss_lib.Evaluated, takes: loss_lib.Takes) -> Any:
-    """The state of the noise after an update."""
+    """The `MultiplicativeNoiseState` after an update."""
     state = state._replace(step=state.step + 1, value=found.value.astype(state.value.dtype))
     if takes.has_state:
         state = state._replace(model_state=found.model_state)
@@ -273,9 +279,9 @@ def _after(state: Any, found: loss_lib.Evaluated, takes: loss_lib.Takes) -> Any:
         return state
     if (difference := _validate.first_difference("aux", state.aux, found.aux)) is not None:
         raise ValueError(
-            "aux must be given with the structure, shapes and dtypes of what comes back, since the "
-            f"state of an optax transformation keeps them: given {difference[0]}, came back "
-            f"{difference[1]}. (train.make_step needs no such thing.)"
+            "aux must be given with the structure, shapes and dtypes of the losses' outputs, since "
+            f"the state of an optax transformation keeps them: given {difference[0]}, returned "
+            f"{difference[1]}. (train.make_step needs no aux.)"
         )
     return state._replace(aux=found.aux)
 
@@ -294,15 +300,15 @@ def msgd(
 ) -> optax.GradientTransformationExtraArgs:
     """M-SGD (Eq. 6): `optax.sgd` on the noisy gradient of `multiplicative_noise`.
 
-    For losses with statistics or extra outputs there is ``with_noise(optax.sgd(...), ...)``.
+    For losses with statistics or extra outputs use ``with_noise(optax.sgd(...), ...)``.
 
     Args:
         learning_rate: eta, a number or a schedule.
         law: the law of the weights.
         key: a typed PRNG key, copied into the state by ``init``.
-        momentum: decay rate of the momentum, or None for none.
-        nesterov: whether the momentum is Nesterov's.
-        accumulator_dtype: of the momentum; None for the parameters' own.
+        momentum: the decay rate of the momentum, or None for no momentum.
+        nesterov: whether to use Nesterov's momentum.
+        accumulator_dtype: the dtype of the momentum; None for that of the parameters.
         microbatch_size: examples in one pass, as in `loss.weighted_value_and_grad`.
         sharding: how the examples are spread over devices, as in `loss.weighted_value_and_grad`.
         has_keys: as in `multiplicative_noise`.
@@ -326,7 +332,7 @@ def msgd(
         1.2
     """
     for name, value in (("learning_rate", learning_rate), ("momentum", momentum)):
-        # Arrays may be traced (optax.inject_hyperparams, vmap): they are taken on trust.
+        # Arrays may be traced (optax.inject_hyperparams, vmap), so they are not checked.
         if value is not None and not callable(value) and not isinstance(value, jax.Array):
             _validate.finite_nonnegative(name, value)
     if accumulator_dtype is not None:
@@ -349,7 +355,7 @@ def _noisy_gradient(
     sharding: NamedSharding | None,
     takes: loss_lib.Takes,
 ) -> tuple[Callable[..., MultiplicativeNoiseState], Callable[..., Any]]:
-    """How the state begins, and what gives value and gradient at the weights of a step."""
+    """Functions that make the initial state, and the value and gradient at a step's weights."""
     _laws.of_steps("law", law)
     _validate.prng_key("key", key)
     microbatch_size = _validate.optional_positive_int("microbatch_size", microbatch_size)
@@ -359,7 +365,7 @@ def _noisy_gradient(
         if jax.tree.leaves(params):  # a mask may hide them all
             _validate.floating_params(params)
         check_key_agrees("key", key)
-        own = jnp.copy(jax.random.clone(key))  # the caller's is not to be donated with the state
+        own = jnp.copy(jax.random.clone(key))  # so that the caller's key is not donated
         return MultiplicativeNoiseState(jnp.zeros((), jnp.int32), own, _dtypes.not_yet(params))
 
     def make(loss_vector_fn: LossVectorFn) -> Callable[..., loss_lib.Evaluated]:
@@ -371,7 +377,7 @@ def _noisy_gradient(
             sharding=sharding,
         )
 
-    # It owns the program of eager calls.
+    # `made` owns the compiled program of eager calls.
     made = _optimizers.keep_last(make)
 
     def noisy_gradient(

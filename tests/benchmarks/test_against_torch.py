@@ -38,9 +38,13 @@ def test_the_nets_are_the_same_functions(name):
     running = torch_nets.in_torch_layout(jax.tree.map(np.asarray, stats))
     for microbatched, channels_last in ((True, False), (False, True)):
         step = torch_nets.Step(
-            row, reference, device="cpu", microbatched=microbatched,
-            channels_last=channels_last, compiled=None,
-        )  # fmt: skip
+            row,
+            reference,
+            device="cpu",
+            microbatched=microbatched,
+            channels_last=channels_last,
+            compiled=None,
+        )
         assert step.check(reference.weights)[0] == pytest.approx(float(value), rel=1e-4)
         found = torch_nets.gradients(step.net)
         assert found.keys() == expected.keys()
@@ -82,6 +86,7 @@ def test_gradients_of_each_example_are_ours(name):
     assert [d.shape for d in draws] == [g.shape[1:] for g in gradients()]
 
 
+@pytest.mark.slow
 def test_the_order_of_the_first_step_is_its_own():
     """With ghost batch norm who shares a batch is drawn; the probe finds what the step does."""
     row = rows.TINY["resnet18-8"]
@@ -109,6 +114,7 @@ def worker():
     worker.close()
 
 
+@pytest.mark.slow
 def test_a_process_prepares_measures_and_says_what_is_wrong(worker):
     row = rows.Row("lenet", None, 6, 3)
     reference = rows.reference(row)
@@ -191,14 +197,21 @@ def test_bad_configurations_are_refused_before_anything_is_measured():
         against_torch.Config(device="tpu")
 
 
+@pytest.mark.slow
 def test_time_that_is_up_leaves_out_and_says_so(capsys, tmp_path):
     from benchmarks import step_overhead
 
     start = time.monotonic()
     config = step_overhead.Config(
-        examples=12, batch_size=2, support_size=4, microbatch_size=4, repeats=1, sparse_steps=1,
-        seconds=1e-3, out=tmp_path / "out",
-    )  # fmt: skip
+        examples=12,
+        batch_size=2,
+        support_size=4,
+        microbatch_size=4,
+        repeats=1,
+        sparse_steps=1,
+        seconds=1e-3,
+        out=tmp_path / "out",
+    )
     headlines = step_overhead.main(config)
     said = capsys.readouterr().out
     assert "no time to compile: " in said

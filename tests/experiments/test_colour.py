@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import jax
 import numpy as np
@@ -19,11 +20,22 @@ from tests.experiments.data.svhn_files import write_tiny_svhn
 from tests.experiments.models.test_deep_models import OneBlock
 
 PLAN = TrainConfig(
-    algorithm="m-sgd-sparse-cov", dataset="cifar10", width=4, steps=6, learning_rate=0.05,
-    momentum=0.9, weight_decay=5e-4, decay_at=(3,), augment=True, seeds=2, eval_every=2,
-    checkpoint_every=2, microbatch_size=5,
+    algorithm="m-sgd-sparse-cov",
+    dataset="cifar10",
+    width=4,
+    steps=6,
+    learning_rate=0.05,
+    momentum=0.9,
+    weight_decay=5e-4,
+    decay_at=(3,),
+    augment=True,
+    seeds=2,
+    eval_every=2,
+    checkpoint_every=2,
+    microbatch_size=5,
     noise=NoiseSettings(batch_size=5, support_size=10),
-)  # fmt: skip
+)
+TWO_STEPS = "--steps 2 --eval-every 1 --microbatch-size 5 --noise.batch-size 5"
 
 
 @pytest.fixture
@@ -91,9 +103,8 @@ def test_cifar10_with_batch_norm_goes_on_as_if_it_had_not_been_stopped(
 @pytest.mark.slow
 def test_svhn_from_the_command_line(files, one_block, tmp_path):
     path = tmp_path / "run"
-    main(["train", "--dataset", "svhn", "--model", "resnet18", "--width", "4", "--data-dir",
-          str(files), "--steps", "2", "--eval-every", "1", "--noise.batch-size", "5",
-          "--microbatch-size", "5", "--out", str(path)])  # fmt: skip
+    command = "train --dataset svhn --model resnet18 --width 4"
+    main([*shlex.split(f"{command} {TWO_STEPS}"), "--data-dir", str(files), "--out", str(path)])
     drawn = json.loads((path / "train_images.json").read_text())["train_indices"]
     assert len(set(drawn)) == 10
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -107,9 +118,8 @@ def test_svhn_from_the_command_line(files, one_block, tmp_path):
 @pytest.mark.parametrize(("dataset", "model"), [("svhn", "vgg11"), ("cifar10", "resnet18")])
 def test_the_papers_nets_from_the_command_line(dataset, model, files, tmp_path):
     path = tmp_path / "run"
-    main(["train", "--dataset", dataset, "--width", "2", "--data-dir", str(files), "--steps", "2",
-          "--eval-every", "1", "--noise.batch-size", "5", "--microbatch-size", "5", "--augment",
-          "--out", str(path)])  # fmt: skip
+    command = f"train --dataset {dataset} --width 2 --augment"
+    main([*shlex.split(f"{command} {TWO_STEPS}"), "--data-dir", str(files), "--out", str(path)])
     assert json.loads((path / "summary.json").read_text())["step"] == 2
     assert json.loads((path / "config.json").read_text())["dataset"] == dataset
     plan = TrainConfig(dataset=dataset)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import typing
 
 import jax
@@ -97,8 +98,8 @@ def test_a_stopped_demo_goes_on_with_what_is_missing(tmp_path, monkeypatch, caps
 
 @pytest.mark.slow
 def test_train_prints_a_table(tmp_path, capsys):
-    main(["train", "--dataset", "digits", "--algorithm", "m-sgd-estimated-cov", "--steps", "3",
-          "--eval-every", "2", "--out", str(tmp_path / "run")])  # fmt: skip
+    command = "train --dataset digits --algorithm m-sgd-estimated-cov --steps 3 --eval-every 2"
+    main([*shlex.split(command), "--out", str(tmp_path / "run")])
     printed = capsys.readouterr().out
     assert "M-SGD-[Cov-b]" in printed
     assert "1,000 training and 797 test images" in printed
@@ -106,6 +107,7 @@ def test_train_prints_a_table(tmp_path, capsys):
     assert read(tmp_path / "run" / "summary.json")["step"] == 3
 
 
+@pytest.mark.slow
 def test_sgd_learns_the_digits():
     """Real images: above 95 % of 797 test images in 1,500 steps (97 % measured, s.e. 0.6 %)."""
     plan = config.TrainConfig(
@@ -115,17 +117,27 @@ def test_sgd_learns_the_digits():
     assert last.test_accuracy[0] > 0.95
 
 
+@pytest.mark.slow
 def test_a_seed_does_not_depend_on_its_neighbours_or_on_the_evaluations():
     plan = config.TrainConfig(
-        algorithm="m-sgd-sparse-fisher", dataset="digits", steps=20, learning_rate=0.1,
-        seeds=3, eval_every=20,
-    )  # fmt: skip
+        algorithm="m-sgd-sparse-fisher",
+        dataset="digits",
+        steps=20,
+        learning_rate=0.1,
+        seeds=3,
+        eval_every=20,
+    )
     digits = data.load("digits")
     *_, (_, together) = training.train_seeds(plan, digits)
     alone_plan = config.TrainConfig(
-        algorithm="m-sgd-sparse-fisher", dataset="digits", steps=20, learning_rate=0.1,
-        seeds=1, seed=2, eval_every=7,
-    )  # fmt: skip
+        algorithm="m-sgd-sparse-fisher",
+        dataset="digits",
+        steps=20,
+        learning_rate=0.1,
+        seeds=1,
+        seed=2,
+        eval_every=7,
+    )
     *_, (_, alone) = training.train_seeds(alone_plan, digits)
     np.testing.assert_allclose(together.train_loss[2], alone.train_loss[0], rtol=1e-4)
     assert together.train_loss[0] != together.train_loss[1]
@@ -206,9 +218,9 @@ def test_unknown_names_list_the_choices(option, value, choice, capsys):
     ],
 )
 def test_bad_numbers_are_named(arguments, message, tmp_path, capsys):
+    command = [*shlex.split("train --dataset digits --steps 1 --out"), str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stopped:
-        main(["train", "--dataset", "digits", "--steps", "1", "--out", str(tmp_path / "run"),
-              *arguments])  # fmt: skip
+        main([*command, *arguments])
     printed = capsys.readouterr()
     text = f"{stopped.value}\n{printed.err}\n{printed.out}"
     assert np.char.find(" ".join(text.split()), "Traceback") == -1

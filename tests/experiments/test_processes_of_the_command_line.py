@@ -10,6 +10,7 @@ import pathlib
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,8 +24,9 @@ from experiments.training import runs
 PATIENCE = 120
 ROOT = pathlib.Path(experiments.__file__).parents[1]
 COMMAND = [sys.executable, "-m", "experiments"]
-TRAIN = ["train", "--dataset", "digits", "--learning-rate", "0.1", "--eval-every", "200",
-         "--microbatch-size", "None"]  # fmt: skip
+TRAIN = shlex.split(
+    "train --dataset digits --learning-rate 0.1 --eval-every 200 --microbatch-size None"
+)
 SHORT = [*TRAIN, "--steps", "2", "--num-test", "50", "--out", "short"]
 COMMANDS = """
 import json, os, sys
@@ -66,9 +68,13 @@ def several(cwd, *commands, **changes):
     """Of each command: exit code, what it printed, and what it said on stderr."""
     wanted = [c if isinstance(c, tuple) else (c, {}) for c in commands]
     done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps(wanted)], cwd=cwd, text=True, timeout=PATIENCE,
-        capture_output=True, env=environment(**changes),
-    )  # fmt: skip
+        [sys.executable, "-c", COMMANDS, json.dumps(wanted)],
+        cwd=cwd,
+        text=True,
+        timeout=PATIENCE,
+        capture_output=True,
+        env=environment(**changes),
+    )
     assert done.returncode == 0, done.stderr
     outs, errs = (re.split(r"=== \d+\n", text)[1:] for text in (done.stdout, done.stderr))
     codes = [int(re.findall(r"code (\d+)$", err.rstrip())[0]) for err in errs]
@@ -80,13 +86,17 @@ def folder(tmp_path_factory):
     """A folder with a short run that a process made in it, in an ASCII locale, piped."""
     path = tmp_path_factory.mktemp("runs")
     first = subprocess.run(
-        [*COMMAND, *SHORT], cwd=path, capture_output=True, timeout=PATIENCE,
+        [*COMMAND, *SHORT],
+        cwd=path,
+        capture_output=True,
+        timeout=PATIENCE,
         env=environment(**ASCII),
-    )  # fmt: skip
+    )
     assert first.returncode == 0, first.stderr
     return path, first.stdout.decode("ascii"), first.stderr.decode("ascii")
 
 
+@pytest.mark.slow
 def test_a_log_has_plain_lines_and_no_bars(folder):
     _, out, err = folder
     lines = err.splitlines()
@@ -141,8 +151,10 @@ def test_what_users_get_wrong_is_one_line_before_anything_is_loaded(folder):
         ([*TRAIN, "--num-train", "1001"], "num_train must be between 1 and 1000, or None"),
         ([*TRAIN, "--algorithm", "sgd-b", "--noise.support-size", "0"], "got 0"),
         ([*TRAIN, "--model", "lenet"], "model must be digits_net or resnet18 for the images"),
-        (["train", "--dataset", "cifar10", "--microbatch-size", "3", "--model", "resnet18"],
-         "microbatch_size must divide the 50 examples"),
+        (
+            ["train", "--dataset", "cifar10", "--microbatch-size", "3", "--model", "resnet18"],
+            "microbatch_size must divide the 50 examples",
+        ),
         (["demo", size, "0"], "batch_size must be between 1 and 1000, got 0"),
         (["distributed", "--dataset", "digits", size, "1001", "--out", "x"], "got 1001"),
         (["sde", "--batch-size", "1001"], "batch_size must be between 1 and 1000, got 1001"),
@@ -152,7 +164,7 @@ def test_what_users_get_wrong_is_one_line_before_anything_is_loaded(folder):
         ([*TRAIN, "--decay-at", *["1"] * 400], "decay_at must be positive and ascending"),
         ([*SHORT, "--steps", "3"], "holds a run that differs in steps"),
         (["demo", "--out", "."], "exists already, and results are never overwritten"),
-    ]  # fmt: skip
+    ]
     for (code, _, err), (arguments, words) in zip(
         several(path, *(arguments for arguments, _ in wrong)), wrong, strict=True
     ):
@@ -201,9 +213,13 @@ def test_help_and_errors_in_ascii(folder):
     path, _, _ = folder
     commands = ["train", "complexity", "sde", "figure", "demo", "list", "report", "distributed"]
     shown = several(
-        path, ["--help"], *([name, "--help"] for name in commands), ["train", "--steps", "x"],
-        [*TRAIN, "--out", "short/config.json/ü"], **ASCII,
-    )  # fmt: skip
+        path,
+        ["--help"],
+        *([name, "--help"] for name in commands),
+        ["train", "--steps", "x"],
+        [*TRAIN, "--out", "short/config.json/ü"],
+        **ASCII,
+    )
     assert [code for code, _, _ in shown] == [0] * 9 + [2, 1]
     assert "--version" in shown[0][1]
     for _, out, err in shown:
@@ -215,9 +231,12 @@ def test_a_reader_who_goes_is_no_traceback(folder):
     path, _, _ = folder
     reading, writing = os.pipe()
     process = subprocess.Popen(
-        [*COMMAND, "list", "--runs", "."], cwd=path, stdout=writing, stderr=subprocess.PIPE,
+        [*COMMAND, "list", "--runs", "."],
+        cwd=path,
+        stdout=writing,
+        stderr=subprocess.PIPE,
         env=environment(),
-    )  # fmt: skip
+    )
     os.close(writing)
     os.close(reading)
     _, err = process.communicate(timeout=PATIENCE)
@@ -231,9 +250,16 @@ class Terminal:
     def __init__(self, command, cwd, **changes):
         self.shown, (self._ours, theirs) = "", pty.openpty()
         self.process = subprocess.Popen(
-            command, cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True,
-            start_new_session=True, preexec_fn=lambda: _controls(0), env=environment(**changes),
-        )  # fmt: skip
+            command,
+            cwd=cwd,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            close_fds=True,
+            start_new_session=True,
+            preexec_fn=lambda: _controls(0),
+            env=environment(**changes),
+        )
         os.close(theirs)
 
     def read_until(self, pattern):
@@ -274,6 +300,7 @@ def _controls(terminal):
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
 
 
+@pytest.mark.slow
 def test_signals_on_a_terminal_save_the_state(tmp_path):
     """Ctrl-C while it compiles, then SIGTERM to the same command, which goes on; and the bar."""
     command = [*COMMAND, *TRAIN, "--steps", "100000", "--num-test", "50", "--out", "run"]

@@ -72,9 +72,13 @@ def test_a_log_has_a_line_now_and_then(monkeypatch, capsys):
         progress.compiling("B")
         progress.update(10)
     assert capsys.readouterr().err.splitlines() == [
-        "A: compiling ...", "A: 30/100 steps, 30 s", "A: 60/100 steps, 60 s",
-        "A: 90/100 steps, 90 s", "B: compiling ...", "B: 100/100 steps, 90 s",
-    ]  # fmt: skip
+        "A: compiling ...",
+        "A: 30/100 steps, 30 s",
+        "A: 60/100 steps, 60 s",
+        "A: 90/100 steps, 90 s",
+        "B: compiling ...",
+        "B: 100/100 steps, 90 s",
+    ]
 
 
 def test_nothing_is_drawn_before_there_is_news(screen, monkeypatch):
@@ -130,8 +134,16 @@ def test_every_panel_has_an_expected_time(name, small):
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.2, "1 seconds"), (59, "59 seconds"), (119, "119 seconds"), (121, "2 minutes"),
-     (7_199, "120 minutes"), (7_200, "2 hours"), (86_400 * 30, "30 days"), (1e9, "32 years")],
-)  # fmt: skip
+    [
+        (0.2, "1 seconds"),
+        (59, "59 seconds"),
+        (119, "119 seconds"),
+        (121, "2 minutes"),
+        (7_199, "120 minutes"),
+        (7_200, "2 hours"),
+        (86_400 * 30, "30 days"),
+        (1e9, "32 years"),
+    ],
+)
 def test_durations(seconds, words):
     assert _cost.duration(seconds) == words

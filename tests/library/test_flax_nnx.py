@@ -81,10 +81,13 @@ class Masks(nnx.Module):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"microbatch_size": 3}, {"sharding": spread(8)},
-     {"sharding": spread(2), "microbatch_size": 3}],
+    [
+        {"microbatch_size": 3},
+        {"sharding": spread(8)},
+        {"sharding": spread(2), "microbatch_size": 3},
+    ],
     ids=["micro-batches", "8 devices", "2 devices and micro-batches"],
-)  # fmt: skip
+)
 def test_dropout_has_the_same_bits_wherever_an_example_is_computed(settings):
     net = flax_nnx.trainable(Masks(nnx.Rngs(0)), lambda model, index: model(index))
     indices, law = jnp.arange(N), noise.gd(N)
@@ -153,8 +156,9 @@ def test_batch_norm_sees_the_micro_batch_and_its_statistics_are_those_of_nnx():
     (expected, expected_stats), expected_grads = jax.value_and_grad(of_whole, has_aux=True)(params)
     for got, want in zip(
         jax.tree.leaves((value, after.stats, grads)),
-        jax.tree.leaves((expected, expected_stats, expected_grads)), strict=True,
-    ):  # fmt: skip
+        jax.tree.leaves((expected, expected_stats, expected_grads)),
+        strict=True,
+    ):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
     assert bits(after.stats) != bits(net.model_state.stats)
     # In ghost batches of 4 the statistics go through four updates.
@@ -285,8 +289,9 @@ def test_an_optimizer_of_nnx_makes_the_same_steps():
     state = run(net, 3, optimizer=optax.sgd(0.05, momentum=0.9))
     for got, want in zip(
         jax.tree.leaves(net.split(model)),
-        jax.tree.leaves((state.params, state.model_state)), strict=True,
-    ):  # fmt: skip
+        jax.tree.leaves((state.params, state.model_state)),
+        strict=True,
+    ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 

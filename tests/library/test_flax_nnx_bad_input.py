@@ -50,70 +50,80 @@ MISTAKES = {
     "no loss": (lambda: flax_nnx.trainable(Net(nnx.Rngs(0)), 3), "loss_fn", "a function"),
     "nothing to train": (
         lambda: flax_nnx.trainable(Net(nnx.Rngs(0)), cross_entropy, wrt=nnx.LoRAParam),
-        "wrt", "picks none",
+        "wrt",
+        "picks none",
     ),
     "integers to train": (
         lambda: flax_nnx.trainable(Net(nnx.Rngs(0)), cross_entropy, wrt=nnx.RngState),
-        "wrt", "picks none",
+        "wrt",
+        "picks none",
     ),
     "unhandled state": (
         lambda: flax_nnx.trainable(Counting(nnx.Rngs(0)), cross_entropy),
-        "module", "calls (Count). Give its type as mutable=",
+        "module",
+        "calls (Count). Give their type as mutable=",
     ),
     "a frozen variable changes": (
-        lambda: losses_of(
-            flax_nnx.trainable(Counting(nnx.Rngs(0)), cross_entropy, frozen=Count)
-        ),
-        "loss_fn must not change", "calls (Count)",
+        lambda: losses_of(flax_nnx.trainable(Counting(nnx.Rngs(0)), cross_entropy, frozen=Count)),
+        "loss_fn must not change",
+        "calls (Count)",
     ),
     "statistics of single examples": (
-        lambda: losses_of(
-            flax_nnx.trainable(Counting(nnx.Rngs(0)), cross_entropy, mutable=Count)
-        ),
-        "calls (Count)", "of_batch=True",
+        lambda: losses_of(flax_nnx.trainable(Counting(nnx.Rngs(0)), cross_entropy, mutable=Count)),
+        "calls (Count)",
+        "of_batch=True",
     ),
     "a vector for one example": (
         lambda: losses_of(flax_nnx.trainable(Net(nnx.Rngs(0)), lambda model, e: model(e["x"]))),
-        "loss_fn", "a scalar for one example, got shape (4,)",
+        "loss_fn",
+        "a scalar for one example, got shape (4,)",
     ),
     "no extra outputs": (
         lambda: losses_of(flax_nnx.trainable(Net(nnx.Rngs(0)), cross_entropy, has_aux=True)),
-        "loss_fn", "(loss, aux)",
+        "loss_fn",
+        "(loss, aux)",
     ),
     "dropout in a loss of a whole batch": (
         lambda: losses_of(
             flax_nnx.trainable(Net(nnx.Rngs(0), drop=True), cross_entropy, of_batch=True)
         ),
-        "drop.rngs", "has_keys=True",
+        "drop.rngs",
+        "has_keys=True",
     ),
     "a step that was not told what the loss takes": (
         lambda: train.make_step(
             flax_nnx.trainable(Net(nnx.Rngs(0), drop=True), cross_entropy).loss_vector_fn,
-            optax.sgd(0.1), LAW,
+            optax.sgd(0.1),
+            LAW,
         ),
-        "loss_vector_fn", "(params, batch, keys)",
+        "loss_vector_fn",
+        "(params, batch, keys)",
     ),
     "parts of another module": (
         lambda: flax_nnx.trainable(Net(nnx.Rngs(0)), cross_entropy).split(
             Net(nnx.Rngs(0), lora=True)
         ),
-        "params", "of the module that trainable was given",
+        "params",
+        "of the module that trainable was given",
     ),
     "statistics left out": (
         lambda: (net := flax_nnx.trainable(Net(nnx.Rngs(0), norm=True), cross_entropy)).merge(
             net.params
         ),
-        "model_state", "of the module that trainable was given",
+        "model_state",
+        "of the module that trainable was given",
     ),
     "equinox's module as parameters": (
         lambda: train.init(eqx.nn.MLP(2, 1, 4, 1, key=KEY), optax.sgd(0.1), KEY),
-        "params", "equinox.partition(model, equinox.is_inexact_array)",
+        "params",
+        "equinox.partition(model, equinox.is_inexact_array)",
     ),
     "NNX's module as parameters": (
         lambda: train.init({"net": nnx.gelu}, optax.sgd(0.1), KEY),
-        "params['net']", "flax.nnx.split",
+        "params['net']",
+        "flax.nnx.split",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.usefixtures("user_errors")

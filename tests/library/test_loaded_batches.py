@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from msgd_jax import loss, noise, sharding, streaming, train, transform
 from tests.support.programs import compilations
+from tests.support.statistics import bound
 
 KEY = jax.random.key(11)
 N, B_SGD = 40, 4
-# Two-sided: one false alarm in 1.5e5 numbers. Each case below compares at most 150.
-Z = 4.5
+Z = bound(150)  # the most numbers that a case compares
 
 _I = np.arange(1, N + 1)[:, None]
 X = np.sqrt(2) * np.sin(2 * np.pi * _I * np.sqrt([2, 3, 5, 7, 11, 13])) * (1 + _I / 20)

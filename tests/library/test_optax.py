@@ -64,13 +64,18 @@ BUILT: dict[str, Callable[[], Any]] = {
     "stateless_with_tree_map": lambda: optax.chain(
         optax.stateless_with_tree_map(lambda g, _: g), SGD
     ),
-}  # fmt: skip
+}
 # Without an annotation, and no transformations; and one for the inside of `optax.monitor`.
 OTHERS = {
-    "bias_correction", "measure_with_ema", "matrix_inverse_pth_root", "schedule_free_eval_params",
-    "sigmoid_binary_cross_entropy", "update_infinity_moment", "update_moment",
+    "bias_correction",
+    "measure_with_ema",
+    "matrix_inverse_pth_root",
+    "schedule_free_eval_params",
+    "sigmoid_binary_cross_entropy",
+    "update_infinity_moment",
+    "update_moment",
     "update_moment_per_elem_norm",
-}  # fmt: skip
+}
 # They descend, though they have no learning rate or inner optimizer.
 DESCEND = {"cocob", "dog", "dowg", "scale_by_cocob", "lbfgs"}
 # They stay where they are, or show what is not a direction to go.
@@ -84,8 +89,15 @@ QUICK = {
     "scale_by_backtracking_linesearch", "schedule_free_sgd", "sgd", "sophia",
 }  # fmt: skip
 # Loops are compared with steps, which is one more program, where states keep parameters.
-COMPARED = {"dog", "lookahead", "prodigy", "sam", "sam in one call", "schedule_free_sgd",
-            "scale_by_backtracking_linesearch"}  # fmt: skip
+COMPARED = {
+    "dog",
+    "lookahead",
+    "prodigy",
+    "sam",
+    "sam in one call",
+    "schedule_free_sgd",
+    "scale_by_backtracking_linesearch",
+}
 
 
 def found() -> dict[str, Callable[..., Any]]:
@@ -111,10 +123,9 @@ def unknown_arguments(function: Callable[..., Any]) -> list[str]:
 
 
 def needed(function: Callable[..., Any]) -> list[str]:
-    return [
-        p.name for p in inspect.signature(function).parameters.values()
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]  # fmt: skip
+    starred = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in starred]
 
 
 def build(name: str) -> Any:

@@ -59,10 +59,13 @@ def expected(step: int, params) -> dict[str, Any]:
 def assert_told(told: dict[str, Any], step: int, params) -> None:
     here, there = expected(step, params), expected(step, ELSEWHERE)
     pairs = [
-        (told["value"], here["value"]), (told["grad"], here["gradient"]),
-        (told["value_fn"], there["value"]), (told["slope"], there["gradient"]),
-        (told["grad_fn"], there["gradient"]), (told["curvature"], there["curvature"]),
-    ]  # fmt: skip
+        (told["value"], here["value"]),
+        (told["grad"], here["gradient"]),
+        (told["value_fn"], there["value"]),
+        (told["slope"], there["gradient"]),
+        (told["grad_fn"], there["gradient"]),
+        (told["curvature"], there["curvature"]),
+    ]
     for got, right in pairs:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), got, right

@@ -41,11 +41,8 @@ def test_eight_devices_use_the_bits_of_one(name):
     assert_same_bits(weights_used(law, 3, sharding=spread(8)), law.sample(KEY, 3).dense())
 
 
-@pytest.mark.parametrize(
-    ("num_devices", "mode"),
-    [*((number, AxisType.Auto) for number in (1, 2, 4, 8)), (8, AxisType.Explicit),
-     *(pytest.param(n, AxisType.Explicit, marks=pytest.mark.slow) for n in (1, 2, 4))],
-)  # fmt: skip
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["cov", "bernoulli", "sparse_cov"])
 def test_any_devices_use_the_bits_of_one(name, num_devices, mode):
     law = ROWS[name].make(N, 16)
@@ -53,9 +50,7 @@ def test_any_devices_use_the_bits_of_one(name, num_devices, mode):
     assert_same_bits(used, law.sample(KEY, 5).dense())
 
 
-@pytest.mark.parametrize(
-    "mode", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ["fisher", "cov", "bernoulli", "rademacher"])
 def test_each_device_draws_its_part_only(name, mode):
     """No array as long as N in the program of a device, and none that is gathered."""
@@ -79,15 +74,9 @@ def test_as_many_examples_as_devices_and_fewer():
 # The gradients ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("num_devices", "microbatch_size"),
-    [(1, None), (2, 50), (4, None), (8, 50),
-     *(pytest.param(*pair, marks=pytest.mark.slow)
-       for pair in ((1, 50), (2, None), (4, 50), (8, None)))],
-)  # fmt: skip
-@pytest.mark.parametrize(
-    "name", ["cov", "sgd", pytest.param("sparse_fisher", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("microbatch_size", [None, 50])
+@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["cov", "sgd", "sparse_fisher"])
 def test_gradients(name, num_devices, microbatch_size):
     problem, law = regression(N), ROWS[name].make(N, 400)
     f = loss.noisy_value_and_grad(

@@ -45,6 +45,13 @@ def on_the_device(law, **options):
     return train.make_loop(step, max_steps=STEPS)(start(), data, STEPS)
 
 
+def assert_same_training(found, expected):
+    """The same state, bit for bit; losses are sums that two programs may order differently."""
+    assert identical(found[0], expected[0])
+    for a, b in zip(*map(jax.tree.leaves, (found[1], expected[1])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=3e-7, atol=3e-7)
+
+
 class Recorder(streaming.ArraySource):
     """Remembers which examples were asked for."""
 
@@ -65,7 +72,7 @@ def test_same_bits_as_with_data_on_the_device(name, options):
     expected = on_the_device(LAWS[name], **options)
     source = streaming.ArraySource(DATA)
     loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, LAWS[name], source, **options)
-    assert identical(loop(start(), STEPS), expected)
+    assert_same_training(loop(start(), STEPS), expected)
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
@@ -75,7 +82,7 @@ def test_same_bits_on_many_devices(num_devices):
     expected = on_the_device(LAWS["sgd"], **options)
     source = streaming.ArraySource(DATA)
     loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, LAWS["sgd"], source, **options)
-    assert identical(loop(start(), STEPS), expected)
+    assert_same_training(loop(start(), STEPS), expected)
 
 
 def test_stopping_anywhere_changes_no_bit_and_only_what_is_used_is_read():
@@ -149,11 +156,15 @@ class KeysInBatches(streaming.ArraySource):
     [{}, {"microbatch_size": 8}, {"sharding": spread(8)}],
     ids=["whole", "runs", "spread"],
 )
-@pytest.mark.parametrize("make", [
-    streaming.ArraySource,
-    KeysInBatches,
-    lambda data: [jax.tree.map(lambda leaf, i=i: leaf[i], data) for i in range(N)],
-], ids=["arrays", "batches", "examples"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        streaming.ArraySource,
+        KeysInBatches,
+        lambda data: [jax.tree.map(lambda leaf, i=i: leaf[i], data) for i in range(N)],
+    ],
+    ids=["arrays", "batches", "examples"],
+)
 def test_keys_among_the_examples(make, options):
     """The bits of training with the keys on the device, and not those of other keys."""
     step = train.make_step(dropped_out, OPTIMIZER, LAWS["sgd"], **options)
@@ -161,7 +172,7 @@ def test_keys_among_the_examples(make, options):
     data = KEYED if rows is None else sharding.shard_examples(KEYED, rows)
     expected = train.make_loop(step, max_steps=3)(start(), data, 3)
     loop = streaming.make_loop(dropped_out, OPTIMIZER, LAWS["sgd"], make(KEYED), **options)
-    assert identical(loop(start(), 3), expected)
+    assert_same_training(loop(start(), 3), expected)
 
 
 @pytest.mark.usefixtures("unchecked_key_reuse")
@@ -191,7 +202,7 @@ def test_memory_mapped_files(tmp_path):
     loop = streaming.make_loop(
         loss_vector_fn, OPTIMIZER, LAWS["sgd"], streaming.ArraySource(mapped)
     )
-    assert identical(loop(start(), STEPS), on_the_device(LAWS["sgd"]))
+    assert_same_training(loop(start(), STEPS), on_the_device(LAWS["sgd"]))
 
 
 class Computed:
@@ -238,7 +249,7 @@ def test_statistics_pass_through():
     source = streaming.ArraySource(DATA)
     loop = streaming.make_loop(with_mean, OPTIMIZER, LAWS["sgd"], source, **options)
     first = train.init(PROBLEM.params, OPTIMIZER, jax.random.key(3), jnp.zeros(5))
-    assert identical(loop(first, STEPS), expected)
+    assert_same_training(loop(first, STEPS), expected)
     assert np.abs(expected[0].model_state).max() > 0
 
 
@@ -260,8 +271,13 @@ MISTAKES = [
     ("prefetch", lambda: make()(start(), 1, prefetch=2.5), "2.5 of type float"),
     ("num_threads", lambda: make()(start(), 1, num_threads=True), "True of type bool"),
     ("num_threads", lambda: make()(start(), 1, num_threads=np.zeros(3)), "shape (3,)"),
-    ("optimizer", lambda: streaming.make_loop(loss_vector_fn, optax.adam, LAWS["sgd"],
-                                              streaming.ArraySource(DATA)), "optax.sgd(0.1)"),
+    (
+        "optimizer",
+        lambda: streaming.make_loop(
+            loss_vector_fn, optax.adam, LAWS["sgd"], streaming.ArraySource(DATA)
+        ),
+        "optax.sgd(0.1)",
+    ),
     ("state", lambda: make()({"params": PROBLEM.params}, 2), "train.TrainState, got {"),
     ("num_steps", lambda: make()(start(), 2**31), "between 1 and 2147483647"),
     ("num_steps", lambda: make()(start(), "3"), "'3' of type str"),
@@ -272,7 +288,7 @@ MISTAKES = [
     ("['name'] must hold", lambda: make([{"name": "cat"}] * 10, ALL_TEN)(start(), 1), "<U3"),
     ("data['name']", lambda: streaming.ArraySource({"name": "cats"}), "of type str"),
     ("data['name']", lambda: streaming.ArraySource({"name": np.array(["cat"])}), "<U3"),
-]  # fmt: skip
+]
 
 
 class TestBadInput:

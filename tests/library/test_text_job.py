@@ -27,9 +27,10 @@ def test_a_transformer_that_was_killed_goes_on_with_the_same_bits(tmp_path):
     through, all_losses = text_job.run(alone, 40, None)
     assert losses == all_losses[6:]
     for got, want in zip(
-        jax.tree.leaves(resumed._replace(key=())), jax.tree.leaves(through._replace(key=())),
+        jax.tree.leaves(resumed._replace(key=())),
+        jax.tree.leaves(through._replace(key=())),
         strict=True,
-    ):  # fmt: skip
+    ):
         np.testing.assert_array_equal(got, want)
     # And it learns: from the entropy of 128 letters down by a quarter at least.
     assert np.mean(losses[-5:]) < 0.75 * all_losses[0]

@@ -160,8 +160,9 @@ def test_every_leaf_of_a_state_is_an_array_of_its_own(wrap):
 def test_a_state_keeps_its_places():
     mesh = jax.make_mesh((8,), ("model",))
     places = {
-        "w": NamedSharding(mesh, PartitionSpec("model")), "b": NamedSharding(mesh, PartitionSpec())
-    }  # fmt: skip
+        "w": NamedSharding(mesh, PartitionSpec("model")),
+        "b": NamedSharding(mesh, PartitionSpec()),
+    }
     params = jax.device_put({"w": jnp.ones((8, 2)), "b": jnp.ones(2)}, places)
     state = train.init(params, keeps_parameters(), jax.random.key(0), params)
     found = buffers((state.params, state.opt_state.first, state.opt_state.again, state.model_state))
@@ -211,10 +212,18 @@ def test_an_optimizer_that_returns_numbers_is_compiled_once():
 
 @pytest.mark.parametrize(
     ("dtype", "scale", "num"),
-    [(jnp.float16, 31.6, 256), (jnp.float16, 1.9e-6, 256), (jnp.float16, 6e-5, 4),
-     (jnp.bfloat16, 1e30, 9), (jnp.bfloat16, 1e-30, 9), (jnp.float32, 1e25, 9),
-     (jnp.float32, 1e-25, 9), (jnp.float32, 0.0, 9), (jnp.float32, np.inf, 2)],
-)  # fmt: skip
+    [
+        (jnp.float16, 31.6, 256),
+        (jnp.float16, 1.9e-6, 256),
+        (jnp.float16, 6e-5, 4),
+        (jnp.bfloat16, 1e30, 9),
+        (jnp.bfloat16, 1e-30, 9),
+        (jnp.float32, 1e25, 9),
+        (jnp.float32, 1e-25, 9),
+        (jnp.float32, 0.0, 9),
+        (jnp.float32, np.inf, 2),
+    ],
+)
 def test_gradient_norms_neither_overflow_nor_underflow(dtype, scale, num):
     """L = g . theta: the norm of g, whose numbers are rounded once in this type."""
     g = jnp.full(num, scale, dtype).at[0].mul(-2)

@@ -40,8 +40,13 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("optimizer", lambda: train.make_step(loss_vector_fn, optax.adam, noise.gd(3)), "<function"),
     ("key", lambda: init(key=jax.random.PRNGKey(0)), "wrap_key_data"),
     ("model_state['f']", lambda: init(state={"f": jnp.tanh}), "must be an array"),
-    ("optimizer.init(params)", lambda: init(optimizer=optax.GradientTransformation(
-        lambda params: {"name": "a string"}, SGD.update)), "['name'] must be an array"),
+    (
+        "optimizer.init(params)",
+        lambda: init(
+            optimizer=optax.GradientTransformation(lambda params: {"name": "a string"}, SGD.update)
+        ),
+        "['name'] must be an array",
+    ),
     ("max_steps", lambda: train.make_loop(STEP, max_steps=2**31), "between 1 and 2147483647"),
     ("max_steps", lambda: train.make_loop(STEP, max_steps=2.0), "must be an integer, got 2.0"),
     ("step", lambda: train.make_loop(3, max_steps=2), "must be a function, got 3"),
@@ -49,27 +54,55 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("num_steps", lambda: LOOP(start(), PROBLEM.data, True), "True of type bool"),
     ("microbatch_size", lambda: one_step(microbatch_size=np.uint8(0)), "at least 1"),
     ("loss_vector_fn", lambda: one_step(losses="x" * 999), "must be a function"),
-    ("model_state", lambda: one_step(losses=narrower, state=DEEP, has_state=True),
-     "given float32[3] at model_state['layer_31']['var'], returned bfloat16[3]"),
-    ("model_state", lambda: one_step(losses=lambda p, b, s: (loss_vector_fn(p, b), {**s, "new": 0}),
-                             state={"a": jnp.ones(2)}, has_state=True), "given 1 leaves"),
-    ("model_state", lambda: one_step(losses=lambda p, b, s: (loss_vector_fn(p, b), tuple(s)),
-                             state=[jnp.ones(2)] * 200, has_state=True), "returned PyTreeDef"),
-    ("model_state", lambda: one_step(losses=lambda p, b, s: (loss_vector_fn(p, b), {"b": s["a"]}),
-                             state={"a": jnp.ones(2)}, has_state=True),
-     "float32[2] at model_state['b']"),
+    (
+        "model_state",
+        lambda: one_step(losses=narrower, state=DEEP, has_state=True),
+        "given float32[3] at model_state['layer_31']['var'], returned bfloat16[3]",
+    ),
+    (
+        "model_state",
+        lambda: one_step(
+            losses=lambda p, b, s: (loss_vector_fn(p, b), {**s, "new": 0}),
+            state={"a": jnp.ones(2)},
+            has_state=True,
+        ),
+        "given 1 leaves",
+    ),
+    (
+        "model_state",
+        lambda: one_step(
+            losses=lambda p, b, s: (loss_vector_fn(p, b), tuple(s)),
+            state=[jnp.ones(2)] * 200,
+            has_state=True,
+        ),
+        "returned PyTreeDef",
+    ),
+    (
+        "model_state",
+        lambda: one_step(
+            losses=lambda p, b, s: (loss_vector_fn(p, b), {"b": s["a"]}),
+            state={"a": jnp.ones(2)},
+            has_state=True,
+        ),
+        "float32[2] at model_state['b']",
+    ),
     ("data['t']", lambda: one_step(data={"t": "text"}), "must be an array"),
     ("data['t']", lambda: one_step(data={"t": np.array(["a"])}), "numbers or PRNG keys"),
     ("data['f']", lambda: one_step(data={"f": jnp.tanh}), "must be an array"),
-    ("data", lambda: one_step(data={f"leaf_{i}" * 9: np.ones(3 + i) for i in range(99)}),
-     "got 3 at"),
+    (
+        "data",
+        lambda: one_step(data={f"leaf_{i}" * 9: np.ones(3 + i) for i in range(99)}),
+        "got 3 at",
+    ),
     ("train.make_step", lambda: one_step(MSGD), "the optimizer alone"),
     ("train.make_step", lambda: one_step(optax.apply_if_finite(MSGD, 3)), "the optimizer alone"),
-    ("train.make_step", lambda: one_step(
-        optax.conditionally_transform(MSGD, lambda step: jnp.asarray(step) >= 0)),
-     "the optimizer alone"),
+    (
+        "train.make_step",
+        lambda: one_step(optax.conditionally_transform(MSGD, lambda step: jnp.asarray(step) >= 0)),
+        "the optimizer alone",
+    ),
     ("with_noise", lambda: one_step(optax.contrib.sam(MSGD, ADVERSARY)), "sam"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.usefixtures("user_errors")

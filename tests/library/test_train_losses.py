@@ -160,9 +160,13 @@ def test_msgd_and_masks(options):
     optimizer = optax.masked(transform.msgd(0.1, LAW, KEY, **options), {"a": True, "b": False})
     params = {"a": jnp.ones(3), "b": jnp.ones(())}
     updates, _ = optimizer.update(
-        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params,
-        loss_vector_fn=losses, data=X, full_params=params,
-    )  # fmt: skip
+        jax.tree.map(jnp.zeros_like, params),
+        optimizer.init(params),
+        params,
+        loss_vector_fn=losses,
+        data=X,
+        full_params=params,
+    )
     assert float(updates["b"]) == 0
     assert np.abs(updates["a"]).min() > 0
 
@@ -175,17 +179,28 @@ def of_chain(fn=everything, **changes):
 
 MISTAKES = [
     ("aux", lambda: of_chain(aux={"kept": 0.0}), "must be a loss.Outputs("),
-    ("aux", lambda: of_chain(aux=loss.Outputs({"kept": jnp.zeros(2)}, LIKE.stacked)),
-     "given float32[2] at aux"),
-    ("model_state", lambda: of_chain(model_state=jnp.zeros(2, jnp.int32),
-                                     fn=lambda p, b, s, k: everything(p, b, s[0], k)), "int32[2]"),
+    (
+        "aux",
+        lambda: of_chain(aux=loss.Outputs({"kept": jnp.zeros(2)}, LIKE.stacked)),
+        "given float32[2] at aux",
+    ),
+    (
+        "model_state",
+        lambda: of_chain(
+            model_state=jnp.zeros(2, jnp.int32), fn=lambda p, b, s, k: everything(p, b, s[0], k)
+        ),
+        "int32[2]",
+    ),
     ("model_state", lambda: of_chain(model_state={"f": jnp.tanh}), "must be an array"),
     ("has_keys", lambda: of_chain(has_keys=False), "(params, batch, state)"),
-    ("has_keys", lambda: train.make_step(lambda p, b: p * b, SGD, LAW, has_keys=True),
-     "(params, batch, keys)"),
+    (
+        "has_keys",
+        lambda: train.make_step(lambda p, b: p * b, SGD, LAW, has_keys=True),
+        "(params, batch, keys)",
+    ),
     ("has_keys", lambda: train.make_step(lambda p, b, keys: p * b, SGD, LAW), "(params, batch)"),
     ("metrics_fn", lambda: make_step(metrics_fn=3), "must be a function"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.usefixtures("user_errors")

@@ -13,7 +13,6 @@ from tests.support.transforms import (
     assert_trees_close,
     assert_trees_identical,
     everywhere,
-    everywhere_compiled,
     fresh_key,
 )
 
@@ -39,7 +38,7 @@ def test_update_is_pure(row):
     )
 
 
-@everywhere_compiled
+@everywhere
 def test_jit_and_scan_give_the_same_updates(row):
     tx = row.make(fresh_key())
 
@@ -57,7 +56,7 @@ def test_jit_and_scan_give_the_same_updates(row):
     assert_trees_close(scanned, jax.tree.map(lambda *x: jnp.stack(x), *eager))
 
 
-@everywhere_compiled
+@everywhere
 def test_vmap_over_keys_draws_different_noise(row):
     def two_updates(key):
         tx = row.make(key)

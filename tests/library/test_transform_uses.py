@@ -101,9 +101,13 @@ def test_masked_fast_path_replaces_the_selected_leaves_only():
     tx = optax.masked(transform.multiplicative_noise(NOISE, fresh_key()), MASK)
     passed = {"w": jnp.zeros(5), "b": jnp.full((), 3.0)}
     update, _ = tx.update(
-        passed, tx.init(PROBLEM.params), PROBLEM.params,
-        loss_vector_fn=loss_vector_fn, data=PROBLEM.data, full_params=PROBLEM.params,
-    )  # fmt: skip
+        passed,
+        tx.init(PROBLEM.params),
+        PROBLEM.params,
+        loss_vector_fn=loss_vector_fn,
+        data=PROBLEM.data,
+        full_params=PROBLEM.params,
+    )
     plain = transform.multiplicative_noise(NOISE, fresh_key())
     expected, _ = fast_update(plain, plain.init(PROBLEM.params), PROBLEM.params)
     np.testing.assert_allclose(update["w"], expected["w"], rtol=1e-5)
@@ -130,9 +134,13 @@ def test_partition_gives_each_group_its_own_optimizer():
     tx = optax.partition({"noisy": noisy, "plain": optax.sgd(2.0)}, {"w": "noisy", "b": "plain"})
     passed = {"w": jnp.zeros(5), "b": jnp.full((), 3.0)}
     update, _ = tx.update(
-        passed, tx.init(PROBLEM.params), PROBLEM.params,
-        loss_vector_fn=loss_vector_fn, data=PROBLEM.data, full_params=PROBLEM.params,
-    )  # fmt: skip
+        passed,
+        tx.init(PROBLEM.params),
+        PROBLEM.params,
+        loss_vector_fn=loss_vector_fn,
+        data=PROBLEM.data,
+        full_params=PROBLEM.params,
+    )
     w = np.asarray(NOISE.sample(fresh_key(), 0).dense(), np.float64)
     expected = -w @ PROBLEM.gradient_matrix()["w"]
     np.testing.assert_allclose(update["w"], expected, rtol=1e-4, atol=1e-6)
@@ -238,9 +246,11 @@ def test_nnx_optimizer_drives_the_fast_path():
     expected, _ = tx.update((), tx.init(start), start, loss_vector_fn=losses, data=PROBLEM.data)
     # nnx.Optimizer hands the transformation plain arrays in the structure of the model's state.
     optimizer.update(
-        model, None, loss_vector_fn=lambda s, batch: losses(_like(start, s), batch),
+        model,
+        None,
+        loss_vector_fn=lambda s, batch: losses(_like(start, s), batch),
         data=PROBLEM.data,
-    )  # fmt: skip
+    )
     moved = jax.tree.map(lambda a, b: a - b, nnx.split(model)[1], start)
     for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

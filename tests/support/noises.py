@@ -2,9 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import pytest
+from typing import NamedTuple
 
 from msgd_jax import noise
 
@@ -83,26 +81,3 @@ ROWS: dict[str, Row] = {
 def cases(*sizes: tuple[int, int]) -> list[tuple[str, int, int]]:
     """(name, N, b) for every noise and every given (N, b) where the noise is defined."""
     return [(name, n, b) for name, row in ROWS.items() for n, b in sizes if n >= row.smallest]
-
-
-# Each is made of the same pieces as one that is always tested.
-_RELATED = (
-    "sgd_replace", "rademacher", "estimated_fisher", "estimated_cov", "sparse_fisher_gaussian",
-    "sparse_cov_gaussian", "random_reshuffling", "svag", "scaled", "scaled_reshuffling", "sum_of",
-    "mixture", "coloured", "coloured_sparse",
-)  # fmt: skip
-
-
-def spared(rows: list) -> list:
-    """Marks the rows of the noises in `_RELATED` as slow, where every noise takes long to compile.
-
-    Args:
-        rows: names, or tuples that begin with one.
-    """
-
-    def mark(row: Any) -> Any:
-        values = row if isinstance(row, tuple) else (row,)
-        marks = pytest.mark.slow if values[0] in _RELATED else ()
-        return pytest.param(*values, marks=marks)
-
-    return [mark(row) for row in rows]

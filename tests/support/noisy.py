@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msgd_jax import loss
+from tests.support.statistics import assert_agree
 
 N, D = 40, 6
 
@@ -69,9 +70,18 @@ def problem(dtype=jnp.float32, *, leaves: bool = False, **options) -> tuple[loss
     return made, {"a": params[:2].reshape(2, 1), "b": params[2:]} if leaves else params
 
 
-def within(measured, wanted: float, z: float = 5.0) -> None:
-    """An estimate is z of its standard errors from a number at most.
+def within(measured, wanted: float, *, comparisons: int = 1) -> None:
+    """An estimate is what is wanted, by `assert_agree` with its standard error.
 
-    At z = 5 false alarms are 6e-7 with many degrees of freedom, and 3e-5 with 40.
+    Args:
+        measured: an `Estimate`.
+        wanted: what it estimates.
+        comparisons: how many there are in the whole test.
     """
-    assert abs(measured.value - wanted) <= z * measured.standard_error, (measured, wanted)
+    assert_agree(
+        measured.value,
+        wanted,
+        measured.standard_error,
+        comparisons=comparisons,
+        degrees_of_freedom=measured.degrees_of_freedom,
+    )

@@ -60,9 +60,11 @@ def streaming(process_id: int, folder: pathlib.Path) -> None:
     start = train.init(params, optimizer, jax.random.key(314))
     state, metrics = loop(start, 3, num_threads=1, prefetch=1)
     np.savez(
-        folder / f"{process_id}.npz", read=np.stack(read), loss=np.asarray(metrics.loss),
+        folder / f"{process_id}.npz",
+        read=np.stack(read),
+        loss=np.asarray(metrics.loss),
         **{k: np.asarray(v) for k, v in state.params.items()},
-    )  # fmt: skip
+    )
 
 
 def keys(process_id: int, folder: pathlib.Path) -> None:

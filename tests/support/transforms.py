@@ -40,7 +40,6 @@ def aggregated_update(tx, state, params, problem=PROBLEM):
     return tx.update(per_example_gradients(params, problem), state, params)
 
 
-_RELATED = ("msgd_nesterov", "msgd_schedule", "aggregate_then_adam")
 TRANSFORMS: dict[str, Row] = {
     "multiplicative_noise": Row(
         lambda key: transform.multiplicative_noise(NOISE, key), fast_update
@@ -82,14 +81,6 @@ TRANSFORMS: dict[str, Row] = {
     ),
 }
 everywhere = pytest.mark.parametrize("row", TRANSFORMS.values(), ids=TRANSFORMS)
-# The same where every row has to be compiled: those that optax makes from another are spared.
-everywhere_compiled = pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(row, id=name, marks=pytest.mark.slow if name in _RELATED else ())
-        for name, row in TRANSFORMS.items()
-    ],
-)
 
 
 def assert_trees_close(a, b, rtol=2e-5, atol=2e-6):

@@ -82,10 +82,8 @@ def test_every_byte_of_a_record_is_where_it_belongs(tiny):
     images, labels = cifar10.parse(content, NUM_RECORDS)["test"]
     assert labels.tolist() == [7, 0, 0]
     assert images.flags.c_contiguous
-    assert [
-        images[0, 0, 0, 0], images[0, 0, 31, 0], images[0, 5, 0, 0],
-        images[0, 0, 0, 1], images[0, 31, 2, 2],
-    ] == [10, 20, 30, 40, 50]  # fmt: skip
+    places = [(0, 0, 0), (0, 31, 0), (5, 0, 0), (0, 0, 1), (31, 2, 2)]
+    assert [images[0][place] for place in places] == [10, 20, 30, 40, 50]
     assert images.sum() == 150
 
 

@@ -1,6 +1,7 @@
 """Data sets of the user's own, from the file to a trained net, through the real command line."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from experiments.__main__ import main
 from experiments.data import npz
 from experiments.training import TrainConfig, loop, runs
 
-TRAIN = ["train", "--algorithm", "gd", "--steps", "2", "--eval-every", "1", "--microbatch-size",
-         "None", "--noise.batch-size", "5"]  # fmt: skip
+TRAIN = shlex.split(
+    "train --algorithm gd --steps 2 --eval-every 1 --microbatch-size None --noise.batch-size 5"
+)
 
 
 def arrays(num_train=12, num_test=6, shape=(16, 18, 3), num_classes=3, seed=0):

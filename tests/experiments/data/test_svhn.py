@@ -290,14 +290,16 @@ def test_prepared_copy_gives_the_same_as_the_original_files(tiny, prepared, tmp_
         ({}, {"row_id": None}, "has the id 'None', .*order is unknown"),
         ({"train": Split(BLANK, np.full(12, 10))}, {"num_classes": 11}, "label .* is 10, exp"),
         (
-            {name: Split(np.zeros((num, 28, 28, 1), np.uint8), np.zeros(num))
-             for name, num in (("train", 12), ("test", 20))},
+            {
+                name: Split(np.zeros((num, 28, 28, 1), np.uint8), np.zeros(num))
+                for name, num in (("train", 12), ("test", 20))
+            },
             {},
             r"has shape \(28, 28, 3\) .*, expected \(32, 32, 3\)",
         ),
         ({"train": Split(BLANK[:11], ONES[:11, 0])}, {}, "gives 11 rows .* 12 were published"),
     ],
-)  # fmt: skip
+)
 def test_prepared_copy_of_something_else_is_refused(
     tiny, tmp_path, changed_splits, kwargs, complaint
 ):

@@ -23,10 +23,21 @@ from msgd_jax import loss
 
 TINY = dataclasses.replace(
     settings.DIGITS,
-    steps=12, evaluations=3, num_train=20, pool=60, num_test=50, batch_size=4, supports=(8, 10),
-    seeds=(100, 4), tuning_seeds=(40, 2), tuning_factors=(1.0, 2.0), longer=2, refresh_every=5,
-    family=("sgd-other-key", "cov", "isotropic", "diagonal", "gd-best"), others=(),
-)  # fmt: skip
+    steps=12,
+    evaluations=3,
+    num_train=20,
+    pool=60,
+    num_test=50,
+    batch_size=4,
+    supports=(8, 10),
+    seeds=(100, 4),
+    tuning_seeds=(40, 2),
+    tuning_factors=(1.0, 2.0),
+    longer=2,
+    refresh_every=5,
+    family=("sgd-other-key", "cov", "isotropic", "diagonal", "gd-best"),
+    others=(),
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +75,7 @@ def test_every_other_class_is_as_likely():
     assert ((counts[1:] - 1_000) ** 2 / 1_000).sum() < 37.3
 
 
+@pytest.mark.slow
 def test_every_seed_draws_its_own_subset_labels_and_weights(runner):
     state, _ = runner._started("gd", [100, 101], None)
     kernel, keys = state.params["conv1"]["kernel"], jax.random.key_data(state.noise_keys)
@@ -130,6 +142,7 @@ def test_the_diagonal_of_s_is_that_of_the_dense_matrix():
     np.testing.assert_allclose(got, np.var(np.asarray(gradients, np.float64), axis=0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_isotropic_noise_has_the_trace_of_the_diagonal_one(runner):
     traces = []
     for name in ("isotropic", "diagonal"):
@@ -153,9 +166,9 @@ def test_gd_is_gradient_descent_with_the_decay(runner):
         log_p = jax.nn.log_softmax(net.logits(params, examples.image))
         return -jnp.take_along_axis(log_p, examples.label[:, None], 1).mean()
 
-    descend = jax.jit(lambda p, rate: jax.tree.map(
-        lambda x, g: x - rate * g, p, jax.grad(mean_loss)(p)
-    ))  # fmt: skip
+    descend = jax.jit(
+        lambda p, rate: jax.tree.map(lambda x, g: x - rate * g, p, jax.grad(mean_loss)(p))
+    )
     for step in range(12):
         params = descend(params, 0.2 if step < 8 else 0.02)  # 70 % of 12 steps are 8
     final = advance(state, 0, 12).params
@@ -168,6 +181,7 @@ def test_a_seed_does_not_depend_on_its_chunk(runner):
     assert not np.allclose(losses[0][-1, 0], losses[0][-1, 1], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_fastest_choice_comes_first_and_the_budget_ends_the_search(images):
     choices, told = [(_runs.Options(groups=groups), 2) for groups in (1, 2)], []
     timings = _calibration.calibrate(
@@ -176,9 +190,14 @@ def test_the_fastest_choice_comes_first_and_the_budget_ends_the_search(images):
     assert [timing.runner.options for timing in timings] == [_runs.Options(groups=1)]
     assert len(told) == 2
     timings = _calibration.calibrate(
-        TINY, images, [*choices, (_runs.Options(microbatch_size=2), 2)], name="sgd", steps=3,
-        budget_seconds=1e6, told=told.append,
-    )  # fmt: skip
+        TINY,
+        images,
+        [*choices, (_runs.Options(microbatch_size=2), 2)],
+        name="sgd",
+        steps=3,
+        budget_seconds=1e6,
+        told=told.append,
+    )
     assert len(timings) == 3
     speeds = [timing.seconds_per_seed_step for timing in timings]
     assert speeds == sorted(speeds)
@@ -257,10 +276,14 @@ def test_gds_own_rate_is_the_best_on_the_tuning_seeds_alone():
     found = {
         _records.Run("gd", factor, seed): curve(accuracy)
         for factor, seed, accuracy in (
-            (1.0, 40, 0.5), (1.0, 41, 0.7), (2.0, 40, 0.9), (2.0, 41, 0.4),
-            (1.0, 100, 0.0), (2.0, 100, 1.0),
+            (1.0, 40, 0.5),
+            (1.0, 41, 0.7),
+            (2.0, 40, 0.9),
+            (2.0, 41, 0.4),
+            (1.0, 100, 0.0),
+            (2.0, 100, 1.0),
         )
-    }  # fmt: skip
+    }
     assert study.best_factor(TINY, found) == 2.0
     found[_records.Run("gd", 2.0, 41)] = curve(0.2)
     assert study.best_factor(TINY, found) == 1.0

@@ -11,6 +11,7 @@ import pytest
 from experiments import records
 from experiments.__main__ import main
 from experiments.noise_study import NoiseStudyConfig, _problem, _report, edge
+from tests.support.statistics import assert_agree
 
 TINY = {
     "noises": ("sgd", "gd"),
@@ -140,7 +141,7 @@ def test_isotropic_noise_has_the_trace_of_sgd_noise():
     flat = np.concatenate([np.reshape(g, (7, -1)) for g in jax.tree.leaves(gradients)], 1)
     assert variance * flat.shape[1] == pytest.approx(flat.var(0).sum() / 4, rel=1e-4)
     normals = _problem.isotropic(jax.random.key(1), 0, {"a": jnp.zeros(100_000)})["a"]
-    assert abs(float(jnp.square(normals).mean()) - 1) < 5 * math.sqrt(2 / 100_000)
+    assert_agree(float(jnp.square(normals).mean()), 1, math.sqrt(2 / 100_000))
 
 
 @pytest.mark.parametrize(

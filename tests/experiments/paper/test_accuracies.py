@@ -55,9 +55,11 @@ def test_verdicts():
     rows = accuracies.compare([CLOSE, REFERENCE, WORSE, SPREAD], "SGD-50")
     verdicts = {row.label: row.verdict for row in rows}
     assert verdicts == {
-        "close": "equivalent", "SGD-50": "the reference", "worse": "different",
+        "close": "equivalent",
+        "SGD-50": "the reference",
+        "worse": "different",
         "spread": "undecided",
-    }  # fmt: skip
+    }
     steps = np.array([0.002, 0.003, 0.002, 0.003, 0.002])
     slightly = result("slightly", (REFERENCE.test_accuracy[-1] + steps).tolist())
     assert accuracies.compare([REFERENCE, slightly], "SGD-50")[1].verdict == (

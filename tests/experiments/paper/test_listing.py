@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 
 import pytest
@@ -60,14 +61,22 @@ def damage(root):
         ("number-line", "metrics.jsonl", "17\n", "metrics.jsonl has no step in line 1"),
         ("lacks-one", "metrics.jsonl", json.dumps(short) + "\n", "has no evaluation at step 2"),
         ("others-line", "metrics.jsonl", json.dumps(LOSSES) + "\n", "no evaluation at step 2"),
-        ("uneven-seeds", "metrics.jsonl", json.dumps(EVALUATION | {"test_loss": [1.0]}) + "\n",
-         "not one for each seed"),
+        (
+            "uneven-seeds",
+            "metrics.jsonl",
+            json.dumps(EVALUATION | {"test_loss": [1.0]}) + "\n",
+            "not one for each seed",
+        ),
         ("no-metrics", "metrics.jsonl", None, "metrics.jsonl has no evaluation"),
         ("empty-summary", "summary.json", "", "summary.json is empty"),
         ("list-summary", "summary.json", "[]", "summary.json must be a JSON object"),
-        ("word-summary", "summary.json", '{"seconds_per_1000_steps": "fast"}',
-         "no number for seconds_per"),
-    ]  # fmt: skip
+        (
+            "word-summary",
+            "summary.json",
+            '{"seconds_per_1000_steps": "fast"}',
+            "no number for seconds_per",
+        ),
+    ]
     for name, file, content, _ in cases:
         shutil.copytree(root / "whole", root / name)
         path = root / name / file
@@ -125,9 +134,8 @@ def test_runs_of_every_command_are_listed_and_those_with_curves_reported(tmp_pat
     listed = lines_of(capsys.readouterr().out)
     assert " ".join(listed["many"].split()[1:]) == "gd (distributed) finished 2/2 80.00 4000.0"
     assert listed["sde"].split()[1:] == ["sde:", "weak", "finished"]
-    assert listed["complexity"].split()[1:] == [
-        "complexity:", "theorem1", "regularizer", "trace", "stopped"
-    ]  # fmt: skip
+    words = listed["complexity"].split()
+    assert words[1:] == ["complexity:", "theorem1", "regularizer", "trace", "stopped"]
     with pytest.raises(SystemExit, match=r"found none below .*; 1 other folders"):
         main(["report", "--runs", str(tmp_path / "sde")])
     main(["report", "--runs", str(tmp_path)])
@@ -137,12 +145,13 @@ def test_runs_of_every_command_are_listed_and_those_with_curves_reported(tmp_pat
     assert "* complexity: stopped" in printed
 
 
+@pytest.mark.slow
 def test_a_real_distributed_run_is_listed(tmp_path, capsys):
     """Ten steps on the digits over the tests' eight devices; then what it did is shown again."""
     out = tmp_path / "runs" / "many"
-    command = ["distributed", "--dataset", "digits", "--algorithm", "m-sgd-cov", "--steps", "10",
-               "--eval-every", "5", "--checkpoint-every", "5", "--microbatch-size", "None", "--out",
-               str(out)]  # fmt: skip
+    plan = "distributed --dataset digits --algorithm m-sgd-cov --steps 10"
+    every = "--eval-every 5 --checkpoint-every 5 --microbatch-size None"
+    command = [*shlex.split(f"{plan} {every}"), "--out", str(out)]
     main(command)
     shown = capsys.readouterr().out
     main(["list", "--runs", str(tmp_path / "runs")])

@@ -108,6 +108,7 @@ def test_the_recorded_figures_are_drawn_again_from_their_runs(tmp_path, monkeypa
                         assert value == number
 
 
+@pytest.mark.slow
 def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
     root = tmp_path / "runs"
     main(["figure", "1a", "--scale", "small", "--runs", str(root)])
@@ -166,8 +167,9 @@ def test_runs_are_reported_together_whether_their_net_was_named_or_not(tmp_path)
         folder = runs.RunFolder(tmp_path / plan.algorithm, plan)
         evaluation = {"step": 2, "seconds": 1.0} | {
             f"{images}_{what}": [0.5] * 3
-            for images in ("train", "test") for what in ("loss", "accuracy")
-        }  # fmt: skip
+            for images in ("train", "test")
+            for what in ("loss", "accuracy")
+        }
         folder.log(evaluation)
         folder.finish({})
     main(["report", "--runs", str(tmp_path)])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +44,9 @@ def test_a_trace_of_the_digits(tmp_path, capsys, monkeypatch):
     laws["Gaussian"] = laws["SGD"] = laws["Rademacher"]  # one to compile
     monkeypatch.setattr(complexity_experiment, "laws", lambda *_: laws)
     out = tmp_path / "out"
-    start, end = run(
-        out, "--parts", "trace", "--algorithms", "sgd", "--steps", "20", "--every", "20",
-        "--trace-draws", "2", "--ascent-steps", "2", "--microbatch-size", "None",
-    )["trace"]  # fmt: skip
+    plan = "--parts trace --algorithms sgd --steps 20 --every 20 --microbatch-size None"
+    few = "--trace-draws 2 --ascent-steps 2"
+    start, end = run(out, *shlex.split(f"{plan} {few}"))["trace"]
     assert (start["step"], end["step"]) == (0, 20)
     for record in (start, end):
         found = record["complexities"]["Rademacher"]
@@ -95,9 +95,16 @@ def test_theorem1_and_the_regulariser(tmp_path, capsys, monkeypatch):
 
 def test_each_seed_has_a_regulariser_of_its_own():
     """A transformation that replaces the gradient by a number drawn with its key."""
-    plan = TrainConfig(algorithm="gd", dataset="digits", steps=1, seeds=2, eval_every=1,
-                       learning_rate=1.0, microbatch_size=None,
-                       noise=NoiseSettings(batch_size=5))  # fmt: skip
+    plan = TrainConfig(
+        algorithm="gd",
+        dataset="digits",
+        steps=1,
+        seeds=2,
+        eval_every=1,
+        learning_rate=1.0,
+        microbatch_size=None,
+        noise=NoiseSettings(batch_size=5),
+    )
 
     def drawn(key):
         def update(updates, state, params=None):

@@ -69,9 +69,10 @@ def test_parts_that_are_done_are_not_done_again(tmp_path, monkeypatch, capsys):
     assert runs.state(tmp_path / "out") == "stopped"
     monkeypatch.setattr(sde_experiment, "weak", None)
     monkeypatch.setattr(
-        sde_experiment, "paths",
+        sde_experiment,
+        "paths",
         lambda *_: sde_experiment.Paths(np.zeros(1), {}, {}, 0.2),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(sde_experiment._sde_figures, "plot_paths", lambda *_: None)
     capsys.readouterr()
     main(command)

@@ -54,9 +54,9 @@ class TestLinearRegression:
         got = self.problem.iteration(law, eta, 2)
         np.testing.assert_allclose(got, np.mean(moments, 0), rtol=1e-12)
         assert self.problem.square_norm(got) == pytest.approx(np.trace(got) - 1)
-        losses = [((x @ m[:2, :2] * x).sum(1) - 2 * y * (x @ m[:2, 2]) + y**2).mean() / 2
-                  for m in (got,)]  # fmt: skip
-        assert self.problem.mean_loss(got) == pytest.approx(losses[0])
+        square, cross = (x @ got[:2, :2] * x).sum(1), x @ got[:2, 2]
+        loss = (square - 2 * y * cross + y**2).mean() / 2
+        assert self.problem.mean_loss(got) == pytest.approx(loss)
 
     def test_flow_without_noise_is_the_limit_of_gradient_descent(self):
         fine = self.problem.iteration(STILL, 1e-5, 100_000)

@@ -16,8 +16,8 @@ def training(out, *arguments: str) -> list[str]:
     plan = "--dataset digits --algorithm m-sgd-cov --learning-rate 0.1 --steps 40 --num-train 203"
     more = "--checkpoint-every 5 --microbatch-size 13 --noise.batch-size 20 --num-test 100"
     every = ["--eval-every", "5"]
-    return ["experiments", "distributed", *plan.split(), *more.split(), *every, "--out", str(out),
-            *arguments]  # fmt: skip
+    options = [*plan.split(), *more.split(), *every, "--out", str(out), *arguments]
+    return ["experiments", "distributed", *options]
 
 
 def of_two(out) -> list[list[str]]:
@@ -37,7 +37,8 @@ def wait_for_lines(path, number: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_one_is_killed_the_other_stops_and_another_number_of_devices_goes_on(tmp_path, victim):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     with processes(training(whole), devices=1) as (process,):
@@ -61,6 +62,7 @@ def test_one_is_killed_the_other_stops_and_another_number_of_devices_goes_on(tmp
     assert ends[0]["test_accuracy"] == pytest.approx(ends[1]["test_accuracy"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(tmp_path):
     """As `train` does: a checkpoint, the exit code of the signal, no work lost."""
     out = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,14 +20,20 @@ from experiments.training import loop, runs
 from experiments.training.config import TrainConfig
 
 PLAN = TrainConfig(
-    algorithm="m-sgd-sparse-cov", dataset="digits", steps=60, learning_rate=0.1, momentum=0.9,
-    seeds=2, eval_every=20, checkpoint_every=20, microbatch_size=None,
-)  # fmt: skip
-OPTIONS = [
-    "train", "--algorithm", "m-sgd-sparse-cov", "--dataset", "digits", "--steps", "60",
-    "--learning-rate", "0.1", "--momentum", "0.9", "--seeds", "2", "--eval-every", "20",
-    "--checkpoint-every", "20", "--microbatch-size", "None",
-]  # fmt: skip
+    algorithm="m-sgd-sparse-cov",
+    dataset="digits",
+    steps=60,
+    learning_rate=0.1,
+    momentum=0.9,
+    seeds=2,
+    eval_every=20,
+    checkpoint_every=20,
+    microbatch_size=None,
+)
+OPTIONS = shlex.split(
+    "train --algorithm m-sgd-sparse-cov --dataset digits --steps 60 --learning-rate 0.1 "
+    "--momentum 0.9 --seeds 2 --eval-every 20 --checkpoint-every 20 --microbatch-size None"
+)
 
 
 class Progress(terminal.Silent):

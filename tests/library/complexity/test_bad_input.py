@@ -68,6 +68,7 @@ class TestBadInput:
         with pytest.raises(TypeError, match="law must be a noise"):
             complexity.from_noise(law)
 
+    @pytest.mark.slow
     def test_losses_that_are_not_finite_in_the_ball(self):
         def log_losses(params, batch):
             return jnp.log(1 + affine_losses(params, batch))

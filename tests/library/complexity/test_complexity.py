@@ -307,11 +307,12 @@ class TestSameNumbers:
             **self.options(**changed),
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "changed",
         [
             {"at_once": 5, "microbatch_size": 3},
-            pytest.param({"at_once": 1}, marks=pytest.mark.slow),
+            {"at_once": 1},
         ],
     )
     def test_passes_and_microbatches_change_the_rounding_only(self, changed):

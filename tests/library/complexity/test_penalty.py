@@ -40,6 +40,7 @@ def test_value_and_gradient_for_affine_losses():
     np.testing.assert_allclose(gradient, sign * (data["g"].T @ v) / 9, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_supremum(x64):
     """Danskin: central differences of the supremum, quadratic losses, float64, rtol 1e-5.
 
@@ -97,6 +98,7 @@ def test_in_a_train_step_it_is_eq_8():
     )
 
 
+@pytest.mark.slow
 def test_behind_multiplicative_noise_in_a_chain():
     """Mini-batches, the regulariser of b examples with random starts, micro-batches, momentum."""
     optimizer = optax.chain(
@@ -147,6 +149,7 @@ class TestBadInput:
         with pytest.raises(error, match=message):
             complexity.add_local_complexity(**arguments)
 
+    @pytest.mark.slow
     def test_in_update(self):
         added = complexity.add_local_complexity(LAW, KEY, radius=0.1)
         params, zeros = PROBLEM.params, jax.tree.map(jnp.zeros_like, PROBLEM.params)

@@ -149,6 +149,7 @@ def test_laws_over_the_same_examples_share_a_program(measure, programs):
     assert len(compiled) == programs
 
 
+@pytest.mark.slow
 def test_laws_that_share_a_program_have_their_own_draws():
     """`theorem1` against the complexities by themselves."""
     options = QUICK | {"num_draws": 5}

@@ -52,10 +52,14 @@ LAWS = {
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"microbatch_size": 3}, {"sharding": spread(8)},
-     {"sharding": spread(2, AxisType.Explicit), "microbatch_size": 3}],
+    [
+        {},
+        {"microbatch_size": 3},
+        {"sharding": spread(8)},
+        {"sharding": spread(2, AxisType.Explicit), "microbatch_size": 3},
+    ],
     ids=["one pass", "micro-batches", "8 devices", "2 devices and micro-batches"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", LAWS)
 def test_an_example_has_one_key_wherever_it_is_computed(name, settings):
     """Bit for bit: weights here are powers of two, and nothing else is added."""
@@ -98,8 +102,10 @@ def test_keys_are_never_those_of_all_examples_at_once():
     n = 4096
     f = loss.noisy_value_and_grad(
         lambda theta, batch, keys: theta * jax.vmap(number_of)(keys) * batch,
-        noise.gd(n), has_keys=True, microbatch_size=64,
-    )  # fmt: skip
+        noise.gd(n),
+        has_keys=True,
+        microbatch_size=64,
+    )
     with jax.debug_key_reuse(False):
         program = str(jax.make_jaxpr(f)(jnp.ones(()), jnp.ones(n), KEY, 0))
     assert "key<fry>[64]" in program
@@ -176,8 +182,10 @@ def test_a_loss_vector_at_fixed_keys(settings):
     """The keys of step 0, at each evaluation: L is a function of the parameters alone."""
     losses = loss.LossVector(
         lambda theta, batch, keys: theta * jax.vmap(number_of)(keys) * batch,
-        jnp.ones(13), key=KEY, **settings,
-    )  # fmt: skip
+        jnp.ones(13),
+        key=KEY,
+        **settings,
+    )
     expected = expected_numbers(0)[:13]
     for theta in (1.0, 1.0, 2.0):
         np.testing.assert_array_equal(losses(jnp.asarray(theta)), theta * expected)
@@ -217,10 +225,18 @@ PLAIN = loss.weighted_value_and_grad(without)
 ARGS = jnp.ones(N), jnp.arange(N)
 MISTAKES = [
     ("loss_vector_fn", lambda: loss.weighted_value_and_grad(reads_keys), "has_keys = False"),
-    ("loss_vector_fn", lambda: loss.noisy_value_and_grad(without, noise.gd(N), has_keys=True),
-     "(params, batch, keys), as has_state = False and has_keys = True"),
-    ("loss_vector_fn", lambda: loss.noisy_value_and_grad(
-        loss.per_example(dropped_out, has_keys=True), noise.gd(N)), "(params: "),
+    (
+        "loss_vector_fn",
+        lambda: loss.noisy_value_and_grad(without, noise.gd(N), has_keys=True),
+        "(params, batch, keys), as has_state = False and has_keys = True",
+    ),
+    (
+        "loss_vector_fn",
+        lambda: loss.noisy_value_and_grad(
+            loss.per_example(dropped_out, has_keys=True), noise.gd(N)
+        ),
+        "(params: ",
+    ),
     ("loss_vector_fn", lambda: loss.LossVector(reads_keys, ARGS[1]), "key=None"),
     ("loss_vector_fn", lambda: loss.LossVector(without, ARGS[1], key=KEY), "key=..."),
     ("loss_vector_fn", lambda: loss.weighted_values_and_grads(reads_keys), "loss.LossVector("),
@@ -231,11 +247,17 @@ MISTAKES = [
     ("key", lambda: KEYED(*ARGS, WEIGHTS, key=jax.random.PRNGKey(0), step=0), "typed PRNG key"),
     ("key", lambda: PLAIN(*ARGS, WEIGHTS, key=KEY), "must not be given"),
     ("step", lambda: PLAIN(*ARGS, WEIGHTS, step=3), "must not be given"),
-    ("has_keys", lambda: loss.noisy_value_and_grad(without, noise.gd(N), has_keys=1),
-     "must be True or False"),
-    ("data", lambda: loss.LossVector(reads_keys, ARGS[1], key=KEY).replace(data=ARGS[1])(ARGS[0]),
-     "loss.WithKeys"),
-]  # fmt: skip
+    (
+        "has_keys",
+        lambda: loss.noisy_value_and_grad(without, noise.gd(N), has_keys=1),
+        "must be True or False",
+    ),
+    (
+        "data",
+        lambda: loss.LossVector(reads_keys, ARGS[1], key=KEY).replace(data=ARGS[1])(ARGS[0]),
+        "loss.WithKeys",
+    ),
+]
 
 
 @pytest.mark.usefixtures("user_errors")

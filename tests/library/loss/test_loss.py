@@ -43,6 +43,7 @@ def test_gradient_is_the_dense_product(name, microbatch_size, x64):
     np.testing.assert_allclose(value, problem.losses() @ np.asarray(weights.dense()), rtol=1e-12)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(n=st.integers(1, 30), microbatch_size=st.integers(1, 35))
 def test_micro_batches_that_do_not_divide(n, microbatch_size):

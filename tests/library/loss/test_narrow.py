@@ -32,8 +32,11 @@ def linear_losses(dtype):
 
 
 def linear_params(dtype=jnp.float32):
-    return {"embedding": jnp.ones((1, 1), dtype), "bias": jnp.ones(1, dtype),
-            "matrix": jnp.ones((1, 1), dtype)}  # fmt: skip
+    return {
+        "embedding": jnp.ones((1, 1), dtype),
+        "bias": jnp.ones(1, dtype),
+        "matrix": jnp.ones((1, 1), dtype),
+    }
 
 
 def linear_data(size):

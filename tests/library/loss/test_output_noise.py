@@ -8,11 +8,10 @@ import pytest
 
 from msgd_jax import loss, noise, train
 from tests.support.mistakes import assert_told
+from tests.support.statistics import assert_agree, assert_rejected
 
 KEY = jax.random.key(4)
 N, OUTPUTS = 6, 3
-# Two-sided, one false alarm in 1.5e5 numbers; a case compares 100.
-Z = 4.5
 _RNG = np.random.default_rng(1)
 DATA = {"x": _RNG.normal(size=(N, 4)).astype(np.float32), "y": _RNG.integers(0, OUTPUTS, N)}
 PARAMS = jnp.asarray(_RNG.normal(size=(4, OUTPUTS)), jnp.float32)
@@ -90,17 +89,18 @@ def test_covariance_is_that_of_the_cotangents(name, law):
 
     upper = np.triu_indices(len(g))
     products = (added[:, :, None] * added[:, None, :])[:, *upper]
+    numbers = 2 * len(g) + len(upper[0])
     for values, mean in (
         (added, 0),
         (products, expected[upper]),
         (added * (plain - plain.mean(0)), 0),  # uncorrelated with the noise of the weights
     ):
         errors = values.std(0) / len(values) ** 0.5
-        assert (abs(values.mean(0) - mean) <= Z * errors + 1e-6).all()
+        assert_agree(values.mean(0), mean, errors, comparisons=numbers, slack=1e-6)
     # The near miss, cotangents that are a tenth too large, is rejected.
     size = products[:, upper[0] == upper[1]].sum(1)
     error = size.std() / len(size) ** 0.5
-    assert abs(size.mean() - 1.21 * np.trace(expected)) > 2 * Z * error
+    assert_rejected(size.mean(), 1.21 * np.trace(expected), 2 * error)
 
 
 @pytest.mark.slow

@@ -63,10 +63,13 @@ def test_per_example_arrays_are_averaged_over_the_examples_evaluated(name, setti
         ("one pass", (1,), [*range(13)]),
         ("micro-batches", (3,), [*range(13), 0, 1]),
         ("4 devices", (4, 1), [*range(13), 12, 12, 12]),
-        ("4 devices and micro-batches", (4, 2), [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 4, 5,
-                                                 8, 9, 10, 11, 8, 9, 12, 12, 12, 12, 12, 12]),
+        (
+            "4 devices and micro-batches",
+            (4, 2),
+            [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 4, 5, 8, 9, 10, 11, 8, 9, 12, 12, 12, 12, 12, 12],
+        ),
     ],
-)  # fmt: skip
+)
 def test_whole_arrays_are_stacked(settings, shape, numbers):
     f = loss.noisy_value_and_grad(with_outputs, noise.gd(N), has_aux=True, **SETTINGS[settings])
     (_, aux), _ = f(jnp.ones(3), DATA, KEY, 1)
@@ -101,9 +104,13 @@ def test_keys_and_outputs_stay_on_their_devices(microbatch_size):
         return x * kept * theta, loss.Outputs({"kept": kept}, x[0])
 
     f = loss.noisy_value_and_grad(
-        per_row, noise.fisher(size, 8), has_aux=True, has_keys=True, sharding=rows,
+        per_row,
+        noise.fisher(size, 8),
+        has_aux=True,
+        has_keys=True,
+        sharding=rows,
         microbatch_size=microbatch_size,
-    )  # fmt: skip
+    )
     data = sharding.shard_examples(jnp.ones(size), rows)
     program = jax.jit(f).lower(jnp.ones(()), data, KEY, 3).compile().as_text() or ""
     assert len(re.findall(r" all-reduce(?:-start)?\(", program)) == 1
@@ -146,21 +153,35 @@ def aux_of(make, **flags) -> Any:
 
 MISTAKES = [
     ("aux", lambda: aux_of(lambda batch: {"accuracy": batch > 0}), "must be a loss.Outputs("),
-    ("aux.averaged['mean']", lambda: aux_of(lambda b: loss.Outputs({"mean": b.mean()})),
-     "shape (4, ...), got ()"),
+    (
+        "aux.averaged['mean']",
+        lambda: aux_of(lambda b: loss.Outputs({"mean": b.mean()})),
+        "shape (4, ...), got ()",
+    ),
     ("aux.averaged", lambda: aux_of(lambda b: loss.Outputs(jnp.ones((2, 4)))), "(2, 4)"),
     ("aux.stacked['f']", lambda: aux_of(lambda b: loss.Outputs((), {"f": jnp.tanh})), "an array"),
     ("aux.stacked", lambda: aux_of(lambda b: loss.Outputs((), jax.random.key(0))), "key<fry>"),
-    ("has_aux", lambda: loss.weighted_value_and_grad(
-        lambda p, b, state: (p * b, state), has_state=True, has_aux=True)(
-            jnp.ones(()), jnp.ones(4), noise.gd(4).sample(KEY, 0), jnp.ones(())),
-     "must return (losses, state, aux)"),
-    ("has_aux", lambda: loss.weighted_value_and_grad(lambda p, b: p * b, has_aux=True)(
-        jnp.ones(()), jnp.ones(4), noise.gd(4).sample(KEY, 0)), "must return (losses, aux)"),
-    ("has_aux", lambda: loss.per_example(lambda p, x: p * x, has_aux=True)(1.0, jnp.ones(3)),
-     "must return (loss, aux)"),
+    (
+        "has_aux",
+        lambda: loss.weighted_value_and_grad(
+            lambda p, b, state: (p * b, state), has_state=True, has_aux=True
+        )(jnp.ones(()), jnp.ones(4), noise.gd(4).sample(KEY, 0), jnp.ones(())),
+        "must return (losses, state, aux)",
+    ),
+    (
+        "has_aux",
+        lambda: loss.weighted_value_and_grad(lambda p, b: p * b, has_aux=True)(
+            jnp.ones(()), jnp.ones(4), noise.gd(4).sample(KEY, 0)
+        ),
+        "must return (losses, aux)",
+    ),
+    (
+        "has_aux",
+        lambda: loss.per_example(lambda p, x: p * x, has_aux=True)(1.0, jnp.ones(3)),
+        "must return (loss, aux)",
+    ),
     ("losses", lambda: aux_of(lambda b: loss.Outputs(), has_aux=False), "got tuple"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.usefixtures("user_errors")

@@ -15,8 +15,17 @@ from tests.support.spread import assert_is_dense_gradient, sent, spread
 
 KEY = jax.random.key(271)
 N = 1003  # divided by none of the numbers of devices
-SPARSE = ("sgd", "sgd_replace", "sparse_fisher", "sparse_cov", "random_reshuffling",
-          "scaled_reshuffling", "mixture", "coloured_sparse", "svag")  # fmt: skip
+SPARSE = (
+    "sgd",
+    "sgd_replace",
+    "sparse_fisher",
+    "sparse_cov",
+    "random_reshuffling",
+    "scaled_reshuffling",
+    "mixture",
+    "coloured_sparse",
+    "svag",
+)
 
 
 # Gradients ----------------------------------------------------------------------------------------

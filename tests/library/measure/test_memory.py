@@ -10,6 +10,7 @@ import pytest
 from msgd_jax import measure, noise
 from tests.support.mistakes import assert_told
 from tests.support.noisy import D, N, dense, problem
+from tests.support.statistics import assert_agree
 
 KEY = jax.random.key(0)
 
@@ -17,8 +18,12 @@ KEY = jax.random.key(0)
 def remembered(law, **options) -> Any:
     losses, params = problem()
     options = {
-        "directions": jnp.eye(D), "steps": range(20), "max_lag": 4, "num_runs": 300, **options
-    }  # fmt: skip
+        "directions": jnp.eye(D),
+        "steps": range(20),
+        "max_lag": 4,
+        "num_runs": 300,
+        **options,
+    }
     return measure.noise_autocorrelation(losses, params, law, KEY, **options)
 
 
@@ -33,13 +38,13 @@ COLOURED = {
 
 @pytest.mark.parametrize("name", COLOURED)
 def test_coloured_noise_remembers_its_coefficients(name):
-    """Exact, and measured within 5 standard errors at each of 4 lags: false alarms 1e-5."""
+    """Exact, and measured within its standard errors at each of 4 lags."""
     coefficients, wanted = COLOURED[name]
     law = noise.cov(N, 8)
     found = remembered(noise.coloured(law, coefficients) if len(coefficients) > 1 else law)
     np.testing.assert_allclose(found.exact, wanted, atol=1e-5)
     assert float(found.measured[0]) == pytest.approx(1)
-    assert (np.abs(found.measured - found.exact) <= 5 * found.standard_error + 1e-6).all()
+    assert_agree(found.measured, found.exact, found.standard_error, slack=1e-6)
     assert float(found.standard_error[1:].max()) < 0.05
 
 
@@ -49,7 +54,7 @@ def test_batches_of_an_epoch_repel_each_other():
     for lag in range(1, 5):
         together = 4 * (5 - lag) / (20 - lag)  # pairs in the same epoch, per pair
         assert float(found.exact[lag]) == pytest.approx(-together * 8 / (N - 8), rel=1e-5)
-    assert (np.abs(found.measured - found.exact) <= 5 * found.standard_error + 1e-6).all()
+    assert_agree(found.measured, found.exact, found.standard_error, slack=1e-6)
     # It would be seen if it were not there.
     assert float(found.exact[1]) < -10 * float(found.standard_error[1])
 
@@ -58,12 +63,11 @@ def test_momentum_remembers_by_the_power_of_the_lag():
     """Stationary after 30 steps: mu^h, whatever the covariance; from rest it is not yet."""
     found = remembered(noise.fisher(N, 8), momentum=0.6, steps=range(30, 50))
     np.testing.assert_allclose(found.exact, 0.6 ** np.arange(5), rtol=1e-5)
-    assert (np.abs(found.measured - found.exact) <= 5 * found.standard_error + 1e-6).all()
+    assert_agree(found.measured, found.exact, found.standard_error, slack=1e-6)
     assert float(found.standard_error[1:].max()) < 0.05
     from_rest = remembered(noise.fisher(N, 8), momentum=0.9)
     assert float(from_rest.exact[4]) < 0.9**4 - 0.02
-    gaps = np.abs(from_rest.measured - from_rest.exact)
-    assert (gaps <= 5 * from_rest.standard_error + 1e-6).all()
+    assert_agree(from_rest.measured, from_rest.exact, from_rest.standard_error, slack=1e-6)
 
 
 def test_exact_covariances_of_a_law_that_is_not_centred():

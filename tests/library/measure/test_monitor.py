@@ -23,7 +23,7 @@ def watched(steps, optimizer, law, **options):
 
 @pytest.mark.parametrize("name", ["batch_size", *LAWS])
 def test_in_train_with_accumulation_for_any_law(name):
-    """Parameters stand still, so that the truth is known. Two numbers at z = 5."""
+    """Parameters stand still, so that the truth is known."""
     law = LAWS.get(name, noise.cov(N, 8))
     known = {"batch_size": 8} if name == "batch_size" else {"law": law}
     optimizer = optax.chain(
@@ -31,9 +31,9 @@ def test_in_train_with_accumulation_for_any_law(name):
         optax.MultiSteps(optax.sgd(0.0), every_k_schedule=4).gradient_transformation(),
     )
     scale = measure.monitored_noise_scale(watched(1200, optimizer, law).opt_state)
-    within(scale.total.trace, T)
-    within(scale.total.squared_gradient, G2)
-    within(scale.leaves["b"].trace, np.diag(dense().s)[2:].sum())
+    within(scale.total.trace, T, comparisons=3)
+    within(scale.total.squared_gradient, G2, comparisons=3)
+    within(scale.leaves["b"].trace, np.diag(dense().s)[2:].sum(), comparisons=3)
     low, high = scale.total.interval
     assert low < B < high
     assert scale.total.trace.standard_error < 0.1 * T

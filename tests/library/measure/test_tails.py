@@ -12,6 +12,7 @@ from scipy import stats
 from msgd_jax import measure, noise
 from tests.support.mistakes import assert_told
 from tests.support.noisy import D, N, dense, problem, within
+from tests.support.statistics import assert_agree
 
 KEY = jax.random.key(0)
 DIAGONAL = jnp.full((1, D), 1 / np.sqrt(D), jnp.float32)
@@ -78,7 +79,7 @@ EXACT = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_projected_kurtosis_is_its_exact_value(name):
-    """Seven laws at z = 5; the closed forms to the digits that were checked."""
+    """And the closed forms to the digits that were checked."""
     law, wanted, formula = EXACT[name]
     np.testing.assert_allclose(formula(), wanted, rtol=2e-5)
     samples = projections(law).noise[:, 0]
@@ -140,14 +141,15 @@ def p_values(law, tests):
 
 
 def test_the_level_is_five_percent():
-    """800 tests of exact level 0.05: at most z = 4.5 of 0.0077 off, false alarms 7e-6.
+    """800 tests of exact level 0.05, of standard error 0.0077.
 
     (The asymptotic test, of level 0.029, would be 2.7 of these off: seen below by its mean.)
     """
     found = p_values(noise.fisher(N, 8), 800)
-    assert abs((found <= 0.05).mean() - 0.05) < 4.5 * np.sqrt(0.05 * 0.95 / 800)
+    error = np.sqrt(0.05 * 0.95 / 800)
+    assert_agree((found <= 0.05).mean(), 0.05, error, comparisons=2)
     # p-values are uniform on 0.05, 0.1, ... 1: their mean is 0.525, its standard error 0.0102.
-    assert abs(found.mean() - 0.525) < 4.5 * 0.0102
+    assert_agree(found.mean(), 0.525, 0.0102, comparisons=2)
 
 
 def test_the_power_against_what_is_not_gaussian():
@@ -160,7 +162,7 @@ def test_the_expected_kurtosis_is_that_of_gaussians():
     found = np.asarray(jax.vmap(measure.mardia_kurtosis)(samples))
     expected = measure.gaussianity_test(samples[0], KEY, num_simulations=39).expected
     assert expected == pytest.approx(14.70297, abs=1e-5)
-    assert abs(found.mean() - expected) < 5 * found.std(ddof=1) / np.sqrt(2000)
+    assert_agree(found.mean(), expected, found.std(ddof=1) / np.sqrt(2000))
 
 
 # Bad input ----------------------------------------------------------------------------------------

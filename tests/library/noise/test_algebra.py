@@ -10,11 +10,11 @@ from msgd_jax import noise, train
 from tests.library.test_train import PROBLEM
 from tests.support.mistakes import assert_told
 from tests.support.problems import loss_vector_fn
+from tests.support.statistics import assert_agree
 
 N, B = 6, 2
 COV, SGD = noise.cov(N, B), noise.sgd(N, B)
 KEY = jax.random.key(7)
-Z = 4.5  # two-sided false alarm 7e-6 per comparison
 
 
 def draws(law, steps, num_keys):
@@ -28,7 +28,7 @@ def draws(law, steps, num_keys):
 
 
 def assert_covariance(law, step, other, num_keys=20_000):
-    """Both numbers of Cov(W_s, W_t), each over all its entries, within Z standard errors."""
+    """Both numbers of Cov(W_s, W_t), each over all its entries, by its standard error."""
     w = draws(law, [step, other], num_keys) - 1 / N
     products = w[:, 0, :, None] * w[:, 1, None, :]
     same = np.eye(N, dtype=bool)
@@ -36,7 +36,7 @@ def assert_covariance(law, step, other, num_keys=20_000):
     for entries, expected in ((same, exact.diagonal), (~same, exact.off_diagonal)):
         means = products[:, entries].mean(1)  # of independent keys
         spread = means.std(ddof=1) / np.sqrt(num_keys)
-        assert abs(means.mean() - expected) <= Z * spread + 1e-12
+        assert_agree(means.mean(), expected, spread, comparisons=2, slack=1e-12)
     return exact
 
 
@@ -122,7 +122,7 @@ class TestMixtures:
     def test_shares(self):
         law = noise.mixture([noise.gd(N), noise.sgd(N, 1)], [0.75, 0.25])
         chosen = (draws(law, [0], 4_000)[:, 0].max(1) > 0.5).mean()
-        assert abs(chosen - 0.25) < Z * np.sqrt(0.25 * 0.75 / 4_000)
+        assert_agree(chosen, 0.25, np.sqrt(0.25 * 0.75 / 4_000))
 
     def test_a_sure_law_is_that_law(self):
         law = noise.mixture([SGD, COV], [0.0, 1.0])

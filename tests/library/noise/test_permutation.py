@@ -15,7 +15,7 @@ from msgd_jax import noise
 from msgd_jax._streams import Stream, derive
 from msgd_jax.noise import _permutation
 from tests.library.noise.test_exact import agree
-from tests.support.statistics import assert_agree
+from tests.support.statistics import FALSE_ALARMS, assert_agree
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -118,18 +118,18 @@ def images(n: int, positions: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [50, 1025, 10**6, LARGEST])
 def test_singles_and_pairs_are_uniform(n):
-    """Chi-square over keys, on bins that split [0, N) evenly: each p above 1e-5 (8 a size)."""
+    """Chi-square over keys, on bins that split [0, N) evenly: 8 tests for each size."""
     positions = [0, 1, n // 2, n - 1]
     values = images(n, positions)
     for column in values.T:
-        assert uniformity(column, n, 25) > 1e-5
+        assert uniformity(column, n, 25) > FALSE_ALARMS / 8
     bins = np.minimum(values.astype(np.int64) * 5 // n, 4)
     shares = np.bincount(np.minimum(np.arange(n) * 5 // n, 4)) if n < 2000 else np.full(5, n / 5)
     for i, j in ((0, 1), (0, 3), (1, 2), (2, 3)):
         counts = np.bincount(bins[:, i] * 5 + bins[:, j], minlength=25)
         pairs = np.outer(shares, shares) - np.diag(shares)  # without replacement
         expected = (pairs / (n * (n - 1))).ravel() * NUM_KEYS
-        assert scipy.stats.chisquare(counts, expected).pvalue > 1e-5
+        assert scipy.stats.chisquare(counts, expected).pvalue > FALSE_ALARMS / 8
 
 
 def uniformity(values: np.ndarray, n: int, bins: int) -> float:
@@ -145,9 +145,9 @@ def test_neighbours_within_one_permutation_are_uniform():
     values = np.asarray(noise.permute(key(), jnp.arange(400_000), n)).reshape(-1, 2)
     bins = values.astype(np.int64) * 50 // n
     counts = np.bincount(bins[:, 0] * 50 + bins[:, 1], minlength=2_500)
-    assert scipy.stats.chisquare(counts).pvalue > 1e-5
+    assert scipy.stats.chisquare(counts).pvalue > FALSE_ALARMS / 2
     steps = np.diff(values[:, 0].astype(np.int64)) % n  # of a counter in disguise: all the same
-    assert uniformity(steps, n, 100) > 1e-5
+    assert uniformity(steps, n, 100) > FALSE_ALARMS / 2
 
 
 def distance_from_uniform(rows: int, columns: int, rounds: int) -> float:
@@ -257,8 +257,10 @@ def test_covariances_between_steps_are_exact(n, b):
         same, different = Fraction(0), Fraction(0)
         if s // epoch_length == t // epoch_length:
             for order in orders:
-                one, other = ([i in order[k * b : (k + 1) * b] for i in range(n)]
-                              for k in (s % epoch_length, t % epoch_length))  # fmt: skip
+                one, other = (
+                    [i in order[k * b : (k + 1) * b] for i in range(n)]
+                    for k in (s % epoch_length, t % epoch_length)
+                )
                 same += Fraction(one[0] * other[0], b**2 * len(orders))
                 different += Fraction(one[0] * other[-1] if n > 1 else 0, b**2 * len(orders))
             exact = same - Fraction(1, n**2), different - Fraction(1, n**2) if n > 1 else different
@@ -295,8 +297,12 @@ def test_noises_of_independent_steps_have_no_covariance_between_them():
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
     def test_more_examples_than_indices(self):
-        for make in (noise.gd, lambda n: noise.sgd(n, 8), lambda n: noise.fisher(n, 8),
-                     lambda n: noise.permute(key(), jnp.arange(3), n)):  # fmt: skip
+        for make in (
+            noise.gd,
+            lambda n: noise.sgd(n, 8),
+            lambda n: noise.fisher(n, 8),
+            lambda n: noise.permute(key(), jnp.arange(3), n),
+        ):
             with pytest.raises(ValueError, match=r"at most 2\^31 - 1 = 2147483647, .*int32.*got"):
                 make(2**31)
 

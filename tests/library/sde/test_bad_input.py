@@ -90,16 +90,10 @@ class TestBadInput:
 
     @pytest.mark.parametrize("where", ["array", "jax"])
     def test_iterations_of_any_kind(self, where):
-        save_at = {
-            "array": np.array([1, 3], np.uint8), "jax": jnp.array([1, 3]),
-        }[where]  # fmt: skip
+        save_at = np.array([1, 3], np.uint8) if where == "array" else jnp.array([1, 3])
         options = {**self.good, "num_steps": np.int64(3), "save_at": save_at}
-        assert of_sde(
-            sde.euler_maruyama, *self.problem, noise.cov(N, B), **options
-        ).steps.tolist() == [
-            1,
-            3,
-        ]
+        path = of_sde(sde.euler_maruyama, *self.problem, noise.cov(N, B), **options)
+        assert path.steps.tolist() == [1, 3]
 
     @pytest.mark.parametrize(
         "call",

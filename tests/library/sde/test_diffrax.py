@@ -25,15 +25,15 @@ def motion():
     return diffrax.VirtualBrownianTree(0.0, 1.0, tol=2**-10, shape=(N,), key=jax.random.key(2))
 
 
-@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [1, 2])
 def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
     problem, key = logistic(N, dtype=jnp.float64), jax.random.key(0)
     law = noise.cov(N, B, dtype=jnp.float64)
     steps, substeps = 5, 4
-    increments = jnp.concatenate([
-        sde.brownian_increments(key, step, N, substeps=substeps, dtype=jnp.float64)
-        for step in range(steps)
-    ])  # fmt: skip
+    options = {"substeps": substeps, "dtype": jnp.float64}
+    drawn = [sde.brownian_increments(key, step, N, **options) for step in range(steps)]
+    increments = jnp.concatenate(drawn)
     path = jnp.concatenate([jnp.zeros((1, N)), math.sqrt(ETA) * jnp.cumsum(increments, 0)])
     times = ETA / substeps * jnp.arange(steps * substeps + 1)
     terms = sde.diffrax_terms(
@@ -76,9 +76,10 @@ def every_solver():
     """All solvers that diffrax exports and that can be made, also those that it will add."""
     classes = [value for value in vars(diffrax).values() if inspect.isclass(value)]
     concrete = [
-        value for value in classes
+        value
+        for value in classes
         if issubclass(value, diffrax.AbstractSolver) and not value.__name__.startswith("Abstract")
-    ]  # fmt: skip
+    ]
     inner = {"HalfSolver": (diffrax.EulerHeun(),), "SemiImplicitEuler": ()}
     return {value.__name__: value(*inner.get(value.__name__, ())) for value in concrete}
 
@@ -86,10 +87,17 @@ def every_solver():
 SOLVERS = every_solver()
 ITO = {"Euler", "ItoMilstein"}
 STRATONOVICH = {
-    "EulerHeun", "GeneralShARK", "HalfSolver", "Heun", "Midpoint", "Ralston", "ReversibleHeun",
-    "SPaRK", "SlowRK", "StratonovichMilstein",
-}  # fmt: skip
-QUICK = {"EulerHeun", "ItoMilstein", "ReversibleHeun"}
+    "EulerHeun",
+    "GeneralShARK",
+    "HalfSolver",
+    "Heun",
+    "Midpoint",
+    "Ralston",
+    "ReversibleHeun",
+    "SPaRK",
+    "SlowRK",
+    "StratonovichMilstein",
+}
 
 
 def saddle(params, batch):
@@ -145,14 +153,9 @@ def distance(one, other):
     return math.sqrt(((one - other) ** 2).sum(1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:.*not marked as converging")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=() if n in QUICK else pytest.mark.slow)
-        for n in sorted(ITO | STRATONOVICH)
-    ],
-)
+@pytest.mark.parametrize("name", sorted(ITO | STRATONOVICH))
 def test_every_solver_finds_the_solution_of_ito(name):
     """With the terms made for it, the distance to a fine Euler path shrinks with the step.
 
@@ -164,6 +167,7 @@ def test_every_solver_finds_the_solution_of_ito(name):
     assert fine < 0.5 * coarse
 
 
+@pytest.mark.slow
 def test_terms_for_the_other_kind_have_another_solution():
     """The near miss: however fine the steps, Heun with Euler's terms ends elsewhere."""
     wrong = ends(diffrax.EulerHeun(), terms_for=diffrax.Euler())
@@ -188,9 +192,8 @@ def test_every_solver_works_or_is_refused_before_diffrax_does(name):
     assert len(str(refused.value)) <= 400
 
 
-@pytest.mark.parametrize(
-    "law", [LAW, pytest.param(noise.fisher(N, B), marks=pytest.mark.slow)], ids=["cov", "fisher"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("law", [LAW, noise.fisher(N, B)], ids=["cov", "fisher"])
 def test_stratonovich_drift_against_dense_algebra(x64, law):
     """-grad L - eta/4 grad tr(C C^T), the trace of a dense covariance differentiated by jax."""
     problem = logistic(N, dtype=jnp.float64)

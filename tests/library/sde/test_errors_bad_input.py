@@ -11,8 +11,11 @@ from tests.support.problems import of_sde
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
     good = {  # noqa: RUF012
-        "learning_rates": [0.1], "horizon": 0.2, "num_paths": 4, "key": jax.random.key(0),
-    }  # fmt: skip
+        "learning_rates": [0.1],
+        "horizon": 0.2,
+        "num_paths": 4,
+        "key": jax.random.key(0),
+    }
 
     @pytest.mark.parametrize("measure", [sde.strong_error, sde.weak_error])
     @pytest.mark.parametrize(

@@ -162,6 +162,7 @@ def test_a_hundred_calls_take_no_more_memory_than_ten(name):
     assert later[2] <= arrays + 2
 
 
+@pytest.mark.slow
 def test_one_program_for_every_part_of_a_path():
     """Under `jax.jit` with traced iterations: parts of a path are traced once."""
     traces = []

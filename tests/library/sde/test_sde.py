@@ -14,7 +14,7 @@ from msgd_jax import covariance, loss, noise, sde, train
 from tests.support.noises import ROWS
 from tests.support.problems import linear, loss_vector_fn, of_sde, regression
 from tests.support.sde_problems import logistic
-from tests.support.statistics import bound
+from tests.support.statistics import assert_agree, bound
 
 N, B = 20, 4
 LAWS = {
@@ -370,4 +370,4 @@ def test_ornstein_uhlenbeck(substeps, eta):
         assert np.abs(fine - mean).max() < 0.02
         mean = fine
     error = early.std(0) / math.sqrt(paths)
-    assert (np.abs(early.mean(0) - mean) / error).max() < 4.5
+    assert_agree(early.mean(0), mean, error)

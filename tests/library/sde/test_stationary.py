@@ -10,6 +10,7 @@ import pytest
 import scipy.linalg
 
 from msgd_jax import covariance, loss, noise, sde, transform
+from tests.support.statistics import assert_agree, assert_rejected
 
 
 @functools.cache
@@ -109,8 +110,7 @@ def test_long_runs_of_training_settle_there(options):
     """256 runs of `transform.msgd`, each a mean over 400 iterations after 150.
 
     The runs are independent, so that the standard error over them knows of the correlation in time:
-    about 1 % of tr X; z < 4, false alarms 1 in 16,000 for each case. What is 8 % off is rejected:
-    the SDE, or the other kind of momentum.
+    about 1 % of tr X. What is 8 % off is rejected: the SDE, or the other kind of momentum.
     """
     H, eta, runs = np.array([[2.0, 0.5], [0.5, 1.0]]), 0.3, 256
     pulls = jnp.asarray(np.random.default_rng(0).normal(size=(12, 2)), jnp.float32)
@@ -135,7 +135,7 @@ def test_long_runs_of_training_settle_there(options):
 
     means = np.asarray(jax.jit(jax.vmap(spread))(jax.random.split(jax.random.key(1), runs)))
     error = means.std(ddof=1) / np.sqrt(runs)
-    assert abs(means.mean() - np.trace(X)) < 4 * error
+    assert_agree(means.mean(), np.trace(X), error, degrees_of_freedom=runs - 1)
     assert error < 0.02 * np.trace(X)
     others = [sde.stationary_covariance(H, C, learning_rate=eta, **HEAVY)]
     if options is HEAVY:
@@ -143,7 +143,7 @@ def test_long_runs_of_training_settle_there(options):
     rate = eta / (1 - options.get("momentum", 0))
     others.append(sde.stationary_covariance_of_sde(H, C, learning_rate=rate))
     for other in others:
-        assert abs(means.mean() - np.trace(other)) > 4 * error
+        assert_rejected(means.mean(), np.trace(other), error, degrees_of_freedom=runs - 1)
 
 
 @pytest.mark.usefixtures("user_errors")

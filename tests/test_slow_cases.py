@@ -1,0 +1,49 @@
+"""`slow_cases.txt` has cases that exist, of tests of which others always run.
+
+A test that is slow as a whole has the mark instead. Only files that this run has collected can be
+compared: `make test` collects all of them.
+"""
+
+import pathlib
+
+import pytest
+
+from tests.conftest import SLOW_CASES
+
+ROOT = pathlib.Path(__file__).parent.parent
+LISTED = SLOW_CASES.read_text().splitlines()
+
+
+def path_of(case: str) -> str:
+    return case.partition("::")[0]
+
+
+def name_of(case: str) -> str:
+    return case.partition("[")[0]
+
+
+@pytest.fixture
+def compared(collected) -> list[str]:
+    """The listed cases of the files that were collected."""
+    paths = {path_of(case) for case in collected}
+    found = [case for case in LISTED if path_of(case) in paths]
+    if not found:
+        pytest.skip("no file that has listed cases was collected")
+    return found
+
+
+def test_lines_are_sorted_and_there_is_none_twice():
+    assert sorted(set(LISTED)) == LISTED
+
+
+def test_listed_files_exist():
+    assert {path for path in map(path_of, LISTED) if not (ROOT / path).exists()} == set()
+
+
+def test_listed_cases_exist(collected, compared):
+    assert [case for case in compared if case not in collected] == []
+
+
+def test_of_each_listed_test_a_case_always_runs(collected, compared):
+    quick = {name_of(case) for case, is_slow in collected.items() if not is_slow}
+    assert {name_of(case) for case in compared} - quick == set()
