@@ -117,8 +117,8 @@ def summed(
     ``layout(examples, sharding)`` gives how the leaves of the examples are spread, as a prefix of
     their tree. `terms_of` returns ``(terms, model_state, arrays)``. It gets whole parameters along
     the mesh axes of the examples, in the layout that they have along the other axes. The sum of the
-    terms, in float32 or wider, is the only reduction; the statistics in `model_state` are averaged in it.
-    The arrays stay on their devices and get a leading axis of devices.
+    terms, in float32 or wider, is the only reduction; the statistics in `model_state` are averaged
+    in it. The arrays stay on their devices and get a leading axis of devices.
     """
     if sharding is None:
         return terms_of

@@ -180,7 +180,8 @@ def sums(
         else:
             listed = examples.indices is not None
             part = examples._replace(data=()) if listed else examples
-            run = jax.eval_shape(lambda part: _slice(part, jnp.int32(0), microbatch_size), part)
+            size = microbatch_size
+            run = jax.eval_shape(lambda part: _slice(part, jnp.int32(0), size), part)
             run = run._replace(data=examples.data) if listed else run
             shapes = jax.eval_shape(of_run, params, run, model_state)
             run_of, num_runs = _runs(examples, keys.order, shapes, microbatch_size, sharding)
