@@ -63,8 +63,9 @@ def make_loop(
     """`train.make_step` in a loop, on examples that are read while earlier steps are computed.
 
     The parameters are bit for bit those of training with the same law and key on data that are all
-    on the device: only the place that the examples come from differs. (The reported losses may
-    differ in the last bit.) Small steps are made several in one call of a compiled program, 16 at
+    on one device: only the place that the examples come from differs. (The reported losses may
+    differ in the last bit. On several devices so may gradients, since each device computes the
+    examples that it holds.) Small steps are made several in one call of a compiled program, 16 at
     most. Which examples are read is a function of the state's key and step, so a loop can continue
     from any state, also in another process, and nothing else has to be saved.
 

@@ -265,7 +265,7 @@ def _runs(
             run = cut(examples, k * microbatch_size - seen)
             if missing == 0:
                 return run
-            new = jnp.arange(microbatch_size) >= seen
+            new = jnp.arange(microbatch_size, dtype=jnp.int32) >= seen
             draws = (1,) * (run.values.ndim - 1)
             values = jnp.where(new.reshape(-1, *draws), run.values, 0)
             return run._replace(values=values, real=None if run.real is None else run.real & new)

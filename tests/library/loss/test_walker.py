@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from msgd_jax import loss, noise, sharding
-from tests.support.noises import ROWS, spared
+from tests.support.noises import ROWS
 from tests.support.problems import loss_vector_fn, regression
 from tests.support.spread import assert_is_dense_gradient, sent, spread
 
@@ -31,7 +31,7 @@ SPARSE = (
 # Gradients ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", spared(list(ROWS)))
+@pytest.mark.parametrize("name", list(ROWS))
 def test_every_law_on_eight_devices_is_dense_algebra(name):
     problem, law, rows = regression(N), ROWS[name].make(N, 400), spread(8)
     f = loss.noisy_value_and_grad(loss_vector_fn, law, microbatch_size=30, sharding=rows)
@@ -162,7 +162,7 @@ def test_many_seeds_at_once():
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 6])
-@pytest.mark.parametrize("name", spared(list(ROWS)))
+@pytest.mark.parametrize("name", list(ROWS))
 def test_no_example_moves(name, microbatch_size):
     """Collectives carry the gradient in float32, and at most a few numbers for each of B."""
     rows, size, batch = spread(8), 512, 40
