@@ -70,9 +70,7 @@ def multiplicative_noise(
 
       optimizer = optax.chain(multiplicative_noise(law, key), optax.adam(1e-3))
       state = optimizer.init(params)
-      updates, state = optimizer.update(
-          (), state, params, loss_vector_fn=loss_vector_fn, data=data
-      )
+      updates, state = optimizer.update((), state, params, loss_vector_fn=loss_vector_fn, data=data)
 
     There are no updates to pass in yet, so pass ``()`` or None. In such a chain, optimizers that
     take extra arguments do not get them: see `with_noise`.
