@@ -2,12 +2,9 @@
 
 import pathlib
 import re
-import tomllib
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
-from packaging.version import Version
 
 import msgd_jax
 
@@ -49,23 +46,6 @@ def test_versions_agree():
     version = msgd_jax.__version__
     assert f"\n## {version} - " in (ROOT / "CHANGELOG.md").read_text()
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
-
-
-def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    wanted = [
-        Requirement(text)
-        for text in project["dependencies"]
-        + [text for name in ("experiments", "solvers", "streaming") for text in extras[name]]
-    ]
-    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
-    oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
-    for requirement in wanted:
-        (bound,) = requirement.specifier
-        assert bound.operator == ">=", requirement
-        tested = Version(oldest[requirement.name])
-        assert Version(bound.version) == tested, requirement
 
 
 def test_no_file_is_long():
