@@ -11,7 +11,7 @@ help:
 	@echo "make test         lint, types and the test suite (under 12 minutes)"
 	@echo "make test-slow    the tests that take long: every benchmark, more orders of the SDE"
 	@echo "make test-oldest  the tests with the oldest versions allowed"
-	@echo "make package      wheel and sdist in dist, the wheel tried in an environment of its own"
+	@echo "make package      wheel and sdist in dist, checked; the wheel tried in an environment of its own"
 	@echo "make docs         the documentation site in docs/_build/html, its pages run (5 minutes)"
 	@echo "make benchmark    all benchmarks on this machine (under 20 minutes; installs PyTorch)"
 	@echo "make lint         ruff and pyright alone"

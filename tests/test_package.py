@@ -83,6 +83,7 @@ def test_the_sdist_has_the_whole_and_builds_the_same_wheel(package, tmp_path):
         "README.md",
         "CHANGELOG.md",
         "Makefile",
+        "SECURITY.md",
     ):
         assert (source / name).is_file(), name
     build(source, tmp_path / "dist", "wheel")

@@ -10,6 +10,11 @@ import msgd_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FORMS = [
+    path
+    for path in sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    if path.name != "config.yml"
+]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
 PYTHON = [
     path
@@ -30,11 +35,37 @@ def test_workflows_call_targets_that_exist(path):
     assert called <= TARGETS
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/start.md", ".ci/run"])
+# Where commands are named.
+TELLING = ["README.md", "CONTRIBUTING.md", "docs/start.md", "docs/support.md", ".ci/run"]
+
+
+@pytest.mark.parametrize("name", [*TELLING, ".github/PULL_REQUEST_TEMPLATE.md"])
 def test_documents_name_targets_that_exist(name):
     called = set(re.findall(r"(?:^ *|`)make ([a-z-]+)", (ROOT / name).read_text(), re.M))
     assert called
     assert called <= TARGETS
+
+
+def test_hooks_are_the_checks_of_make_lint():
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert local["repo"] == "local"  # nothing is downloaded
+    recipe = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0]
+    checks = set(re.findall(r"\$\(BIN\)/(ruff \w+|pyright)", recipe))
+    hooks = {
+        " ".join(re.findall(r"\.venv/bin/(ruff \w+|pyright)", hook["entry"])[:1])
+        for hook in local["hooks"]
+    }
+    assert hooks == checks == {"ruff check", "ruff format", "pyright"}
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
+def test_issue_forms_have_what_github_asks_for(path):
+    form = yaml.safe_load(path.read_text())
+    assert form["name"]
+    assert form["description"]
+    questions = [entry for entry in form["body"] if entry["type"] != "markdown"]
+    assert len({entry["id"] for entry in questions}) == len(questions) > 1
+    assert all(entry["attributes"]["label"] for entry in questions)
 
 
 def test_help_tells_of_every_target():
