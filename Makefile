@@ -12,7 +12,7 @@ help:
 	@echo "make test-slow    the tests that take long: every benchmark, more orders of the SDE"
 	@echo "make test-oldest  the tests with the oldest versions allowed"
 	@echo "make test-pods    what compilers make of our steps for TPU pods and H100s; no chip needed"
-	@echo "make package      wheel and sdist in dist, the wheel tried in an environment of its own"
+	@echo "make package      wheel and sdist in dist, checked; the wheel tried in an environment of its own"
 	@echo "make docs         the documentation site in docs/_build/html, its pages run (5 minutes)"
 	@echo "make benchmark    all benchmarks on this machine (under 20 minutes; installs PyTorch)"
 	@echo "make benchmark-pods  the same at the sizes of real nets (an hour on two cores)"
@@ -23,7 +23,7 @@ demo: $(VENV)/.experiments
 	$(BIN)/python -m experiments demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=10
 
 # Whatever takes long and is tested more quickly, if less broadly, above.
 test-slow: $(VENV)/.test
@@ -46,9 +46,10 @@ benchmark-pods: .venv-pods/.pods-ready
 	@touch $@
 
 # What a user gets: the wheel alone, without extras, outside the checkout.
-package: $(VENV)/.test
+package: $(VENV)/.package
 	rm -rf dist .venv-package
 	$(BIN)/python -m hatchling build -d dist -t sdist -t wheel
+	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) -m venv .venv-package
 	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/*.whl
 	cd dist && ../.venv-package/bin/python ../tests/smoke.py
@@ -75,9 +76,16 @@ $(BIN)/python:
 		|| { echo "msgd_jax needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp for each extra: the demo does not wait for the tools of the tests.
-$(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs $(VENV)/.pods: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
+# One stamp for each dependency group: the demo does not wait for the tools of the tests. They need
+# a pip that knows groups. The tests and the pages use what users install as extras, too.
+EXTRAS :=
+$(VENV)/.test $(VENV)/.docs: EXTRAS := [solvers,streaming]
+$(VENV)/.benchmarks: EXTRAS := [streaming]
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+
+$(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs $(VENV)/.package $(VENV)/.pods: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+	$(PIP) 'pip>=25.1'
+	$(PIP) -e '.$(EXTRAS)' --group $*
 	@touch $@
 
 clean:

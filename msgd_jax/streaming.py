@@ -91,7 +91,7 @@ def make_loop(
         to read you can continue from it.
 
     Raises:
-        ImportError: if grain is not installed.
+        ImportError: if grain is not installed (``pip install 'msgd-jax[streaming]'``).
         TypeError: as `train.make_step`, or if `source` has no ``__len__`` and ``__getitem__``.
         ValueError: as `train.make_step`, or if `law` is dense, or is for a number of examples that
             is not the length of `source`.

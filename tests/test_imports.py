@@ -41,7 +41,7 @@ SHARED = {
     "_validate",
     "_values",
 }
-# Everything else (flax, tensorflow_datasets, matplotlib, ...) belongs to the extras.
+# Everything else (flax, tensorflow_datasets, matplotlib, ...) is for extras and groups.
 FORBIDDEN = (
     "flax",
     "orbax",
@@ -101,6 +101,12 @@ def ours(path: pathlib.Path) -> set[tuple[str, ...]]:
 def files_of(module: str) -> list[pathlib.Path]:
     folder = ROOT / "msgd_jax" / module
     return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def test_help_has_a_line_for_every_module():
+    lines = re.findall(r"^\* `(\w+)`: .+\.$", msgd_jax.__doc__ or "", re.M)
+    assert sorted(lines) == sorted(MODULES)
+    assert len(re.findall(r"^>>> ", msgd_jax.__doc__ or "", re.M)) <= 7
 
 
 def test_the_table_of_the_house_has_every_module():

@@ -67,6 +67,8 @@ def test_without_extras_only_the_core_is_asked_for(package):
     names = {re.split(r"[^\w-]", line)[0] for line in core}
     assert names == {"jax", "jaxtyping", "numpy", "optax", "scipy"}
     assert all(">=" in line for line in core)
+    extras = set(about.get_all("Provides-Extra", []))
+    assert extras == {"cuda", "flax", "solvers", "streaming", "tpu"}  # and nothing of a checkout
     assert about["Requires-Python"] == ">=3.11"
     assert about["Version"] == msgd_jax.__version__
 
@@ -81,6 +83,7 @@ def test_the_sdist_has_the_whole_and_builds_the_same_wheel(package, tmp_path):
         "README.md",
         "CHANGELOG.md",
         "Makefile",
+        "SECURITY.md",
     ):
         assert (source / name).is_file(), name
     build(source, tmp_path / "dist", "wheel")

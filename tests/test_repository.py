@@ -2,17 +2,19 @@
 
 import pathlib
 import re
-import tomllib
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
-from packaging.version import Version
 
 import msgd_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FORMS = [
+    path
+    for path in sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    if path.name != "config.yml"
+]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
 PYTHON = [
     path
@@ -33,11 +35,37 @@ def test_workflows_call_targets_that_exist(path):
     assert called <= TARGETS
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/start.md", ".ci/run"])
+# Where commands are named.
+TELLING = ["README.md", "CONTRIBUTING.md", "docs/start.md", "docs/support.md", ".ci/run"]
+
+
+@pytest.mark.parametrize("name", [*TELLING, ".github/PULL_REQUEST_TEMPLATE.md"])
 def test_documents_name_targets_that_exist(name):
     called = set(re.findall(r"(?:^ *|`)make ([a-z-]+)", (ROOT / name).read_text(), re.M))
     assert called
     assert called <= TARGETS
+
+
+def test_hooks_are_the_checks_of_make_lint():
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert local["repo"] == "local"  # nothing is downloaded
+    recipe = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0]
+    checks = set(re.findall(r"\$\(BIN\)/(ruff \w+|pyright)", recipe))
+    hooks = {
+        " ".join(re.findall(r"\.venv/bin/(ruff \w+|pyright)", hook["entry"])[:1])
+        for hook in local["hooks"]
+    }
+    assert hooks == checks == {"ruff check", "ruff format", "pyright"}
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
+def test_issue_forms_have_what_github_asks_for(path):
+    form = yaml.safe_load(path.read_text())
+    assert form["name"]
+    assert form["description"]
+    questions = [entry for entry in form["body"] if entry["type"] != "markdown"]
+    assert len({entry["id"] for entry in questions}) == len(questions) > 1
+    assert all(entry["attributes"]["label"] for entry in questions)
 
 
 def test_help_tells_of_every_target():
@@ -49,23 +77,6 @@ def test_versions_agree():
     version = msgd_jax.__version__
     assert f"\n## {version} - " in (ROOT / "CHANGELOG.md").read_text()
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
-
-
-def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    wanted = [
-        Requirement(text)
-        for text in project["dependencies"]
-        + [text for name in ("experiments", "solvers", "streaming") for text in extras[name]]
-    ]
-    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
-    oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
-    for requirement in wanted:
-        (bound,) = requirement.specifier
-        assert bound.operator == ">=", requirement
-        tested = Version(oldest[requirement.name])
-        assert Version(bound.version) == tested, requirement
 
 
 def test_no_file_is_long():

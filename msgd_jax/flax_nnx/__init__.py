@@ -14,8 +14,8 @@ function of (module, example), for a single example::
   ...
   net.update(model, state.params, state.model_state)
 
-flax is imported when `trainable` is called (``pip install flax``); no other module of the library
-needs it.
+flax is imported when `trainable` is called (``pip install 'msgd-jax[flax]'``); no
+other module of the library needs it.
 """
 
 from msgd_jax.flax_nnx._trainable import Trainable, trainable

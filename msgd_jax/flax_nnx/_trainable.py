@@ -130,7 +130,7 @@ def trainable(
         A `Trainable`.
 
     Raises:
-        ImportError: if flax is not installed.
+        ImportError: if flax is not installed (``pip install 'msgd-jax[flax]'``).
         TypeError: if `module` is not an `nnx.Module`, `loss_fn` is not a function, or a parameter
             is not floating point; when traced, if a frozen variable is changed, or if with
             `of_batch` the loss draws from a stream.
@@ -161,7 +161,7 @@ def trainable(
 
         from msgd_jax.flax_nnx import _losses, _parts
     except ImportError as error:
-        raise ImportError("flax_nnx.trainable needs flax: pip install flax.") from error
+        raise ImportError("flax_nnx.trainable needs flax: pip install 'msgd-jax[flax]'.") from error
     _validate.function("loss_fn", loss_fn)
     wrt = nnx.Param if wrt is None else wrt
     mutable = nnx.BatchStat if mutable is None else mutable

@@ -11,7 +11,7 @@ from benchmarks import against_torch, problems, rows, torch_gradients, workers
 from benchmarks.workers import AS_IS, KEPT, OURS, TORCH, Contestant, Settings, Task, Worker
 from msgd_jax import loss, noise
 
-NO_TORCH = "PyTorch, the contestant, is not installed (pip install '.[benchmarks]')"
+NO_TORCH = "PyTorch, the contestant, is not installed (pip install -e . --group benchmarks)"
 
 
 def gradient_of_ours(row, reference):

@@ -150,5 +150,5 @@ def test_a_variable_of_any_kind_is_handled_as_it_is_said():
 
 def test_without_flax_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "flax", None)
-    with pytest.raises(ImportError, match="pip install flax"):
+    with pytest.raises(ImportError, match=r"pip install 'msgd-jax\[flax\]'"):
         flax_nnx.trainable(None, cross_entropy)
