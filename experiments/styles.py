@@ -93,12 +93,12 @@ class Style(NamedTuple):
 
 
 def style(place: int) -> Style:
-    """The style in a place: 0, 1, ...; after nine the colours come again with other lines."""
-    turn = place // len(COLOURS)
+    """The style in a place: 0, 1, ...; from nine on, colours come again with other lines.
+
+    Colour and marker go round together and line styles by themselves, so 45 styles differ.
+    """
     return Style(
-        COLOURS[place % len(COLOURS)],
-        LINES[(place + turn) % len(LINES)],
-        MARKERS[(place + 4 * turn) % len(MARKERS)],
+        COLOURS[place % len(COLOURS)], LINES[place % len(LINES)], MARKERS[place % len(MARKERS)]
     )
 
 
