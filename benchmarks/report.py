@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import machine
-from experiments import tables
+from experiments import figures, styles, tables
 from experiments.training import runs
 
 
@@ -125,8 +125,7 @@ def _save_plot(path: pathlib.Path, draw: Callable[[Any], None]) -> None:
     matplotlib.use("Agg")  # also where there is no display
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    draw(axes)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with matplotlib.rc_context(styles.RC):
+        figure, axes = plt.subplots(figsize=(styles.WIDTH, 4.8), layout="constrained")
+        draw(axes)
+    figures.save(figure, path)

@@ -7,23 +7,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Ellipse
 
-from experiments import tables
+from experiments import styles, tables
 
 
 def setup() -> None:
-    """Sharp lines, a light grid, nothing cut off."""
+    """Sharp lines, nothing cut off, and the colours and line styles of all our pictures."""
+    from cycler import cycler
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     set_matplotlib_formats("svg")
+    looks = [styles.style(place) for place in (3, 2, 1, 5, 4, 6, 7, 8)]
+    plt.rcParams.update(styles.RC)
     plt.rcParams.update(
         {
-            "axes.grid": True,
-            "axes.spines.right": False,
-            "axes.spines.top": False,
+            "axes.prop_cycle": cycler(
+                color=[look.colour for look in looks], linestyle=[look.line for look in looks]
+            ),
             "figure.constrained_layout.use": True,
-            "figure.facecolor": "white",
-            "font.size": 9,
-            "grid.alpha": 0.3,
         }
     )
 
@@ -51,7 +51,7 @@ def band(axes: Any, x: Any, runs: Any, label: str, **options: Any) -> None:
     """The mean over the last axis, and one standard error around it."""
     mean, error = runs.mean(-1), runs.std(-1, ddof=1) / np.sqrt(runs.shape[-1])
     (line,) = axes.plot(x, mean, label=label, **options)
-    axes.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.2, lw=0)
 
 
 def log_rates(axes: Any, rates: Any) -> None:

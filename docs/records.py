@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from docs import pictures
+from experiments import figures, styles
 from experiments.paper.accuracies import of_evaluations, of_folder
 from experiments.paper.panels import PANELS
 from experiments.paper.report import run_folder
@@ -74,32 +75,36 @@ def comparison(panel: str, averaged: bool = False) -> Any:
 
 def curves(panel: str, low: float) -> None:
     """Draws test accuracy against iteration of the recorded runs of a panel."""
-    _, axes = plt.subplots(figsize=(7.5, 3.4))
-    for run in PANELS[panel].runs:
+    figure, axes = plt.subplots(figsize=(styles.WIDTH, 5))
+    looks = styles.assigned(run.label for run in PANELS[panel].runs)
+    for i, run in enumerate(PANELS[panel].runs):
         evaluations = of_folder(run_folder(RESULTS / "runs", run))
         result = of_evaluations(run.label, [evaluations])
-        pictures.band(axes, result.steps, 100 * result.test_accuracy, run.label, linewidth=1)
+        options = looks[run.label].options(len(result.steps), first=i)
+        accuracy = 100 * result.test_accuracy
+        pictures.band(axes, result.steps, accuracy, run.label, linewidth=1, **options)
     axes.set(xlabel="iteration", ylabel="test accuracy (%)", ylim=(low, None))
-    axes.legend(fontsize=7)
+    figures.below_axes(figure, axes)
 
 
 def trace(entries: list[dict[str, Any]]) -> None:
     """Draws local complexities and test accuracy along training."""
-    _, grid = plt.subplots(1, 3, figsize=(8.8, 2.8))
-    for name in dict.fromkeys(entry["algorithm"] for entry in entries):
+    figure, grid = plt.subplots(3, 1, figsize=(styles.WIDTH, 7), sharex=True)
+    names = list(dict.fromkeys(entry["algorithm"] for entry in entries))
+    looks = styles.assigned(names)
+    for i, name in enumerate(names):
         own = [entry for entry in entries if entry["algorithm"] == name]
         steps = [entry["step"] for entry in own]
+        options = looks[name].options(len(steps), first=i)
         for axes, law in zip(grid[:2], ("Rademacher", "SGD"), strict=True):
             values = np.array([entry["complexities"][law]["mean"] for entry in own])
-            pictures.band(axes, steps, values, name)
-            axes.set_title(f"local {law} complexity", fontsize=8)
+            pictures.band(axes, steps, values, name, **options)
+            axes.set_title(f"local {law} complexity")
         accuracy = 100 * np.array([entry["test_accuracy"] for entry in own])
-        pictures.band(grid[2], steps, accuracy, name)
-    grid[2].set_title("test accuracy (%)", fontsize=8)
-    grid[2].set_ylim(60, None)
-    for axes in grid:
-        axes.set_xlabel("iteration")
-    grid[2].legend(fontsize=7)
+        pictures.band(grid[2], steps, accuracy, name, **options)
+    grid[2].set_title("test accuracy (%)")
+    grid[2].set(ylim=(60, None), xlabel="iteration")
+    figures.below_axes(figure, grid[0])
 
 
 def trace_end(entries: list[dict[str, Any]]) -> Any:

@@ -1,9 +1,12 @@
 """The figures."""
 
 import pathlib
+import textwrap
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from experiments import styles
 
 
 class Curve(NamedTuple):
@@ -27,32 +30,51 @@ def plot_curves(curves: list[Curve], path: pathlib.Path, title: str) -> None:
     matplotlib.use("Agg")  # also where there is no display
     import matplotlib.pyplot as plt
 
-    figure, (whole, end) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for i, curve in enumerate(curves):
-        percent = 100 * curve.accuracy
-        mean, error = percent.mean(1), standard_error(percent)
+    looks = styles.assigned(curve.label for curve in curves)
+    with matplotlib.rc_context(styles.RC):
+        lines = -(-len(curves) // 2)
+        figure, (whole, end) = plt.subplots(
+            2, 1, figsize=(styles.WIDTH, 6.4 + 0.2 * lines), layout="constrained"
+        )
+        for i, curve in enumerate(curves):
+            percent = 100 * curve.accuracy
+            mean, error = percent.mean(1), standard_error(percent)
+            look = looks[curve.label]
+            for axes in (whole, end):
+                options = look.options(len(curve.steps), first=i)
+                axes.plot(curve.steps, mean, label=curve.label, linewidth=1.4, **options)
+                axes.fill_between(
+                    curve.steps, mean - error, mean + error, color=look.colour, alpha=0.15, lw=0
+                )
         for axes in (whole, end):
-            axes.plot(curve.steps, mean, color=f"C{i}", label=curve.label, linewidth=1.5)
-            axes.fill_between(
-                curve.steps, mean - error, mean + error, color=f"C{i}", alpha=0.2, linewidth=0
-            )
-    for axes in (whole, end):
-        axes.set_xlabel("iteration")
-        axes.set_ylabel("test accuracy (%)")
-        axes.grid(alpha=0.3)
-    last = np.concatenate([100 * curve.accuracy[len(curve.accuracy) // 4 :] for curve in curves])
-    end.set_ylim(np.floor(last.min()) - 0.5, np.ceil(last.max()) + 0.5)
-    end.set_title("the same, closer", fontsize=10)
-    whole.legend(fontsize=9, loc="lower right")
-    figure.suptitle(title, fontsize=11)
+            axes.set_ylabel("test accuracy (%)")
+        end.set_xlabel("iteration")
+        last = np.concatenate(
+            [100 * curve.accuracy[len(curve.accuracy) // 4 :] for curve in curves]
+        )
+        end.set_ylim(np.floor(last.min()) - 0.5, np.ceil(last.max()) + 0.5)
+        end.set_title("the same, closer")
+        below_axes(figure, whole)
+        figure.suptitle(wrapped(title))
     save(figure, path)
 
 
+def below_axes(figure: Any, axes: Any, columns: int = 2) -> None:
+    """Writes the legend of some axes below all axes of the figure, where it covers no line."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=4)
+
+
+def wrapped(title: str, width: int = 76) -> str:
+    """A title with its lines broken to the width of a picture."""
+    return "\n".join(textwrap.fill(line, width) for line in title.split("\n"))
+
+
 def save(figure: Any, path: pathlib.Path) -> None:
-    """Writes a matplotlib figure and closes it."""
+    """Writes a matplotlib figure with a transparent background, and closes it."""
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, facecolor="none")
     plt.close(figure)
 
 

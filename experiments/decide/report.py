@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments import tables
+from experiments import figures, styles, tables
 from experiments.decide import _records, statistics, study
 from experiments.decide.settings import BASELINES, CONTESTANTS, Setting, label
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
-_GREEN = "#009E73"
+# Those of the declared family, the others, and the floor; the markers differ too.
+_DECLARED, _OTHER, _FLOOR = styles.style(3), styles.style(5), styles.COLOURS[4]
 AT_EQUAL_LOSS = "GD at SGD's training loss"
 """The row for GD stopped where its training loss is that of the same seed's SGD at the end."""
 
@@ -291,40 +290,60 @@ def _share(share: statistics.Share | None) -> str:
 
 def draw(setting: Setting, table: list[Row], path: pathlib.Path) -> None:
     """Draws the differences with intervals, one row per contestant; replaces an earlier figure."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, 1.6 + 0.34 * len(table)), layout="constrained")
-    FigureCanvasAgg(figure)
+    with matplotlib.rc_context(styles.RC):
+        figure = Figure(figsize=(styles.WIDTH, 1.9 + 0.34 * len(table)), layout="constrained")
+        FigureCanvasAgg(figure)
+        _draw_rows(figure, setting, table)
+    figures.save(figure, path)
+
+
+def _draw_rows(figure: Any, setting: Setting, table: list[Row]) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     floor = next(
         (row.to_sgd for row in table if row.label == CONTESTANTS["sgd-other-key"].label), None
     )
     margin = 100 * setting.margin
-    axes[0].axvspan(-margin, margin, color=_GREY, alpha=0.18, lw=0, label="margin of equivalence")
+    axes[0].axvspan(
+        -margin, margin, color=styles.NEUTRAL, alpha=0.2, lw=0, label="margin of equivalence"
+    )
     if floor is not None:
         axes[0].axvspan(
-            floor.low, floor.high, color=_GREEN, alpha=0.22, lw=0, label="SGD with another key"
+            floor.low, floor.high, color=_FLOOR, alpha=0.35, lw=0, label="SGD with another key"
         )
     for axis, reference in zip(axes, ("sgd", "gd"), strict=True):
         for place, row in enumerate(table):
             difference = row.to_sgd if reference == "sgd" else row.to_gd
             if difference is None:
-                axis.plot(0, place, "|", color="black", markersize=12)
+                axis.plot(0, place, "|", color=styles.NEUTRAL, markersize=12)
                 continue
-            colour = _BLUE if row.in_family or row.to_sgd is None or row.to_gd is None else _ORANGE
+            declared = row.in_family or row.to_sgd is None or row.to_gd is None
+            colour, _, marker = _DECLARED if declared else _OTHER
             axis.plot([difference.low, difference.high], [place, place], color=colour, lw=1.8)
-            axis.plot(difference.mean, place, "o", color=colour, markersize=5)
-        axis.axvline(0, color="black", lw=0.8)
-        axis.set_xlabel(f"test accuracy minus {reference.upper()}'s, points")
-        axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+            axis.plot(difference.mean, place, marker, color=colour, markersize=6)
+        axis.axvline(0, color=styles.NEUTRAL, lw=0.8)
+        axis.set_xlabel(f"minus {reference.upper()}'s, points")
+        axis.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(table)), [row.label for row in table])
     axes[0].invert_yaxis()
-    axes[0].plot([], [], color=_BLUE, lw=1.8, label="95 % interval, declared")
-    axes[0].plot([], [], color=_ORANGE, lw=1.8, label="95 % interval, not in the family")
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    for (colour, _, marker), name in ((_DECLARED, "declared"), (_OTHER, "not in the family")):
+        label = f"95 % interval, {name}"
+        axes[0].plot([], [], color=colour, marker=marker, lw=1.8, label=label)
+    figure.suptitle("Test accuracy, differences by seed")
+    figures.below_axes(figure, axes[0])
+
+
+def _alternative(table: list[Row]) -> str:
+    """What the picture shows, for readers who do not see it."""
+    differences = [f"{row.label} {row.to_sgd.mean:+.1f}" for row in table if row.to_sgd is not None]
+    text = (
+        "Two columns of dots with 95 % intervals, a row per algorithm: test accuracy minus SGD's "
+        f"and minus GD's. Points minus SGD's: {'; '.join(differences)}."
+    )
+    return text.replace("[", "\\[").replace("]", "\\]")
 
 
 def write(setting: Setting, folder: pathlib.Path) -> tuple[pathlib.Path, str]:
@@ -342,5 +361,5 @@ def write(setting: Setting, folder: pathlib.Path) -> tuple[pathlib.Path, str]:
     page, picture = folder / f"{setting.name}.md", folder / f"{setting.name}.png"
     draw(setting, table, picture)
     text = markdown(setting, table, found)
-    page.write_text(f"{text}\n![Differences of test accuracy]({picture.name})\n")
+    page.write_text(f"{text}\n![{_alternative(table)}]({picture.name})\n")
     return page, text

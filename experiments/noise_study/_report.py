@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments import figures, tables
+from experiments import figures, styles, tables
 from experiments.decide import statistics
 
 FAMILY = ("cov", "bernoulli", "sparse_cov", "student_t")
@@ -30,14 +30,8 @@ LABELS = {
     "student_t": "Student t",
     "isotropic": "isotropic, same trace",
 }
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
-_COLOURS = dict(
-    zip(
-        LABELS,
-        ("#000000", "#D55E00", "#D55E00", "#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#999999"),
-        strict=True,
-    )
-)
+_STYLES = styles.assigned([*LABELS.values()])
+_BANDS = ("gd", "sgd", "isotropic")
 
 
 def endpoint(line: dict[str, Any], quantity: str) -> Float[np.ndarray, " seeds"]:
@@ -187,26 +181,23 @@ def draw(found: list[dict[str, Any]], rate: float, path: pathlib.Path) -> None:
     matplotlib.use("Agg")  # also where there is no display
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-    for axis, quantity in zip(axes, ("eigenvalue", "own_sharpness"), strict=False):
-        for line in found:
-            if line["learning_rate"] == rate:
-                _along(axis, line, quantity)
-        axis.set_xlabel("iteration")
-        axis.set_title(f"{QUANTITIES[quantity]}, $\\eta$ = {rate:g}", fontsize=10)
-        axis.set_ylabel("in units of $2 / \\eta$")
-    _against_rate(axes[2], found)
-    for axis in axes:
-        axis.axhline(1, color="black", lw=0.8, ls=":")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    seeds = len(found[0]["seeds"])
-    figure.suptitle(
-        f"Digits, squared loss: where training stabilises ({seeds} seeds, 95 % intervals)",
-        fontsize=11,
-    )
+    with matplotlib.rc_context(styles.RC):
+        figure, axes = plt.subplots(3, 1, figsize=(styles.WIDTH, 10.5), layout="constrained")
+        for axis, quantity in zip(axes, ("eigenvalue", "own_sharpness"), strict=False):
+            for line in found:
+                if line["learning_rate"] == rate:
+                    _along(axis, line, quantity)
+            axis.set_xlabel("iteration")
+            axis.set_title(f"{QUANTITIES[quantity]}, $\\eta$ = {rate:g}")
+        _against_rate(axes[2], found)
+        for axis in axes:
+            axis.axhline(1, color=styles.NEUTRAL, lw=1, ls=":")
+            axis.set_ylim(bottom=0)
+            axis.set_ylabel("in units of $2 / \\eta$")
+        figures.below_axes(figure, axes[0])
+        seeds = len(found[0]["seeds"])
+        title = f"Digits, squared loss: where training stabilises ({seeds} seeds, 95 % intervals)"
+        figure.suptitle(figures.wrapped(title))
     figures.save(figure, path)
 
 
@@ -216,10 +207,10 @@ def _along(axis: Any, line: dict[str, Any], quantity: str) -> None:
     kept = [i for i, one in enumerate(summaries) if one is not None]
     mean, half = np.array([summaries[i] for i in kept]).reshape(-1, 2).T
     steps, name = np.asarray(line["steps"])[kept], line["noise"]
-    style = "--" if name == "sgd-other-key" else "-"
-    axis.plot(steps, mean, style, color=_COLOURS[name], lw=1.6, label=LABELS[name])
-    if name in ("gd", "sgd", "isotropic"):
-        axis.fill_between(steps, mean - half, mean + half, color=_COLOURS[name], alpha=0.2, lw=0)
+    look, first = _STYLES[LABELS[name]], list(LABELS).index(name)
+    axis.plot(steps, mean, lw=1.4, label=LABELS[name], **look.options(len(steps), first))
+    if name in _BANDS:
+        axis.fill_between(steps, mean - half, mean + half, color=look.colour, alpha=0.2, lw=0)
 
 
 def _against_rate(axis: Any, found: list[dict[str, Any]]) -> None:
@@ -228,7 +219,8 @@ def _against_rate(axis: Any, found: list[dict[str, Any]]) -> None:
         lines = sorted(
             (one for one in found if one["noise"] == name), key=lambda one: one["learning_rate"]
         )
-        for quantity, marker, style in (("eigenvalue", "s", ":"), ("own_sharpness", "o", "-")):
+        look = _STYLES[LABELS[name]]
+        for quantity, line, face in (("eigenvalue", ":", "none"), ("own_sharpness", "-", None)):
             points = [(one["learning_rate"], _mean(endpoint(one, quantity))) for one in lines]
             shown = [(x * 1.02 ** (place - 1), *y) for x, y in points if y is not None]
             if not shown:
@@ -238,18 +230,21 @@ def _against_rate(axis: Any, found: list[dict[str, Any]]) -> None:
                 x,
                 mean,
                 half,
-                fmt=marker + style,
-                color=_COLOURS[name],
-                markersize=5,
+                color=look.colour,
+                marker=look.marker,
+                markerfacecolor=face,
+                linestyle=line,
+                markersize=6,
                 capsize=2,
                 lw=1,
             )
-    axis.plot([], [], "ks:", label="largest eigenvalue", markersize=5)
-    axis.plot([], [], "ko-", label="own batch sharpness", markersize=5)
-    axis.legend(fontsize=8, loc="lower right")
+    grey = {"color": styles.NEUTRAL, "marker": "o"}
+    axis.plot([], [], ls=":", markerfacecolor="none", label="largest eigenvalue", **grey)
+    axis.plot([], [], ls="-", label="own batch sharpness", **grey)
+    axis.legend(loc="lower right")
     axis.set_xscale("log")
     rates = sorted({one["learning_rate"] for one in found})
     axis.set_xticks(rates, [f"{x:g}" for x in rates])
     axis.minorticks_off()
     axis.set_xlabel("learning rate $\\eta$")
-    axis.set_title("second half of training: GD, SGD, M-SGD-Cov", fontsize=10)
+    axis.set_title("second half of training: GD, SGD, M-SGD-Cov")

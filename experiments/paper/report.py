@@ -127,10 +127,23 @@ def write_section(
     figures.plot_curves(curves, folder / f"{name}.png", f"{title}\n{subtitle}")
     return (
         f"## {title}\n\n{subtitle[0].upper()}{subtitle[1:]}; {rows[0].steps:,} iterations.\n\n"
-        f"![{title}]({name}.png)\n\nThe last evaluation:\n\n{accuracies.markdown_table(rows)}\n\n"
+        f"![{_alternative(curves)}]({name}.png)\n\n"
+        f"The last evaluation:\n\n{accuracies.markdown_table(rows)}\n\n"
         f"{averaged}"
         "±: 95 % intervals over seeds (Student's t); differences are paired, seed by seed.\n"
     )
+
+
+def _alternative(curves: list[figures.Curve]) -> str:
+    """What the picture shows, for readers who do not see it."""
+    ends = {curve.label: 100 * curve.accuracy[-1].mean() for curve in curves}
+    low, high = min(ends, key=lambda label: ends[label]), max(ends, key=lambda label: ends[label])
+    # Brackets in a name would end the text that Markdown takes for the description.
+    text = (
+        f"Test accuracy against iteration, a line per algorithm: {'; '.join(ends)}. At the last "
+        f"evaluation, means are from {ends[low]:.1f} % ({low}) to {ends[high]:.1f} % ({high})."
+    )
+    return text.replace("[", "\\[").replace("]", "\\]")
 
 
 def list_runs(config: ListConfig) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 matplotlib.use("Agg")  # also where there is no display
 import matplotlib.pyplot as plt
 
-from experiments import figures
+from experiments import figures, styles
 from msgd_jax.complexity import Estimate
 
 
@@ -25,31 +25,36 @@ def plot_theorem1(
         "with": "(11) with replacement: false",
         "with, corrected": "(11) with replacement, corrected",
     }
-    figure, axes = plt.subplots(figsize=(10, 5.4), layout="constrained")
-    axes.axvspan(1, 1.3, color="C3", alpha=0.1, label="the inequality is violated")
     heights = np.arange(len(rows))[::-1]
-    for i, name in enumerate(columns):
-        found = [
-            (height, row["inequalities"][name]["ratio"])
-            for height, row in zip(heights, rows, strict=True)
-            if name in row["inequalities"]
-        ]
-        axes.errorbar(
-            [ratio["value"] for _, ratio in found],
-            [height + 0.12 * (2 - i) for height, _ in found],
-            xerr=_margins([ratio for _, ratio in found]),
-            fmt="osD^v"[i],
-            color=f"C{(0, 2, 4, 3, 1)[i]}",
-            markersize=5,
-            label=titles[name],
+    with matplotlib.rc_context(styles.RC):
+        figure, axes = plt.subplots(
+            figsize=(styles.WIDTH, 2.4 + 0.6 * len(rows)), layout="constrained"
         )
-    labels = [f"{row['label']}\nN = {row['num_examples']}, b = {row['batch_size']}" for row in rows]
-    axes.set_yticks(heights, labels, fontsize=8)
-    axes.set_xlim(0, 1.3)
-    axes.set_xlabel("left side over right side")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle("Theorem 1: how tight is each inequality", fontsize=11)
+        axes.axvspan(1, 1.3, color=styles.COLOURS[5], alpha=0.15, label="violated")
+        for i, name in enumerate(columns):
+            found = [
+                (height, row["inequalities"][name]["ratio"])
+                for height, row in zip(heights, rows, strict=True)
+                if name in row["inequalities"]
+            ]
+            colour, _, marker = styles.style(i + 1)
+            axes.errorbar(
+                [ratio["value"] for _, ratio in found],
+                [height + 0.12 * (2 - i) for height, _ in found],
+                xerr=_margins([ratio for _, ratio in found]),
+                fmt=marker,
+                color=colour,
+                markersize=6,
+                label=titles[name],
+            )
+        labels = [
+            f"{row['label']}\nN = {row['num_examples']}, b = {row['batch_size']}" for row in rows
+        ]
+        axes.set_yticks(heights, labels)
+        axes.set_xlim(0, 1.3)
+        axes.set_xlabel("left side over right side")
+        figures.below_axes(figure, axes)
+        figure.suptitle("Theorem 1: how tight is each inequality")
     figures.save(figure, path)
 
 
@@ -65,36 +70,42 @@ def plot_trace(records: Sequence[dict[str, Any]], config: Any, path: pathlib.Pat
     """Draws complexities, losses and gaps against iteration, with a band over seeds."""
     algorithms = list(dict.fromkeys(record["algorithm"] for record in records))
     names = list(records[0]["complexities"])
-    figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     below = {
         "train loss": lambda r: np.array(r["train_loss"]),
-        "generalisation gap: test loss - train loss": lambda r: (
-            np.array(r["test_loss"]) - np.array(r["train_loss"])
-        ),
+        "test loss - train loss": lambda r: np.array(r["test_loss"]) - np.array(r["train_loss"]),
         "test accuracy (%)": lambda r: 100 * np.array(r["test_accuracy"]),
     }
     above = {
         f"local {name} complexity": lambda r, name=name: np.array(r["complexities"][name]["mean"])
         for name in names
     }
-    for axes, (title, value) in zip(panels.flat, [*above.items(), *below.items()], strict=True):
-        for i, algorithm in enumerate(algorithms):
-            own = [record for record in records if record["algorithm"] == algorithm]
-            steps = [record["step"] for record in own]
-            values = np.stack([value(record) for record in own])
-            mean, error = values.mean(1), figures.standard_error(values)
-            axes.plot(steps, mean, color=f"C{i}", marker=".", label=algorithm)
-            axes.fill_between(
-                steps, mean - error, mean + error, color=f"C{i}", alpha=0.2, linewidth=0
-            )
-        axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.set_xlabel("iteration")
-        axes.set_ylim(bottom=None if "accuracy" in title else 0)
-    panels[0, 0].legend(fontsize=9)
-    figure.suptitle(
-        f"Along training: balls of radius {config.radius:g}, b = {config.batch_size}, learning "
-        f"rate {config.learning_rate:g}, {config.seeds} seeds (band: one standard error)",
-        fontsize=11,
-    )
+    looks = styles.assigned(algorithms)
+    with matplotlib.rc_context(styles.RC):
+        figure, panels = plt.subplots(
+            3, 2, figsize=(styles.WIDTH, 8.6), layout="constrained", sharex=True
+        )
+        # The complexities in the left column, losses and accuracies in the right one.
+        for axes, (title, value) in zip(
+            panels.T.flat, [*above.items(), *below.items()], strict=True
+        ):
+            for i, algorithm in enumerate(algorithms):
+                own = [record for record in records if record["algorithm"] == algorithm]
+                steps = [record["step"] for record in own]
+                values = np.stack([value(record) for record in own])
+                mean, error = values.mean(1), figures.standard_error(values)
+                look = looks[algorithm]
+                axes.plot(steps, mean, label=algorithm, **look.options(len(steps), first=i))
+                axes.fill_between(
+                    steps, mean - error, mean + error, color=look.colour, alpha=0.2, linewidth=0
+                )
+            axes.set_title(title)
+            axes.set_ylim(bottom=None if "accuracy" in title else 0)
+        for axes in panels[-1]:
+            axes.set_xlabel("iteration")
+        figures.below_axes(figure, panels[0, 0])
+        title = (
+            f"Along training: balls of radius {config.radius:g}, b = {config.batch_size}, learning "
+            f"rate {config.learning_rate:g}, {config.seeds} seeds (band: one standard error)"
+        )
+        figure.suptitle(figures.wrapped(title))
     figures.save(figure, path)
