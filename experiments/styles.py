@@ -31,7 +31,7 @@ COLOURS = (
 LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = "os^DvPX*<"
 
-RC: dict[str, Any] = {
+RC: Any = {
     "axes.edgecolor": NEUTRAL,
     "axes.facecolor": "none",
     "axes.grid": True,
