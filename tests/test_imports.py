@@ -132,7 +132,7 @@ def test_tests_of_the_library_stand_on_it_alone():
 
 
 # Of `experiments`: what every room may use, and what uses all of them.
-COMMON = {"_typing", "figures", "records", "tables", "terminal"}
+COMMON = {"_typing", "figures", "records", "styles", "tables", "terminal"}
 COMMAND_LINE = {"__main__", "commands"}
 
 
