@@ -20,6 +20,7 @@ import tyro
 from jax.flatten_util import ravel_pytree
 
 from benchmarks import machine, problems, report, timing, torch_gradients
+from experiments import styles
 from msgd_jax import covariance, loss, noise
 
 OURS = "grad(L.W)"
@@ -318,14 +319,16 @@ def _plot(points: dict[int, Points], axes: Any) -> None:
     for i, name in enumerate(NAMES):
         medians = {size: at[name].median for size, at in points.items()}
         shown = {size: median for size, median in medians.items() if median is not None}
-        axes.loglog(list(shown), list(shown.values()), "o-", color=f"C{i}", label=name)
+        colour, line, marker = styles.style(i + 1)
+        look = {"color": colour, "marker": marker}
+        axes.loglog(list(shown), list(shown.values()), linestyle=line, label=name, **look)
         for size, median in shown.items():
             if points[size][name].note.startswith("extrapolated"):
-                axes.plot([size], [median], "o", color="white", markeredgecolor=f"C{i}", zorder=3)
+                axes.plot([size], [median], markerfacecolor="none", markersize=9, **look)
     axes.set_xlabel("parameters D")
     axes.set_ylabel("seconds for one draw")
-    axes.set_title("One draw of gradient noise at a new point", fontsize=11)
-    axes.legend(fontsize=9)
+    axes.set_title("One draw of gradient noise at a new point")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, handlelength=4)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
     theory/      measurements of the SDE and of the local complexities
     noise_study/ measurements of gradient noise along training
 
-`commands` and `__main__` are the command line. `figures`, `records`, `tables`, `terminal` and
-`_typing` are shared: they import nothing else of ours, and every room may use them. The `__init__`
-of a room exports the names that other rooms use. CONTRIBUTING.md says which room may use which
-others.
+`commands` and `__main__` are the command line. `figures`, `records`, `styles`, `tables`, `terminal`
+and `_typing` are shared: they import nothing else of ours, and every room may use them. The
+`__init__` of a room exports the names that other rooms use. CONTRIBUTING.md says which room may use
+which others.
 """

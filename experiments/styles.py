@@ -31,7 +31,8 @@ COLOURS = (
 LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = "os^DvPX*<"
 
-RC: Any = {
+RC: dict[Any, Any] = {
+    "axes.prop_cycle": f"cycler(color={[COLOURS[place] for place in (3, 2, 1, 5, 4, 6, 7, 8)]})",
     "axes.edgecolor": NEUTRAL,
     "axes.facecolor": "none",
     "axes.grid": True,

@@ -50,7 +50,9 @@ def test_every_public_name_is_in_the_reference(name, inventory):
 
 def test_the_pages_have_cells_and_each_compiles():
     cells = {
-        f"{page.relative_to(DOCS)}, cell {i}": re.sub(r"\A(:.*\n)+", "", cell)
+        f"{page.relative_to(DOCS)}, cell {i}": re.sub(
+            r"\A(?:(:.*\n)+|---\n(?s:.*?)^---\n)", "", cell, flags=re.M
+        )
         for page in PAGES
         for i, cell in enumerate(
             re.findall(r"^```\{code-cell\} ipython3\n(.*?)^```", page.read_text(), re.S | re.M)
@@ -59,3 +61,18 @@ def test_the_pages_have_cells_and_each_compiles():
     assert len(cells) > 50
     for where, cell in cells.items():
         compile(cell, where, "exec")
+
+
+def test_every_picture_says_what_it_shows():
+    """A text for readers who do not see it: of committed pictures, and of what the cells draw."""
+    for page in [
+        *PAGES,
+        *DOCS.parent.glob("*.md"),
+        *DOCS.parent.glob("experiments/results/**/*.md"),
+    ]:
+        text = page.read_text()
+        for alternative in re.findall(r"!\[((?:\\.|[^\]])*)\]\(", text):
+            assert len(alternative) > 60, f"{page}: {alternative}"
+        for cell in re.findall(r"^```\{code-cell\} ipython3\n(.*?)^```", text, re.S | re.M):
+            if "plt.subplots" in cell or re.search(r"records\.(curves|trace)\(", cell):
+                assert "    alt: " in cell, f"{page}: {cell}"

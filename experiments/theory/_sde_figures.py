@@ -28,7 +28,10 @@ def plot_strong(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         )
         for i, row in enumerate(rows):
             # One line style for each expected order; colours and markers tell the rows apart.
-            look = styles.style(i)._replace(line=styles.LINES[expected.index(row["expected"])])
+            look = styles.style(i)._replace(
+                line=styles.LINES[expected.index(row["expected"])],
+                marker=styles.MARKERS[(i + 4 * (i // 9)) % 9],  # rows 0 and 9 share a colour
+            )
             _points_and_line(axes, row, look)
         _finish(axes, "distance to the SDE at T = 2 (root mean square)")
         title = (

@@ -120,11 +120,11 @@ def test_a_picture_is_transparent_and_can_be_read_when_it_is_small(tmp_path, mon
     figure.canvas.draw()
     box = figure.bbox
     for text in figure.findobj(matplotlib.text.Text):
-        if text.get_text():
-            size = text.get_fontsize() / 72 * 420 / figure.get_figwidth()
-            assert size >= 8, text
-            extent = text.get_window_extent()
-            assert min(extent.x0 - box.x0, box.x1 - extent.x1) >= -1, text
+        size = text.get_fontsize() / 72 * 420 / figure.get_figwidth()
+        assert size >= 8, text
+    for text in [*figure.texts, *figure.legends[0].texts]:
+        extent = text.get_window_extent()
+        assert min(extent.x0 - box.x0, box.x1 - extent.x1) >= -1, text
     assert not any(axes.get_legend() for axes in figure.axes)
     figures.save(figure, path)
     from matplotlib import image
