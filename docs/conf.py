@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 from typing import Any
 
 from sphinx.util.nodes import make_refnode
@@ -9,6 +10,7 @@ from sphinx.util.nodes import make_refnode
 import msgd_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # for the extension in docs/formulas.py
 
 project = "msgd_jax"
 author = "The msgd_jax authors"
@@ -20,7 +22,11 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "docs.formulas",
 ]
+html_math_renderer = "mathml"  # of docs/formulas.py: no script, no network
+myst_enable_extensions = ["dollarmath"]
+myst_dmath_allow_digits = False
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"msgd_jax {release}"
