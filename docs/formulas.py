@@ -13,7 +13,7 @@ from docutils import nodes
 
 GREEK = "alpha beta delta eta theta Theta Lambda lambda mu nu pi rho sigma tau xi"
 OPERATORS = "Cov E Var ln log max mean min pinv sup tr"
-NAMES = "counts radius scale smoothness substeps"
+NAMES = "counts errors radius scale smoothness substeps"
 WORDS = {
     **{word: rf"\{word} " for word in GREEK.split()},
     **{word: rf"\operatorname{{{word}}}" for word in OPERATORS.split()},
@@ -21,7 +21,7 @@ WORDS = {
     **{word: rf"d{letter}" for word, letter in (("dt", "t"), ("dp", "p"), ("dW", "W"))},
     **{word: word for word in ("bN", "HC")},
     "E": r"\mathbb{E}",
-    "K1": "K_1",
+    **{f"{letter}{index}": f"{letter}_{index}" for letter in "KW" for index in "12"},
     "dTheta": r"d\Theta ",
     "eps": r"\varepsilon ",
     "grad": r"\,\nabla ",
@@ -34,6 +34,7 @@ SYMBOLS = {
     ">=": r"\ge ",
     "+-": r"\pm ",
     "...": r"\dots ",
+    "\u2003": r"\qquad ",
     " . ": r"\cdot ",
     " * ": r"\,",
     "*": "^{*}",
@@ -42,8 +43,12 @@ SYMBOLS = {
     **{symbol: symbol for symbol in "=+-/<>,()[]|"},
 }
 TOKENS = re.compile(
-    r"(?P<ones>\b1(?=\^T| 1\^T| \. )|(?<=\^T )1\b)|(?P<number>\d+(\.\d+)?)|(?P<word>[A-Za-z]\w*?(?=_|\b)'*)"
-    r"|(?P<script>[\^_])|(?P<symbol> [.*] |->|<=|>=|\+-|\.\.\.|\|\||[=+\-/<>,()\[\]|~*])|(?P<space>\s+)"
+    r"(?P<ones>\b1(?=\^T| 1\^T| \. )|(?<=\^T )1\b)"
+    r"|(?P<number>\d+(\.\d+)?)"
+    r"|(?P<word>[A-Za-z][A-Za-z0-9]*'*)"
+    r"|(?P<script>[\^_])"
+    r"|(?P<symbol>\u2003| [.*] |->|<=|>=|\+-|\.\.\.|\|\||[=+\-/<>,()\[\]|~*])"
+    r"|(?P<space> +)"
 )
 
 
@@ -57,7 +62,7 @@ def to_latex(plain: str) -> str:
     Raises:
         NotAFormula: if it is none.
     """
-    plain = " ".join(plain.split())
+    plain = re.sub(r"[ \n]+", " ", re.sub(r",   +", ",\u2003", plain.strip()))
     a_formula = re.search(r"[A-Za-z].*[\s^_=/|(]|[|(].*[A-Za-z]", plain)
     if plain.startswith("[") or plain.endswith("=") or not a_formula:
         raise NotAFormula(plain)
@@ -70,7 +75,7 @@ def to_latex(plain: str) -> str:
 
 
 def _next(plain: str, position: int) -> tuple[str, int]:
-    """The LaTeX of the token at a position (of a root or a script, with its argument), and its end."""
+    """The LaTeX of the token at a position, with its argument if it has one, and where it ends."""
     token = TOKENS.match(plain, position)
     if token is None:
         raise NotAFormula(plain)
@@ -93,12 +98,13 @@ def _next(plain: str, position: int) -> tuple[str, int]:
 
 def _argument(plain: str, position: int) -> tuple[str, int]:
     """What a script or a root acts on: a group without its parentheses, or one token."""
-    if plain[position : position + 1] == "(":
-        depth, end = 0, position
+    opened = plain[position : position + 1]
+    if opened in ("(", "{"):
+        depth, end, closed = 0, position, {"(": ")", "{": "}"}[opened]
         while depth or end == position:
             if end == len(plain):
                 raise NotAFormula(plain)
-            depth += {"(": 1, ")": -1}.get(plain[end], 0)
+            depth += (plain[end] == opened) - (plain[end] == closed)
             end += 1
         inner, latex, at = plain[position + 1 : end - 1], "", 0
         while at < len(inner):
@@ -114,7 +120,8 @@ def to_mathml(latex: str, display: str = "inline") -> str:
     if "&" in latex or r"\\" in latex:
         raise ValueError(f"latex must be one line without alignment, got {latex[:200]}.")
     # MathML of browsers has no bold digits: the vector of ones is a character of its own.
-    return latex2mathml.converter.convert(latex.replace(r"\mathbf{1}", "\U0001d7cf"), display=display)
+    latex = latex.replace(r"\mathbf{1}", "\U0001d7cf")
+    return latex2mathml.converter.convert(latex, display=display)
 
 
 def set_formulas(app: Any, doctree: Any) -> None:
