@@ -1,8 +1,8 @@
 """Formulas of the pages and docstrings as MathML, which browsers set without a script or a network.
 
 Pages write LaTeX between dollar signs. Docstrings write the same formulas in plain text, which
-`help()` shows, in double backticks or indented after "::": ``alpha N F + beta N^2 grad L grad L^T``.
-On the pages of the reference, such a text is set as a formula if all its words are in `WORDS`.
+`help()` shows, in double backticks or indented after "::": ``Cov(W) = alpha I + beta 1 1^T``. On
+the pages of the reference, such a text is set as a formula if all its words are in `WORDS`.
 """
 
 import re
@@ -52,7 +52,7 @@ TOKENS = re.compile(
 )
 
 
-class NotAFormula(ValueError):
+class NotAFormulaError(ValueError):
     """The text is code, or has a word that is not in the notation."""
 
 
@@ -60,12 +60,12 @@ def to_latex(plain: str) -> str:
     """The LaTeX of a formula in plain text.
 
     Raises:
-        NotAFormula: if it is none.
+        NotAFormulaError: if it is none.
     """
     plain = re.sub(r"[ \n]+", " ", re.sub(r",   +", ",\u2003", plain.strip()))
     a_formula = re.search(r"[A-Za-z].*[\s^_=/|(]|[|(].*[A-Za-z]", plain)
     if plain.startswith("[") or plain.endswith("=") or not a_formula:
-        raise NotAFormula(plain)
+        raise NotAFormulaError(plain)
     latex, position = "", 0
     while position < len(plain):
         piece, position = _next(plain, position)
@@ -78,7 +78,7 @@ def _next(plain: str, position: int) -> tuple[str, int]:
     """The LaTeX of the token at a position, with its argument if it has one, and where it ends."""
     token = TOKENS.match(plain, position)
     if token is None:
-        raise NotAFormula(plain)
+        raise NotAFormulaError(plain)
     kind, text, end = token.lastgroup, token.group(), token.end()
     if kind == "script":
         argument, end = _argument(plain, end)
@@ -89,7 +89,7 @@ def _next(plain: str, position: int) -> tuple[str, int]:
     if kind == "word":
         word = text.rstrip("'")
         if len(word) > 1 and word not in WORDS:
-            raise NotAFormula(plain)
+            raise NotAFormulaError(plain)
         return WORDS.get(word, word) + text[len(word) :], end
     if kind == "ones":
         return r"\mathbf{1}", end
@@ -103,7 +103,7 @@ def _argument(plain: str, position: int) -> tuple[str, int]:
         depth, end, closed = 0, position, {"(": ")", "{": "}"}[opened]
         while depth or end == position:
             if end == len(plain):
-                raise NotAFormula(plain)
+                raise NotAFormulaError(plain)
             depth += (plain[end] == opened) - (plain[end] == closed)
             end += 1
         inner, latex, at = plain[position + 1 : end - 1], "", 0
@@ -138,7 +138,7 @@ def set_formulas(app: Any, doctree: Any) -> None:
 def _replace(node: Any, lines: list[str], kind: Any) -> None:
     try:
         formulas = [to_latex(line) for line in lines]
-    except NotAFormula:
+    except NotAFormulaError:
         return
     node.replace_self([kind(latex, latex, nowrap=True, number=None) for latex in formulas])
 

@@ -14,7 +14,8 @@ PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in
 SOURCES = sorted((ROOT / "msgd_jax").rglob("*.py"))
 # What the pages said before they had formulas.
 PLAIN = re.compile(
-    r"alpha N F|beta N\^2|grad L grad L|\^T|sqrt\(|\bgrad\(L|∇|ᵀ|√|Σ|ℓ|[a-zA-Zηθ][²³ᵢₖ]|[^|] ≤ |E max"
+    r"alpha N F|beta N\^2|grad L grad L|\^T|sqrt\(|\bgrad\(L|E max"
+    r"|∇|ᵀ|√|Σ|\u2113|[a-zA-Zηθ][²³ᵢₖ]|[^|] ≤ "
 )
 
 
@@ -62,7 +63,7 @@ def test_the_pages_and_docstrings_have_formulas():
     for text in (text for path in SOURCES for text in literals(path)):
         try:
             latex = formulas.to_latex(text)
-        except formulas.NotAFormula:
+        except formulas.NotAFormulaError:
             continue
         check(latex)
         found += 1
@@ -72,13 +73,22 @@ def test_the_pages_and_docstrings_have_formulas():
 @pytest.mark.parametrize(
     ("plain", "latex"),
     [
-        ("Cov(W) = alpha I + beta 1 1^T", r"\operatorname{Cov}(W) = \alpha I + \beta \mathbf{1} \mathbf{1}^{\top}"),
-        ("alpha N F + beta N^2\n    grad L grad L^T", r"\alpha N F + \beta N^{2} \,\nabla L \,\nabla L^{\top}"),
+        (
+            "Cov(W) = alpha I + beta 1 1^T",
+            r"\operatorname{Cov}(W) = \alpha I + \beta \mathbf{1} \mathbf{1}^{\top}",
+        ),
+        (
+            "alpha N F + beta N^2\n    grad L grad L^T",
+            r"\alpha N F + \beta N^{2} \,\nabla L \,\nabla L^{\top}",
+        ),
         ("grad(L . W)/sqrt(bN)", r"\nabla (L\cdot W)/\sqrt{bN}"),
         ("eta^(1/4) C dW", r"\eta ^{1/4} C dW"),
-        ("E sup_{||x' - x|| <= radius} |x|", r"\mathbb{E} \operatorname{sup}_{\|x' - x\|\le \mathrm{radius}} |x|"),
+        (
+            "E sup_{||x' - x|| <= radius} |x|",
+            r"\mathbb{E} \operatorname{sup}_{\|x' - x\|\le \mathrm{radius}} |x|",
+        ),
     ],
-)  # fmt: skip
+)
 def test_plain_text_becomes_latex(plain, latex):
     def spaces(text):
         return re.sub(r"\s+", "", text)
@@ -100,5 +110,5 @@ def test_plain_text_becomes_latex(plain, latex):
     ],
 )
 def test_code_stays_code(code):
-    with pytest.raises(formulas.NotAFormula):
+    with pytest.raises(formulas.NotAFormulaError):
         formulas.to_latex(code)
