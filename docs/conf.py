@@ -5,6 +5,7 @@ import pathlib
 import sys
 from typing import Any
 
+import matplotlib
 from sphinx.util.nodes import make_refnode
 
 import msgd_jax
@@ -30,7 +31,9 @@ myst_dmath_allow_digits = False
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"msgd_jax {release}"
-html_static_path = ["static"]
+# For browsers on machines without a font for mathematics.
+MATH_FONT = pathlib.Path(matplotlib.get_data_path(), "fonts/ttf/STIXGeneral.ttf")
+html_static_path = ["static", str(MATH_FONT)]
 html_css_files = ["site.css"]
 html_show_sphinx = False
 

@@ -63,8 +63,8 @@ def to_latex(plain: str) -> str:
         NotAFormulaError: if it is none.
     """
     plain = re.sub(r"[ \n]+", " ", re.sub(r",   +", ",\u2003", plain.strip()))
-    a_formula = re.search(r"[A-Za-z].*[\s^_=/|(]|[|(].*[A-Za-z]", plain)
-    if plain.startswith("[") or plain.endswith("=") or not a_formula:
+    letters, signs = re.search("[A-Za-z]", plain), re.search(r"[\s^_=/|(]", plain)
+    if not letters or not signs or plain.startswith("[") or plain.endswith("="):
         raise NotAFormulaError(plain)
     latex, position = "", 0
     while position < len(plain):
