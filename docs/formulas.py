@@ -16,13 +16,12 @@ OPERATORS = "Cov E Var ln log max mean min pinv sup tr"
 NAMES = "counts errors radius scale smoothness substeps"
 WORDS = {
     **{word: rf"\{word} " for word in GREEK.split()},
-    **{word: rf"\operatorname{{{word}}}" for word in OPERATORS.split()},
-    **{word: rf"\mathrm{{{word}}}" for word in NAMES.split()},
-    **{word: rf"d{letter}" for word, letter in (("dt", "t"), ("dp", "p"), ("dW", "W"))},
+    **{word: rf"\operatorname{{{word}}}" for word in (OPERATORS + " " + NAMES).split()},
+    **{word: rf"\,d{letter}" for word, letter in (("dt", "t"), ("dp", "p"), ("dW", "W"))},
     **{word: word for word in ("bN", "HC")},
     "E": r"\mathbb{E}",
     **{f"{letter}{index}": f"{letter}_{index}" for letter in "KW" for index in "12"},
-    "dTheta": r"d\Theta ",
+    "dTheta": r"\,d\Theta ",
     "eps": r"\varepsilon ",
     "grad": r"\,\nabla ",
     "int": r"\int ",
@@ -121,7 +120,12 @@ def to_mathml(latex: str, display: str = "inline") -> str:
         raise ValueError(f"latex must be one line without alignment, got {latex[:200]}.")
     # MathML of browsers has no bold digits: the vector of ones is a character of its own.
     latex = latex.replace(r"\mathbf{1}", "\U0001d7cf")
-    return latex2mathml.converter.convert(latex, display=display)
+    mathml = latex2mathml.converter.convert(latex, display=display)
+    # Browsers put wide spaces around a slash and around names such as Cov, which the converter
+    # writes as operators: a slash has none, and a name only where no parenthesis follows.
+    mathml = mathml.replace("<mo>&#x0002F;</mo>", '<mo lspace="0" rspace="0">/</mo>')
+    mathml = re.sub(r"<mo>(\w\w+)</mo>(?=<mo)", r'<mo lspace="0.1em" rspace="0">\1</mo>', mathml)
+    return re.sub(r"<mo>(\w\w+)</mo>", r'<mo lspace="0.1em" rspace="0.2em">\1</mo>', mathml)
 
 
 def set_formulas(app: Any, doctree: Any) -> None:

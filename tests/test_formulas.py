@@ -82,10 +82,10 @@ def test_the_pages_and_docstrings_have_formulas():
             r"\alpha N F + \beta N^{2} \,\nabla L \,\nabla L^{\top}",
         ),
         ("grad(L . W)/sqrt(bN)", r"\nabla (L\cdot W)/\sqrt{bN}"),
-        ("eta^(1/4) C dW", r"\eta ^{1/4} C dW"),
+        ("eta^(1/4) C dW", r"\eta ^{1/4} C \,dW"),
         (
             "E sup_{||x' - x|| <= radius} |x|",
-            r"\mathbb{E} \operatorname{sup}_{\|x' - x\|\le \mathrm{radius}} |x|",
+            r"\mathbb{E} \operatorname{sup}_{\|x' - x\|\le \operatorname{radius}} |x|",
         ),
     ],
 )
