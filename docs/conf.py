@@ -2,13 +2,16 @@
 
 import os
 import pathlib
+import sys
 from typing import Any
 
+import matplotlib
 from sphinx.util.nodes import make_refnode
 
 import msgd_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # for the extension in docs/formulas.py
 
 project = "msgd_jax"
 author = "The msgd_jax authors"
@@ -20,11 +23,17 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "docs.formulas",
 ]
+html_math_renderer = "mathml"  # of docs/formulas.py: no script, no network
+myst_enable_extensions = ["dollarmath"]
+myst_dmath_allow_digits = False
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"msgd_jax {release}"
-html_static_path = ["static"]
+# For browsers on machines without a font for mathematics.
+MATH_FONT = pathlib.Path(matplotlib.get_data_path(), "fonts/ttf/STIXGeneral.ttf")
+html_static_path = ["static", str(MATH_FONT)]
 html_css_files = ["site.css"]
 html_show_sphinx = False
 

@@ -16,14 +16,20 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts
 
 
 @pytest.fixture(scope="module")
-def inventory(tmp_path_factory) -> dict[str, str]:
-    """Every documented name and the page it is on."""
+def site(tmp_path_factory) -> pathlib.Path:
+    """The built site."""
     site = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
     # A notebook that was not run does not say what language it is in.
     unrun = ["-D", "nb_execution_mode=off", "-D", "suppress_warnings=myst-nb.lexer"]
     built = subprocess.run([*command, *unrun, str(DOCS), str(site)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
+    return site
+
+
+@pytest.fixture(scope="module")
+def inventory(site) -> dict[str, str]:
+    """Every documented name and the page it is on."""
     found = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
     return {
         name: item.uri
@@ -46,6 +52,16 @@ def test_every_public_name_is_in_the_reference(name, inventory):
             if getattr(importlib.import_module(f"msgd_jax.{other}"), public, None) is value
         ]
         assert any(home in inventory for home in homes), f"msgd_jax.{name}.{public}"
+
+
+@pytest.mark.parametrize(
+    "page", ["index", "m_noise", "paper", "api/noise", "api/sde", "api/measure"]
+)
+def test_formulas_are_mathml_and_need_no_script(page, site):
+    html = (site / f"{page}.html").read_text()
+    assert html.count("<math ") >= 1
+    assert "mathjax" not in html.lower()
+    assert "katex" not in html.lower()
 
 
 def test_the_pages_have_cells_and_each_compiles():

@@ -43,7 +43,7 @@ def flatten(gradients: PerExampleGradients) -> Float[Array, "N D"]:
 
 
 def fisher(losses: loss_lib.LossVector, params: Params) -> Float[Array, "D D"]:
-    """The empirical Fisher matrix F = sum_i g_i g_i^T / N, dense.
+    """The empirical Fisher matrix ``F = sum_i g_i g_i^T / N``, dense.
 
     Args:
         losses: the loss vector.
@@ -72,8 +72,8 @@ def sgd_covariance(
         losses: the loss vector.
         params: a pytree of floating-point arrays.
         form: "centred" for the paper's Eq. 15, the product of centred gradients, which is always
-            positive semi-definite; "definition" for F - grad L grad L^T, which cancels where the
-            mean gradient is large.
+            positive semi-definite; "definition" for ``F - grad L grad L^T``, which cancels where
+            the mean gradient is large.
 
     Raises:
         TypeError: as `noise_covariance`.
@@ -177,9 +177,9 @@ class Spectrum(NamedTuple):
 def spectrum(losses: loss_lib.LossVector, params: Params, law: CovarianceLaw) -> Spectrum:
     """The exact spectrum of a covariance, from an N x N matrix if N < D.
 
-    A covariance A^T A has the nonzero eigenvalues of the Gram matrix A A^T, so no D x D matrix is
-    formed if there are more parameters than examples. Eigenvalues are exact up to rounding relative
-    to the largest one.
+    A covariance ``A^T A`` has the nonzero eigenvalues of the Gram matrix ``A A^T``, so no D x D
+    matrix is formed if there are more parameters than examples. Eigenvalues are exact up to
+    rounding relative to the largest one.
 
     Args:
         losses: the loss vector.
@@ -239,7 +239,7 @@ def matrix_of(losses: loss_lib.LossVector, params: Params) -> Float[Array, "N D"
 
 
 def root_of(losses: loss_lib.LossVector, params: Params, law: CovarianceLaw) -> Float[Array, "N D"]:
-    """A with A^T A the covariance: the root of Cov(W), which has two eigenvalues, times G."""
+    """A with ``A^T A`` the covariance: the root of Cov(W), which has two eigenvalues, times G."""
     loss_lib.checked(losses, params)
     across, along = weight_eigenvalues(law, losses.num_examples)
     matrix = matrix_of(losses, params)

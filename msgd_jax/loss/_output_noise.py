@@ -34,11 +34,11 @@ def with_output_noise(
     noise that they add to the gradient of L . W is uncorrelated with that of the weights, and its
     covariance is exactly ::
 
-      N E[W_i^2] G,   G = mean of J_i^T C_i J_i,   N E[W_i^2] = 1/N + N (alpha + beta)
+      N E[W_i^2] G,   G = mean_i J_i^T C_i J_i,   N E[W_i^2] = 1/N + N (alpha + beta)
 
-    with Cov(W) = alpha I + beta 1 1^T: G/N for `noise.gd`, and G/b for SGD of b examples (in
+    with ``Cov(W) = alpha I + beta 1 1^T``: G/N for `noise.gd`, and G/b for SGD of b examples (in
     addition to the noise of SGD). For noise at the outputs only, of covariance G/b, use `noise.gd`
-    and a scale of sqrt(N/b).
+    and a scale of ``sqrt(N/b)``.
 
     Args:
         outputs_fn: ``outputs_fn(params, example)`` returns the outputs for one example.

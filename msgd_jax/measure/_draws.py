@@ -16,8 +16,8 @@ class Moments(NamedTuple):
     """The factors of S and of the mean gradient g in ``Cov(grad(L . W)) = s S + m g g^T``.
 
     Attributes:
-        of_s: s = alpha N.
-        of_mean: m = alpha N + beta N^2; 0 for centred laws.
+        of_s: ``s = alpha N``.
+        of_mean: ``m = alpha N + beta N^2``; 0 for centred laws.
     """
 
     of_s: float

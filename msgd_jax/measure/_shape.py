@@ -21,8 +21,9 @@ class Alignment(NamedTuple):
     """The alignment of the noise of a law, with covariance C, with the Hessian H of the mean loss.
 
     Attributes:
-        trace_hc: tr(H C), which is E v^T H v for the noise v.
-        trace_hs: tr(H S), the same for the gradient of one example; it does not depend on the law.
+        trace_hc: ``tr(H C)``, which is ``E v^T H v`` for the noise v.
+        trace_hs: ``tr(H S)``, the same for the gradient of one example; it does not depend on the
+            law.
         trace_c: ``tr C = E|v|^2``.
         squared_norm_c: ``|C|_F^2``.
         trace_h: tr H.

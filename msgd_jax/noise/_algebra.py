@@ -19,7 +19,7 @@ Scale = float | int | np.generic | Float[Array, ""] | Callable[[Int[Array, ""]],
 
 
 def scaled(law: MNoise, scale: Scale) -> MNoise:
-    """The noise of a law multiplied by a number: W = 1/N + c (W' - 1/N), W' a draw of `law`.
+    """The noise of a law multiplied by a number: ``W = 1/N + c (W' - 1/N)``, W' a draw of `law`.
 
     The mean stays 1/N and the covariance is c^2 times that of `law`. W' is the draw of `law` for
     the same key and step, so different scales give multiples of the same noise.

@@ -41,8 +41,8 @@ def sgd(
 ) -> MNoise:
     """Mini-batch SGD: weight 1/b on each of b examples drawn uniformly (Proposition 1).
 
-    Without replacement the covariance has diagonal (N-b)/(bN^2) (Eq. 5); with replacement
-    (N-1)/(bN^2) (Eq. 4). Both are centred: the weights of every draw add up to one.
+    Without replacement the covariance has diagonal ``(N-b)/(bN^2)`` (Eq. 5); with replacement
+    ``(N-1)/(bN^2)`` (Eq. 4). Both are centred: the weights of every draw add up to one.
 
     Args:
         num_examples: N, at least 1.
@@ -149,9 +149,9 @@ def _draw_cov(n: int, b: float | int, dtype: jnp.dtype, key: Key[Array, ""]) -> 
 def bernoulli(num_examples: int, batch_size: int, *, dtype: Any = jnp.float32) -> MNoise:
     """M-SGD-Bernoulli: each example independently has weight 1/b with probability b/N, else 0.
 
-    The diagonal of the covariance, (N-b)/(bN^2), is that of SGD without replacement. (The values
-    printed in section 5.2 of the paper, 1/N + 1/b and 1/N, have mean 2/N.) The number of non-zero
-    weights is random with mean b, so all N losses are computed.
+    The diagonal of the covariance, ``(N-b)/(bN^2)``, is that of SGD without replacement. (The
+    values printed in section 5.2 of the paper, 1/N + 1/b and 1/N, have mean 2/N.) The number of
+    non-zero weights is random with mean b, so all N losses are computed.
 
     Args:
         num_examples: N, at least 1.

@@ -20,8 +20,8 @@ def coloured(law: MNoise, coefficients: Any) -> MNoise:
 
     V_t = W'_t - 1/N is the noise of the draw W'_t of `law` for step t with the same key. The first
     steps also need draws for steps before the first; these have keys of their own, so that the
-    noise is stationary from step 0 on. With rho(h) = sum_k c_k c_(k+h), exactly
-    Cov(W_t, W_(t+h)) = rho(h) Cov(W'); summed over all lags it is (sum c)^2 Cov(W').
+    noise is stationary from step 0 on. With ``rho(h) = sum_k c_k c_(k+h)``, exactly
+    ``Cov(W_t, W_(t+h)) = rho(h) Cov(W')``; summed over all lags it is ``(sum c)^2 Cov(W')``.
 
     * ``(1, -1)`` is the noise of Anti-PGD (Orvieto et al. 2022, arXiv:2202.02831): its sum over
       any number of steps stays bounded.
@@ -109,7 +109,7 @@ def _coloured_between(
 
 
 def _autocovariance(coefficients: tuple[float, ...], lag: int) -> float:
-    """rho(h) = sum_k c_k c_(k+h)."""
+    """``rho(h) = sum_k c_k c_(k+h)``."""
     return math.fsum(a * b for a, b in zip(coefficients, coefficients[lag:], strict=False))
 
 

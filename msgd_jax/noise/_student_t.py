@@ -20,11 +20,12 @@ def student_t(
     degrees_of_freedom: float | int,
     dtype: Any = jnp.float32,
 ) -> MNoise:
-    """Heavy-tailed noise with SGD's covariance: W = 1/N + s (t_i - mean t), t_i Student's t.
+    """Heavy-tailed noise with SGD's covariance: ``W = 1/N + s (t_i - mean t)``, t_i Student's t.
 
-    With s^2 = (nu-2)/(nu b N) the moments are exactly those of `cov`: the gradient noise has
+    With ``s^2 = (nu-2)/(nu b N)`` the moments are exactly those of `cov`: the gradient noise has
     covariance S/b, like SGD with replacement. The fewer degrees of freedom nu, the heavier the
-    tails: the moments E|W_i|^k with k < nu are finite. As nu grows, the law tends to that of `cov`.
+    tails: the moments ``E|W_i|^k`` with k < nu are finite. As nu grows, the law tends to that of
+    `cov`.
 
     The t_i are drawn by Bailey's method, the formula of Box and Muller with the radius of a
     bivariate t distribution (Bailey 1994, Polar Generation of Random Variates with the

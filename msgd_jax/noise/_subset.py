@@ -48,8 +48,8 @@ def estimated_cov(
 ) -> MNoise:
     """M-SGD-[Cov-m]: the full gradient plus covariance noise estimated from m examples (5.3).
 
-    W = 1/N + s (eps_i - mean_T eps) on a uniform subset T of m examples, 1/N elsewhere, with
-    s^2 = (N-1)/(bN(m-1)): Bessel's correction makes the moments exactly those of `cov`.
+    ``W = 1/N + s (eps_i - mean_T eps)`` on a uniform subset T of m examples, 1/N elsewhere, with
+    ``s^2 = (N-1)/(bN(m-1))``: Bessel's correction makes the moments exactly those of `cov`.
 
     Args:
         num_examples: N, at least 2.
@@ -93,12 +93,12 @@ def sparse_fisher(
 ) -> MNoise:
     """[M-SGD-Fisher]-B: a mini-batch of B examples times Gaussian weights (section 5.3).
 
-    W = (1 + s eps_i)/B on a uniform subset of B examples, 0 elsewhere: a large batch that is as
+    ``W = (1 + s eps_i)/B`` on a uniform subset of B examples, 0 elsewhere: a large batch that is as
     noisy as a small one. The paper does not say how it scales the Gaussian part. There are two
     readings:
 
     * ``matching="total"``: the variances of W, including those of the subset draw, are those of
-      `fisher`, 1/(bN). Then s^2 = B/b - 1 + B/N; at B = b hardly any Gaussian noise is left.
+      `fisher`, 1/(bN). Then ``s^2 = B/b - 1 + B/N``; at B = b hardly any Gaussian noise is left.
     * ``matching="gaussian"``: the Gaussian part alone has the covariance of `fisher`, and the
       covariance of the subset draw adds to it. Then s^2 = B/b.
 
@@ -143,13 +143,13 @@ def sparse_cov(
 ) -> MNoise:
     """[M-SGD-Cov]-B: a mini-batch of B examples times centred Gaussian weights (section 5.3).
 
-    W = (1 + s (eps_i - mean_T eps))/B on a uniform subset T of B examples, 0 elsewhere; the
+    ``W = (1 + s (eps_i - mean_T eps))/B`` on a uniform subset T of B examples, 0 elsewhere; the
     weights of every draw add up to one.
 
     * ``matching="total"``: the moments, including those of the subset draw, are exactly those of
-      `cov`. Then s^2 = B (B(N-1)/b - (N-B)) / (N(B-1)).
+      `cov`. Then ``s^2 = B (B(N-1)/b - (N-B)) / (N(B-1))``.
     * ``matching="gaussian"``: the Gaussian part alone has the covariance of `cov`, and the
-      covariance of the subset draw adds to it. Then s^2 = B^2 (N-1) / (bN(B-1)).
+      covariance of the subset draw adds to it. Then ``s^2 = B^2 (N-1) / (bN(B-1))``.
 
     Args:
         num_examples: N, at least 2.

@@ -20,9 +20,10 @@ from msgd_jax.noise._types import MNoise, Weights, is_sparse
 def svag(base: MNoise, refinement: int) -> MNoise:
     """SVAG (Li, Malladi and Arora 2021, Eq. 5): the covariance of a law amplified by two draws.
 
-    W = p W1 + q W2 with W1, W2 independent draws of `base` and p, q = (1 +- sqrt(2l-1))/2, where l
-    is the refinement. As p + q = 1 and p^2 + q^2 = l, the mean is 1/N and the covariance is l times
-    that of `base`. If the weights of `base` add up to 1, so do these, up to rounding.
+    ``W = p W1 + q W2`` with W1, W2 independent draws of `base` and p, q = (1 +- sqrt(2l-1))/2,
+    where l is the refinement. As p + q = 1 and ``p^2 + q^2 = l``, the mean is 1/N and the
+    covariance is l times that of `base`. If the weights of `base` add up to 1, so do these, up to
+    rounding.
 
     Use it in plain SGD with learning rate eta/l and l times as many steps. These cover the same
     time, with the same drift and covariance per unit of time. As l grows, the iteration approaches

@@ -96,12 +96,12 @@ class Exchangeable:
 
     @property
     def alpha(self) -> float:
-        """The coefficient of I in Cov(W) = alpha I + beta 1 1^T."""
+        """The coefficient of I in ``Cov(W) = alpha I + beta 1 1^T``."""
         return self.diagonal - self.off_diagonal
 
     @property
     def beta(self) -> float:
-        """The coefficient of 1 1^T in Cov(W) = alpha I + beta 1 1^T."""
+        """The coefficient of 1 1^T in ``Cov(W) = alpha I + beta 1 1^T``."""
         return self.off_diagonal
 
     def __add__(self, other: "Exchangeable") -> "Exchangeable":
@@ -115,7 +115,7 @@ class Exchangeable:
     def eigenvalues(self, num_examples: int) -> tuple[float, float]:
         """The two eigenvalues of Cov(W): across the all-ones vector, and along it.
 
-        They are alpha and alpha + N beta.
+        They are alpha and ``alpha + N beta``.
 
         Raises:
             ValueError: if an eigenvalue is negative or not finite: no N weights have this

@@ -14,7 +14,7 @@ from msgd_jax.sde import _dynamics
 def diffrax_terms(
     law: Law, control: Any, solver: Any, *, learning_rate: Scalar, order: int = 1
 ) -> Any:
-    """The SDE dTheta = -grad L dt + sqrt(eta) C dW (Eqs. 12 and 68) for `diffrax.diffeqsolve`.
+    """The SDE ``dTheta = -grad L dt + sqrt(eta) C dW`` (Eqs. 12 and 68) for `diffrax.diffeqsolve`.
 
     The loss vector is given as `args`, so that its data are not constants of compiled programs::
 
@@ -27,9 +27,9 @@ def diffrax_terms(
       )
 
     **The paper's SDE is Itô's, and most solvers are Stratonovich's.** The terms are made for one
-    solver. For a solver that converges to Stratonovich solutions, -eta/4 grad tr(C C^T) is added to
-    the drift, which gives the same solution as Itô's SDE; it costs one Hessian-vector product per
-    example. With a solver of the other kind, the terms have another solution.
+    solver. For a solver that converges to Stratonovich solutions, ``-eta/4 grad tr(C C^T)`` is
+    added to the drift, which gives the same solution as Itô's SDE; it costs one Hessian-vector
+    product per example. With a solver of the other kind, the terms have another solution.
 
     * Itô: `Euler`, and `ItoMilstein`.
     * Stratonovich: `EulerHeun`, `Heun`, `Midpoint`, `Ralston`, `ReversibleHeun`,

@@ -1,7 +1,7 @@
 """Drift and diffusion of the SDE, and the weights of the iteration that is coupled to it.
 
 All of them are gradients of weighted losses: the drift is ``-grad(L . 1/N)`` and the diffusion
-``grad(L . A w)``. A A^T = Cov(W) has two eigenvalues, so neither C nor a covariance is formed.
+``grad(L . A w)``. ``A A^T = Cov(W)`` has two eigenvalues, so neither C nor a covariance is formed.
 """
 
 import dataclasses
@@ -59,11 +59,11 @@ def drift(
 def diffusion(
     losses: loss.LossVector, params: Params, law: Law, vector: Float[Array, " N"]
 ) -> Gradients:
-    """C(theta) w, matrix-free, where C C^T is the covariance of ``grad(L . W)`` (Eq. 68).
+    """``C(theta) w``, matrix-free, where ``C C^T`` is the covariance of ``grad(L . W)`` (Eq. 68).
 
     For `noise.fisher` it is ``grad(L . w)/sqrt(bN)``; for `noise.cov` (Eq. 15) the same with
-    ``w - mean(w)``; for any exchangeable law, ``grad(L . A w)`` with A A^T = Cov(W). It takes one
-    forward and one backward pass. It does not include the factor sqrt(eta) of the SDE.
+    ``w - mean(w)``; for any exchangeable law, ``grad(L . A w)`` with ``A A^T = Cov(W)``. It takes
+    one forward and one backward pass. It does not include the factor ``sqrt(eta)`` of the SDE.
 
     Args:
         losses: the loss vector.
@@ -121,7 +121,7 @@ def coupling(law: Law, num_examples: PositiveInt) -> Coupling:
 
 
 class Root(NamedTuple):
-    """The matrix A with A A^T = Cov(W), as a function of vectors; its eigenvalues may be traced."""
+    """A with ``A A^T = Cov(W)``, as a function of vectors; its eigenvalues may be traced."""
 
     across: Float[Array, ""]
     along: Float[Array, ""]

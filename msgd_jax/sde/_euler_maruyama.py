@@ -51,12 +51,12 @@ def euler_maruyama(
     save_at: Sequence[int] | Int[np.ndarray, " saved"] | None = None,
     first_step: int | Int[Array, ""] = 0,
 ) -> Path:
-    """A path of the SDE of a law, dTheta = -grad L dt + sqrt(eta) C dW (Eqs. 12 and 68).
+    """A path of the SDE of a law, ``dTheta = -grad L dt + sqrt(eta) C dW`` (Eqs. 12 and 68).
 
     Each of `num_steps` iterations covers the time eta in equal substeps, which take one backward
-    pass each. C C^T is the covariance of ``grad(L . W)``; C is never formed. W has N dimensions and
-    is drawn iteration by iteration, by `brownian_increments`: memory holds the increments of one
-    iteration and the saved points.
+    pass each. ``C C^T`` is the covariance of ``grad(L . W)``; C is never formed. W has N dimensions
+    and is drawn iteration by iteration, by `brownian_increments`: memory holds the increments of
+    one iteration and the saved points.
 
     With one substep this is M-SGD-Gaussian (Eq. 67). With the same key, more substeps follow
     the same Brownian path, and so does training with `noise.fisher` or `noise.cov`::

@@ -81,7 +81,7 @@ class ErrorSweep:
 
     @property
     def error_model(self) -> "ErrorModel":
-        """The fit of errors^2 = a^2 eta^2 + c eta^3, for the errors of `strong_error`.
+        """The fit of ``errors^2 = a^2 eta^2 + c eta^3``, for the errors of `strong_error`.
 
         The deterministic Euler error of the drift is a * eta, the same for every law; the error
         that the noise adds is of order 3/2.
@@ -121,7 +121,7 @@ class ErrorSweep:
 
 
 class ErrorModel(NamedTuple):
-    """The fit of errors^2 = a^2 eta^2 + c eta^3.
+    """The fit of ``errors^2 = a^2 eta^2 + c eta^3``.
 
     Attributes:
         deterministic: a.

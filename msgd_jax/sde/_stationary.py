@@ -28,7 +28,8 @@ def stationary_covariance(
     covariance C at all parameters; if it varies, take its value at the minimum. Without momentum X
     solves ``H X + X H - eta H X H = eta C``. With momentum it solves the discrete Lyapunov equation
     of parameters and momentum (as in `transform.msgd`). In the eigenbasis of H each entry of X is
-    computed by itself, to the accuracy of float64. The mean loss exceeds its minimum by tr(H X)/2.
+    computed by itself, to the accuracy of float64. The mean loss exceeds its minimum by
+    ``tr(H X)/2``.
 
     It is computed on the host, in float64 for all input dtypes, and not under `jax.jit`.
 

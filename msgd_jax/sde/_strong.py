@@ -32,12 +32,12 @@ def strong_error(
 ) -> _fits.ErrorSweep:
     """The root mean square distance between iteration and SDE at a fixed time (Theorem 3).
 
-    For each eta, the SDE with its own sqrt(eta) C (Eq. 68) is integrated in substeps, side by side
-    with the iteration. By default the iteration is M-SGD-Gaussian on the same Brownian path, and
-    the square of the error is a^2 eta^2 + c eta^3 (`ErrorSweep.error_model`): a eta is the Euler
-    error of gradient descent without noise, and the noise adds an error of order 3/2. So the order
-    is 1 if a dominates, and up to 3/2 if the noise does. With a scheme of order 2 the error of the
-    drift is gone and the order is 3/2. Without a shared path it is 1/2.
+    For each eta, the SDE with its own ``sqrt(eta) C`` (Eq. 68) is integrated in substeps, side by
+    side with the iteration. By default the iteration is M-SGD-Gaussian on the same Brownian path,
+    and the square of the error is ``a^2 eta^2 + c eta^3`` (`ErrorSweep.error_model`): a eta is the
+    Euler error of gradient descent without noise, and the noise adds an error of order 3/2. So the
+    order is 1 if a dominates, and up to 3/2 if the noise does. With a scheme of order 2 the error
+    of the drift is gone and the order is 3/2. Without a shared path it is 1/2.
 
     Each call compiles one program for all learning rates and frees it afterwards.
 

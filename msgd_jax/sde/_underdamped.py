@@ -68,19 +68,19 @@ def underdamped(
 ) -> UnderdampedPath:
     """A path of the SDE of M-SGD with momentum: a mass with friction, driven by the noise.
 
-    With the time step k = sqrt(eta) and the friction q = (1 - mu)/k ::
+    With the time step ``k = sqrt(eta)`` and the friction ``q = (1 - mu)/k`` ::
 
         dTheta = p dt,    dp = -q p dt - grad L dt + eta^(1/4) C dW,
 
-    and an iteration takes the time sqrt(eta), not eta. With one substep this is
+    and an iteration takes the time ``sqrt(eta)``, not eta. With one substep this is
     ``transform.msgd(eta, law, key, momentum=mu)`` for `noise.fisher` and `noise.cov`: the heavy
-    ball is the semi-implicit Euler scheme of this equation, with p = -sqrt(eta) v. More substeps
-    follow the same Brownian path, that of `brownian_increments`.
+    ball is the semi-implicit Euler scheme of this equation, with ``p = -sqrt(eta) v``. More
+    substeps follow the same Brownian path, that of `brownian_increments`.
 
-    **There are two limits.** As eta goes to 0 at a fixed friction, mu = 1 - q sqrt(eta) goes to 1,
-    and the iteration is close to this SDE path by path, with strong order 1/2 in eta. At a fixed mu
-    the mass vanishes, and the limit is the SDE of `euler_maruyama` at the effective learning rate
-    eta/(1 - mu). Nesterov's momentum has, to leading order, the additional friction
+    **There are two limits.** As eta goes to 0 at a fixed friction, ``mu = 1 - q sqrt(eta)`` goes to
+    1, and the iteration is close to this SDE path by path, with strong order 1/2 in eta. At a fixed
+    mu the mass vanishes, and the limit is the SDE of `euler_maruyama` at the effective learning
+    rate ``eta/(1 - mu)``. Nesterov's momentum has, to leading order, the additional friction
     ``sqrt(eta) grad^2 L p`` (Shi, Du, Jordan and Su 2018), which vanishes in both limits.
 
     As with `euler_maruyama`, each eager call compiles a program and frees it afterwards.
