@@ -66,8 +66,9 @@ def below_axes(figure: Any, axes: Any, columns: int = 2) -> None:
 
 
 def wrapped(title: str, width: int = 76) -> str:
-    """A title with its lines broken to the width of a picture."""
-    return "\n".join(textwrap.fill(line, width) for line in title.split("\n"))
+    """A title with its lines broken to the width of a picture, though not around "="."""
+    whole = title.replace(" = ", "\u00a0=\u00a0")
+    return "\n".join(textwrap.fill(line, width) for line in whole.split("\n"))
 
 
 def save(figure: Any, path: pathlib.Path) -> None:
