@@ -31,7 +31,7 @@ from msgd_jax._loaders import LoaderEnded, batches
 from msgd_jax._sources import ArraySource, BatchSource, Source
 from msgd_jax._typing import Batch, PositiveInt
 from msgd_jax.noise import MNoise
-from msgd_jax.train import StepMetrics, TrainState, step_of
+from msgd_jax.train import StepMetrics, TrainState, in_turn, step_of
 
 __all__ = ["ArraySource", "BatchSource", "LoaderEnded", "Source", "batches", "make_loop"]
 
@@ -122,7 +122,9 @@ def make_loop(
         sharding=sharding,
         read=True,
     )
-    step = step_of(loss_vector_fn, evaluate, takes, optimizer, None)
+    step = jax.jit(
+        step_of(loss_vector_fn, evaluate, takes, optimizer, None)
+    )  # traced once for both
     programs = _Programs(jax.jit(step, donate_argnums=0), jax.jit(_in_turn(step), donate_argnums=0))
 
     def loop(
@@ -145,9 +147,7 @@ def make_loop(
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         state = jax.tree.map(jnp.copy, state)
         batches = iter(steps.to_iter_dataset(options))
-        if sharding is None:
-            return _run_in_turn(programs, state, batches, num_steps, reader.place)
-        return _run(programs.step, state, batches, reader.place)
+        return _run(programs, state, batches, num_steps, reader.place, sharding is not None)
 
     return loop
 
@@ -169,70 +169,70 @@ def _in_turn(step: Callable[..., Any]) -> Callable[..., tuple[TrainState, StepMe
     def steps(
         state: TrainState, stacked: Batch, count: Int[Array, ""]
     ) -> tuple[TrainState, StepMetrics]:
-        room = jax.tree.leaves(stacked)[0].shape[0]
-
         def at(i: int | Int[Array, ""]) -> Batch:
             # The barrier keeps reading out of the computation, whose last bits it could change.
             return jax.lax.optimization_barrier(jax.tree.map(lambda leaf: leaf[i], stacked))
 
+        room = jax.tree.leaves(stacked)[0].shape[0]
         _, shapes = jax.eval_shape(lambda: step(state, at(0)))
-
-        def body(i: Int[Array, ""], carry: Any) -> Any:
-            state, history = carry
-            state, metrics = step(state, at(i))
-            put = lambda h, m: jax.lax.dynamic_update_index_in_dim(h, m, i, 0)  # noqa: E731
-            return state, jax.tree.map(put, history, metrics)
-
-        history = jax.tree.map(lambda x: _mesh.zeros(x, x.dtype, room), shapes)
-        return jax.lax.fori_loop(0, count, body, (state, history))
+        return in_turn(lambda state, i: step(state, at(i)), state, count, room, shapes)
 
     return steps
 
 
-def _run_in_turn(
+def _run(
     programs: _Programs,
     state: TrainState,
     batches: Iterator[Batch],
     num_steps: int,
     place: Callable[[Batch], Batch],
+    one_by_one: bool,
 ) -> tuple[TrainState, StepMetrics]:
-    """Several small steps in each call, or large ones by themselves."""
+    """All steps: several small ones in each call, large ones by themselves."""
     first = next(batches)
     batches = itertools.chain([first], batches)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
     # Whatever the number of steps: to stop and go on elsewhere runs the same machine code.
     together = min(_STEPS_IN_ONE_CALL, _BYTES_IN_ONE_CALL // max(size, 1))
-    after, _ = jax.eval_shape(programs.step, state, first)
     # The state of some optimizers changes its kind in the first step; a loop refuses that.
-    if together < 2 or _validate.first_difference("state", state, after) is not None:
-        return _run(programs.step, state, batches, place)
-    metrics: list[StepMetrics] = []
-    in_flight: collections.deque[StepMetrics] = collections.deque()
+    if one_by_one or together < 2 or _changes_its_kind(programs.step, state, first):
+        return _call(lambda state, batch: programs.step(state, place(batch)), state, batches)
+    state, metrics = _call(
+        lambda state, some: programs.in_turn(state, place(some[0]), some[1]),
+        state,
+        _in_groups(batches, together),
+    )
+    join = lambda x: x.reshape(-1, *x.shape[2:])[:num_steps]  # noqa: E731
+    return state, jax.tree.map(join, metrics)
+
+
+def _changes_its_kind(step: Callable[..., Any], state: TrainState, batch: Batch) -> bool:
+    after, _ = jax.eval_shape(step, state, batch)
+    return _validate.first_difference("state", state, after) is not None
+
+
+def _in_groups(batches: Iterator[Batch], together: int) -> Iterator[tuple[Batch, np.int32]]:
+    """So many batches stacked, and how many of them count.
+
+    A last group that is not full is filled up, so that it runs the same program.
+    """
     while some := list(itertools.islice(batches, together)):
-        count = len(some)
-        # A last call that is not full is filled up, so that it runs the same program.
-        some += some[-1:] * (together - count)
-        stacked = place(jax.tree.map(_sources.stacked, *some))
-        if len(in_flight) == _IN_FLIGHT:  # or batches would pile up on the device
-            jax.block_until_ready(in_flight.popleft())
-        state, history = programs.in_turn(state, stacked, np.int32(count))
-        in_flight.append(history)
-        metrics.append(history)
-    return state, jax.tree.map(lambda *values: jnp.concatenate(values)[:num_steps], *metrics)
+        filled = some + some[-1:] * (together - len(some))
+        yield jax.tree.map(_sources.stacked, *filled), np.int32(len(some))
 
 
-def _run(
-    step: Callable[..., Any],
+def _call(
+    advance: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]],
     state: TrainState,
-    batches: Iterator[Batch],
-    place: Callable[[Batch], Batch],
+    inputs: Iterator[Any],
 ) -> tuple[TrainState, StepMetrics]:
+    """Calls a program for one input after the other; metrics get a leading axis of calls."""
     metrics: list[StepMetrics] = []
     in_flight: collections.deque[StepMetrics] = collections.deque()
-    for batch in batches:
+    for given in inputs:
         if len(in_flight) == _IN_FLIGHT:  # so that batches do not pile up on the device
             jax.block_until_ready(in_flight.popleft())
-        state, new = step(state, place(batch))
+        state, new = advance(state, given)
         metrics.append(new)
         in_flight.append(new)
     return state, jax.tree.map(lambda *values: jnp.stack(values), *metrics)

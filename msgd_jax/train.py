@@ -325,15 +325,7 @@ def make_loop(
                 f"returned {difference[1]}. If this is the optimizer's state (as optax.monitor's), "
                 "make the first step by jax.jit(step), and the others in the loop."
             )
-        history = jax.tree.map(lambda x: _mesh.zeros(x, x.dtype, max_steps), shapes)
-
-        def body(i: Int[Array, ""], carry: PyTree) -> PyTree:
-            state, history = carry
-            state, metrics = step(state, data)
-            put = lambda h, m: jax.lax.dynamic_update_index_in_dim(h, m, i, 0)  # noqa: E731
-            return state, jax.tree.map(put, history, metrics)
-
-        return jax.lax.fori_loop(0, num_steps, body, (state, history))
+        return in_turn(lambda state, _: step(state, data), state, num_steps, max_steps, shapes)
 
     def loop(state: State, data: Data, num_steps: PositiveInt) -> tuple[State, Metrics]:
         num_steps = _validate.positive_int("num_steps", num_steps, maximum=max_steps)
@@ -341,3 +333,26 @@ def make_loop(
         return state, jax.tree.map(lambda h: h[:num_steps], history)
 
     return loop
+
+
+def in_turn(
+    step: Callable[[State, Int[Array, ""]], tuple[State, Metrics]],
+    state: State,
+    num_steps: Int[Array, ""],
+    room: int,
+    shapes: Metrics,
+) -> tuple[State, Metrics]:
+    """The state after ``step(state, i)`` for i below `num_steps`, and the metrics of these steps.
+
+    The metrics, whose `shapes` are those of one step, get a leading axis of `room` places, of which
+    those from `num_steps` on are zeros.
+    """
+
+    def body(i: Int[Array, ""], carry: PyTree) -> PyTree:
+        state, history = carry
+        state, metrics = step(state, i)
+        put = lambda h, m: jax.lax.dynamic_update_index_in_dim(h, m, i, 0)  # noqa: E731
+        return state, jax.tree.map(put, history, metrics)
+
+    history = jax.tree.map(lambda x: _mesh.zeros(x, x.dtype, room), shapes)
+    return jax.lax.fori_loop(0, num_steps, body, (state, history))
