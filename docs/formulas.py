@@ -12,7 +12,7 @@ import latex2mathml.converter
 from docutils import nodes
 
 GREEK = "alpha beta delta eta theta Theta Lambda lambda mu nu pi rho sigma tau xi"
-OPERATORS = "Cov E Var ln log max mean min pinv sup tr"
+OPERATORS = "Cov Var ln log max mean min pinv sup tr"
 NAMES = "counts errors radius scale smoothness substeps"
 WORDS = {
     **{word: rf"\{word} " for word in GREEK.split()},
@@ -65,12 +65,17 @@ def to_latex(plain: str) -> str:
     letters, signs = re.search("[A-Za-z]", plain), re.search(r"[\s^_=/|(]", plain)
     if not letters or not signs or plain.startswith("[") or plain.endswith("="):
         raise NotAFormulaError(plain)
+    # A gradient stands off from what it multiplies, and from nothing else.
+    return re.sub(r"(^|[-+=/(|\[,]) *\\,", r"\1", _all(plain)).strip()
+
+
+def _all(plain: str) -> str:
+    """The LaTeX of all tokens."""
     latex, position = "", 0
     while position < len(plain):
         piece, position = _next(plain, position)
         latex += piece
-    # A gradient stands off from what it multiplies, and from nothing else.
-    return re.sub(r"(^|[-+=/(|\[,]) *\\,", r"\1", latex).strip()
+    return latex
 
 
 def _next(plain: str, position: int) -> tuple[str, int]:
@@ -105,11 +110,7 @@ def _argument(plain: str, position: int) -> tuple[str, int]:
                 raise NotAFormulaError(plain)
             depth += (plain[end] == opened) - (plain[end] == closed)
             end += 1
-        inner, latex, at = plain[position + 1 : end - 1], "", 0
-        while at < len(inner):
-            piece, at = _next(inner, at)
-            latex += piece
-        return latex, end
+        return _all(plain[position + 1 : end - 1]), end
     latex, end = _next(plain, position)
     return (r"\top", end) if latex == "T" else (latex, end)
 
