@@ -17,8 +17,6 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from benchmarks.weak_scaling import BYTES
-
 # One card of 80 GB, as the compiler has to know it where there is none to ask.
 _H100 = """
 gpu_device_info {
@@ -34,6 +32,19 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 _PACKAGES = {"v5e": "libtpu", "H100": "jax_cuda12_plugin"}
 _KINDS = (
     "all-reduce",
@@ -120,7 +131,7 @@ def collectives_of(text: str) -> dict[tuple[str, str], float]:
 
     def visit(name: str, times: float) -> None:
         for line in computations[name]:
-            for kind, dtype, size in _collective(line):
+            for kind, dtype, size in collective(line):
                 totals[kind, dtype] += times * size
             trips = times * _trips(line) if " while(" in line else times
             for called in _called(line):
@@ -146,7 +157,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _collective(line: str) -> list[tuple[str, str, int]]:
+def collective(line: str) -> list[tuple[str, str, int]]:
     """Kind, type and bytes of each result of a collective; nothing of another instruction."""
     found = re.match(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.+?) ({'|'.join(_KINDS)})(-start)?\(", line)
     if found is None:
@@ -155,7 +166,7 @@ def _collective(line: str) -> list[tuple[str, str, int]]:
     if found[3] and found[2] != "all-reduce":
         shapes = shapes[len(shapes) // 2 :]  # what is begun lists what it takes, too
     sizes = [(t, math.prod(int(n) for n in shape.split(",") if n)) for t, shape in shapes]
-    return [(found[2], t, BYTES[t] * n) for t, n in sizes]
+    return [(found[2], t, _BYTES[t] * n) for t, n in sizes]
 
 
 def _trips(line: str) -> float:

@@ -129,6 +129,7 @@ class Compared(NamedTuple):
 
 
 _FLAT = functools.partial(pods_nets.flat, 2048, 128)
+_FLAT_NARROW = functools.partial(pods_nets.flat, 2048, 128, jnp.bfloat16)
 _VGG = functools.partial(pods_nets.images, "vgg11", (32, 32, 3))
 _SOME = ("cov", "sgd", "sparse_cov")
 
@@ -136,15 +137,7 @@ CASES: dict[str, Case] = {
     "flat": Case(_FLAT, "v5e", 16, 2**18, None, 2**14, tuple(LAWS)),
     "flat-float64": Case(_FLAT, "v5e", 16, 2**18, None, 2**14, tuple(LAWS), wide=True),
     "flat-microbatches": Case(_FLAT, "v5e", 16, 2**18, 4096, 2**14, _SOME),
-    "flat-bfloat16": Case(
-        functools.partial(pods_nets.flat, 2048, 128, jnp.bfloat16),
-        "v5e",
-        16,
-        2**18,
-        None,
-        2**14,
-        _SOME,
-    ),
+    "flat-bfloat16": Case(_FLAT_NARROW, "v5e", 16, 2**18, None, 2**14, _SOME),
     "flat-256": Case(_FLAT, "v5e", 256, 2**22, None, 2**16, _SOME),
     "vgg11": Case(_VGG, "v5e", 16, SVHN, 256, 2**14, ("gd", "cov", "sparse_cov")),
     "vgg11-256": Case(_VGG, "v5e", 256, SVHN, 256, 2**14, ("cov", "sparse_cov")),
@@ -155,15 +148,7 @@ CASES: dict[str, Case] = {
     "transformer-256": Case(pods_nets.transformer, "v5e", 256, 2**16, 4, 2**13, ("cov",)),
     "flat-h100": Case(_FLAT, "H100", 16, 2**18, 4096, 2**14, tuple(LAWS)),
     "flat-h100-float64": Case(_FLAT, "H100", 16, 2**18, 4096, 2**14, tuple(LAWS), wide=True),
-    "flat-h100-bfloat16": Case(
-        functools.partial(pods_nets.flat, 2048, 128, jnp.bfloat16),
-        "H100",
-        16,
-        2**18,
-        None,
-        2**14,
-        _SOME,
-    ),
+    "flat-h100-bfloat16": Case(_FLAT_NARROW, "H100", 16, 2**18, None, 2**14, _SOME),
     "vgg11-h100": Case(_VGG, "H100", 16, SVHN, 256, 2**14, ("cov", "sparse_cov")),
     "transformer-h100": Case(
         pods_nets.transformer, "H100", 16, 2**12, 4, 2**9, ("cov", "sparse_cov")

@@ -9,9 +9,7 @@ process (`--measure`).
 import dataclasses
 import functools
 import json
-import math
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,23 +19,10 @@ import optax
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks import machine, problems, report, timing
+from benchmarks import compilers, machine, problems, report, timing
 from msgd_jax import noise, sharding, train
 
 KIB = 2**10
-BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +135,8 @@ def _contestant(
 
 def reductions(program: str) -> list[int]:
     """The bytes of each all-reduce of a compiled program; a tuple of arrays counts as one."""
-    found = re.findall(r"= (.+?) all-reduce(?:-start)?\(", program)
-    return [sum(map(_bytes, re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes))) for shapes in found]
-
-
-def _bytes(array: tuple[str, str]) -> int:
-    dtype, shape = array
-    return BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
+    found = map(compilers.collective, program.splitlines())
+    return [sum(size for _, _, size in one) for one in found if one and one[0][0] == "all-reduce"]
 
 
 def _in_fresh_process(config: Config) -> list[dict[str, Any]]:
