@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from experiments.models.conv import check_arrays
+
 __all__ = ["conv_same"]
 
 Images = Float[Array, "batch height width in_channels"]
@@ -223,19 +225,8 @@ def _patches(
 
 
 def _check(images: Images, kernel: Kernel, stride: int) -> None:
-    if images.ndim != 4:
-        raise ValueError(f"images must have shape [B, H, W, C], got shape {images.shape}.")
-    if kernel.ndim != 4 or kernel.shape[2] != images.shape[3]:
-        raise ValueError(
-            f"kernel must have shape [h, w, C, O] with C = {images.shape[3]}, the channels of the "
-            f"images, got shape {kernel.shape}."
-        )
+    check_arrays(images, kernel, "BHWC")
     if not (kernel.shape[0] % 2 and kernel.shape[1] % 2):
         raise ValueError(f"kernel must have odd height and width, got shape {kernel.shape}.")
-    if images.dtype != kernel.dtype or not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
-            "images and kernel must have the same floating-point type, got "
-            f"{images.dtype} and {kernel.dtype}."
-        )
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}.")

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-__all__ = ["conv", "conv_max_pool", "max_pool"]
+__all__ = ["check_arrays", "conv", "conv_max_pool", "max_pool"]
 
 Images = Float[Array, "in_channels height width batch"]
 Kernel = Float[Array, "kernel_height kernel_width in_channels out_channels"]
@@ -205,12 +205,14 @@ def _output_shape(images: Images, kernel: Kernel) -> tuple[int, int, int]:
     return kernel.shape[3], height - kernel.shape[0] + 1, width - kernel.shape[1] + 1
 
 
-def _check(images: Images, kernel: Kernel, smallest_output: int) -> None:
+def check_arrays(images: Array, kernel: Array, axes: str) -> None:
+    """Raises ValueError unless images, with axes such as "CHWB", and a kernel fit together."""
     if images.ndim != 4:
-        raise ValueError(f"images must have shape [C, H, W, B], got shape {images.shape}.")
-    if kernel.ndim != 4 or kernel.shape[2] != images.shape[0]:
+        raise ValueError(f"images must have shape [{', '.join(axes)}], got shape {images.shape}.")
+    channels = images.shape[axes.index("C")]
+    if kernel.ndim != 4 or kernel.shape[2] != channels:
         raise ValueError(
-            f"kernel must have shape [h, w, C, O] with C = {images.shape[0]}, the channels of the "
+            f"kernel must have shape [h, w, C, O] with C = {channels}, the channels of the "
             f"images, got shape {kernel.shape}."
         )
     if images.dtype != kernel.dtype or not jnp.issubdtype(images.dtype, jnp.floating):
@@ -218,6 +220,10 @@ def _check(images: Images, kernel: Kernel, smallest_output: int) -> None:
             "images and kernel must have the same floating-point type, got "
             f"{images.dtype} and {kernel.dtype}."
         )
+
+
+def _check(images: Images, kernel: Kernel, smallest_output: int) -> None:
+    check_arrays(images, kernel, "CHWB")
     if min(_output_shape(images, kernel)[1:]) < smallest_output:
         least = tuple(size + smallest_output - 1 for size in kernel.shape[:2])
         raise ValueError(

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def make_trainer(
         ValueError: if the law or the net does not allow the settings, such as a batch size above N.
     """
     functions = functions_of(config, dataset)
-    algorithm = ALGORITHMS[config.algorithm]
+    algorithm, net = ALGORITHMS[config.algorithm], models.MODELS[config.model_name]
     whole_train_set, test_set = jax.device_put((dataset.train, dataset.test))
     train_set = whole_train_set if over is None else shard_examples(dataset.train, over)
     # For the number of images before they are filled up to equal shares for the devices.
@@ -155,11 +155,9 @@ def make_trainer(
             # One seed only, since a program over devices is not mapped over seeds.
             state, metrics = step(jax.tree.map(lambda leaf: leaf[0], states), examples)
             return jax.tree.map(lambda leaf: leaf[None], (state, metrics))
-        if algorithm.diagonal_langevin or models.MODELS[config.model_name].one_seed_at_a_time:
-            # One seed at a time: `vmap` would compute both branches of the `cond` that keeps the
-            # variances, and is slow for nets with convolutions of many channels.
-            return jax.lax.map(lambda state: step(state, examples), states)
-        return jax.vmap(step, in_axes=(0, None))(states, examples)
+        # Under `vmap` both branches of the `cond` that keeps Langevin's variances are computed.
+        one_at_a_time = algorithm.diagonal_langevin or net.one_seed_at_a_time
+        return _over_seeds(lambda state: step(state, examples), one_at_a_time)(states)
 
     # Traced once without computing anything, so that mistakes raise here, not at the first step.
     jax.eval_shape(lambda: every_seed(start(), train_set))
@@ -290,6 +288,11 @@ class ModelFunctions(NamedTuple):
     losses: loss.LossVectorFn
     evaluate: Callable[[Params, Statistics, data.Examples], tuple[Array, Array]]
     init_stats: Callable[[], Statistics]
+
+
+def _over_seeds(function: Callable[[Any], Any], one_at_a_time: bool) -> Callable[[Any], Any]:
+    """A function of one seed as one of all seeds, which are the leading axis of its argument."""
+    return functools.partial(jax.lax.map, function) if one_at_a_time else jax.vmap(function)
 
 
 @functools.cache  # so that several runs in one process compile these once
