@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from experiments.models import native
 from experiments.models.conv import check_arrays
 
 __all__ = ["conv_same"]
@@ -85,6 +86,8 @@ def _on_cpu(images: Images, kernel: Kernel, stride: int) -> Outputs:
         return _product(images[:, ::stride, ::stride], kernel[0, 0])
     if images.shape[0] == 1:
         return _by_patches(images, kernel, stride)
+    if native.is_usable(images):
+        return native.conv(images, kernel, stride)
     if math.prod(images.shape[1:3]) <= 4 and stride == 1:
         return _with_kernel_at_every_pixel(images, kernel)
     if math.prod(images.shape[1:3]) <= 16 and stride == 1 and _is_wide(kernel, 2**14):

@@ -1,0 +1,225 @@
+"""Convolutions on CPU by C++ that is compiled on the machine that runs it.
+
+XLA has no fast convolution on CPU for all sizes and directions. `_conv_cpu.cc` has one, and its two
+transposes; here they become operations of JAX that can be differentiated to any order, mapped with
+`jax.vmap`, and used under `jax.jit` and in `jax.shard_map`. They need a C++ compiler once:
+
+    python -m experiments.models.native
+
+compiles them into `build/native`, under a name that depends on the source, the processor and
+jaxlib, so that nothing stale or made for another machine is loaded. The make targets do this.
+Without a compiler everything works, by products of patches (`_conv_same.py`), more slowly.
+"""
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import ad, batching, mlir, xla
+from jaxtyping import Array, Float
+
+__all__ = ["build", "conv", "is_usable", "library"]
+
+Images = Float[Array, "batch height width in_channels"]
+Kernel = Float[Array, "kernel_height kernel_width in_channels out_channels"]
+Outputs = Float[Array, "batch out_height out_width out_channels"]
+
+_SOURCE = pathlib.Path(__file__).with_name("_conv_cpu.cc")
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared")
+
+
+def library() -> pathlib.Path:
+    """Where the compiled library of this machine is, or would be."""
+    import jaxlib
+
+    parts = (_SOURCE.read_text(), *_FLAGS, jaxlib.__version__, _processor())
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return pathlib.Path(__file__).parents[2] / "build" / "native" / f"conv-{digest}.so"
+
+
+def _processor() -> str:
+    """What decides which instructions there are."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.platform() + platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def build() -> pathlib.Path:
+    """Compiles the library, with `$CXX` or `c++`, unless it has been.
+
+    Returns:
+        Its path.
+
+    Raises:
+        OSError: if there is no compiler, or the folder cannot be written.
+        subprocess.CalledProcessError: if it does not compile; `stderr` says why.
+    """
+    path = library()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Whoever builds at the same time finds no library or a whole one.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = pathlib.Path(folder) / path.name
+            command = [os.environ.get("CXX", "c++"), *_FLAGS, "-isystem", jax.ffi.include_dir()]
+            command += [str(_SOURCE), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            made.replace(path)
+    return path
+
+
+def _load() -> bool:
+    """Makes the library known to XLA, if it has been compiled."""
+    if not (path := library()).exists():
+        return False
+    functions = ctypes.cdll.LoadLibrary(str(path))
+    for name in ("Forward", "OfImages", "OfKernel"):
+        capsule = jax.ffi.pycapsule(getattr(functions, f"MsgdConv{name}"))
+        jax.ffi.register_ffi_target(_target(name), capsule, platform="cpu")
+    return True
+
+
+def _target(name: str) -> str:
+    return f"msgd_conv_{name}"
+
+
+def is_usable(images: Images) -> bool:
+    """Whether `conv` can be used for these images where this is traced.
+
+    It needs the compiled library and float32. XLA cannot divide the operation among devices: it is
+    for a single device, or for what `jax.shard_map` gives one device to do.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        is_local = jax.device_count() == 1
+    else:
+        is_local = all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+    return _IS_LOADED and is_local and images.dtype == jnp.float32
+
+
+def conv(images: Images, kernel: Kernel, stride: int) -> Outputs:
+    """Convolves images zero-padded by half the kernel; as `conv_same`, for float32, on CPU alone.
+
+    Args:
+        images: float32 array of shape [B, H, W, C].
+        kernel: float32 array of shape [h, w, C, O], h and w odd.
+        stride: distance between the centres of neighbouring outputs, in pixels.
+
+    Returns:
+        Array of shape [B, ceil(H / stride), ceil(W / stride), O].
+    """
+    batch, *sides, _ = images.shape
+    rows, columns = (-(-side // stride) for side in sides)
+    shape = (batch, rows, columns, kernel.shape[3])
+    return _forward.bind(images, kernel, shape=shape, stride=stride)
+
+
+# The convolution and its transposes are bilinear, and transposes of each other: three operations
+# have derivatives of every order. `shape` is that of the result.
+_forward = jax.extend.core.Primitive("conv_forward")
+_of_images = jax.extend.core.Primitive("conv_of_images")
+_of_kernel = jax.extend.core.Primitive("conv_of_kernel")
+
+
+# By operation: how to transpose it with respect to its first and its second argument, as another
+# operation on the cotangent and what is left.
+_TRANSPOSES = {
+    _forward: (
+        lambda cotangent, _, kernel: (_of_images, cotangent, kernel),
+        lambda cotangent, images, _: (_of_kernel, images, cotangent),
+    ),
+    _of_images: (
+        lambda cotangent, _, kernel: (_forward, cotangent, kernel),
+        lambda cotangent, outputs, _: (_of_kernel, cotangent, outputs),
+    ),
+    _of_kernel: (
+        lambda cotangent, _, outputs: (_of_images, outputs, cotangent),
+        lambda cotangent, images, _: (_forward, images, cotangent),
+    ),
+}
+
+
+def _transpose(position: int, of: Callable[..., Any]) -> Callable[..., Array]:
+    """The rule for the argument at this position, as JAX calls it."""
+
+    def rule(cotangent: Array, *arguments: Any, shape: tuple[int, ...], stride: int) -> Array:
+        del shape
+        primitive, first, second = of(cotangent, *arguments)
+        return primitive.bind(first, second, shape=arguments[position].aval.shape, stride=stride)
+
+    return rule
+
+
+def _batch(
+    primitive: Any, arguments: Any, axes: Any, *, shape: tuple[int, ...], stride: int
+) -> tuple[Array, int]:
+    """Folds mapped images into the batch; all else is done one after another.
+
+    A kernel for each is faster so, too: each call uses all cores.
+    """
+    count = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
+    first, second = (
+        x if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(arguments, axes, strict=True)
+    )
+    if axes[1] is None and primitive is not _of_kernel:
+        folded = first.reshape(-1, *first.shape[2:])
+        results = primitive.bind(folded, second, shape=(count * shape[0], *shape[1:]), stride=stride)
+        return results.reshape(count, *shape), 0
+
+    def one(i: Array) -> Array:
+        pair = (x if axis is None else x[i] for x, axis in zip((first, second), axes, strict=True))
+        return primitive.bind(*pair, shape=shape, stride=stride)
+
+    return jax.lax.map(one, jnp.arange(count)), 0
+
+
+def _register(primitive: Any, name: str) -> None:
+    def call(first: Array, second: Array, *, shape: tuple[int, ...], stride: int) -> Array:
+        result = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return jax.ffi.ffi_call(_target(name), result)(first, second, stride=np.int64(stride))
+
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    primitive.def_abstract_eval(
+        lambda first, second, *, shape, stride: jax.core.ShapedArray(shape, jnp.float32)
+    )
+    ad.defbilinear(primitive, *itertools.starmap(_transpose, enumerate(_TRANSPOSES[primitive])))
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+    lowering = mlir.lower_fun(call, multiple_results=False)
+    mlir.register_lowering(primitive, lowering, platform="cpu")
+
+
+_register(_forward, "Forward")
+_register(_of_images, "OfImages")
+_register(_of_kernel, "OfKernel")
+_IS_LOADED = _load()
+
+
+def main() -> int:
+    """Compiles the library and says where it is, or why there is none."""
+    try:
+        print(f"Convolutions for this processor: {build()}")
+    except OSError as error:
+        print(f"Convolutions will be slower, without a C++ compiler: {error}")
+    except subprocess.CalledProcessError as error:
+        print(f"Convolutions will be slower, the compiler failed:\n{error.stderr}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
