@@ -14,6 +14,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -38,15 +39,17 @@ constexpr int kLanes = 4;
 // Pixels (or taps) of a register tile: with two vectors of channels each, they leave registers for
 // the factors.
 #if defined(__AVX__) && !defined(__AVX512F__)
-constexpr int kTile = 6;
+constexpr int kTile = 6, kRowsOfOne = 12, kRowsOfTwo = 6;
 #else
-constexpr int kTile = 8;
+constexpr int kTile = 8, kRowsOfOne = 16, kRowsOfTwo = 12;
 #endif
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 constexpr int64_t kCache = 1 << 20;  // bytes of images that are worked on at a time
-constexpr int64_t kPixels = 2048;    // pixels that are, for the gradient of a kernel
+constexpr int64_t kTasks = 4;        // of a thread, at least, where there are enough
+constexpr int64_t kPixels = 256;     // pixels that are, for the gradient of a kernel
 constexpr int64_t kListed = 64;      // of which at least this many are listed at a time
+constexpr int64_t kFewChannels = 8;  // fewer do not fill a tile of the kernel's gradient
 
 // What one output row (or column) reads: `count` inputs from `first` on, by the taps from `tap` on,
 // in the order in which the taps are packed.
@@ -128,6 +131,20 @@ std::vector<Class> classes(int64_t images, const std::vector<Reach>& rows,
   return all;
 }
 
+// Memory for `count` floats, in whole cache lines, until the next call on the same thread. It is kept,
+// since pages that are fresh every time cost more than what is written to them.
+float* scratch(int64_t count) {
+  constexpr int64_t kLine = 64;
+  thread_local std::unique_ptr<float, decltype(&std::free)> kept(nullptr, &std::free);
+  thread_local int64_t size = 0;
+  if (count > size) {
+    size = (count * sizeof(float) + kLine - 1) / kLine * kLine;
+    kept.reset(static_cast<float*>(std::aligned_alloc(kLine, size)));
+    size /= sizeof(float);
+  }
+  return kept.get();
+}
+
 // Runs work(0), ..., work(count - 1) on the threads of the pool. The caller takes part and waits
 // only for what others have begun, so that it makes no difference how busy they are.
 template <typename Work>
@@ -153,8 +170,6 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   std::unique_lock<std::mutex> lock(shared->mutex);
   shared->changed.wait(lock, [&] { return shared->done == count; });
 }
-
-Vector all_lanes(float value) { return Vector{} + value; }
 
 Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
@@ -182,7 +197,7 @@ void pixels_tile(const Class& one, size_t from, const float* inputs, int64_t row
         factors[v] = load(weight + v * kLanes);
 #pragma GCC unroll 8
       for (int t = 0; t < kTile; ++t) {
-        const Vector input = all_lanes(at[t][l]);
+        const float input = at[t][l];
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) sums[t][v] += input * factors[v];
       }
@@ -198,7 +213,7 @@ void pixels_tile(const Class& one, size_t from, const float* inputs, int64_t row
 template <int kVectors>
 void at_pixels(ffi::ThreadPool& pool, int64_t batch, const std::vector<Reach>& rows,
                const std::vector<Reach>& columns, int64_t height, int64_t width, int64_t channels,
-               int64_t out_channels, const float* inputs, const std::vector<float>& weights,
+               int64_t out_channels, const float* inputs, const float* weights,
                int64_t taps, int64_t taps_wide, float* outputs) {
   constexpr int kBlock = kVectors * kLanes;
   const int64_t in_size = height * width * channels;
@@ -206,40 +221,42 @@ void at_pixels(ffi::ThreadPool& pool, int64_t batch, const std::vector<Reach>& r
   auto classes_of = [&](int64_t images) {
     return classes(images, rows, columns, height, width, channels, out_channels);
   };
-  // As many images at a time as fit in the cache and give every thread the same number of times.
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  const int64_t fitting = std::max<int64_t>(kTile, kCache / (4 * in_size));
-  const int64_t times = (batch + threads * fitting - 1) / (threads * fitting) * threads;
-  const int64_t images = (batch + times - 1) / times, group = std::min<int64_t>(kTile, images);
+  // A task is a block of channels of as many images as fit in the cache, or of fewer, so that there
+  // are enough tasks for threads that are not equally fast.
+  const int64_t blocks = (out_channels + kBlock - 1) / kBlock;
+  const int64_t tasks = kTasks * std::max<int64_t>(1, pool.num_threads());
+  const int64_t fitting = std::min(kCache / (4 * in_size), batch * blocks / tasks);
+  const int64_t images = std::clamp<int64_t>(fitting, std::min<int64_t>(kTile, batch), batch);
+  const int64_t group = std::min<int64_t>(kTile, images);
   // Of a class, even of a corner, a group of images has enough pixels for a tile.
   const std::vector<Class> whole = classes_of(group);
-  in_parallel(pool, (batch + images - 1) / images, [&](int64_t time) {
-    const int64_t begin = time * images, end = std::min(begin + images, batch);
+  in_parallel(pool, (batch + images - 1) / images * blocks, [&](int64_t task) {
+    const int64_t block = task % blocks, begin = task / blocks * images;
+    const int64_t end = std::min(begin + images, batch);
     const std::vector<Class> last = classes_of((end - begin) % group);
-    for (int64_t block = 0; block * kBlock < out_channels; ++block) {
-      const float* packed = weights.data() + block * taps * channels * kBlock;
-      const int64_t lanes = std::min<int64_t>(kBlock, out_channels - block * kBlock);
-      for (int64_t start = begin; start < end; start += group)
-        for (const Class& one : start + group <= end ? whole : last)
-          for (size_t from = 0; from < one.reads.size(); from += kTile)
-            pixels_tile<kVectors>(one, from, inputs + start * in_size, width * channels, channels,
-                                  packed, taps_wide,
-                                  outputs + start * out_size + block * kBlock, lanes);
-    }
+    const float* packed = weights + block * taps * channels * kBlock;
+    const int64_t lanes = std::min<int64_t>(kBlock, out_channels - block * kBlock);
+    for (int64_t start = begin; start < end; start += group)
+      for (const Class& one : start + group <= end ? whole : last)
+        for (size_t from = 0; from < one.reads.size(); from += kTile)
+          pixels_tile<kVectors>(one, from, inputs + start * in_size, width * channels, channels,
+                                packed, taps_wide, outputs + start * out_size + block * kBlock,
+                                lanes);
   });
 }
 
 // The weights [block of out channels, taps, channels, channel of the block], zeros where a block is
 // not full. Tap `i` of the pack is tap `order[i]` of the kernel. With `swapped`, the channels of the
 // outputs are those that the kernel has for inputs.
-std::vector<float> packed(ffi::ThreadPool& pool, const std::vector<int64_t>& order, int64_t channels,
+const float* packed(ffi::ThreadPool& pool, const std::vector<int64_t>& order, int64_t channels,
                           int64_t out_channels, int64_t block, const float* kernel, bool swapped) {
   const int64_t blocks = (out_channels + block - 1) / block, taps = order.size();
-  std::vector<float> weights(blocks * taps * channels * block);
+  float* weights = scratch(blocks * taps * channels * block);
   in_parallel(pool, blocks * taps, [&](int64_t index) {
     const int64_t first = index / taps * block, full = std::min(block, out_channels - first);
     const float* from = kernel + order[index % taps] * channels * out_channels;
-    float* to = weights.data() + index * channels * block;
+    float* to = weights + index * channels * block;
+    if (full < block) std::memset(to, 0, sizeof(float) * channels * block);
     if (!swapped) {
       for (int64_t c = 0; c < channels; ++c)
         std::memcpy(to + c * block, from + c * out_channels + first, sizeof(float) * full);
@@ -303,106 +320,146 @@ ffi::Error OfImages(ffi::ThreadPool pool, Array cotangents, Array kernel, Result
   return ffi::Error::Success();
 }
 
-// Where one tap of the kernel reads its input, and where the cotangent is, for the pixels that it
-// meets in a number of images, counted in floats.
-struct Pixels {
+// Taps of one row of the kernel, one after another, that the same pixels meet: where these read the
+// first of them, and where their cotangents are, counted in floats, for a number of images.
+struct Window {
+  int64_t tap, taps;
   std::vector<int32_t> reads, writes;
 };
 
-std::vector<Pixels> pixels_of_taps(const Sizes& s, int64_t images, int64_t out_channels) {
-  std::vector<Pixels> all(s.high.taps * s.wide.taps);
+// Windows of a single tap each, or, with few channels, of as many taps as there are.
+std::vector<Window> windows(const Sizes& s, int64_t images, int64_t out_channels) {
   const std::vector<Reach> rows = s.high.forward(), columns = s.wide.forward();
-  for (int64_t n = 0; n < images; ++n)
-    for (int64_t p = 0; p < s.high.out; ++p)
+  const bool is_single = s.channels >= kFewChannels;
+  std::map<std::pair<int64_t, int64_t>, Window> all;  // by the first tap and the number of taps
+  for (int64_t p = 0; p < s.high.out; ++p)
+    for (int64_t i = 0; i < rows[p].count; ++i)
       for (int64_t q = 0; q < s.wide.out; ++q)
-        for (int64_t i = 0; i < rows[p].count; ++i)
-          for (int64_t j = 0; j < columns[q].count; ++j) {
-            Pixels& of_tap = all[(rows[p].tap + i) * s.wide.taps + columns[q].tap + j];
+        for (int64_t j = 0; j < (is_single ? columns[q].count : 1); ++j) {
+          const int64_t tap = (rows[p].tap + i) * s.wide.taps + columns[q].tap + j;
+          const int64_t taps = is_single ? 1 : columns[q].count;
+          Window& window = all.try_emplace({tap, taps}, Window{tap, taps, {}, {}}).first->second;
+          for (int64_t n = 0; n < images; ++n) {
             const int64_t row = n * s.high.in + rows[p].first + i, column = columns[q].first + j;
-            of_tap.reads.push_back((row * s.wide.in + column) * s.channels);
-            of_tap.writes.push_back(((n * s.high.out + p) * s.wide.out + q) * out_channels);
+            window.reads.push_back((row * s.wide.in + column) * s.channels);
+            window.writes.push_back(((n * s.high.out + p) * s.wide.out + q) * out_channels);
           }
-  return all;
+        }
+  std::vector<Window> values;
+  for (auto& [_, window] : all) values.push_back(std::move(window));
+  return values;
 }
 
-// Adds the pixels of one tap to `kRows` rows of the kernel's gradient, one or two vectors wide.
+// What a tile of the kernel's gradient is made of: pixels of a window in `groups` groups of images,
+// and in a last, smaller one.
+struct Sum {
+  const Window &group, &last;
+  int64_t groups, in_size, out_size;  // floats of a group
+  const float *inputs, *cotangents;
+};
+
+// Adds to `kRows` rows of the kernel's gradient, one or two vectors wide.
 template <int kVectors, int kRows>
-void kernel_tile(const std::vector<Pixels>& whole, const std::vector<Pixels>& rest, int64_t tap,
-                 int64_t groups, int64_t in_size, int64_t out_size, const float* inputs,
-                 const float* cotangents, float* gradient, int64_t out_channels, int64_t lanes) {
+void kernel_tile(const Sum& sum, float* gradient, int64_t out_channels, int64_t lanes) {
   Vector sums[kRows][kVectors] = {};
-  for (int64_t g = 0; g <= groups; ++g, inputs += in_size, cotangents += out_size) {
-    const Pixels& group = (g < groups ? whole : rest)[tap];
-    const int32_t *reads = group.reads.data(), *writes = group.writes.data();
-    const size_t count = group.reads.size();
+  const float *inputs = sum.inputs, *cotangents = sum.cotangents;
+  for (int64_t g = 0; g <= sum.groups; ++g) {
+    const Window& window = g < sum.groups ? sum.group : sum.last;
+    const int32_t *reads = window.reads.data(), *writes = window.writes.data();
+    const size_t count = window.reads.size();
     for (size_t p = 0; p < count; ++p) {
       const float *input = inputs + reads[p], *cotangent = cotangents + writes[p];
       Vector factors[kVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v)
-        factors[v] = load(cotangent + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) factors[v] = load(cotangent + v * kLanes);
 #pragma GCC unroll 16
       for (int j = 0; j < kRows; ++j) {
-        const Vector value = all_lanes(input[j]);
+        const float value = input[j];
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) sums[j][v] += value * factors[v];
       }
     }
+    inputs += sum.in_size;
+    cotangents += sum.out_size;
   }
   for (int j = 0; j < kRows; ++j)
     for (int v = 0; v < kVectors && v * kLanes < lanes; ++v) {
-      float sum[kLanes], *to = gradient + j * out_channels + v * kLanes;
-      store(sum, sums[j][v], kLanes);
-      for (int64_t o = 0; o < std::min<int64_t>(kLanes, lanes - v * kLanes); ++o) to[o] += sum[o];
+      float values[kLanes], *to = gradient + j * out_channels + v * kLanes;
+      store(values, sums[j][v], kLanes);
+      for (int64_t o = 0; o < std::min<int64_t>(kLanes, lanes - v * kLanes); ++o)
+        to[o] += values[o];
     }
 }
 
-template <int kVectors, int kRows, typename... Args>
-void kernel_rows(int64_t count, const Args&... args) {
-  if (count == kRows)
-    kernel_tile<kVectors, kRows>(args...);
+template <int kVectors, int kRows>
+void kernel_rows(int64_t rows, const Sum& sum, float* gradient, int64_t out_channels,
+                 int64_t lanes) {
+  if (rows == kRows)
+    kernel_tile<kVectors, kRows>(sum, gradient, out_channels, lanes);
   else if constexpr (kRows > 1)
-    kernel_rows<kVectors, kRows - 1>(count, args...);
+    kernel_rows<kVectors, kRows - 1>(rows, sum, gradient, out_channels, lanes);
+}
+
+// Cotangents [batch, pixels, channels] as [block of channels, batch, pixels, channel of the block]:
+// at the strides that they have, few would fit in the first cache at a time.
+const float* in_blocks(ffi::ThreadPool& pool, int64_t batch, int64_t pixels, int64_t channels,
+                       int64_t block, const float* cotangents) {
+  if (channels == block) return cotangents;
+  const int64_t blocks = (channels + block - 1) / block;
+  float* copy = scratch(blocks * batch * pixels * block);
+  in_parallel(pool, batch, [&](int64_t image) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t full = std::min(block, channels - b * block);
+      const float* from = cotangents + image * pixels * channels + b * block;
+      float* to = copy + (b * batch + image) * pixels * block;
+      if (full < block) std::memset(to, 0, sizeof(float) * pixels * block);
+      for (int64_t p = 0; p < pixels; ++p)
+        std::memcpy(to + p * block, from + p * channels, sizeof(float) * full);
+    }
+  });
+  return copy;
 }
 
 template <int kVectors>
 void of_kernel(ffi::ThreadPool& pool, const Sizes& s, const float* images, const float* cotangents,
                float* gradient) {
-  constexpr int kBlock = kVectors * kLanes, kRows = 2 * kTile / kVectors;
+  constexpr int kBlock = kVectors * kLanes, kRows = kVectors == 1 ? kRowsOfOne : kRowsOfTwo;
   const int64_t in_size = s.high.in * s.wide.in * s.channels;
-  const int64_t pixels = s.high.out * s.wide.out;
-  // Where channels do not fill the vectors, zeros fill up a copy.
-  const int64_t filled = (s.out_channels + kBlock - 1) / kBlock * kBlock, out_size = pixels * filled;
-  std::vector<float> copy;
-  if (filled != s.out_channels) {
-    copy.resize(s.batch * out_size);
-    for (int64_t p = 0; p < s.batch * pixels; ++p)
-      std::memcpy(copy.data() + p * filled, cotangents + p * s.out_channels,
-                  sizeof(float) * s.out_channels);
-    cotangents = copy.data();
-  }
-  const int64_t taps = s.high.taps * s.wide.taps, runs = (s.channels + kRows - 1) / kRows;
-  const int64_t tiles = filled / kBlock * taps * runs;
-  const int64_t threads = std::min(tiles, std::max<int64_t>(1, pool.num_threads()));
+  const int64_t pixels = s.high.out * s.wide.out, taps = s.high.taps * s.wide.taps;
+  const int64_t blocks = (s.out_channels + kBlock - 1) / kBlock, out_size = pixels * kBlock;
+  cotangents = in_blocks(pool, s.batch, pixels, s.out_channels, kBlock, cotangents);
   // Groups have lists of pixels; several groups are what is worked on at a time, in the cache.
   const int64_t group = std::clamp<int64_t>(kListed / pixels, 1, s.batch);
   const int64_t groups = std::max<int64_t>(1, kPixels / (pixels * group)), count = groups * group;
-  const std::vector<Pixels> whole = pixels_of_taps(s, group, filled);
-  const std::vector<Pixels> rest = pixels_of_taps(s, s.batch % group, filled), none(taps);
+  const std::vector<Window> whole = windows(s, group, kBlock);
+  const std::vector<Window> rest = windows(s, s.batch % group, kBlock), none = windows(s, 0, kBlock);
   std::memset(gradient, 0, sizeof(float) * taps * s.channels * s.out_channels);
-  // Each thread has tiles of the gradient of its own, and goes through all images.
-  in_parallel(pool, threads, [&](int64_t thread) {
+  // Each task is a block of channels and, of the taps, one or a row of the kernel; nobody else adds
+  // to these. It goes through all images.
+  const int64_t owners = s.channels >= kFewChannels ? taps : s.high.taps;
+  in_parallel(pool, blocks * owners, [&](int64_t task) {
+    const int64_t block = task / owners, owner = task % owners;
+    const int64_t lanes = std::min<int64_t>(kBlock, s.out_channels - block * kBlock);
+    const float* of_block = cotangents + block * s.batch * out_size;
     for (int64_t start = 0; start < s.batch; start += count)
-      for (int64_t t = tiles * thread / threads; t < tiles * (thread + 1) / threads; ++t) {
-        const int64_t block = t / (taps * runs) * kBlock, tap = t / runs % taps;
-        const int64_t channel = t % runs * kRows;
-        const bool is_last = start + count >= s.batch;
-        kernel_rows<kVectors, kRows>(
-            std::min<int64_t>(kRows, s.channels - channel), whole, is_last ? rest : none, tap,
-            std::min(groups, (s.batch - start) / group), group * in_size, group * out_size,
-            images + start * in_size + channel, cotangents + start * out_size + block,
-            gradient + (tap * s.channels + channel) * s.out_channels + block, s.out_channels,
-            std::min<int64_t>(kBlock, s.out_channels - block));
+      for (size_t w = 0; w < whole.size(); ++w) {
+        const int64_t first = whole[w].tap;
+        if ((owners == taps ? first : first / s.wide.taps) != owner) continue;
+        const int64_t rows = whole[w].taps * s.channels, tiles = (rows + kRows - 1) / kRows;
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t row = rows * t / tiles, end = rows * (t + 1) / tiles;
+          const Sum sum{whole[w],
+                        (start + count >= s.batch ? rest : none)[w],
+                        std::min(groups, (s.batch - start) / group),
+                        group * in_size,
+                        group * out_size,
+                        images + start * in_size + row,
+                        of_block + start * out_size};
+          kernel_rows<kVectors, kRows>(
+              end - row, sum,
+              gradient + (first * s.channels + row) * s.out_channels + block * kBlock,
+              s.out_channels, lanes);
+        }
       }
   });
 }
