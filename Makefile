@@ -81,12 +81,16 @@ $(BIN)/python:
 EXTRAS :=
 $(VENV)/.test $(VENV)/.docs: EXTRAS := [solvers,streaming]
 $(VENV)/.benchmarks: EXTRAS := [streaming]
+# Convolutions are faster where there is a C++ compiler; nothing needs one.
+COMPILE :=
+$(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks: COMPILE = -@$(BIN)/python -m experiments.models
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-$(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs $(VENV)/.package $(VENV)/.pods: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+$(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs $(VENV)/.package $(VENV)/.pods: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS) experiments/models/_conv_cpu.cc
 	$(PIP) 'pip>=25.1'
 	$(PIP) -e '.$(EXTRAS)' --group $*
+	$(COMPILE)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-package .venv-pods dist docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-package .venv-pods build dist docs/_build .pytest_cache .ruff_cache .hypothesis

@@ -4,7 +4,9 @@ Images are NHWC, the channels last, as the libraries of graphics cards and XLA's
 on CPU like them best; kernels are HWIO. Elsewhere than on CPU this is
 `jax.lax.conv_general_dilated` and nothing else. On CPU that is fast for what has many output
 pixels or few, but not for all three products of a training step (forward, the gradient of the
-images, the gradient of the kernel), so each is computed in the way that is fastest for its sizes:
+images, the gradient of the kernel). So there, float32 images on one device take the compiled
+convolutions of `native`, where there are these. For all else each product is computed in the way
+that is fastest for its sizes:
 
 - a single image: a product of patches, which under `jax.vmap` over examples is a batched product;
 - images of at most four pixels: one matrix product that holds the kernel at every output pixel,

@@ -4,7 +4,7 @@ XLA has no fast convolution on CPU for all sizes and directions. `_conv_cpu.cc` 
 transposes; here they become operations of JAX that can be differentiated to any order, mapped with
 `jax.vmap`, and used under `jax.jit` and in `jax.shard_map`. They need a C++ compiler once:
 
-    python -m experiments.models.native
+    python -m experiments.models
 
 compiles them into `build/native`, under a name that depends on the source, the processor and
 jaxlib, so that nothing stale or made for another machine is loaded. The make targets do this.
@@ -14,12 +14,12 @@ Without a compiler everything works, by products of patches (`_conv_same.py`), m
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 import os
 import pathlib
 import platform
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -28,10 +28,11 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir, xla
 from jaxtyping import Array, Float
 
-__all__ = ["build", "conv", "is_usable", "library"]
+__all__ = ["build", "conv", "is_compiled", "is_usable", "library"]
 
 Images = Float[Array, "batch height width in_channels"]
 Kernel = Float[Array, "kernel_height kernel_width in_channels out_channels"]
@@ -43,9 +44,7 @@ _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared")
 
 def library() -> pathlib.Path:
     """Where the compiled library of this machine is, or would be."""
-    import jaxlib
-
-    parts = (_SOURCE.read_text(), *_FLAGS, jaxlib.__version__, _processor())
+    parts = (_SOURCE.read_text(), *_FLAGS, importlib.metadata.version("jaxlib"), _processor())
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return pathlib.Path(__file__).parents[2] / "build" / "native" / f"conv-{digest}.so"
 
@@ -95,6 +94,11 @@ def _load() -> bool:
 
 def _target(name: str) -> str:
     return f"msgd_conv_{name}"
+
+
+def is_compiled() -> bool:
+    """Whether the library was there when this module was imported."""
+    return _IS_LOADED
 
 
 def is_usable(images: Images) -> bool:
@@ -178,7 +182,9 @@ def _batch(
     )
     if axes[1] is None and primitive is not _of_kernel:
         folded = first.reshape(-1, *first.shape[2:])
-        results = primitive.bind(folded, second, shape=(count * shape[0], *shape[1:]), stride=stride)
+        results = primitive.bind(
+            folded, second, shape=(count * shape[0], *shape[1:]), stride=stride
+        )
         return results.reshape(count, *shape), 0
 
     def one(i: Array) -> Array:
@@ -195,7 +201,7 @@ def _register(primitive: Any, name: str) -> None:
 
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(
-        lambda first, second, *, shape, stride: jax.core.ShapedArray(shape, jnp.float32)
+        lambda first, second, *, shape, stride: ShapedArray(shape, jnp.float32)
     )
     ad.defbilinear(primitive, *itertools.starmap(_transpose, enumerate(_TRANSPOSES[primitive])))
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
@@ -207,19 +213,3 @@ _register(_forward, "Forward")
 _register(_of_images, "OfImages")
 _register(_of_kernel, "OfKernel")
 _IS_LOADED = _load()
-
-
-def main() -> int:
-    """Compiles the library and says where it is, or why there is none."""
-    try:
-        print(f"Convolutions for this processor: {build()}")
-    except OSError as error:
-        print(f"Convolutions will be slower, without a C++ compiler: {error}")
-    except subprocess.CalledProcessError as error:
-        print(f"Convolutions will be slower, the compiler failed:\n{error.stderr}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The compiled convolutions: values and derivatives, where they are used, how they are made."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from experiments.models import __main__ as command
+from experiments.models import native
+from experiments.models._conv_same import conv_same
+from tests.experiments.models.convolutions import assert_equal_to_float64
+
+needs_library = pytest.mark.skipif(
+    not native.is_compiled(), reason="no C++ compiler: `python -m experiments.models` says more"
+)
+
+# (images, kernel, stride): what fills tiles, vectors, groups of images, and what does not.
+SIZES = {
+    "a single image": ((1, 7, 6, 3), (3, 3, 3, 4), 1),
+    "a larger kernel than the images": ((2, 1, 3, 3), (5, 5, 3, 4), 1),
+    "a pixel, strides": ((2, 7, 6, 3), (1, 1, 3, 4), 2),
+    "strides, more channels than a vector has": ((9, 7, 6, 20), (3, 3, 20, 17), 2),
+    "strides of three, channels that fill no block": ((2, 8, 8, 16), (3, 3, 16, 40), 3),
+    "small images, a group that is not full": ((37, 2, 2, 9), (3, 3, 9, 33), 1),
+    "several runs of images": ((7, 16, 16, 3), (3, 3, 3, 32), 1),
+    "a kernel that is not square": ((5, 8, 8, 24), (5, 3, 24, 16), 1),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", SIZES)
+def test_values_and_derivatives_equal_those_in_float64(name):
+    assert_equal_to_float64(native.conv, *SIZES[name])
+
+
+@needs_library
+@pytest.mark.parametrize("mapped", [(0, 0), (1, None), (None, 2)])
+def test_mapped_over_images_kernels_or_both(mapped):
+    images = jax.random.normal(jax.random.key(0), (3, 4, 5, 4, 3))
+    kernels = jax.random.normal(jax.random.key(1), (3, 3, 3, 3, 6))
+    count = 3
+    arguments = [
+        x[0] if axis is None else jnp.moveaxis(x, 0, axis)
+        for x, axis in zip((images, kernels), mapped, strict=True)
+    ]
+
+    def gradients(images, kernel):
+        losses = lambda *args: jnp.sum(native.conv(*args, 1) ** 3)  # noqa: E731
+        return jax.grad(losses, (0, 1))(images, kernel)
+
+    found = jax.jit(jax.vmap(gradients, mapped))(*arguments)
+    for i in range(count):
+        expected = gradients(
+            *(
+                x[0 if axis is None else i]
+                for x, axis in zip((images, kernels), mapped, strict=True)
+            )
+        )
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x[i], y, rtol=1e-5), found, expected)  # noqa: B023
+
+
+def uses_the_library(function, *arguments):
+    return "msgd_conv_Forward" in str(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+@needs_library
+def test_several_devices_use_it_on_what_each_of_them_holds():
+    """XLA would send all images to all devices: it knows nothing of a call's inside."""
+    images, kernel = jnp.ones((16, 6, 6, 4)), jnp.ones((3, 3, 4, 8))
+    convolution = functools.partial(conv_same, stride=1)
+    assert jax.device_count() == 8
+    assert not uses_the_library(convolution, images, kernel)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = PartitionSpec("batch")
+    local = jax.shard_map(
+        convolution, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec, check_vma=False
+    )
+    assert uses_the_library(local, images, kernel)
+    np.testing.assert_allclose(jax.jit(local)(images, kernel), convolution(images, kernel), 1e-6)
+
+
+ON_CPUS = """
+import os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
+import jax, jax.numpy as jnp, numpy as np
+from experiments.models import native
+from experiments.models._conv_same import conv_same
+images = jax.random.normal(jax.random.key(0), (40, 9, 8, 20))
+kernel = jax.random.normal(jax.random.key(1), (3, 3, 20, 40))
+gradients = jax.jit(jax.grad(lambda *args: jnp.sum(conv_same(*args) ** 2), (0, 1)))
+assert "msgd_conv_OfKernel" in gradients.lower(images, kernel).compile().as_text()
+half = jax.ShapeDtypeStruct(images.shape, jnp.bfloat16), kernel.astype(jnp.bfloat16)
+assert "msgd_conv" not in gradients.lower(*half).compile().as_text()
+print(*(np.asarray(x).tobytes().hex() for x in gradients(images, kernel)))
+"""
+
+
+@needs_library
+def test_one_device_uses_it_and_any_number_of_cores_gives_the_same_bits():
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", ON_CPUS, str(count)],
+            env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for count in (1, os.cpu_count())
+    ]
+    assert len(outputs[0]) > 10_000
+    assert outputs[0] == outputs[1]
+
+
+def test_what_is_compiled_is_kept_and_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: tmp_path / "made" / "conv.so")
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\necho "$@" >> "$0.log"\nfor last; do :; done\ntouch "$last"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert native.build() == native.build() == tmp_path / "made" / "conv.so"
+    assert (tmp_path / "compiler.log").read_text().count("_conv_cpu.cc") == 1
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["conv.so"]
+
+
+def test_without_a_compiler_the_command_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(native, "library", lambda: tmp_path / "conv.so")
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    assert command.main() == 0
+    assert "Without a C++ compiler, convolutions will be slower" in capsys.readouterr().out
+
+
+def test_a_compiler_that_fails_is_heard(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(native, "library", lambda: tmp_path / "conv.so")
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho a line is wrong >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert command.main() == 1
+    assert "a line is wrong" in capsys.readouterr().err
+    assert not (tmp_path / "conv.so").exists()
+
+
+def test_another_processor_or_source_is_another_library(monkeypatch):
+    here = native.library()
+    monkeypatch.setattr(native, "_processor", lambda: "flags: another")
+    assert native.library() != here
