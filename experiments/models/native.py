@@ -39,12 +39,14 @@ Kernel = Float[Array, "kernel_height kernel_width in_channels out_channels"]
 Outputs = Float[Array, "batch out_height out_width out_channels"]
 
 _SOURCE = pathlib.Path(__file__).with_name("_conv_cpu.cc")
+_HEADER = _SOURCE.with_suffix(".h")
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared")
 
 
 def library() -> pathlib.Path:
     """Where the compiled library of this machine is, or would be."""
-    parts = (_SOURCE.read_text(), *_FLAGS, importlib.metadata.version("jaxlib"), _processor())
+    sources = (path.read_text() for path in (_SOURCE, _HEADER))
+    parts = (*sources, *_FLAGS, importlib.metadata.version("jaxlib"), _processor())
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return pathlib.Path(__file__).parents[2] / "build" / "native" / f"conv-{digest}.so"
 
@@ -104,15 +106,15 @@ def is_compiled() -> bool:
 def is_usable(images: Images) -> bool:
     """Whether `conv` can be used for these images where this is traced.
 
-    It needs the compiled library and float32. XLA cannot divide the operation among devices: it is
-    for a single device, or for what `jax.shard_map` gives one device to do.
+    It needs the compiled library, float32, and images. XLA cannot divide the operation among
+    devices: it is for a single device, or for what `jax.shard_map` gives one device to do.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         is_local = jax.device_count() == 1
     else:
         is_local = all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
-    return _IS_LOADED and is_local and images.dtype == jnp.float32
+    return _IS_LOADED and is_local and images.dtype == jnp.float32 and images.size > 0
 
 
 def conv(images: Images, kernel: Kernel, stride: int) -> Outputs:
