@@ -180,6 +180,8 @@ def _of_kernel(images: Images, kernel: Kernel, stride: int) -> Outputs:
         layout = ("CHWN", "IHWO", "HWNC")
         images, kernel = images.transpose(3, 1, 2, 0), kernel.transpose(2, 0, 1, 3)
         return _with_layout(images, kernel, layout).transpose(2, 0, 1, 3)
+    if jax.__version_info__ < (0, 10):  # which cannot transpose what is below
+        return _by_transposed_patches(images, kernel, stride)
     size = math.prod(kernel.shape[:3]) * height * width * images.dtype.itemsize
     most = max(1, _CACHE // size)
     count = next(count for count in range(min(most, batch), 0, -1) if batch % count == 0)
