@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from experiments import data
+from experiments.paper.panels import Scale
 from experiments.training import AlgorithmName, NoiseSettings, TrainConfig
 
 PanelName = Literal[
@@ -82,8 +84,11 @@ class FigureConfig:
 
     Attributes:
         panel: The panel; those with a word in their name are not in the paper.
-        scale: "paper" is the panel in full; "small" has fewer images, channels, steps and seeds,
-            and runs on two cores.
+        scale: "paper" is the panel in full; "medium" is what two cores compute in an hour or two,
+            chosen to show what the panel shows; "small" shows in minutes that it can be made.
+        dataset: A file FILE.npz, as for `train`, with images to use in place of the panel's data
+            set, and split as that is: for SVHN, x_test is trained on. None stands for the data set.
+            If the file is not there, finished runs of a file of this name are drawn.
         seeds: The number of runs of each algorithm; None stands for the panel's own.
         seeds_at_once: The number of runs side by side in one process, as memory allows.
         runs: The folder of the runs.
@@ -93,7 +98,8 @@ class FigureConfig:
     """
 
     panel: Annotated[PanelName, tyro.conf.Positional]
-    scale: Literal["paper", "small"] = "paper"
+    scale: Scale = "paper"
+    dataset: pathlib.Path | None = None
     seeds: int | None = None
     seeds_at_once: int = 5
     runs: pathlib.Path = pathlib.Path("runs")
@@ -103,6 +109,8 @@ class FigureConfig:
     def __post_init__(self):
         if self.seeds is not None and self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, or None, got {self.seeds}.")
+        if self.dataset is not None and not data.is_file(self.dataset.name):
+            raise ValueError(f"dataset must be a file FILE.npz, or None, got {self.dataset}.")
         if self.seeds_at_once < 1:
             raise ValueError(f"seeds_at_once must be at least 1, got {self.seeds_at_once}.")
 

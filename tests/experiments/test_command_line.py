@@ -171,7 +171,7 @@ def test_names_on_the_command_line_are_those_of_the_registry():
 
 def test_every_algorithm_makes_its_noise():
     labels = {algorithm.name(NoiseSettings()) for algorithm in ALGORITHMS.values()}
-    assert len(labels) == len(ALGORITHMS) == 12
+    assert len(labels) == len(ALGORITHMS) == 13
     for algorithm in ALGORITHMS.values():
         law = algorithm.make(1000, NoiseSettings())
         assert isinstance(law, noise.MNoise)
