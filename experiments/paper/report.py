@@ -14,6 +14,11 @@ from experiments.paper.config import FigureConfig, ListConfig, ReportConfig
 from experiments.paper.panels import PANELS
 from experiments.training import TrainConfig, loop, runs
 
+_OLD_DRAWS = (
+    "**Older runs.** They were made when a seed drew other weights, noise and images than it draws "
+    "today, so the code of today does not make them again. They are kept until they are replaced."
+)
+
 
 def run_folder(root: pathlib.Path, config: TrainConfig) -> pathlib.Path:
     """The folder of a run, named after the settings of its configuration and not after a panel."""
@@ -48,6 +53,9 @@ def figure(config: FigureConfig) -> pathlib.Path:
     choices = "\n".join(f"* {line}" for line in panel.choices(config.scale))
     smaller = " or the scale is smaller" if reduced else ""
     text += f"\nOur choices, where the paper is silent{smaller}:\n\n{choices}\n"
+    parts = [part for plan in plans for part in _groups(plan, config.seeds_at_once)]
+    if any(runs.draws(run_folder(config.runs, part)) != runs.DRAWS for part in parts):
+        text += f"\n{_OLD_DRAWS}\n"
     records.replace_text(folder / "README.md", text)
     print(text)
     return folder
@@ -222,7 +230,7 @@ def report(config: ReportConfig) -> pathlib.Path:
     if not groups:
         found = f"; {len(left_out)} other folders (see `list`)" if left_out else ""
         raise ValueError(
-            "runs must hold finished runs of `train`, `demo` or `figure`, found none below "
+            "runs must hold finished runs of `train` or `figure`, found none below "
             f"{records.brief(config.runs)}{found}. {_HOW_TO_MAKE_ONE}"
         )
     folder = config.out or config.runs / "report"
@@ -248,7 +256,7 @@ def report(config: ReportConfig) -> pathlib.Path:
     return folder
 
 
-_HOW_TO_MAKE_ONE = "One is made by: python -m experiments demo"
+_HOW_TO_MAKE_ONE = "One is made by: python -m experiments train --dataset digits"
 _OWN = ("algorithm", "noise", "learning_rate_scaling", "regime_adaptation")
 _ORDER = (
     "gd",

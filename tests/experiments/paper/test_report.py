@@ -49,6 +49,7 @@ def test_a_panel_is_run_drawn_listed_and_reported(tmp_path, small_panel, monkeyp
     page = (root / "figure-1a" / "README.md").read_text()
     assert "two of them" in page
     assert "* everything" in page
+    assert "Older runs" not in page
     assert image.imread(root / "figure-1a" / "figure-1a.png").shape[0] > 300
     with open(root / "figure-1a" / "figure-1a.csv", newline="") as file:
         rows = {row["label"]: row for row in csv.DictReader(file)}
@@ -176,7 +177,7 @@ def test_seeds_that_drew_something_else_are_not_mixed_into_a_figure(tmp_path, sm
         records.replace_text(folder.path / "config.json", json.dumps(record))
         folder.close()
     main(["figure", "1a", "--runs", str(root)])
-    assert (root / "figure-1a" / "README.md").exists()
+    assert "**Older runs.**" in (root / "figure-1a" / "README.md").read_text()
     shutil.rmtree(folder.path)
     with pytest.raises(SystemExit, match="1 runs of this figure from when a seed drew something"):
         main(["figure", "1a", "--runs", str(root)])
