@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo docs test test-slow test-oldest test-pods package benchmark benchmark-pods lint format clean help
 
 help:
-	@echo "make demo         train on real images, print a table, draw curves.png (under 3 minutes)"
+	@echo "make demo         train on real images, print who beats whom, draw demo.png (90 seconds)"
 	@echo "make test         lint, types and the test suite (under 12 minutes)"
 	@echo "make test-slow    the tests that take long: every benchmark, more orders of the SDE"
 	@echo "make test-oldest  the tests with the oldest versions allowed"

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +10,10 @@ import jax
 import numpy as np
 
 from experiments import figures, tables, terminal
-from experiments.decide import DecideConfig
+from experiments.decide import DecideConfig, DemoConfig, demo_records, run_demo
 from experiments.decide import command as decide
 from experiments.noise_study import NoiseStudyConfig, edge
-from experiments.paper import DemoConfig, FigureConfig, ListConfig, ReportConfig, accuracies, report
+from experiments.paper import FigureConfig, ListConfig, ReportConfig, accuracies, report
 from experiments.theory import ComplexityConfig, SDEConfig, complexity, sde
 from experiments.training import (
     DistributedConfig,
@@ -88,20 +89,37 @@ def train(config: TrainConfig) -> pathlib.Path:
     """
     config = config.resolved()
     folder = config.out or runs.default_folder(f"{config.dataset_name}-{config.algorithm}")
-    _train_all({config: folder}, folder, named=config.out is not None)
+    loop.check(config)
+    runs.check_writable(folder)
+    if runs.finished(folder, config):
+        _report(config, accuracies.of_finished(folder), folder)
+        print(f"{folder} has finished before: this is its result.")
+        return folder
+    dataset = loop.load(config)
+    with (
+        _stopped_in(folder, named=config.out is not None),
+        terminal.Progress(config.total_steps) as progress,
+    ):
+        evaluations = loop.run(config, dataset, folder, progress)
+    _report(config, evaluations, folder)
     return folder
 
 
 def demo(config: DemoConfig) -> pathlib.Path:
-    """Trains six algorithms on the digits; writes their folders and curves.png, prints a table.
+    """Runs the reduced study on the digits; writes its records and demo.png, prints a table.
 
     A demo that was stopped is continued. For one that has finished, the table is printed again.
     """
     folder = config.out or runs.default_folder("demo")
-    plans = {plan: folder / algorithm for algorithm, plan in config.runs().items()}
-    if folder.is_dir() and any(folder.iterdir()) and not any(p.exists() for p in plans.values()):
+    runs.check_writable(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not demo_records(folder).exists():
         runs.create(folder)  # which raises, since the folder is something else
-    _train_all(plans, folder, named=config.out is not None)
+    try:
+        run_demo(config, folder)
+    except KeyboardInterrupt:
+        if demo_records(folder).exists():
+            print(f"\nthe same command goes on, with --out {folder}", file=sys.stderr)
+        raise
     return folder
 
 
@@ -118,7 +136,7 @@ def distributed(config: DistributedConfig) -> pathlib.Path:
     loop.check(plan)
     # Every process checks the folder before any of them waits for the others.
     if runs.finished(folder, plan, "distributed"):
-        _report({plan: accuracies.of_finished(folder)}, folder)
+        _report(plan, accuracies.of_finished(folder), folder)
         print(f"{folder} has finished before: this is its result.")
         return folder
     runs.check_writable(folder)
@@ -128,31 +146,8 @@ def distributed(config: DistributedConfig) -> pathlib.Path:
     with terminal.Progress(plan.total_steps) if writes else terminal.Silent() as progress:
         evaluations = loop.run(plan, dataset, folder, progress, over=over_all_devices())
     if writes:
-        _report({plan: evaluations}, folder)
+        _report(plan, evaluations, folder)
     return folder
-
-
-def _train_all(plans: dict[TrainConfig, pathlib.Path], folder: pathlib.Path, named: bool) -> None:
-    """Trains the plans that have not finished, and shows the results of all."""
-    for plan in plans:
-        loop.check(plan)
-    runs.check_writable(folder)
-    done = [runs.finished(path, plan.resolved()) for plan, path in plans.items()]
-    # Loaded once, since all plans use the same images.
-    dataset = None if all(done) else loop.load(next(iter(plans)))
-    results = {}
-    total = sum(plan.total_steps for plan in plans)
-    with _stopped_in(folder, named), terminal.Progress(total) as progress:
-        for (plan, path), has_finished in zip(plans.items(), done, strict=True):
-            if has_finished or dataset is None:
-                results[plan] = accuracies.of_finished(path)
-                if dataset is not None:
-                    progress.update(plan.total_steps)
-            else:
-                results[plan] = loop.run(plan, dataset, path, progress)
-    _report(results, folder)
-    if dataset is None:
-        print(f"{folder} has finished before: this is its result.")
 
 
 @contextlib.contextmanager
@@ -167,20 +162,17 @@ def _stopped_in(folder: pathlib.Path, named: bool) -> Iterator[None]:
         raise loop.Stopped(more, stopped.number) from None
 
 
-def _report(results: dict[TrainConfig, list[Evaluation]], folder: pathlib.Path) -> None:
+def _report(plan: TrainConfig, evaluations: list[Evaluation], folder: pathlib.Path) -> None:
     """Prints the table, and draws the picture if it is not there."""
-    title = _title(next(iter(results)))
-    print(table({plan.label: loop.summary(run) for plan, run in results.items()}))
-    curves = [
-        figures.Curve(
-            plan.label,
-            np.array([evaluation.step for evaluation in run]),
-            np.stack([evaluation.test_accuracy for evaluation in run]),
-        )
-        for plan, run in results.items()
-    ]
+    title = _title(plan)
+    print(table({plan.label: loop.summary(evaluations)}))
+    curve = figures.Curve(
+        plan.label,
+        np.array([evaluation.step for evaluation in evaluations]),
+        np.stack([evaluation.test_accuracy for evaluation in evaluations]),
+    )
     if not (folder / "curves.png").exists():
-        figures.plot_curves(curves, folder / "curves.png", title)
+        figures.plot_curves([curve], folder / "curves.png", title)
     print(f"\n{title}.\n{folder / 'curves.png'}: test accuracy against iteration.")
 
 

@@ -17,7 +17,16 @@ from experiments.data._originals import (
     Examples,
     Original,
 )
-from experiments.data.datasets import DATASETS, find, is_file, load, subset
+from experiments.data.datasets import (
+    DATASETS,
+    Part,
+    find,
+    is_file,
+    load,
+    side_by_side,
+    subset,
+    with_wrong_labels,
+)
 
 __all__ = [
     "DATASETS",
@@ -27,8 +36,11 @@ __all__ = [
     "DatasetNotFoundError",
     "Examples",
     "Original",
+    "Part",
     "find",
     "is_file",
     "load",
+    "side_by_side",
     "subset",
+    "with_wrong_labels",
 ]

@@ -24,6 +24,10 @@ class Bundled(Original):
         source = f"load_digits of scikit-learn {sklearn.__version__}"
         return {"train": Split(images, labels)}, source
 
+    def whole(self) -> "Bundled":
+        """The same: the digits that are not drawn for training are those to test on."""
+        return self
+
     def load(self, seed: int = 0, data_dir: Path | None = None, download: bool = True) -> Dataset:
         """Draws the training digits; the others, in the order drawn, are the test digits."""
         _draws.check_seed(seed)

@@ -6,7 +6,7 @@ MAX_SEED = 2**31 - 1
 """The largest seed: jax drops the high bits of larger ones, so that 2^32 would be the same as 0."""
 
 # The separate draws of a seed, so that an order is never used twice.
-SPLIT, SUBSET, TEST_SUBSET = range(3)
+SPLIT, SUBSET, TEST_SUBSET, WRONG_LABELS = range(4)
 
 
 def check_seed(seed: int) -> None:
@@ -26,6 +26,11 @@ def permutation(num_examples: int, seed: int, draw: int) -> np.ndarray:
         seed: from 0 to `MAX_SEED`.
         draw: the use of the order: `SPLIT`, `SUBSET` or `TEST_SUBSET`.
     """
+    return np.argsort(integers(num_examples, seed, draw), kind="stable").astype(np.int64)
+
+
+def integers(count: int, seed: int, draw: int) -> np.ndarray:
+    """Independent uint64 numbers of all 64 bits, [count], a pure function of seed and draw."""
     # Imported here, since jax is slow to import and not needed to read files.
     import jax
 
@@ -34,5 +39,4 @@ def permutation(num_examples: int, seed: int, draw: int) -> np.ndarray:
     # The implementation is named, so that a machine with another default draws the same.
     key = derive(jax.random.key(seed, impl="threefry2x32"), Stream.EXAMPLES, draw)
     words = np.asarray(jax.random.key_data(key), np.uint64)
-    draws = np.random.Philox(key=words).random_raw(num_examples)
-    return np.argsort(draws, kind="stable").astype(np.int64)
+    return np.random.Philox(key=words).random_raw(count)

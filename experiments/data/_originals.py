@@ -61,12 +61,13 @@ class Dataset:
 
     Attributes:
         name: the name of its `Original`.
-        train: the examples to train on.
+        train: the examples to train on; with a leading axis of seeds if each seed has its own.
         test: the examples to test on.
         num_classes: number of different labels.
         max_value: value of the brightest possible pixel; divide by it to scale pixels to [0, 1].
         train_indices: int64 array of shape [N_train]; `train` example i is example
-            `train_indices[i]`, counted from 0, of the original split that it was drawn from.
+            `train_indices[i]`, counted from 0, of the original split that it was drawn from. It has
+            a leading axis of seeds if each seed has its own examples.
         source: where the bytes came from, in words.
         sha256: the checksum of its `Original`.
     """
@@ -83,8 +84,13 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width (pixels) and channels of every image."""
-        height, width, channels = self.train.image.shape[1:]
+        height, width, channels = self.train.image.shape[-3:]
         return height, width, channels
+
+    @property
+    def num_train(self) -> int:
+        """N, the number of training examples of a seed."""
+        return self.train.label.shape[-1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -124,6 +130,10 @@ class Original(abc.ABC):
         """The numbers of training and test images, known before the data set is loaded."""
         train = self.num_examples[self.trained_on] if self.num_train is None else self.num_train
         return train, self.num_examples[self.tested_on]
+
+    def whole(self) -> "Original":
+        """The same without a draw: all images of the split that is trained on, in their order."""
+        return dataclasses.replace(self, num_train=None)
 
     @abc.abstractmethod
     def read(self, data_dir: Path | None, download: bool) -> tuple[Splits, str]:

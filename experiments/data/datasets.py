@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,22 +21,27 @@ DATASETS: Mapping[str, Original] = {
 """The data sets by name. A user's own data set is not among them: it is given as a file."""
 
 
+Part = Literal["train", "test"]
+"""One of the two original splits."""
+
+
 def is_file(name: str) -> bool:
     """Whether a data set is given by its file, and not by its name."""
     return name.endswith(npz.SUFFIX)
 
 
-def find(name: str) -> Original:
+def find(name: str, train_part: Part = "train") -> Original:
     """The data set of this name, or in this file, which is read.
 
     Args:
         name: one of `DATASETS`, or a file whose name ends in ".npz"; see `npz`.
+        train_part: the part of a file to train on. Data sets with a name have their own.
 
     Raises:
         ValueError: if it is neither, or if the file is not as `npz` says.
     """
     if is_file(name):
-        return npz.open_npz(name)
+        return dataclasses.replace(npz.open_npz(name), trained_on=train_part)
     if name not in DATASETS:
         raise ValueError(
             f"dataset must be one of {', '.join(sorted(DATASETS))}, or a file whose name ends in "
@@ -50,6 +56,8 @@ def load(
     seed: int = 0,
     data_dir: str | os.PathLike[str] | None = None,
     download: bool = True,
+    train_part: Part = "train",
+    whole: bool = False,
 ) -> Dataset:
     """Loads a data set and draws its training examples.
 
@@ -60,6 +68,9 @@ def load(
         data_dir: the folder to search first and to download to; None means the default folder of
             tensorflow-datasets (the environment variable TFDS_DATA_DIR, or ~/tensorflow_datasets).
         download: whether the network may be used when the data set is not on this machine.
+        train_part: as in `find`.
+        whole: whether nothing is drawn: all images of the split that is trained on are taken. (Of
+            the digits, which are one split, the training digits are drawn all the same.)
 
     Returns:
         The data set, in the computer's memory.
@@ -69,7 +80,8 @@ def load(
         DatasetNotFoundError: if the data set is in none of the places and cannot be downloaded.
         DamagedDatasetError: if it was found, but its contents are not the published ones.
     """
-    original = find(name)
+    original = find(name, train_part)
+    original = original.whole() if whole else original
     _draws.check_seed(seed)
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if folder is not None and folder.exists() and not folder.is_dir():
@@ -108,3 +120,40 @@ def subset(dataset: Dataset, num_train: int | None, num_test: int | None, *, see
         test=dataset.test.take(test),
         train_indices=dataset.train_indices[train],
     )
+
+
+def with_wrong_labels(dataset: Dataset, share: float, *, seed: int) -> Dataset:
+    """Replaces the labels of some training examples by other classes, all equally likely.
+
+    Args:
+        dataset: a data set.
+        share: the fraction of the labels, from 0 to 1; the number is rounded.
+        seed: determines which labels are replaced, and by what.
+
+    Raises:
+        ValueError: if the share is not from 0 to 1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be between 0 and 1, got {share}.")
+    labels = dataset.train.label.copy()
+    # One integer per example decides the order in which labels are replaced, and one the class.
+    order, other = np.split(_draws.integers(2 * len(labels), seed, _draws.WRONG_LABELS), 2)
+    wrong = np.argsort(order, kind="stable")[: round(share * len(labels))]
+    shifts = 1 + other[wrong] % np.uint64(dataset.num_classes - 1)
+    labels[wrong] = (labels[wrong] + shifts.astype(labels.dtype)) % dataset.num_classes
+    return dataclasses.replace(dataset, train=dataset.train._replace(label=labels))
+
+
+def side_by_side(datasets: Sequence[Dataset]) -> Dataset:
+    """One data set in which each seed has its own training examples.
+
+    Args:
+        datasets: the data set of each seed; they have the same test examples and the same number of
+            training examples.
+
+    Returns:
+        The first of them with a leading axis of seeds in `train` and `train_indices`.
+    """
+    train = Examples(*map(np.stack, zip(*(one.train for one in datasets), strict=True)))
+    indices = np.stack([one.train_indices for one in datasets])
+    return dataclasses.replace(datasets[0], train=train, train_indices=indices)

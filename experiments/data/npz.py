@@ -25,7 +25,7 @@ _NAMES = ("x_train", "y_train", "x_test", "y_test")
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class NpzFile(Original):
-    """A file that has been read and checked; all of its training images are trained on.
+    """A file that has been read and checked; all images of one part are trained on.
 
     Attributes:
         path: the file.

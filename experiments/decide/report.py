@@ -191,10 +191,10 @@ def markdown(setting: Setting, table: list[Row], found: list[dict[str, Any]]) ->
     lines = [
         f"## {setting.name}",
         "",
-        _described(setting),
+        described(setting),
         setting.note,
         "",
-        f"SGD - GD: {_shown(gap)} points of test accuracy ({gap.num_seeds} seeds, p = "
+        f"SGD - GD: {shown(gap)} points of test accuracy ({gap.num_seeds} seeds, p = "
         f"{gap.p_value:.2g}). Margin of equivalence: {100 * setting.margin:.2f} points.",
         "",
         tables.markdown_table(_HEADER, [_line(row) for row in table]),
@@ -205,7 +205,8 @@ def markdown(setting: Setting, table: list[Row], found: list[dict[str, Any]]) ->
     return "\n".join(lines)
 
 
-def _described(setting: Setting) -> str:
+def described(setting: Setting) -> str:
+    """The setting in words."""
     noise = (
         f"{100 * setting.label_noise:g} % of the labels replaced, " if setting.label_noise else ""
     )
@@ -227,11 +228,11 @@ def _line(row: Row) -> list[str]:
         f"{row.label} *" if outside else row.label,
         str(compared.num_seeds),
         f"{row.accuracy:.2f}",
-        _shown(row.to_sgd),
+        shown(row.to_sgd),
         _p_value(row.adjusted_to_sgd),
-        _shown(row.to_gd),
+        shown(row.to_gd),
         _p_value(row.adjusted_to_gd),
-        _share(row.share),
+        share(row.share),
         _p_value(row.equivalent),
         f"{row.train_loss:.2g}",
         f"{row.train_accuracy:.1f}",
@@ -240,13 +241,16 @@ def _line(row: Row) -> list[str]:
 
 
 def _notes(setting: Setting, table: list[Row], found: list[dict[str, Any]]) -> str:
-    made, declared = sum(row.in_family for row in table), len(setting.family)
+    made, declared = {row.label for row in table if row.in_family}, len(setting.family)
+    missing = [label(name, setting) for name in setting.family]
+    missing = [name for name in missing if name not in made]
+    not_run = f" Not run: {', '.join(missing)}." if missing else ""
     devices = sorted({f"{line['device']}, {line['precision']}" for line in found})
     versions = sorted({f"jax {line['versions'].get('jax', 'unknown')}" for line in found})
     seconds = sum(line["seconds"] + line["compile_seconds"] for line in found)
     notes = [
         f"Holm over the {2 * declared} declared differences and, apart from them, the {declared} "
-        f"equivalences; {made} of {declared} contestants of the family were run.",
+        f"equivalences; {len(made)} of {declared} contestants of the family were run.{not_run}",
         "\\* outside the declared family: p of equivalence not adjusted.",
         _tuning(setting, _records.curves(found)),
         f"Isotropic and diagonal noise: variances of S/b, refreshed every {setting.refresh_every} "
@@ -254,6 +258,13 @@ def _notes(setting: Setting, table: list[Row], found: list[dict[str, Any]]) -> s
         "A share without bounds: the gap itself is not clearly different from 0.",
         f"Computed on {'; '.join(devices)} with {', '.join(versions)}, {seconds:,.0f} s in all.",
     ]
+    gap = next(row.to_gd for row in table if row.to_sgd is None)
+    assert gap is not None
+    if 200 * setting.margin > gap.mean:
+        notes.append(
+            "The margin is more than half of the gap, so that GD may be equivalent to SGD too: "
+            "equivalence within it says little here."
+        )
     return "\n".join(f"- {note}" for note in notes)
 
 
@@ -268,7 +279,8 @@ def _tuning(setting: Setting, runs: dict[_records.Run, _records.Curve]) -> str:
     )
 
 
-def _shown(difference: statistics.Difference | None) -> str:
+def shown(difference: statistics.Difference | None) -> str:
+    """A difference with its interval; "" for None."""
     if difference is None:
         return ""
     return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
@@ -280,12 +292,13 @@ def _p_value(value: float) -> str:
     return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
 
 
-def _share(share: statistics.Share | None) -> str:
-    if share is None:
+def share(of_gap: statistics.Share | None) -> str:
+    """A share of the gap with its interval, in per cent; "" for None."""
+    if of_gap is None:
         return ""
-    if math.isinf(share.low):
-        return f"{100 * share.estimate:.0f} % [unbounded]"
-    return f"{100 * share.estimate:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+    if math.isinf(of_gap.low):
+        return f"{100 * of_gap.estimate:.0f} % [unbounded]"
+    return f"{100 * of_gap.estimate:.0f} % [{100 * of_gap.low:.0f}, {100 * of_gap.high:.0f}]"
 
 
 def draw(setting: Setting, table: list[Row], path: pathlib.Path) -> None:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from experiments import terminal
 from experiments.decide import _datasets, _records
 from experiments.decide._runs import Runner, Shape, shape_of
-from experiments.decide.settings import CONTESTANTS, Setting
+from experiments.decide.settings import CONTESTANTS, Setting, label
 
 
 class Job(NamedTuple):
@@ -123,7 +123,7 @@ class Study:
         *,
         deadline: float | None = None,
         latest_end: float | None = None,
-        progress: tqdm | None = None,
+        progress: terminal.Silent | None = None,
     ) -> bool:
         """Makes and records the missing runs of a job; returns whether the job is complete.
 
@@ -147,7 +147,9 @@ class Study:
             self._run_chunk(job.contestant, missing[first : first + self._at_once], progress)
         return True
 
-    def _run_chunk(self, name: str, chunk: list[tuple[int, float]], progress: tqdm | None) -> None:
+    def _run_chunk(
+        self, name: str, chunk: list[tuple[int, float]], progress: terminal.Silent | None
+    ) -> None:
         size = len(chunk)
         filled = chunk + [chunk[-1]] * (self._at_once - size if self._fills_up else 0)
         seeds, factors = zip(*filled, strict=True)
@@ -211,16 +213,14 @@ def run_setting(
     """
     setting, unfinished = study.setting, []
     total = sum(CONTESTANTS[name].steps(setting) * len(seeds) for name in names)
-    with tqdm(
-        total=total, unit="step", unit_scale=True, disable=not shows_progress, dynamic_ncols=True
-    ) as progress:
+    with terminal.Progress(total) if shows_progress else terminal.Silent() as progress:
         for name in names:
-            progress.set_description(name)
+            progress.compiling(label(name, setting))
             if CONTESTANTS[name].tuned:
                 study.run(tuning_job(setting), deadline=deadline, latest_end=latest_end)
             job = study.job(name, seeds)
             # Recorded runs count as done, so that the time left is correct.
-            if job is not None:
+            if job is not None and len(study.missing(job)) < len(job.runs):
                 done = len(job.runs) - len(study.missing(job))
                 progress.update(done * CONTESTANTS[name].steps(setting))
             complete = job is not None and study.run(

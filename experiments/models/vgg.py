@@ -25,7 +25,7 @@ class VGG11(Net):
     smallest_side = 32
     full_width = 64
     one_seed_at_a_time = True
-    cost = Cost(8, 0.6e-3, 0.5e-3, 35)
+    cost = Cost(8, 0.25e-3, 0.1e-3, 20)
 
     def __init__(
         self,

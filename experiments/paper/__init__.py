@@ -7,13 +7,12 @@ report        figures, the list of runs, and the report of many runs on one page
 config        the options of these commands
 """
 
-from experiments.paper.config import DemoConfig, FigureConfig, ListConfig, ReportConfig
+from experiments.paper.config import FigureConfig, ListConfig, ReportConfig
 from experiments.paper.panels import PANELS, Panel
 from experiments.paper.report import run_folder
 
 __all__ = [
     "PANELS",
-    "DemoConfig",
     "FigureConfig",
     "ListConfig",
     "Panel",

@@ -5,13 +5,19 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from experiments import figures, records, terminal
+from experiments import data, figures, records, terminal
 from experiments.paper import _cost, accuracies, listing
 from experiments.paper.config import FigureConfig, ListConfig, ReportConfig
 from experiments.paper.panels import PANELS
 from experiments.training import TrainConfig, loop, runs
+
+_OLD_DRAWS = (
+    "**Older runs.** They were made when a seed drew other weights, noise and images than it draws "
+    "today, so the code of today does not make them again. They are kept until they are replaced."
+)
 
 
 def run_folder(root: pathlib.Path, config: TrainConfig) -> pathlib.Path:
@@ -30,22 +36,58 @@ def figure(config: FigureConfig) -> pathlib.Path:
     panel = PANELS[config.panel]
     plans = [
         dataclasses.replace(plan, data_dir=config.data_dir, seeds=config.seeds or plan.seeds)
-        for plan in panel.at_scale(config.scale == "small")
+        for plan in panel.at_scale(config.scale)
     ]
-    small = " (small scale)" if config.scale == "small" else ""
-    title = f"Figure {config.panel}{small}. {panel.title}"
-    suffix = "-small" if small else ""
+    reduced = config.scale != "paper"
+    scale = f" ({config.scale} scale)" if reduced else ""
+    title = f"Figure {config.panel}{scale}. {panel.title}"
+    suffix = f"-{config.scale}" if reduced else ""
     folder = config.out or config.runs / f"figure-{config.panel}{suffix}"
     runs.check_writable(config.runs, "runs")
     runs.check_writable(folder)
+    if config.dataset is not None:
+        plans = _of_file(plans, config.dataset, config.runs)
     results = _results(plans, config)
     folder.mkdir(parents=True, exist_ok=True)
     text = write_section(folder, f"figure-{config.panel}", title, plans[0], results)
-    assumptions = "\n".join(f"* {line}" for line in panel.assumptions)
-    text += f"\nOur choices, where the paper is silent:\n\n{assumptions}\n"
+    choices = "\n".join(f"* {line}" for line in panel.choices(config.scale))
+    smaller = " or the scale is smaller" if reduced else ""
+    text += f"\nOur choices, where the paper is silent{smaller}:\n\n{choices}\n"
+    parts = [part for plan in plans for part in _groups(plan, config.seeds_at_once)]
+    if any(runs.draws(run_folder(config.runs, part)) != runs.DRAWS for part in parts):
+        text += f"\n{_OLD_DRAWS}\n"
     records.replace_text(folder / "README.md", text)
     print(text)
     return folder
+
+
+def _of_file(plans: list[TrainConfig], path: pathlib.Path, root: pathlib.Path) -> list[TrainConfig]:
+    """The same runs with the images of a file, of which the same part is trained on.
+
+    If there is no such file, its checksum is that of recorded runs with a file of this name.
+    """
+    part = data.DATASETS[plans[0].dataset].trained_on
+    checksum = None if path.exists() else _recorded_checksum(path.name, root)
+    return [
+        dataclasses.replace(
+            plan,
+            dataset=str(path),
+            model=plan.model_name,
+            train_part=part,
+            dataset_sha256=checksum,
+        ).resolved()
+        for plan in plans
+    ]
+
+
+def _recorded_checksum(name: str, root: pathlib.Path) -> str | None:
+    """The checksum of the images of the runs below a folder with a file of this name, if any."""
+    for path in runs.find(root) if root.is_dir() else ():
+        if (path / "config.json").is_file():
+            record = records.read_object(path / "config.json")
+            if pathlib.Path(str(record.get("dataset"))).name == name:
+                return record.get("dataset_sha256")
+    return None
 
 
 def _results(plans: list[TrainConfig], config: FigureConfig) -> list[accuracies.Result]:
@@ -61,22 +103,33 @@ def _results(plans: list[TrainConfig], config: FigureConfig) -> list[accuracies.
     _check_same_draws(
         config.runs, [path for part, path in paths.items() if part not in missing], bool(missing)
     )
-    for plan in plans:
-        loop.check(plan)
+    for part in missing:
+        loop.check(part)
     if missing:
         print(_cost.sentence(missing, len(paths)), flush=True)
-    dataset = loop.load(missing[0]) if missing else None  # the same for the whole panel
+    # The same for the whole panel, or, if each seed has its own images, for a group of seeds.
+    datasets = {_images_of(part): loop.load(part) for part in _first_of_each(missing)}
     results = []
     with terminal.Progress(sum(part.total_steps for part in missing)) as progress:
         for plan, parts in zip(plans, groups, strict=True):
             evaluations = [
-                loop.run(part, dataset, paths[part], progress)
-                if dataset is not None and part in missing
+                loop.run(part, datasets[_images_of(part)], paths[part], progress)
+                if part in missing
                 else accuracies.of_finished(paths[part])
                 for part in parts
             ]
             results.append(accuracies.of_evaluations(plan.label, evaluations))
     return results
+
+
+def _images_of(plan: TrainConfig) -> tuple[int, ...]:
+    """What distinguishes the images of the runs of one panel."""
+    return (plan.seed, plan.seeds) if plan.subset_per_seed else ()
+
+
+def _first_of_each(plans: list[TrainConfig]) -> Iterable[TrainConfig]:
+    """Of all runs with the same images, the first."""
+    return {_images_of(plan): plan for plan in reversed(plans)}.values()
 
 
 def _check_same_draws(root: pathlib.Path, finished: list[pathlib.Path], some_missing: bool) -> None:
@@ -124,9 +177,10 @@ def write_section(
         f"{plan.dataset_name}, {plan.model_name}, learning rate {plan.learning_rate:g}, "
         f"b = {plan.noise.batch_size}, {seeds} {plural} (band: one standard error)"
     )
+    own = ", with training images drawn anew per seed" if plan.subset_per_seed else ""
     figures.plot_curves(curves, folder / f"{name}.png", f"{title}\n{subtitle}")
     return (
-        f"## {title}\n\n{subtitle[0].upper()}{subtitle[1:]}; {rows[0].steps:,} iterations.\n\n"
+        f"## {title}\n\n{subtitle[0].upper()}{subtitle[1:]}; {rows[0].steps:,} iterations{own}.\n\n"
         f"![{_alternative(curves)}]({name}.png)\n\n"
         f"The last evaluation:\n\n{accuracies.markdown_table(rows)}\n\n"
         f"{averaged}"
@@ -176,7 +230,7 @@ def report(config: ReportConfig) -> pathlib.Path:
     if not groups:
         found = f"; {len(left_out)} other folders (see `list`)" if left_out else ""
         raise ValueError(
-            "runs must hold finished runs of `train`, `demo` or `figure`, found none below "
+            "runs must hold finished runs of `train` or `figure`, found none below "
             f"{records.brief(config.runs)}{found}. {_HOW_TO_MAKE_ONE}"
         )
     folder = config.out or config.runs / "report"
@@ -202,7 +256,7 @@ def report(config: ReportConfig) -> pathlib.Path:
     return folder
 
 
-_HOW_TO_MAKE_ONE = "One is made by: python -m experiments demo"
+_HOW_TO_MAKE_ONE = "One is made by: python -m experiments train --dataset digits"
 _OWN = ("algorithm", "noise", "learning_rate_scaling", "regime_adaptation")
 _ORDER = (
     "gd",
@@ -217,6 +271,7 @@ _ORDER = (
     "m-sgd-sparse-fisher",
     "m-sgd-sparse-cov",
     "langevin-diagonal-fisher",
+    "gd-isotropic",
 )
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
+from experiments.training.algorithms import Additive
 from experiments.training.config import TrainConfig
-from msgd_jax import covariance, loss
+from msgd_jax import covariance, loss, noise
 from msgd_jax._streams import Stream, derive
 
 
@@ -41,13 +42,13 @@ def make(
     return optax.chain(*before, *decay, optax.sgd(rate, momentum=config.momentum or None))
 
 
-class DiagonalLangevinState(NamedTuple):
-    """State of `diagonal_langevin`.
+class AdditiveNoiseState(NamedTuple):
+    """State of `additive_noise`.
 
     Attributes:
         step: the number of updates made.
         key: the PRNG key, the same at every step.
-        variances: the diagonal of the empirical Fisher matrix when it was last computed, like the
+        variances: b times the variances of the noise when they were last computed, like the
             parameters.
     """
 
@@ -56,32 +57,40 @@ class DiagonalLangevinState(NamedTuple):
     variances: Any
 
 
-def diagonal_langevin(
+def additive_noise(
     key: Key[Array, ""],
+    kind: Additive,
     *,
     batch_size: int,
     refresh_every: int = 10,
     microbatch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds Gaussian noise with covariance ``diag(F) / b``; the diagonal is refreshed regularly.
+    """Adds Gaussian noise without correlations; its variances are refreshed regularly.
 
-    It is a common baseline (Zhu et al. 2019, "GLD diag"): noise without correlations between
-    parameters, since the whole covariance matrix is too large. ``update`` needs
+    Two common baselines (Zhu et al. 2019): the covariance is ``diag(F) / b`` ("GLD diag"), or the
+    isotropic one with the trace of SGD's, ``trace(S) / (b d) I`` for d parameters. ``update`` needs
     ``loss_vector_fn`` and ``data``, which `msgd_jax.train.make_step` passes on.
 
     Args:
         key: a typed PRNG key, the key of the run.
+        kind: "diagonal-fisher" or "isotropic"; the two draw different normals from a key.
         batch_size: b, the batch size of the SGD whose scale the noise has.
         refresh_every: the number of steps for which the diagonal is kept.
         microbatch_size: the number of examples whose gradients are in memory at the same time; None
             for all.
-    """
 
-    def init(params: Any) -> DiagonalLangevinState:
+    Raises:
+        ValueError: if there is no such kind of noise; from ``update``, if it is not given the
+            losses of single examples.
+    """
+    if kind not in ("diagonal-fisher", "isotropic"):
+        raise ValueError(f"kind must be diagonal-fisher or isotropic, got {kind!r}.")
+
+    def init(params: Any) -> AdditiveNoiseState:
         zeros = optax.tree.zeros_like(params)
         # Copied, since a training loop donates the state's key and may not donate a buffer twice.
         own = jnp.copy(jax.random.clone(key))
-        return DiagonalLangevinState(jnp.zeros((), jnp.int32), own, zeros)
+        return AdditiveNoiseState(jnp.zeros((), jnp.int32), own, zeros)
 
     def update(
         updates: Any,
@@ -91,27 +100,35 @@ def diagonal_langevin(
         loss_vector_fn: Any = None,
         data: Any = None,
         **_: Any,
-    ) -> tuple[Any, DiagonalLangevinState]:
+    ) -> tuple[Any, AdditiveNoiseState]:
         if loss_vector_fn is None:
             raise ValueError(
-                "diagonal_langevin needs loss_vector_fn: losses of single examples, which a net "
+                "additive_noise needs loss_vector_fn: losses of single examples, which a net "
                 "with batch norm does not have."
             )
 
         def refreshed() -> Any:
             losses = loss.LossVector(loss_vector_fn, data, microbatch_size=microbatch_size)
-            return covariance.diagonal(losses, params, "fisher")
+            if kind == "diagonal-fisher":
+                return covariance.diagonal(losses, params, "fisher")
+            single = noise.sgd(losses.num_examples, batch_size=1)
+            diagonal = covariance.diagonal(losses, params, single)  # of S
+            size = sum(leaf.size for leaf in jax.tree.leaves(diagonal))
+            mean = optax.tree.sum(diagonal) / size
+            return jax.tree.map(lambda leaf: jnp.full_like(leaf, mean), diagonal)
 
         due = state.step % refresh_every == 0
         variances = jax.lax.cond(due, refreshed, lambda: state.variances)
         leaves, structure = jax.tree.flatten(variances)
+        # The numbers of the isotropic noise's leaves follow those of the diagonal one.
+        first = len(leaves) if kind == "isotropic" else 0
 
-        def noise(i: int, leaf: Array) -> Array:
+        def normals(i: int, leaf: Array) -> Array:
             own = derive(state.key, Stream.LANGEVIN, state.step, i)
             return jnp.sqrt(leaf / batch_size) * jax.random.normal(own, leaf.shape, leaf.dtype)
 
-        noises = [noise(i, leaf) for i, leaf in enumerate(leaves)]
+        noises = [normals(first + i, leaf) for i, leaf in enumerate(leaves)]
         noisy = jax.tree.map(jnp.add, updates, jax.tree.unflatten(structure, noises))
-        return noisy, DiagonalLangevinState(state.step + 1, state.key, variances)
+        return noisy, AdditiveNoiseState(state.step + 1, state.key, variances)
 
     return optax.GradientTransformationExtraArgs(init, update)

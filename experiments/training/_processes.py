@@ -102,9 +102,11 @@ def check_distributed(plan: TrainConfig) -> pathlib.Path:
         raise ValueError("out must be given: a folder that all processes see.")
     if plan.seeds != 1:
         raise ValueError(f"seeds must be 1 where a run is spread over devices, got {plan.seeds}.")
-    if plan.augment or ALGORITHMS[plan.algorithm].diagonal_langevin:
+    if plan.augment or ALGORITHMS[plan.algorithm].additive != "none":
         raise ValueError(
-            "augment and the diagonal Langevin baseline work on the examples of one device: use "
+            "augment and the baselines with additive noise work on the examples of one device: use "
             f"`train`, got augment = {plan.augment}, algorithm = {plan.algorithm}."
         )
+    if plan.subset_per_seed:
+        raise ValueError("subset_per_seed is for several seeds on one device: use data_seed.")
     return plan.out

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from msgd_jax import noise
 
@@ -20,8 +20,8 @@ class NoiseSettings:
             SGD-b computes: their large batch, called b in the paper too.
         rademacher_scale: The factor of the Rademacher regulariser; None stands for the one at which
             its variances are those of M-SGD-Fisher. The paper tunes it and does not say to what.
-        refresh_every: The number of steps for which the diagonal Langevin baseline keeps its
-            variances.
+        refresh_every: The number of steps for which isotropic noise and the diagonal Langevin
+            baseline keep their variances.
     """
 
     batch_size: int = 50
@@ -40,19 +40,23 @@ class NoiseSettings:
             )
 
 
+Additive = Literal["none", "diagonal-fisher", "isotropic"]
+"""Gaussian noise that is added to the gradient: with the diagonal of F/b, or with the trace of S/b
+divided equally among all parameters, as covariance. Neither is multiplicative noise."""
+
+
 class Algorithm(NamedTuple):
     """An algorithm: its name in figures, and its law of weights for N examples.
 
     Attributes:
         label: the name; ``{b}`` stands for `batch_size`, ``{M}`` for `support_size`.
         make: makes the law for N examples.
-        diagonal_langevin: whether Gaussian noise with the diagonal of the empirical Fisher matrix
-            as covariance is added to the gradient: a baseline that is not multiplicative noise.
+        additive: Gaussian noise that is added to the gradient, for baselines.
     """
 
     label: str
     make: Callable[[int, NoiseSettings], noise.MNoise]
-    diagonal_langevin: bool = False
+    additive: Additive = "none"
 
     def name(self, settings: NoiseSettings) -> str:
         """The label with its numbers."""
@@ -91,6 +95,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "sgd-b": Algorithm("SGD-{M}", lambda n, s: noise.sgd(n, s.support_size)),
     "langevin-diagonal-fisher": Algorithm(
-        "Langevin, diagonal Fisher", lambda n, s: noise.gd(n), diagonal_langevin=True
+        "Langevin, diagonal Fisher", lambda n, s: noise.gd(n), additive="diagonal-fisher"
+    ),
+    "gd-isotropic": Algorithm(
+        "GD + isotropic noise", lambda n, s: noise.gd(n), additive="isotropic"
     ),
 }

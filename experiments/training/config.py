@@ -25,6 +25,7 @@ _NAMES: dict[str, tuple[str | None, ...]] = {
     "algorithm": tuple(ALGORITHMS),
     "model": (None, *models.MODELS),
     "learning_rate_scaling": get_args(Scaling),
+    "train_part": get_args(data.Part),
 }
 # Marks fields that were added later: at its default, such a field is not part of the settings that
 # distinguish runs, so that the folders of earlier runs stay valid.
@@ -70,7 +71,14 @@ class TrainConfig:
         noise: The numbers that the noise is built from.
         seeds: The number of runs side by side, each with its own initial weights and noise.
         seed: The seed of the first run; those of the other runs count up from it.
-        data_seed: The seed of the draw of the images to train on.
+        data_seed: The seed of the draw of the images to train on, and of wrong labels.
+        subset_per_seed: Whether each seed draws images and wrong labels of its own, as data_seed =
+            seed would: num_train of all images of the part that is trained on. If not, all seeds
+            share those of data_seed.
+        label_noise: The fraction of the training labels that is replaced by other classes.
+        train_part: The part of FILE.npz that is trained on, train or test; the other one is tested
+            on. Data sets with a name have a part of their own (the paper trains on the published
+            test images of FashionMNIST and SVHN).
         num_train: The number of training images that are used; None stands for all of them.
         num_test: The number of test images that are used; None stands for all of them.
         eval_every: The number of iterations between two evaluations on all training and test
@@ -112,6 +120,9 @@ class TrainConfig:
     microbatch_size: int | None = 100
     data_dir: pathlib.Path | None = None
     out: pathlib.Path | None = None
+    subset_per_seed: bool = dataclasses.field(default=False, metadata=LATER)
+    label_noise: float = dataclasses.field(default=0.0, metadata=LATER)
+    train_part: data.Part = dataclasses.field(default="train", metadata=LATER)
     dataset_sha256: Annotated[str | None, tyro.conf.Suppress] = dataclasses.field(
         default=None, metadata=LATER
     )
@@ -132,6 +143,12 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, or None, got {value}.")
         if not data.is_file(self.dataset):
             self._check_model(data.find(self.dataset))
+            if self.train_part != "train":
+                raise ValueError(
+                    f"train_part is for FILE.npz, got {self.train_part!r} with {self.dataset}."
+                )
+        if not 0 <= self.label_noise <= 1:
+            raise ValueError(f"label_noise must be between 0 and 1, got {self.label_noise}.")
         check_seeds("seed", self.seed, self.seeds)
         check_seeds("data_seed", self.data_seed)
         for name in ("learning_rate", "weight_decay", "decay_factor"):

@@ -48,13 +48,14 @@ class Stopped(SystemExit):
 
 def sizes(config: TrainConfig) -> tuple[int, int]:
     """The numbers of training and test images of a run, without loading them."""
-    train, test = data.find(config.dataset).sizes
+    train, test = data.find(config.dataset, config.train_part).sizes
     return config.num_train or train, config.num_test or test
 
 
 def check(config: TrainConfig) -> None:
     """Raises ValueError for mistakes in a configuration that can be found without loading data."""
-    available_of = data.find(config.dataset).sizes
+    original = data.find(config.dataset, config.train_part)
+    available_of = (original.whole() if config.subset_per_seed else original).sizes
     for name, available in zip(("num_train", "num_test"), available_of, strict=True):
         count = getattr(config, name)
         if count is not None and count > available:
@@ -63,23 +64,43 @@ def check(config: TrainConfig) -> None:
     law = algorithm.make(sizes(config)[0], config.noise)
     if models.MODELS[config.model_name].has_batch_norm:
         trainer.check_ghost_batches(law, config.microbatch_size)
-        if algorithm.diagonal_langevin:
+        if algorithm.additive != "none":
             raise ValueError(
-                "algorithm must not be the diagonal Langevin baseline with "
+                "algorithm must not be a baseline with additive noise with "
                 f"{config.model_name}, got {config.algorithm!r}: it needs losses of single "
                 "examples, which batch norm does not have."
             )
 
 
 def load(config: TrainConfig) -> data.Dataset:
-    """The images of a configuration."""
-    dataset = data.load(config.dataset, seed=config.data_seed, data_dir=config.data_dir)
+    """The images of a configuration; with `subset_per_seed`, those of each seed side by side."""
+    dataset = data.load(
+        config.dataset,
+        seed=config.data_seed,
+        data_dir=config.data_dir,
+        train_part=config.train_part,
+        whole=config.subset_per_seed,
+    )
     if config.dataset_sha256 not in (None, dataset.sha256):
         raise ValueError(
             f"dataset must hold what it held when the run began, got {config.dataset} with other "
             "contents."
         )
-    return data.subset(dataset, config.num_train, config.num_test, seed=config.data_seed)
+    if not config.subset_per_seed:
+        return _drawn(config, dataset, config.num_train, config.data_seed)
+    own_seeds = range(config.seed, config.seed + config.seeds)
+    num_train, _ = sizes(config)
+    return data.side_by_side([_drawn(config, dataset, num_train, seed) for seed in own_seeds])
+
+
+def _drawn(
+    config: TrainConfig, dataset: data.Dataset, num_train: int | None, seed: int
+) -> data.Dataset:
+    """The subset of a seed, with its wrong labels."""
+    drawn = data.subset(dataset, num_train, config.num_test, seed=seed)
+    if not config.label_noise:
+        return drawn
+    return data.with_wrong_labels(drawn, config.label_noise, seed=seed)
 
 
 def run(

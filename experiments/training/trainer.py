@@ -97,12 +97,17 @@ def make_trainer(
     Raises:
         ValueError: if the law or the net does not allow the settings, such as a batch size above N.
     """
+    if config.subset_per_seed and dataset.train.label.shape[:-1] != (config.seeds,):
+        raise ValueError(
+            f"dataset must have examples of its own for each of {config.seeds} seeds, as "
+            f"subset_per_seed says, got labels of shape {dataset.train.label.shape}."
+        )
     functions = functions_of(config, dataset)
     algorithm, net = ALGORITHMS[config.algorithm], models.MODELS[config.model_name]
     whole_train_set, test_set = jax.device_put((dataset.train, dataset.test))
     train_set = whole_train_set if over is None else shard_examples(dataset.train, over)
     # For the number of images before they are filled up to equal shares for the devices.
-    law = algorithm.make(len(dataset.train.label), config.noise)
+    law = algorithm.make(dataset.num_train, config.noise)
     stats = functions.init_stats()
     has_stats = bool(jax.tree.leaves(stats))
     if has_stats:
@@ -112,10 +117,11 @@ def make_trainer(
         before = []
         if regularizer is not None:
             before.append(regularizer(derive(key, Stream.REGULARIZER)))
-        if algorithm.diagonal_langevin:
+        if algorithm.additive != "none":
             before.append(
-                _optimizers.diagonal_langevin(
+                _optimizers.additive_noise(
                     key,
+                    algorithm.additive,
                     batch_size=config.noise.batch_size,
                     refresh_every=config.noise.refresh_every,
                     microbatch_size=config.microbatch_size,
@@ -155,8 +161,10 @@ def make_trainer(
             # One seed only, since a program over devices is not mapped over seeds.
             state, metrics = step(jax.tree.map(lambda leaf: leaf[0], states), examples)
             return jax.tree.map(lambda leaf: leaf[None], (state, metrics))
-        # Under `vmap` both branches of the `cond` that keeps Langevin's variances are computed.
-        one_at_a_time = algorithm.diagonal_langevin or net.one_seed_at_a_time
+        # Under `vmap` both branches of the `cond` that keeps the variances are computed.
+        one_at_a_time = algorithm.additive != "none" or net.one_seed_at_a_time
+        if config.subset_per_seed:
+            return _over_seeds(lambda one: step(*one), one_at_a_time)((states, examples))
         return _over_seeds(lambda state: step(state, examples), one_at_a_time)(states)
 
     # Traced once without computing anything, so that mistakes raise here, not at the first step.
@@ -280,7 +288,7 @@ class ModelFunctions(NamedTuple):
         init_params: makes the initial parameters for a vector of keys.
         losses: the loss vector function, with the net's statistics as third argument if it has any.
         evaluate: computes the mean loss and accuracy of every seed, from parameters, statistics and
-            examples.
+            examples, which may have a leading axis of seeds, too.
         init_stats: the net's initial running statistics; {} for none.
     """
 
@@ -338,6 +346,15 @@ def model_functions(
         correct = scores.argmax(-1) == examples.label
         return counts @ cross_entropy(scores, examples.label), counts @ correct
 
+    def evaluate_one(model: tuple[Params, Statistics], examples: data.Examples) -> Any:
+        """The summed loss and the correct answers of one seed."""
+        return loss.sum_over_examples(
+            lambda model, batch, counts: sums(model[0], model[1], batch, counts),
+            model,
+            examples,
+            microbatch_size=EVALUATION_BATCH,
+        )
+
     @jax.jit
     def evaluate(params: Params, stats: Statistics, examples: data.Examples) -> tuple[Array, Array]:
         def one_batch(
@@ -350,10 +367,14 @@ def model_functions(
                 )
             return jax.vmap(sums, in_axes=(0, 0, None, None))(params, stats, batch, counts)
 
-        total = loss.sum_over_examples(
-            one_batch, (params, stats), examples, microbatch_size=EVALUATION_BATCH
-        )
-        return jax.tree.map(lambda x: x / examples.label.shape[0], total)
+        if examples.label.ndim == 2:  # each seed has its own
+            over_seeds = _over_seeds(lambda one: evaluate_one(*one), net.one_seed_at_a_time)
+            total = over_seeds(((params, stats), examples))
+        else:
+            total = loss.sum_over_examples(
+                one_batch, (params, stats), examples, microbatch_size=EVALUATION_BATCH
+            )
+        return jax.tree.map(lambda x: x / examples.label.shape[-1], total)
 
     has_stats = bool(jax.tree.leaves(model.init_stats()))
     return ModelFunctions(

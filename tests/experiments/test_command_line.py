@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import typing
 
@@ -9,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import data, figures, paper, training
+from experiments import data, figures, training
 from experiments.__main__ import main
 from experiments.data import fashion_mnist
-from experiments.paper import accuracies
+from experiments.decide import _datasets, _runs, settings, study
 from experiments.training import config, loop, runs
 from experiments.training.algorithms import ALGORITHMS, NoiseSettings
 from msgd_jax import noise
@@ -26,74 +27,76 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+DEMO = ["demo", "--steps", "24", "--seeds", "3"]
+
+
 def test_the_demo(tmp_path, capsys, monkeypatch):
-    """Six algorithms, two seeds, 30 steps: files, figures and learning; and no overwriting."""
+    """Three seeds, 24 steps: records, page, picture and table; and nothing is overwritten."""
     from matplotlib import image
 
     demo = tmp_path / "out"
-    main(["demo", "--steps", "30", "--seeds", "2", "--eval-every", "10", "--out", str(demo)])
-    assert image.imread(demo / "curves.png").shape[0] > 300
-    assert {p.name for p in demo.iterdir() if p.is_dir()} == set(paper.DemoConfig.algorithms)
-    for algorithm in paper.DemoConfig.algorithms:
-        asked = read(demo / algorithm / "config.json")
-        assert (asked["algorithm"], asked["steps"], asked["seeds"]) == (algorithm, 30, 2)
-        drawn = read(demo / algorithm / "train_images.json")["train_indices"]
-        assert len(set(drawn)) == 1000
-        metrics = lines(demo / algorithm / "metrics.jsonl")
-        assert [record["step"] for record in metrics] == [0, 10, 20, 30]
-        assert np.allclose(metrics[0]["train_loss"], np.log(10), atol=0.1)
-        assert max(metrics[-1]["train_loss"]) < min(metrics[0]["train_loss"])
-        ended = read(demo / algorithm / "summary.json")
-        assert ended["test_accuracy"] == pytest.approx(np.mean(metrics[-1]["test_accuracy"]))
-        spread = np.std(metrics[-1]["test_accuracy"], ddof=1) / np.sqrt(2)
-        assert ended["test_accuracy_standard_error"] == pytest.approx(spread)
-        assert ended["seconds_per_1000_steps"] > 0
+    main([*DEMO, "--out", str(demo)])
+    assert {path.name for path in demo.iterdir()} == {"demo.jsonl", "demo.md", "demo.png"}
+    assert image.imread(demo / "demo.png").shape[0] > 300
+    records = lines(demo / "demo.jsonl")
+    assert [record["contestant"] for record in records] == list(settings.DEMO.contestants)
+    for record in records:
+        assert record["seeds"] == [300, 301, 302]
+        assert record["steps"] == list(range(2, 25, 2))
+        assert np.isfinite(record["train_loss"]).all()
+    table = capsys.readouterr().out
+    for name in settings.DEMO.contestants:
+        assert f"\n{settings.label(name, settings.DEMO)} " in table
+    mean = np.mean(records[0]["test_correct"][-1]) / 9.97
+    assert re.search(rf"\nGD +{mean:.2f} ", table)
+    assert "SGD minus GD: " in table
 
     before = {path: path.read_bytes() for path in demo.rglob("*") if path.is_file()}
-    table = capsys.readouterr().out
-    for other in (
-        ["demo", "--steps", "10", "--out", str(demo)],
-        ["train", "--dataset", "digits", "--steps", "1", "--out", str(demo / "sgd")],
-    ):
-        with pytest.raises(
-            SystemExit, match=r"differs in .*steps, .* results are never overwritten"
-        ):
-            main(other)
-    # The same command again: its result again.
-    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("nothing is loaded"))
-    main(["demo", "--steps", "30", "--seeds", "2", "--eval-every", "10", "--out", str(demo)])
-    assert capsys.readouterr().out.startswith(table)
+    with pytest.raises(SystemExit, match="holds records of another setting"):
+        main(["demo", "--steps", "10", "--out", str(demo)])
+    with pytest.raises(SystemExit, match="already, and results are never overwritten"):
+        main(["demo", "--out", str(tmp_path)])
     assert before == {path: path.read_bytes() for path in demo.rglob("*") if path.is_file()}
+    # The same command again: its result again.
+    monkeypatch.setattr(_datasets, "load", lambda *_, **__: pytest.fail("nothing is loaded"))
+    main([*DEMO, "--out", str(demo)])
+    again = capsys.readouterr().out
+    assert "has finished before: this is its result." in again
+    assert again.endswith(table)
+    assert before[demo / "demo.jsonl"] == (demo / "demo.jsonl").read_bytes()
 
 
 def test_a_stopped_demo_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
-    """Training pretended; and where no folder was named, how it goes on is said with one."""
+    """Training pretended; and how to go on is said."""
     monkeypatch.chdir(tmp_path)
-    trained, stop_at = [], "m-sgd-cov"
+    trained, stop_at = [], "cov"
 
-    def pretend(plan, dataset, path, progress):
-        if plan.algorithm == stop_at:
-            raise loop.Stopped("stopped after 3 steps; the same command goes on", 15)
-        trained.append(plan.algorithm)
-        folder = runs.RunFolder(path, plan.resolved())
-        values = np.full(plan.seeds, 0.5)
-        folder.log(training.Evaluation(plan.steps, *[values] * 4, 1.0).record())
-        folder.finish({})
-        folder.close()
-        progress.update(plan.total_steps)
-        return accuracies.of_folder(path)
+    def pretend(runner, name, seeds, *, factors, advanced):
+        if name == stop_at:
+            raise KeyboardInterrupt
+        trained.append(name)
+        scores = _runs.Score(*(np.arange(3.0)[None] for _ in range(4)))
+        return _runs.Outcome([24], scores, 1.0, 1.0)
 
-    monkeypatch.setattr(loop, "run", pretend)
+    monkeypatch.setattr(_runs.Runner, "run", pretend)
     with pytest.raises(SystemExit) as stopped:
-        main(["demo"])
-    assert stopped.value.code == 143
+        main(DEMO)
+    assert stopped.value.code == 130
     (folder,) = (tmp_path / "runs").iterdir()
-    assert f"goes on, with --out runs/{folder.name}" in capsys.readouterr().err
-    assert trained == ["gd", "sgd", "m-sgd-fisher"]
+    assert f"the same command goes on, with --out runs/{folder.name}" in capsys.readouterr().err
+    assert trained == ["gd", "sgd", "sgd-other-key"]
     stop_at = None
-    main(["demo", "--out", f"runs/{folder.name}"])
-    assert trained == list(paper.DemoConfig.algorithms)
-    assert (folder / "curves.png").exists()
+    main([*DEMO, "--out", f"runs/{folder.name}"])
+    assert trained == list(settings.DEMO.contestants)
+    assert (folder / "demo.png").exists()
+
+
+def test_the_demo_is_about_seeds_that_did_not_choose_it():
+    own = set(study.main_seeds(settings.DEMO))
+    for setting in settings.SETTINGS.values():
+        assert not own & set(study.main_seeds(setting))
+    assert min(own) > 31
+    assert settings.DEMO.seeds[1] >= 8
 
 
 @pytest.mark.slow
@@ -171,7 +174,7 @@ def test_names_on_the_command_line_are_those_of_the_registry():
 
 def test_every_algorithm_makes_its_noise():
     labels = {algorithm.name(NoiseSettings()) for algorithm in ALGORITHMS.values()}
-    assert len(labels) == len(ALGORITHMS) == 12
+    assert len(labels) == len(ALGORITHMS) == 13
     for algorithm in ALGORITHMS.values():
         law = algorithm.make(1000, NoiseSettings())
         assert isinstance(law, noise.MNoise)
@@ -224,8 +227,6 @@ def test_bad_numbers_are_named(arguments, message, tmp_path, capsys):
     printed = capsys.readouterr()
     text = f"{stopped.value}\n{printed.err}\n{printed.out}"
     assert np.char.find(" ".join(text.split()), "Traceback") == -1
-    import re
-
     assert re.search(message, " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())), text
 
 

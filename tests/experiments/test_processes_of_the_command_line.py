@@ -143,7 +143,7 @@ def test_what_users_get_wrong_is_one_line_before_anything_is_loaded(folder):
         (["report", "--runs", "short", "--out", "file"], "out must be a folder, got file"),
         (["list", "--runs", "file"], "runs must be a folder, got file, which is no folder."),
         (["list", "--runs", "no"], "runs must be a folder, got no, which does not exist."),
-        (["report"], "runs must hold finished runs of `train`, `demo` or `figure`, found none"),
+        (["report"], "runs must hold finished runs of `train` or `figure`, found none"),
         ([*TRAIN, size, "1001"], "batch_size must be between 1 and 1000, got 1001"),
         (["train", size, "1001"], "batch_size must be between 1 and 1000, got 1001"),
         (["train", "--dataset", "svhn", size, "25001"], "between 1 and 25000, got 25001"),
@@ -155,7 +155,7 @@ def test_what_users_get_wrong_is_one_line_before_anything_is_loaded(folder):
             ["train", "--dataset", "cifar10", "--microbatch-size", "3", "--model", "resnet18"],
             "microbatch_size must divide the 50 examples",
         ),
-        (["demo", size, "0"], "batch_size must be between 1 and 1000, got 0"),
+        (["demo", "--seeds", "1"], "seeds must be at least 2, got 1"),
         (["distributed", "--dataset", "digits", size, "1001", "--out", "x"], "got 1001"),
         (["sde", "--batch-size", "1001"], "batch_size must be between 1 and 1000, got 1001"),
         (["complexity", "--batch-size", "1001"], "batch_size must be between 1 and 1000, got 1001"),
@@ -196,7 +196,7 @@ def test_what_is_there_to_see(folder, tmp_path):
     )
     assert fresh[0] == 0
     assert "There are no runs in runs yet" in fresh[1]
-    assert "python -m experiments demo" in fresh[1]
+    assert "python -m experiments train --dataset digits" in fresh[1]
     assert listed[1].splitlines()[0].split()[:3] == ["run", "what", "state"]
     assert listed[1].splitlines()[2].split()[:4] == ["short", "sgd", "finished", "2/2"]
     assert re.match(r"msgd_jax \S+ jax \S+ optax \S+ flax \S+ python 3\.\d+\.\d+\n$", version[1])

@@ -310,7 +310,15 @@ def test_the_report_adjusts_over_the_declared_family():
         for seed in seeds:
             values = np.asarray([mean + 0.01 * rng.normal()])
             found[_records.Run(name, 1.0, seed)] = _records.Curve(np.asarray([12]), *[values] * 4)
-    table = {row.label: row for row in report.rows(setting, found)}
+    rows = report.rows(setting, found)
+    table = {row.label: row for row in rows}
+    notes = report._notes(setting, rows, [])
+    assert "2 of 5 contestants" in notes
+    assert "Not run: SGD, another key, GD + diagonal noise, GD at its best rate." in notes
+    # The gap is 10 points.
+    assert "GD may be equivalent to SGD too" not in notes
+    wide = dataclasses.replace(setting, margin=0.06)
+    assert "GD may be equivalent to SGD too" in report._notes(wide, rows, [])
     cov, isotropic = table["M-SGD-Cov"], table["GD + isotropic noise"]
     assert cov.to_gd
     assert cov.share

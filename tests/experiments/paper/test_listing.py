@@ -201,7 +201,7 @@ def test_nothing_to_list(tmp_path, monkeypatch, capsys):
     main(["list"])
     printed = capsys.readouterr().out
     assert "no runs in runs yet" in printed
-    assert "python -m experiments demo" in printed
+    assert "python -m experiments train --dataset digits" in printed
     (tmp_path / "runs").mkdir()
     main(["list"])
     assert "no runs in runs yet" in capsys.readouterr().out

@@ -13,10 +13,10 @@ from experiments.training.config import TrainConfig
 
 EXAMPLES = {"fashion_mnist": 1_000, "svhn": 25_000, "cifar10": 50_000}
 EVERY = [
-    pytest.param(run, id=f"{name}-{small}-{i}")
+    pytest.param(run, id=f"{name}-{scale}-{i}")
     for name, panel in panels.PANELS.items()
-    for small in (False, True)
-    for i, run in enumerate(panel.at_scale(small))
+    for scale in typing.get_args(panels.Scale)
+    for i, run in enumerate(panel.at_scale(scale))
 ]
 
 
@@ -65,14 +65,37 @@ def test_every_run_can_be_made(run: TrainConfig):
     assert run.total_steps % run.eval_every == 0
 
 
-@pytest.mark.parametrize("small", [False, True])
-def test_a_panel_compares_like_with_like(small):
+@pytest.mark.parametrize("scale", typing.get_args(panels.Scale))
+def test_a_panel_compares_like_with_like(scale):
     own = {"algorithm", "noise", "learning_rate_scaling"}
     for panel in panels.PANELS.values():
-        runs = panel.at_scale(small)
+        runs = panel.at_scale(scale)
         shared = [{k: v for k, v in dataclasses.asdict(r).items() if k not in own} for r in runs]
         assert all(record == shared[0] for record in shared)
         assert len({run.noise.batch_size for run in runs}) == 1
         assert len({run.label for run in runs}) == len(runs)
         assert sum(run.algorithm == "sgd" for run in runs) == 1
         assert panel.assumptions
+
+
+def test_the_medium_scale_is_one_that_can_tell():
+    """At least five seeds with images of their own, N of 1,000, a rate that decays at the end."""
+    for name, panel in panels.PANELS.items():
+        for run in panel.at_scale("medium"):
+            n = run.num_train or EXAMPLES[run.dataset]
+            assert run.seeds >= 5
+            assert run.subset_per_seed
+            assert 1_000 <= n <= 2_000
+            assert run.decay_at
+            assert run.decay_at[-1] <= 0.75 * run.steps
+        assert panel.choices("medium")[: len(panel.assumptions)] == panel.assumptions
+        assert len(panel.choices("medium")) > len(panel.choices("paper")), name
+
+
+def test_medium_panels_of_one_data_set_share_runs():
+    """Those with batch b in 1(d), 1(e) and 1(f) are the same, and so are made once."""
+    first, *others = (panels.PANELS[name].at_scale("medium") for name in ("1d", "1e", "1f"))
+    for runs in others:
+        assert next(run for run in runs if run.algorithm == "sgd") in [
+            dataclasses.replace(run, noise=runs[0].noise) for run in first
+        ]

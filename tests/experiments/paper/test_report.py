@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import records
+from experiments import data, records
 from experiments.__main__ import main
 from experiments.paper import panels, report
-from experiments.paper.panels import Panel
+from experiments.paper.panels import Panel, Reduction
 from experiments.training import loop, runs
 from experiments.training.config import TrainConfig
 
@@ -23,7 +23,8 @@ BASE = TrainConfig(
 PANEL = Panel(
     "two of them",
     tuple(dataclasses.replace(BASE, algorithm=name) for name in ("sgd", "m-sgd-sparse-cov")),
-    {"steps": 10, "seeds": 2, "num_train": 200, "num_test": 50, "batch_size": 20},
+    Reduction({"steps": 10, "subset_per_seed": True, "num_train": 500}, ("each its own",)),
+    Reduction({"steps": 10, "seeds": 2, "num_train": 200, "num_test": 50, "batch_size": 20}),
     ("everything",),
 )
 
@@ -48,6 +49,7 @@ def test_a_panel_is_run_drawn_listed_and_reported(tmp_path, small_panel, monkeyp
     page = (root / "figure-1a" / "README.md").read_text()
     assert "two of them" in page
     assert "* everything" in page
+    assert "Older runs" not in page
     assert image.imread(root / "figure-1a" / "figure-1a.png").shape[0] > 300
     with open(root / "figure-1a" / "figure-1a.csv", newline="") as file:
         rows = {row["label"]: row for row in csv.DictReader(file)}
@@ -124,6 +126,40 @@ def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
     assert "(small scale)" in (root / "figure-1a-small" / "README.md").read_text()
 
 
+def test_a_panel_of_a_file_is_drawn_again_without_the_file(tmp_path, monkeypatch):
+    """At medium scale, where each seed has its own images; and which part is trained on."""
+    root, file = tmp_path / "runs", tmp_path / "mine.npz"
+    (x_train, y_train), (x_test, y_test) = data.load("digits").train, data.load("digits").test
+    np.savez(file, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    panel = dataclasses.replace(PANEL, runs=PANEL.runs[:1])
+    monkeypatch.setattr(report, "PANELS", {"1a": panel})
+    options = ["figure", "1a", "--scale", "medium", "--dataset", str(file), "--runs", str(root)]
+    main([*options, "--seeds-at-once", "2"])
+    folders = list(runs.find(root))
+    assert [path.name.rsplit("-", 1)[0] for path in folders] == [
+        "mine-digits_net-sgd-seed2",
+        "mine-digits_net-sgd-seeds0-1",
+    ]
+    drawn = [
+        seed
+        for path in reversed(folders)
+        for seed in records.read_json(path / "train_images.json")["train_indices"]
+    ]
+    assert [len(set(seed)) for seed in drawn] == [500] * 3
+    assert len({tuple(seed) for seed in drawn}) == 3
+    page = (root / "figure-1a-medium" / "README.md").read_text()
+    assert "(medium scale)" in page
+    assert "training images drawn anew per seed" in page
+    assert "* each its own" in page
+
+    file.unlink()
+    monkeypatch.setattr(loop, "load", never)
+    main([*options, "--seeds-at-once", "2", "--out", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "README.md").read_text() == page
+    with pytest.raises(SystemExit, match="which does not exist"):
+        main([*options, "--seeds-at-once", "3"])
+
+
 def test_seeds_that_drew_something_else_are_not_mixed_into_a_figure(tmp_path, small_panel):
     """All of before are drawn again as they are; some of before, with new ones, are refused."""
     root = tmp_path / "runs"
@@ -141,7 +177,7 @@ def test_seeds_that_drew_something_else_are_not_mixed_into_a_figure(tmp_path, sm
         records.replace_text(folder.path / "config.json", json.dumps(record))
         folder.close()
     main(["figure", "1a", "--runs", str(root)])
-    assert (root / "figure-1a" / "README.md").exists()
+    assert "**Older runs.**" in (root / "figure-1a" / "README.md").read_text()
     shutil.rmtree(folder.path)
     with pytest.raises(SystemExit, match="1 runs of this figure from when a seed drew something"):
         main(["figure", "1a", "--runs", str(root)])

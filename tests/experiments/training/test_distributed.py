@@ -86,7 +86,7 @@ def test_bad_input(tmp_path):
     for arguments, message in (
         ([], "out must be given"),
         ([*out, "--seeds", "2"], "seeds must be 1 where a run is spread"),
-        ([*out, "--augment"], "augment and the diagonal Langevin"),
+        ([*out, "--augment"], "augment and the baselines with additive noise"),
         ([*out, "--num-processes", "2"], "needs coordinator and process_id, got None"),
     ):
         with pytest.raises(SystemExit, match=message):

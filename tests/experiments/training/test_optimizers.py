@@ -1,4 +1,4 @@
-"""Schedules, weight decay, and the diagonal Langevin baseline against numpy."""
+"""Schedules, weight decay, and the baselines with additive noise against numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +63,9 @@ def test_momentum_and_weight_decay_follow_pytorchs_recursion():
         np.testing.assert_allclose(params, expected, rtol=1e-5)
 
 
-def langevin(refresh_every=3):
-    return _optimizers.diagonal_langevin(
-        jax.random.key(8), batch_size=10, refresh_every=refresh_every, microbatch_size=40
+def additive(kind="diagonal-fisher", refresh_every=3):
+    return _optimizers.additive_noise(
+        jax.random.key(8), kind, batch_size=10, refresh_every=refresh_every, microbatch_size=40
     )
 
 
@@ -76,9 +76,10 @@ def update(transform, state, params):
     )
 
 
-def test_langevin_noise_has_the_diagonal_as_variance():
-    """2,000 draws: means of 0, variances of diag(F)/b, no correlation."""
-    transform = langevin(refresh_every=10_000)
+@pytest.mark.parametrize("kind", ["diagonal-fisher", "isotropic"])
+def test_additive_noise_has_the_stated_variances(kind):
+    """2,000 draws: means of 0, variances of diag(F)/b or all trace(S)/(b d), no correlation."""
+    transform = additive(kind, refresh_every=10_000)
     _, state = update(transform, transform.init(PROBLEM.params), PROBLEM.params)
 
     def one(step):
@@ -87,7 +88,10 @@ def test_langevin_noise_has_the_diagonal_as_variance():
 
     draws = np.asarray(jax.jit(jax.vmap(one))(jnp.arange(2_000)))
     rows = [rows.reshape(len(rows), -1) for rows in jax.tree.leaves(gradients())]
-    expected = (np.concatenate(rows, 1) ** 2).mean(0) / 10
+    of_examples = np.concatenate(rows, 1)
+    expected = (of_examples**2).mean(0) / 10
+    if kind == "isotropic":
+        expected = np.full_like(expected, of_examples.var(0).mean() / 10)
     number = expected.size * (expected.size + 3) // 2
     assert_agree(draws.mean(0), 0, np.sqrt(expected / 2_000), comparisons=number)
     error = expected * np.sqrt(2 / 2_000)
@@ -96,8 +100,20 @@ def test_langevin_noise_has_the_diagonal_as_variance():
     assert_agree(off, 0, 1 / np.sqrt(2_000), comparisons=number)
 
 
+def test_the_two_kinds_draw_different_normals():
+    drawn = []
+    for kind in ("diagonal-fisher", "isotropic"):
+        transform = additive(kind)
+        noise, state = update(transform, transform.init(PROBLEM.params), PROBLEM.params)
+        scaled = jax.tree.map(lambda x, v: x / jnp.sqrt(v / 10), noise, state.variances)
+        drawn.append(np.concatenate([x.reshape(-1) for x in jax.tree.leaves(scaled)]))
+    assert not np.isclose(drawn[0][:, None], drawn[1], rtol=1e-4).any()
+    with pytest.raises(ValueError, match="kind must be diagonal-fisher or isotropic, got 'none'"):
+        additive("none")
+
+
 def test_variances_are_kept_between_refreshes():
-    transform = langevin()
+    transform = additive()
     state = transform.init(PROBLEM.params)
     far = jax.tree.map(lambda x: x + 1.0, PROBLEM.params)
     kept = []
@@ -109,7 +125,7 @@ def test_variances_are_kept_between_refreshes():
     np.testing.assert_array_equal(kept[3], kept[4])
 
 
-def test_langevin_needs_losses_of_single_examples():
-    transform = langevin()
+def test_additive_noise_needs_losses_of_single_examples():
+    transform = additive()
     with pytest.raises(ValueError, match="needs loss_vector_fn"):
         transform.update(PROBLEM.params, transform.init(PROBLEM.params), PROBLEM.params)

@@ -112,7 +112,7 @@ def test_a_run_has_the_key_of_its_seed_and_streams_of_it():
 def test_langevin_noise_is_not_the_runs_other_draws():
     """The noise of step 0, and normals drawn with the keys that used to be its."""
     key, params = jax.random.key(0), {"a": jnp.zeros(5), "b": jnp.zeros(5)}
-    transform = _optimizers.diagonal_langevin(key, batch_size=1)
+    transform = _optimizers.additive_noise(key, "diagonal-fisher", batch_size=1)
     losses = lambda params, data: data @ (params["a"] + params["b"])  # noqa: E731
     state = transform.init(params)
     noise, _ = transform.update(
@@ -145,7 +145,7 @@ def test_draws_are_the_same_with_64_bit_types(kind):
             )
             return np.concatenate([np.asarray(batch.shift), np.asarray(batch.flip)[:, None]], 1)
         params = {"a": jnp.zeros(5, jnp.float32)}
-        transform = _optimizers.diagonal_langevin(key, batch_size=1)
+        transform = _optimizers.additive_noise(key, "diagonal-fisher", batch_size=1)
         noise, _ = transform.update(
             params,
             transform.init(params),
