@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ _IN_ASCII = str.maketrans(
     {"±": "+-", "─": "-", "│": "|", "…": "...", "·": "."} | dict.fromkeys("╭╮╰╯├┤┬┴┼", "+")
 )
 _ERRORS = "experiments.terminal"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 T = TypeVar("T")
 
 
@@ -137,7 +139,11 @@ def has_colours(stream: TextIO) -> bool:
 
 
 class WithoutColours:
-    """A stream that says whether it is a terminal, so that code which asks uses colours or not."""
+    """A stream without colours, unless it is a terminal that is to have them.
+
+    Code that asks whether it is a terminal gets the answer; of code that does not, such as older
+    versions of tyro, the colours are taken away.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -148,7 +154,7 @@ class WithoutColours:
 
     def write(self, text: str) -> int:
         """As the stream does."""
-        return self._stream.write(text)
+        return self._stream.write(text if self.isatty() else _COLOUR.sub("", text))
 
     def flush(self) -> None:
         """As the stream does."""

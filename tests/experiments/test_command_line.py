@@ -202,9 +202,10 @@ def test_standard_error_of_one_seed_is_zero():
 def test_unknown_names_list_the_choices(option, value, choice, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train", option, value])
-    assert stopped.value.code == 2
+    assert stopped.value.code not in (0, None)
+    # Older versions of tyro leave to Python what a configuration says: it is in the code then.
     printed = capsys.readouterr()
-    assert choice in printed.err + printed.out
+    assert choice in printed.err + printed.out + str(stopped.value.code)
 
 
 @pytest.mark.parametrize(
