@@ -34,7 +34,7 @@ def draw(path: pathlib.Path = PICTURE) -> None:
 
     shares = {row.label: row.share for row in report.recorded(SETTINGS["svhn"], RESULTS)}
     with matplotlib.rc_context(styles.RC):
-        figure = Figure(figsize=(styles.WIDTH, 3.7), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.7), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         for place, name in enumerate([*SHAPED, *OTHERS]):
@@ -48,7 +48,7 @@ def draw(path: pathlib.Path = PICTURE) -> None:
             axes.annotate(name, (place, 1.02), xycoords=("data", "axes fraction"), ha="center")
         axes.set_yticks(range(len(SHAPED) + len(OTHERS)), [*SHAPED.values(), *OTHERS.values()])
         axes.grid(axis="y", visible=False)
-        axes.set(xlabel="share of SGD's gain in test accuracy, %", ylabel="noise")
+        axes.set(xlabel="share of SGD's gain, %", ylabel="noise")
         axes.invert_yaxis()
     figures.save(figure, path)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import nbformat
 from myst_nb.core.read import read_myst_markdown_notebook
+from sphinx.util.parallel import make_chunks
 
 DOCS = pathlib.Path(__file__).parent
 
@@ -19,7 +20,7 @@ _INSTALL = re.compile(r"^# .+\n\n    pip install (.+)\n", re.M)
 _NOTE = """
 The cells below need this and no more. You can also download the page as a
 <a href="{name}.ipynb" download>notebook</a>. Until msgd-jax is in a package index, install it
-[from a checkout]({start}).
+[from a checkout]({start}#install).
 """
 
 
@@ -79,6 +80,22 @@ def as_notebook(text: str) -> Any:
     return book
 
 
+def deal(app: Any, env: Any, docnames: list[str]) -> None:
+    """Orders the pages so that two processes have about as much to run.
+
+    Sphinx gives each process a part of the list, and in the order of names one part would have
+    nearly all pages that take long.
+    """
+    part = len(make_chunks(docnames, app.parallel)[0]) if docnames else 0
+    run = {
+        name for name in docnames if "{code-cell}" in pathlib.Path(env.doc2path(name)).read_text()
+    }
+    first, second = sorted(run)[::2], sorted(run)[1::2]
+    others = [name for name in docnames if name not in run]
+    space = max(part - len(first), 0)
+    docnames[:] = [*first, *others[:space], *second, *others[space:]]
+
+
 def add_note(app: Any, docname: str, source: list[str]) -> None:
     """Says below the first line of a page what it is for, and where the notebook is."""
     del app
@@ -97,6 +114,7 @@ def write_notebooks(app: Any, exception: Exception | None) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     """Registers the functions above."""
+    app.connect("env-before-read-docs", deal)
     app.connect("source-read", add_note)
     app.connect("build-finished", write_notebooks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

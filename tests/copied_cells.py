@@ -7,6 +7,7 @@ that has what the first line of the page installs, and nothing else.
 import argparse
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
@@ -40,12 +41,18 @@ def environment(
     return python
 
 
+def processor_seconds() -> float:
+    """The time that all processes which this one started have had on the processors."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run(python: pathlib.Path, name: str, text: str, folder: pathlib.Path) -> bool:
     """Runs the code of a page and prints how it went."""
     file = folder / f"{name.replace('/', '_')}.py"
     file.write_text(pages.script(text))
     outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), processor_seconds()
     ran = subprocess.run(
         [str(python), file.name],
         cwd=folder,
@@ -55,8 +62,8 @@ def run(python: pathlib.Path, name: str, text: str, folder: pathlib.Path) -> boo
         timeout=900,
     )
     passed = ran.returncode == 0
-    seconds = time.perf_counter() - began
-    print(f"{name:34} {'passed' if passed else 'FAILED'} {seconds:6.1f} s", flush=True)
+    took = f"{time.perf_counter() - began:6.1f} s, {processor_seconds() - cpu:6.1f} s of CPU"
+    print(f"{name:34} {'passed' if passed else 'FAILED'} {took}", flush=True)
     if not passed:
         print(ran.stdout[-2000:], ran.stderr[-4000:], sep="\n", flush=True)
     return passed
