@@ -7,6 +7,7 @@ import pathlib
 import re
 from typing import Any
 
+_SCROLLS = re.compile(r'(<pre|<div class="(?:formula|cell_output|table-wrapper)\b[^">]*")>')
 _SIGNATURE = re.compile(r'<dt class="sig .*?</dt>', re.S)
 
 
@@ -19,8 +20,7 @@ def mend(html: str) -> str:
     # The text of a button is its name: another name hides it from those who hear or speak it.
     html = html.replace('<summary aria-label="Toggle hidden content">', "<summary>")
     # What scrolls has to be reached without a mouse.
-    html = html.replace("<pre>", '<pre tabindex="0">')
-    html = html.replace('<div class="formula">', '<div class="formula" tabindex="0">')
+    html = _SCROLLS.sub(r'\1 tabindex="0">', html)
     # The parameters of a long signature are a list of definitions without terms.
     return _SIGNATURE.sub(_without_lists, html)
 

@@ -35,6 +35,8 @@ MENDED = {
     '<p class="caption" role="heading">': '<p class="caption" role="heading" aria-level="2">',
     '<summary aria-label="Toggle hidden content">': "<summary>",
     "<pre>": '<pre tabindex="0">',
+    '<div class="formula">': '<div class="formula" tabindex="0">',
+    '<div class="cell_output docutils">': '<div class="cell_output docutils" tabindex="0">',
     '<dt class="sig py"><dl><dd>a</dd></dl></dt><dl><dd>b</dd></dl>': '<dt class="sig py">'
     '<span class="parameters"><span class="parameter">a</span></span></dt><dl><dd>b</dd></dl>',
 }
