@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo docs test test-slow test-oldest test-pods package benchmark benchmark-pods lint format clean help
+.PHONY: demo docs check-site test test-slow test-oldest test-pods test-pages package benchmark benchmark-pods lint format clean help
 
 help:
 	@echo "make demo         train on real images, print who beats whom, draw demo.png (90 seconds)"
@@ -12,8 +12,10 @@ help:
 	@echo "make test-slow    the tests that take long: every benchmark, more orders of the SDE"
 	@echo "make test-oldest  the tests with the oldest versions allowed"
 	@echo "make test-pods    what compilers make of our steps for TPU pods and H100s; no chip needed"
+	@echo "make test-pages   the code of each page, run with what its first line installs (15 minutes)"
 	@echo "make package      wheel and sdist in dist, checked; the wheel tried in an environment of its own"
 	@echo "make docs         the documentation site in docs/_build/html, its pages run (5 minutes)"
+	@echo "make check-site   links and accessibility of that site; needs npm and Chromium (10 minutes)"
 	@echo "make benchmark    all benchmarks on this machine (under 20 minutes; installs PyTorch)"
 	@echo "make benchmark-pods  the same at the sizes of real nets (an hour on two cores)"
 	@echo "make lint         ruff and pyright alone"
@@ -45,6 +47,10 @@ benchmark-pods: .venv-pods/.pods-ready
 	$(MAKE) VENV=.venv-pods .venv-pods/.pods
 	@touch $@
 
+# Each page as its reader runs it: its cells in a file, the wheel, and what its first line installs.
+test-pages: $(VENV)/.test
+	$(BIN)/python -m tests.copied_cells --constraints $(CONSTRAINTS)
+
 # What a user gets: the wheel alone, without extras, outside the checkout.
 package: $(VENV)/.package
 	rm -rf dist .venv-package
@@ -54,10 +60,18 @@ package: $(VENV)/.package
 	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/*.whl
 	cd dist && ../.venv-package/bin/python ../tests/smoke.py
 
-# Every warning is an error, and so is a cell that raises.
+# Every warning is an error, and so is a cell that raises. Two processes read the pages.
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -j 2 -W --keep-going -b html docs docs/_build/html
 	@echo "The site is in docs/_build/html/index.html"
+
+# Links inside the site, and the rules of WCAG 2.1 on every page, light and dark, wide and narrow.
+# Needs npm, and a Chromium: `make check-site CHROMIUM=/path/to/chromium`.
+CHROMIUM ?= chromium
+check-site: docs
+	$(BIN)/python -m tests.site.links docs/_build/html
+	npm install --prefix tests/site --no-package-lock --no-audit --no-fund --silent
+	node tests/site/accessibility.mjs docs/_build/html "$$(command -v $(CHROMIUM))"
 
 benchmark: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks
@@ -93,4 +107,4 @@ $(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs $(VENV)/.pa
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-package .venv-pods build dist docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-package .venv-pods tests/site/node_modules build dist docs/_build .pytest_cache .ruff_cache .hypothesis

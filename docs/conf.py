@@ -6,12 +6,14 @@ import sys
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from sphinx.util.nodes import make_refnode
 
 import msgd_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # for the extension in docs/formulas.py
+sys.path.insert(0, str(ROOT))  # for the extensions in docs, and for `experiments`
+from experiments import styles  # noqa: E402
 
 project = "msgd_jax"
 author = "The msgd_jax authors"
@@ -23,7 +25,9 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "docs.accessible",
     "docs.formulas",
+    "docs.pages",
 ]
 html_math_renderer = "mathml"  # of docs/formulas.py: no script, no network
 myst_enable_extensions = ["dollarmath"]
@@ -38,7 +42,7 @@ html_css_files = ["site.css"]
 html_show_sphinx = False
 
 # Pages whose cells are run, all in processes of their own: what they show is what happens now.
-os.environ["PYTHONPATH"] = str(ROOT)  # for `experiments`, whose nets and data the tutorials use
+os.environ["PYTHONPATH"] = str(ROOT)  # for the two pages of records; the others need no checkout
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
@@ -59,6 +63,28 @@ napoleon_use_ivar = True
 napoleon_attr_annotations = False
 napoleon_use_rtype = False
 default_role = "py:obj"
+
+
+# How the cells of all pages draw, of which nothing is in the pages themselves.
+_LOOKS = [styles.style(place) for place in (3, 2, 1, 5, 4, 6, 7, 8)]
+PICTURES = styles.RC | {
+    "axes.prop_cycle": cycler(
+        color=[look.colour for look in _LOOKS], linestyle=[look.line for look in _LOOKS]
+    ),
+    "figure.constrained_layout.use": True,
+}
+
+
+def set_pictures(app: Any) -> None:
+    """Gives the processes that run cells a configuration of their own: sharp lines, our colours."""
+    profile = pathlib.Path(app.doctreedir, "ipython", "profile_default")
+    profile.mkdir(parents=True, exist_ok=True)
+    profile.joinpath("ipython_kernel_config.py").write_text(
+        "from cycler import cycler\n"
+        "c.InlineBackend.figure_formats = {'svg'}\n"
+        f"c.InlineBackend.rc = {PICTURES!r}\n"
+    )
+    os.environ["IPYTHONDIR"] = str(profile.parent)
 
 
 def skip_member(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
@@ -90,6 +116,7 @@ def find_reference(app: Any, env: Any, node: Any, contnode: Any) -> Any:
 
 def setup(app: Any) -> None:
     """Registers the functions above."""
+    app.connect("builder-inited", set_pictures)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-signature", short_types)
     app.connect("missing-reference", find_reference)

@@ -7,9 +7,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.stats
 
-from docs import pictures
-from experiments import figures, styles
+from experiments import figures, styles, tables
 from experiments.paper.accuracies import of_evaluations, of_folder
 from experiments.paper.panels import PANELS
 from experiments.paper.report import run_folder
@@ -28,6 +28,40 @@ def estimate(value: Any, digits: int = 3) -> str:
     if isinstance(value, dict):
         return f"{value['value']:.{digits}f} ± {value['standard_error']:.{digits}f}"
     return f"{value:.{digits}f}"
+
+
+def table(header: list[str], rows: list[list[Any]]) -> Any:
+    """A Markdown table as a cell's output."""
+    from IPython.display import Markdown
+
+    return Markdown(tables.markdown_table(header, [[str(cell) for cell in row] for row in rows]))
+
+
+def band(axes: Any, x: Any, runs: Any, label: str, **options: Any) -> None:
+    """The mean over the last axis, and one standard error around it."""
+    mean, error = runs.mean(-1), runs.std(-1, ddof=1) / np.sqrt(runs.shape[-1])
+    (line,) = axes.plot(x, mean, label=label, **options)
+    axes.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.2, lw=0)
+
+
+def log_rates(axes: Any, rates: Any) -> None:
+    """Both axes logarithmic, ticks at the learning rates and nowhere else."""
+    axes.set(xscale="log", yscale="log", xlabel="learning rate η", ylabel="distance at T = 2")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+
+
+def order(sweep: dict[str, Any]) -> str:
+    """The exponent of a sweep; with a standard error only where a line fits the measured points."""
+    found = sweep["order"]
+    if not isinstance(found, dict):
+        return estimate(found)
+    x, errors = np.log(sweep["learning_rates"]), np.abs(sweep["errors"])
+    weights = errors / np.maximum(sweep["standard_errors"], 1e-12)
+    slope, level = np.polyfit(x, np.log(errors), 1, w=weights)
+    misfit = ((weights * (np.log(errors) - slope * x - level)) ** 2).sum()
+    fits = scipy.stats.chi2.sf(misfit, len(x) - 2) >= 0.1
+    return estimate(found) if fits else f"{found['value']:.3f}, not a line"
 
 
 def theorem1(settings: list[dict[str, Any]]) -> Any:
@@ -52,7 +86,7 @@ def theorem1(settings: list[dict[str, Any]]) -> Any:
         + [cell(s["inequalities"].get(name)) for name in columns]
         for s in settings
     ]
-    return pictures.table(["losses", "N", "b", *columns.values()], rows)
+    return table(["losses", "N", "b", *columns.values()], rows)
 
 
 def comparison(panel: str, averaged: bool = False) -> Any:
@@ -70,7 +104,7 @@ def comparison(panel: str, averaged: bool = False) -> Any:
         loss = f"{float(row['train_loss']):.4f}"
         rows.append([row["label"], loss, f"{test:.2f} ± {width:.2f}", *difference, row["verdict"]])
     header = ["algorithm", "training loss", "test %", "minus SGD-50", "p", ""]
-    return pictures.table(header, rows)
+    return table(header, rows)
 
 
 def curves(panel: str, low: float) -> None:
@@ -82,7 +116,7 @@ def curves(panel: str, low: float) -> None:
         result = of_evaluations(run.label, [evaluations])
         options = looks[run.label].options(len(result.steps), first=i)
         accuracy = 100 * result.test_accuracy
-        pictures.band(axes, result.steps, accuracy, run.label, linewidth=1, **options)
+        band(axes, result.steps, accuracy, run.label, linewidth=1, **options)
     axes.set(xlabel="iteration", ylabel="test accuracy (%)", ylim=(low, None))
     figures.below_axes(figure, axes)
 
@@ -98,10 +132,10 @@ def trace(entries: list[dict[str, Any]]) -> None:
         options = looks[name].options(len(steps), first=i)
         for axes, law in zip(grid[:2], ("Rademacher", "SGD"), strict=True):
             values = np.array([entry["complexities"][law]["mean"] for entry in own])
-            pictures.band(axes, steps, values, name, **options)
+            band(axes, steps, values, name, **options)
             axes.set_title(f"local {law} complexity")
         accuracy = 100 * np.array([entry["test_accuracy"] for entry in own])
-        pictures.band(grid[2], steps, accuracy, name, **options)
+        band(grid[2], steps, accuracy, name, **options)
     grid[2].set_title("test accuracy (%)")
     grid[2].set(ylim=(60, None), xlabel="iteration")
     figures.below_axes(figure, grid[0])
@@ -120,4 +154,4 @@ def trace_end(entries: list[dict[str, Any]]) -> Any:
             errors = [v.std(ddof=1) / len(v) ** 0.5 for v in values]
             cells = [f"{v.mean():.3f} ± {e:.3f}" for v, e in zip(values, errors, strict=True)]
             rows.append([entry["algorithm"], *cells])
-    return pictures.table(["algorithm", "R(A) at the end", "R(V_sgd) at the end", "test %"], rows)
+    return table(["algorithm", "R(A) at the end", "R(V_sgd) at the end", "test %"], rows)

@@ -359,6 +359,16 @@ def _alternative(table: list[Row]) -> str:
     return text.replace("[", "\\[").replace("]", "\\]")
 
 
+def recorded(setting: Setting, folder: pathlib.Path) -> list[Row]:
+    """The table of a setting from the records in a folder, as `rows` makes it.
+
+    Raises:
+        ValueError: if the records are of another setting, or too few.
+    """
+    found = _records.lines(_records.path_of(folder, setting), setting)
+    return rows(setting, _records.curves(found))
+
+
 def write(setting: Setting, folder: pathlib.Path) -> tuple[pathlib.Path, str]:
     """Writes ``SETTING.md`` and ``SETTING.png`` from the records in a folder.
 
