@@ -1,5 +1,7 @@
 """Values and gradients of weighted losses, with the data as an argument."""
 
+from collections.abc import Callable
+
 import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Key
@@ -229,3 +231,17 @@ def noisy_value_and_grad(
         return _drawn.presented(of_step(params, data, key, step, model_state), takes)
 
     return value_and_grad
+
+
+def hessian_product_of(
+    value_and_grad: ValueAndGradOfData,
+) -> Callable[[Params, Data, Weights, Gradients], Gradients]:
+    """The Hessian of the weighted loss times a vector, forward over reverse."""
+
+    def product(params: Params, data: Data, weights: Weights, direction: Gradients) -> Gradients:
+        def gradient(params: Params) -> Gradients:
+            return value_and_grad(params, data, weights)[1]
+
+        return jax.jvp(gradient, (params,), (direction,))[1]
+
+    return product
