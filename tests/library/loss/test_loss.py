@@ -233,6 +233,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match="same length"):
             self.call(weights=noise.Weights(jnp.ones(4), indices, 10))
 
+    @pytest.mark.parametrize(
+        "values", [jnp.ones(10, int), jnp.ones(10, bool), jnp.ones(10, complex), [0.1] * 10, None]
+    )
+    def test_weights_that_are_not_floating_point(self, values):
+        with pytest.raises(TypeError, match="values must be a floating-point array, got "):
+            noise.Weights(values, None, 10)
+
     def test_weights_that_are_a_plain_array(self):
         with pytest.raises(TypeError, match=r"noise\.Weights, got ndarray"):
             self.call(weights=np.ones(10))
