@@ -153,7 +153,7 @@ def test_under_vmap_and_scan():
 
 @pytest.mark.parametrize("microbatch_size", [None, 24])
 def test_data_sharded_over_devices(microbatch_size):
-    """Eight devices, parameters replicated: the dense product to float32 rounding."""
+    """On eight devices it is the dense product up to float32 rounding."""
     problem = regression(104)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     data = jax.device_put(problem.data, NamedSharding(mesh, PartitionSpec("data")))
