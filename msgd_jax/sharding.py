@@ -49,8 +49,8 @@ def shard_examples(data: Data, sharding: NamedSharding) -> Data:
     Raises:
         TypeError: if a leaf of `data` holds neither numbers nor PRNG keys, or `sharding` is not a
             `NamedSharding`.
-        ValueError: if `data` are empty or their leaves have different lengths, or `sharding` does
-            not spread the leading axis alone.
+        ValueError: if `data` are empty or their leaves have different lengths, integers do not fit
+            jax's types, or `sharding` does not spread the leading axis alone.
 
     Example:
         >>> from msgd_jax import sharding
@@ -74,7 +74,9 @@ def shard_examples(data: Data, sharding: NamedSharding) -> Data:
 
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(filled)
-            own = np.asarray(words[min(start, num_examples - 1) : min(stop, num_examples)], dtype)
+            own = np.asarray(words[min(start, num_examples - 1) : min(stop, num_examples)])
+            _validate.fits_int32("data", own)
+            own = own.astype(dtype, copy=False)
             return np.concatenate([own, np.repeat(own[-1:], stop - start - len(own), axis=0)])
 
         shape = (filled, *words.shape[1:])
@@ -103,7 +105,8 @@ def shard_batch(batch: Data, sharding: NamedSharding) -> Data:
         TypeError: if a leaf of `batch` holds neither numbers nor PRNG keys, or `sharding` is not a
             `NamedSharding`.
         ValueError: if `batch` is empty or its leaves have different lengths, the devices of this
-            process do not divide its length, or `sharding` does not spread the leading axis alone.
+            process do not divide its length, integers do not fit jax's types, or `sharding` does
+            not spread the leading axis alone.
 
     Example:
         >>> from msgd_jax import sharding
@@ -128,6 +131,7 @@ def shard_batch(batch: Data, sharding: NamedSharding) -> Data:
     def place(leaf: Any) -> Shaped[Array, "batch *rest"]:
         words, implementation = _mesh.as_words(leaf)
         words = np.asarray(words)
+        _validate.fits_int32("batch", words)
         words = words.astype(jax.dtypes.canonicalize_dtype(words.dtype), copy=False)
         placed = jax.make_array_from_process_local_data(layout, words)
         return _mesh.from_words(placed, implementation)

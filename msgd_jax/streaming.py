@@ -136,8 +136,7 @@ def make_loop(
     ) -> tuple[TrainState, StepMetrics]:
         prefetch = _validate.positive_int("prefetch", prefetch)
         num_threads = _validate.positive_int("num_threads", num_threads)
-        if not isinstance(state, TrainState):
-            raise TypeError(f"state must be a train.TrainState, got {_validate.shown(state)}.")
+        _validate.instance("state", state, TrainState, "train.TrainState")
         first = int(state.step)
         most = _validate.MAX_STEP - first
         num_steps = _validate.positive_int("num_steps", num_steps, maximum=most)
@@ -283,6 +282,7 @@ class _Reader:
 
         def on_devices(leaf: Any) -> Array:
             words, made_of = _mesh.as_words(leaf)
+            _validate.fits_int32("source", words)
             own = (
                 jax.device_put(words) if self._layout is None else self._spread(words, self._layout)
             )
