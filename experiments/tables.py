@@ -1,4 +1,4 @@
-"""Tables of plain text, for a terminal, and of Markdown, for a page."""
+"""Tables in plain text, for a terminal, and in Markdown, for a page."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 def text_table(
     header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int = 1, gap: int = 2
 ) -> str:
-    """The cells in columns that are as wide as their widest cell.
+    """A table in plain text, whose columns are as wide as their widest cell.
 
     Args:
         header: the names of the columns.
-        lines: the cells of each line; a short line stands as it is, its last cell over the columns
-            that it lacks.
-        left: how many columns are aligned at their left; the others are at their right.
+        lines: the cells of each line. The last cell of a line that has fewer cells than there are
+            columns extends over the columns that it lacks.
+        left: the number of columns that are aligned to the left; the others are to the right.
         gap: spaces between two columns.
     """
     whole = [line for line in (header, *lines) if len(line) == len(header)]
     widths = [max(len(line[i]) for line in whole) for i in range(len(header))]
-    for line in lines:  # of a short line, the last cell may be as long as it likes
+    for line in lines:  # the last cell of a short line may have any length
         for i, cell in enumerate(line[:-1]):
             widths[i] = max(widths[i], len(cell))
 
@@ -37,12 +37,12 @@ def text_table(
 def markdown_table(
     header: Sequence[str], lines: Sequence[Sequence[str]], *, padded: bool = False
 ) -> str:
-    """The cells as a table in Markdown.
+    """A table in Markdown.
 
     Args:
         header: the names of the columns, of which some may be empty.
-        lines: the cells of each line, as many as there are columns.
-        padded: whether cells are filled up to the width of their column, to be read as they are.
+        lines: the cells of each line, one per column.
+        padded: whether cells are filled up to the width of their column, for readers of the source.
 
     Raises:
         ValueError: if a line has more or fewer cells than there are columns.

@@ -1,4 +1,4 @@
-"""Examples spread over the devices of a mesh: filled up, placed, and reduced once per step.
+"""Examples that are spread over a mesh: they are filled up, placed, and reduced once per step.
 
 Every function takes a sharding, which is None for arrays that are not spread, so that callers need
 one code path only.
@@ -20,7 +20,7 @@ from msgd_jax._typing import Data, ModelState, Params, PyTree
 
 
 def check(name: str, sharding: Any) -> NamedSharding | None:
-    """Returns `sharding` if it is None or spreads a leading axis; else TypeError or ValueError."""
+    """Returns `sharding` if it is None or spreads a leading axis; else raises an error."""
     if sharding is None:
         return None
     if not isinstance(sharding, NamedSharding):
@@ -54,7 +54,7 @@ def missing(size: int, sharding: NamedSharding | None) -> int:
 
 
 def as_words(leaf: Any) -> tuple[Any, Any]:
-    """An array and None; for PRNG keys, their words as a numpy array and their implementation."""
+    """The array and None; for PRNG keys, their words as a numpy array and their implementation."""
     if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf, None
     return np.asarray(jax.random.key_data(jax.random.clone(leaf))), jax.random.key_impl(leaf)
@@ -68,11 +68,11 @@ def from_words(words: Any, implementation: Any) -> Any:
 
 
 def fill(values: Shaped[Array, "size *rest"], missing: int) -> Shaped[Array, "filled *rest"]:
-    """Repeats the last example: at a real example the loss is as finite as at all others."""
+    """Repeats the last example: a real example, at which the loss is as finite as at others."""
     if missing == 0:
         return values
     if jnp.issubdtype(values.dtype, jax.dtypes.prng_key):
-        # As words, so that jax's checker of reused keys does not count the caller's keys as used.
+        # Keys are copied as words, so that jax's checker of keys does not count them as used.
         words = fill(jax.random.key_data(jax.random.clone(values)), missing)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(values))
     return jnp.concatenate([values, jnp.broadcast_to(values[-1:], (missing, *values.shape[1:]))])
@@ -86,10 +86,10 @@ def fill_zeros(values: Shaped[Array, "size *rest"], missing: int) -> Shaped[Arra
 
 
 def spread(function: Callable[..., Any], sharding: NamedSharding | None) -> Callable[..., Any]:
-    """`function`, each part of whose results is computed on the device that it is placed on.
+    """`function`, with its results spread, and each part computed on the device that holds it.
 
-    XLA's partitioner does that: each device draws its part of N weights, and data are gathered on
-    the devices that hold them.
+    XLA's partitioner does that: each device draws its part of the N weights, and data are gathered
+    on the devices that hold them.
     """
     if sharding is None:
         return function
@@ -100,7 +100,7 @@ def spread(function: Callable[..., Any], sharding: NamedSharding | None) -> Call
 
 
 def everywhere(function: Callable[..., Any], sharding: NamedSharding) -> Callable[..., Any]:
-    """`function` with its results whole on every device, and computed there."""
+    """`function`, with its whole results on every device, and computed there."""
     layout = NamedSharding(sharding.mesh, PartitionSpec())
     if AxisType.Explicit in sharding.mesh.axis_types:
         function = jax.sharding.auto_axes(function, out_sharding=layout)
@@ -160,7 +160,7 @@ def mapped(
 
 
 def gathered(leaf: Array) -> Array:
-    """The leaf, whole on every device, if layouts are part of types; otherwise unchanged."""
+    """The whole leaf on every device if layouts are part of types; otherwise the leaf as it is."""
     layout = jax.typeof(leaf).sharding
     if layout.mesh.empty or AxisType.Explicit not in layout.mesh.axis_types:
         return leaf
@@ -176,7 +176,7 @@ def _on_parts(
     function: Callable[..., Any], sharding: NamedSharding, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
     """`function` applied to the part of each device, along the mesh axes of the examples."""
-    # Without varying-axes types: the users' loss functions are not written for them.
+    # The check of varying-axes types is off, since users' loss functions are not written for it.
     return jax.shard_map(
         function,
         mesh=sharding.mesh,
@@ -190,7 +190,7 @@ def _on_parts(
 def like(leaf: Any, value: Array) -> Array:
     """`value` in the dtype of `leaf`, and in its layout where that is part of its type."""
     dtype = jnp.result_type(leaf)
-    # Or the reduction before it would be of the narrow type, on TPUs.
+    # Without `cast_here`, the reduction that made `value` would be in the narrow type on TPUs.
     value = (cast_here(value) if jnp.finfo(dtype).bits < 32 else value).astype(dtype)
     layout = jax.typeof(leaf).sharding
     if layout.mesh.empty or AxisType.Explicit not in layout.mesh.axis_types:
@@ -199,11 +199,11 @@ def like(leaf: Any, value: Array) -> Array:
 
 
 def cast_here(value: Array) -> Array:
-    """`value`, where a cast that follows stays behind what makes it.
+    """`value`, so that a cast of it stays behind the operation that makes it.
 
-    XLA moves casts to narrow types to the front: through the reduction whose result is cast, out of
-    the loop in which a part of an array is. It does not move them through this, which rounds to the
-    type that float32 is.
+    XLA moves casts to narrow types forward: through the reduction whose result is cast, or out of
+    the loop in which a part of an array is cast. It does not move them through this operation,
+    which rounds float32 to float32.
     """
     if value.dtype != jnp.float32:
         return value
@@ -211,7 +211,10 @@ def cast_here(value: Array) -> Array:
 
 
 def zeros(like: jax.ShapeDtypeStruct, dtype: Any, *sizes: int) -> Array:
-    """Zeros of a shape, in its layout where that is part of its type, with more axes in front."""
+    """Zeros of the shape of `like`, with axes of these sizes in front.
+
+    They have the layout of `like` if layouts are part of types.
+    """
     zeros, layout = jnp.zeros((*sizes, *like.shape), dtype), getattr(like, "sharding", None)
     if layout is None or layout.mesh.empty or AxisType.Explicit not in layout.mesh.axis_types:
         return zeros
@@ -220,9 +223,9 @@ def zeros(like: jax.ShapeDtypeStruct, dtype: Any, *sizes: int) -> Array:
 
 
 def _whole(sharding: NamedSharding, tree: PyTree) -> PyTree:
-    """Gathers the leaves spread over the axes of the examples, if layouts are part of types.
+    """Gathers the leaves that are spread over the axes of the examples, if layouts are in types.
 
-    In the other modes of a mesh XLA gathers them by itself.
+    In the other modes of a mesh, XLA gathers them by itself.
     """
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return tree

@@ -228,6 +228,11 @@ def check_per_example(updates: Updates, params: Params) -> int:
                 "averaged already has no examples left to weigh (optax.MultiSteps around the "
                 "aggregator averages them too: chain it behind)."
             )
+        if not jnp.issubdtype(jnp.result_type(update), jnp.floating):
+            raise TypeError(
+                "aggregate_per_example needs floating-point gradients, got "
+                f"{jnp.result_type(update)} at {_validate.place('updates', path)}."
+            )
 
     jax.tree_util.tree_map_with_path(check, updates, params)
     return size or 0

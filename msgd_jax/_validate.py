@@ -272,6 +272,24 @@ def leading_axis(name: str, tree: Any) -> int:
     return size
 
 
+def fits_int32(name: str, array: Any) -> None:
+    """Raises ValueError if jax would cut 64-bit integers of numpy that 32 bits do not hold.
+
+    Without its x64 flag, jax drops the high bits without a word: 2^40 becomes 0.
+    """
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or not array.size:
+        return
+    narrow = jax.dtypes.canonicalize_dtype(array.dtype)
+    if narrow == array.dtype:
+        return
+    low, high = int(array.min()), int(array.max())
+    if low < np.iinfo(narrow).min or high > np.iinfo(narrow).max:
+        raise ValueError(
+            f"{name} must hold integers that fit {narrow}, got {array.dtype} from {low} to {high}: "
+            "map them to smaller numbers, or jax.config.update('jax_enable_x64', True)."
+        )
+
+
 def same_kind(function: str, name: str, given: Any, returned: Any) -> None:
     """Raises ValueError unless two pytrees have the same structure, shapes and dtypes."""
     if (difference := first_difference(name, given, returned)) is not None:

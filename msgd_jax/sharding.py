@@ -36,21 +36,21 @@ def shard_examples(data: Data, sharding: NamedSharding) -> Data:
     the devices of this process need is read, so `data` may be memory-mapped, or larger than memory.
 
     Args:
-        data: a pytree of arrays [N, ...]: numpy's (memory-mapped too), anything that slices like
-          them, or jax's, PRNG keys too. Under `jax.distributed` every process gives all of the
-          data.
+        data: a pytree of arrays [N, ...]: arrays of numpy (also memory-mapped), of jax (also PRNG
+          keys), or anything that slices like them. Under `jax.distributed` every process gives all
+          of the data.
         sharding: ``NamedSharding(mesh, PartitionSpec("data"))`` for the axis "data" of a mesh; the
           other axes of the examples are not spread.
 
     Returns:
-        The same pytree of `jax.Array`, [N rounded up, ...], of these dtypes (64-bit ones as jax's
-        settings say).
+        The same pytree of `jax.Array`, [N rounded up, ...], of the same dtypes (64-bit ones become
+        32-bit unless jax's x64 flag is set).
 
     Raises:
         TypeError: if a leaf of `data` holds neither numbers nor PRNG keys, or `sharding` is not a
             `NamedSharding`.
-        ValueError: if `data` are empty or their leaves have different lengths, or `sharding` does
-            not spread the leading axis alone.
+        ValueError: if `data` are empty or their leaves have different lengths, integers do not fit
+            jax's types, or `sharding` does not spread the leading axis alone.
 
     Example:
         >>> from msgd_jax import sharding
@@ -74,7 +74,9 @@ def shard_examples(data: Data, sharding: NamedSharding) -> Data:
 
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(filled)
-            own = np.asarray(words[min(start, num_examples - 1) : min(stop, num_examples)], dtype)
+            own = np.asarray(words[min(start, num_examples - 1) : min(stop, num_examples)])
+            _validate.fits_int32("data", own)
+            own = own.astype(dtype, copy=False)
             return np.concatenate([own, np.repeat(own[-1:], stop - start - len(own), axis=0)])
 
         shape = (filled, *words.shape[1:])
@@ -85,15 +87,15 @@ def shard_examples(data: Data, sharding: NamedSharding) -> Data:
 
 
 def shard_batch(batch: Data, sharding: NamedSharding) -> Data:
-    """Places a batch of a data loader on the devices: of each process, what its loader drew.
+    """Places a batch of a data loader on the devices; each process gives what its loader drew.
 
-    Under `jax.distributed` the batch of a step is what all processes give, in their order, and B in
-    all of them its length. Nothing is filled up, so that a `noise.BatchLaw` counts examples alone.
-    Where the devices do not divide a short last batch, leave it out (drop_remainder, drop_last). In
-    one process give it to the step as it is: the step fills it up itself, at weight 0.
+    Under `jax.distributed` the batch of a step consists of what all processes give, in the order of
+    the processes, and B is its length. Nothing is filled up, so that a `noise.BatchLaw` counts
+    examples alone. If the devices do not divide a short last batch, leave it out (drop_remainder,
+    drop_last). In one process, give it to the step as it is: the step fills it up, at weight 0.
 
     Args:
-        batch: a pytree of arrays [B / processes, ...], as many in each process.
+        batch: a pytree of arrays [B / processes, ...], of the same length in each process.
         sharding: ``NamedSharding(mesh, PartitionSpec("data"))`` for the axis "data" of a mesh.
 
     Returns:
@@ -103,7 +105,8 @@ def shard_batch(batch: Data, sharding: NamedSharding) -> Data:
         TypeError: if a leaf of `batch` holds neither numbers nor PRNG keys, or `sharding` is not a
             `NamedSharding`.
         ValueError: if `batch` is empty or its leaves have different lengths, the devices of this
-            process do not divide its length, or `sharding` does not spread the leading axis alone.
+            process do not divide its length, integers do not fit jax's types, or `sharding` does
+            not spread the leading axis alone.
 
     Example:
         >>> from msgd_jax import sharding
@@ -128,6 +131,7 @@ def shard_batch(batch: Data, sharding: NamedSharding) -> Data:
     def place(leaf: Any) -> Shaped[Array, "batch *rest"]:
         words, implementation = _mesh.as_words(leaf)
         words = np.asarray(words)
+        _validate.fits_int32("batch", words)
         words = words.astype(jax.dtypes.canonicalize_dtype(words.dtype), copy=False)
         placed = jax.make_array_from_process_local_data(layout, words)
         return _mesh.from_words(placed, implementation)
@@ -136,16 +140,16 @@ def shard_batch(batch: Data, sharding: NamedSharding) -> Data:
 
 
 def check_key_agrees(name: str, key: Key[Array, ""]) -> None:
-    """Raises unless the key is the same in all processes; free where there is one.
+    """Raises unless the key is the same in all processes; with one process it does nothing.
 
-    Each process draws its part of the weights: with a key of its own, their parts would belong to
-    different vectors, and nothing downstream would look wrong. `train.init` and the ``init`` of our
-    optax transformations call this; call it yourself before you draw by `noise.MNoise.sample`. All
-    processes have to call it at the same point. A traced key is taken on trust.
+    Each process draws its part of the weights. If each had a key of its own, the parts would belong
+    to different vectors, and no result would look wrong. `train.init` and the ``init`` of our optax
+    transformations call this function; call it yourself before you draw by `noise.MNoise.sample`.
+    All processes have to call it at the same point. A traced key is not checked.
 
     Raises:
-        TypeError, ValueError: if `key` is not a typed PRNG key, or not the same one everywhere: the
-            message says which processes differ from the first.
+        TypeError, ValueError: if `key` is not a typed PRNG key, or is not the same in all
+            processes: the message says which ones differ from the first.
     """
     _validate.prng_key(name, key)
     if jax.process_count() == 1 or isinstance(key, Tracer):

@@ -35,15 +35,15 @@ from msgd_jax.train import StepMetrics, TrainState, in_turn, step_of
 
 __all__ = ["ArraySource", "BatchSource", "LoaderEnded", "Source", "batches", "make_loop"]
 
-# How many programs may be on the device at a time: one that runs and one that is ready to run.
+# The number of programs that may be on the device: one that runs and one that is ready to run.
 _IN_FLIGHT = 2
 
-# How many steps one call of a program makes at most, and the bytes that their examples may take:
+# One call of a program makes at most so many steps, whose examples take at most so many bytes:
 # calling a program costs as much as a small step.
 _STEPS_IN_ONE_CALL = 16
 _BYTES_IN_ONE_CALL = 2**21
 
-# How many steps' indices are drawn together, and how many indices at most.
+# The indices of so many steps are drawn together, but at most so many indices.
 _STEPS_AT_ONCE = 32
 _INDICES_AT_ONCE = 2**16
 
@@ -63,11 +63,11 @@ def make_loop(
     """`train.make_step` in a loop, on examples that are read while earlier steps are computed.
 
     The parameters are bit for bit those of training with the same law and key on data that are all
-    on one device: only the place that the examples come from differs. (The reported losses may
-    differ in the last bit. On several devices so may gradients, since each device computes the
-    examples that it holds.) Small steps are made several in one call of a compiled program, 16 at
-    most. Which examples are read is a function of the state's key and step, so a loop can continue
-    from any state, also in another process, and nothing else has to be saved.
+    on one device. (The reported losses may differ in the last bit. On several devices gradients may
+    too, since each device computes the examples that it holds.) One call of a compiled program
+    makes up to 16 small steps. Which examples are read is a function of the state's key and step,
+    so a loop can continue from any state, also in another process, and nothing else has to be
+    saved.
 
     Under `jax.distributed` every process reads the examples of its own devices only.
 
@@ -136,8 +136,7 @@ def make_loop(
     ) -> tuple[TrainState, StepMetrics]:
         prefetch = _validate.positive_int("prefetch", prefetch)
         num_threads = _validate.positive_int("num_threads", num_threads)
-        if not isinstance(state, TrainState):
-            raise TypeError(f"state must be a train.TrainState, got {_validate.shown(state)}.")
+        _validate.instance("state", state, TrainState, "train.TrainState")
         first = int(state.step)
         most = _validate.MAX_STEP - first
         num_steps = _validate.positive_int("num_steps", num_steps, maximum=most)
@@ -188,11 +187,11 @@ def _run(
     place: Callable[[Batch], Batch],
     one_by_one: bool,
 ) -> tuple[TrainState, StepMetrics]:
-    """All steps: several small ones in each call, large ones by themselves."""
+    """Makes all steps: several small ones per call of a program, or one large one."""
     first = next(batches)
     batches = itertools.chain([first], batches)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
-    # Whatever the number of steps: to stop and go on elsewhere runs the same machine code.
+    # This does not depend on `num_steps`, so that a continued run uses the same machine code.
     together = min(_STEPS_IN_ONE_CALL, _BYTES_IN_ONE_CALL // max(size, 1))
     # The state of some optimizers changes its kind in the first step; a loop refuses that.
     if one_by_one or together < 2 or _changes_its_kind(programs.step, state, first):
@@ -212,7 +211,7 @@ def _changes_its_kind(step: Callable[..., Any], state: TrainState, batch: Batch)
 
 
 def _in_groups(batches: Iterator[Batch], together: int) -> Iterator[tuple[Batch, np.int32]]:
-    """So many batches stacked, and how many of them count.
+    """Yields `together` batches, stacked, and the number of them that count.
 
     A last group that is not full is filled up, so that it runs the same program.
     """
@@ -245,7 +244,7 @@ class _Reader:
         size = law.support_size
         self._source = source
         self._num_read = size + _mesh.missing(size, sharding)
-        # Drawing is a program of its own, which it pays to call for many steps at once.
+        # Indices are drawn by a program of its own; calling it for many steps at once is faster.
         self._steps_at_once = max(1, min(_STEPS_AT_ONCE, _INDICES_AT_ONCE // max(size, 1)))
         self._indices = jax.jit(
             jax.vmap(lambda key, step: law.sample(key, step).indices, in_axes=(None, 0))
@@ -259,7 +258,7 @@ class _Reader:
         self._own = own  # the positions that this process needs, ascending
 
     def of_key(self, key: Key[Array, ""]) -> Callable[[int], Batch]:
-        """``read(step)``, which returns in memory the examples that this process computes."""
+        """A function ``read(step)``, which reads the examples that this process computes."""
         # Weights are drawn on the host, so as not to wait for the devices that train.
         key = _sources.on_the_host(*_mesh.as_words(key))
 
@@ -279,10 +278,11 @@ class _Reader:
         return read
 
     def place(self, batch: Batch) -> Batch:
-        """The batch on the device; if it is spread, each part on its own device."""
+        """Places the batch on the device; if it is spread, each part on its own device."""
 
         def on_devices(leaf: Any) -> Array:
             words, made_of = _mesh.as_words(leaf)
+            _validate.fits_int32("source", words)
             own = (
                 jax.device_put(words) if self._layout is None else self._spread(words, self._layout)
             )

@@ -235,6 +235,7 @@ def step_of(
     problem = {"loss_vector_fn": loss_vector_fn} if takes.nothing else {}
 
     def step(state: TrainState, data: Data) -> tuple[TrainState, StepMetrics]:
+        _validate.instance("state", state, TrainState, "train.TrainState")
         key = repeated(state.key)
 
         def at(params: Params) -> loss_lib.Evaluated:

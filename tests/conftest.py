@@ -1,9 +1,9 @@
-"""One setting for every test: 8 CPU devices, no silent broadcasting, checked key reuse."""
+"""One setting for every test: 8 CPU devices, no silent broadcasting, checked annotations."""
 
 import os
 import pathlib
 
-# Before jax starts: several devices on one machine, for the tests of sharding.
+# This must be set before jax starts: several devices on one machine, for the tests of sharding.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
@@ -16,11 +16,12 @@ import pytest
 # Shapes and types of the library's annotations are checked at run time, in the tests only.
 jaxtyping.install_import_hook("msgd_jax", "beartype.beartype")
 
-# Files for the type checker.
+# These files are for the type checker, and are not run.
 collect_ignore = ["clients"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# jax 0.9 takes the second step with a key for its reuse where meshes are explicit or data streamed.
+# The checker is off: on explicit meshes and streamed data, jax 0.9 takes the second step with a
+# key for a reuse of the key.
 jax.config.update("jax_debug_key_reuse", False)
 
 
@@ -29,7 +30,7 @@ COLLECTED = pytest.StashKey[dict[str, bool]]()
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks as slow what `slow_cases.txt` lists: cases of tests of which others always run."""
+    """Marks the cases in `slow_cases.txt` as slow; other cases of these tests always run."""
     listed = set(SLOW_CASES.read_text().splitlines())
     for item in items:
         if item.nodeid in listed:
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def collected(request):
-    """By the id of each case of every file that was collected as a whole: whether it is slow."""
+    """Whether a case is slow, by its id, for all files that were collected as a whole."""
     parts = any("::" in argument for argument in request.config.args)
     if parts or request.config.getoption("lf", False):
         pytest.skip("only parts of files were collected")
@@ -51,7 +52,7 @@ def collected(request):
 
 @pytest.fixture
 def strict_dtypes():
-    """No implicit promotion. (Not for every test: optax's Adam relies on it.)"""
+    """Forbids implicit promotion. (Not for every test, since optax's Adam relies on it.)"""
     with jax.numpy_dtype_promotion("strict"):
         yield
 
@@ -65,14 +66,14 @@ def x64():
 
 @pytest.fixture
 def unchecked_key_reuse():
-    """For other libraries that trip the checker."""
+    """Switches off the checker of keys, for other libraries that it does not fit."""
     with jax.debug_key_reuse(False):
         yield
 
 
 @pytest.fixture
 def user_errors():
-    """Users do not run the annotations' checks: what they see is the library's own errors."""
+    """Switches off the checks of annotations, so that a test sees the errors that users see."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,10 +1,11 @@
 """`slow_cases.txt` has cases that exist, of tests of which others always run.
 
-A test that is slow as a whole has the mark instead. Only files that this run has collected can be
-compared: `make test` collects all of them.
+A test that is slow as a whole has the mark instead; no case has it in the code. Only files that
+this run has collected can be compared: `make test` collects all of them.
 """
 
 import pathlib
+import re
 
 import pytest
 
@@ -34,6 +35,16 @@ def compared(collected) -> list[str]:
 
 def test_lines_are_sorted_and_there_is_none_twice():
     assert sorted(set(LISTED)) == LISTED
+
+
+def test_no_case_is_marked_in_the_code():
+    """Except where the cases depend on the version of another library."""
+    marked = [
+        path.relative_to(ROOT).as_posix()
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if re.search(r"marks=.*pytest\.mark\.slow", path.read_text())
+    ]
+    assert marked == ["tests/library/test_optax.py"]
 
 
 def test_listed_files_exist():

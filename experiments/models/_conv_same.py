@@ -1,12 +1,12 @@
 """Convolution that keeps the size of its images, for the nets with many channels.
 
-Images are NHWC, the channels last, as the libraries of graphics cards and XLA's own convolutions
-on CPU like them best; kernels are HWIO. Elsewhere than on CPU this is
-`jax.lax.conv_general_dilated` and nothing else. On CPU that is fast for what has many output
-pixels or few, but not for all three products of a training step (forward, the gradient of the
-images, the gradient of the kernel). So there, float32 images on one device take the compiled
-convolutions of `native`, where there are these. For all else each product is computed in the way
-that is fastest for its sizes:
+Images are NHWC, with the channels last, the layout in which the libraries of graphics cards and
+XLA's own convolutions on CPU are fastest. Kernels are HWIO. On platforms other than CPU this is
+`jax.lax.conv_general_dilated` and nothing else. On CPU that function is fast for some sizes, but
+not for all three products of a training step (forward, the gradient of the images, the gradient of
+the kernel). There, float32 images on one device take the compiled convolutions of `native`, where
+these have been compiled. For everything else each product is computed in the way that is fastest
+for its sizes:
 
 - a single image: a product of patches, which under `jax.vmap` over examples is a batched product;
 - images of at most four pixels: one matrix product that holds the kernel at every output pixel,
@@ -18,9 +18,9 @@ that is fastest for its sizes:
 - the gradient of a kernel from large images: products of patches, a few images at a time, so that
   the patches stay in the cache.
 
-The ways differ by rounding. Everything can be differentiated in forward and reverse mode, to any
-order. Under `jax.vmap` over kernels a convolution becomes a grouped one, which is slow: nets that
-are built of these train one after another (`jax.lax.map`).
+The results of these ways differ by rounding only. Everything can be differentiated in forward and
+reverse mode, to any order. Under `jax.vmap` over kernels a convolution becomes a grouped one, which
+is slow: nets with these convolutions are trained one after another (`jax.lax.map`).
 """
 
 import functools
@@ -39,7 +39,7 @@ Images = Float[Array, "batch height width in_channels"]
 Kernel = Float[Array, "kernel_height kernel_width in_channels out_channels"]
 Outputs = Float[Array, "batch out_height out_width out_channels"]
 
-_CACHE = 4_000_000  # bytes that patches may take at a time; the second-level caches of two cores
+_CACHE = 4_000_000  # bytes that patches may take at a time: the second-level caches of two cores
 
 
 def conv_same(images: Images, kernel: Kernel, *, stride: int = 1) -> Outputs:
@@ -98,13 +98,13 @@ def _on_cpu(images: Images, kernel: Kernel, stride: int) -> Outputs:
 
 
 def _product(images: Images, matrix: Float[Array, "in_channels out_channels"]) -> Outputs:
-    """Multiplies the channels of every pixel."""
+    """Multiplies the channels of every pixel by a matrix."""
     products = images.reshape(-1, images.shape[3]) @ matrix
     return products.reshape(*images.shape[:3], matrix.shape[1])
 
 
 def _with_kernel_at_every_pixel(images: Images, kernel: Kernel) -> Outputs:
-    """One product with a matrix of all pixels in and all pixels out."""
+    """One product with a matrix from all input pixels to all output pixels."""
     batch, height, width, channels = images.shape
     high, wide, _, out_channels = kernel.shape
     # The kernel seen from output pixel (p, q) is a window of the kernel among zeros.
@@ -123,9 +123,9 @@ def _with_kernel_at_every_pixel(images: Images, kernel: Kernel) -> Outputs:
 
 
 def _row_by_row(images: Images, kernel: Kernel) -> Outputs:
-    """A product for each row of the kernel, with those rows of the images alone that it meets.
+    """A product per row of the kernel, with the rows of the images that it meets.
 
-    In images of four rows a sixth of what a kernel of three meets is padding.
+    In images of four rows, a sixth of the rows that a kernel of three rows meets is padding.
     """
     height, high, wide = images.shape[1], *kernel.shape[:2]
     row_patches = _patches(images, kernel[:1], 1)
@@ -139,13 +139,13 @@ def _row_by_row(images: Images, kernel: Kernel) -> Outputs:
 
 
 def _is_wide(kernel: Kernel, least: int) -> bool:
-    """Whether products over channels are large enough to pay for what is around them."""
+    """Whether the products over channels are large enough to outweigh the overhead."""
     return kernel.shape[2] * kernel.shape[3] >= least
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _by_sizes(images: Images, kernel: Kernel, stride: int) -> Outputs:
-    """The convolution, linear in each argument; the derivative says how gradients are computed."""
+    """The convolution, linear in each argument; its derivative says how gradients are computed."""
     return _by_xla(images, kernel, stride) if stride == 1 else _by_patches(images, kernel, stride)
 
 
@@ -154,7 +154,7 @@ def _by_sizes_jvp(stride, primals, tangents):
     images, kernel = primals
     of_images, of_kernel = tangents
     terms = []
-    # The first layer's images have no tangent.
+    # The images of the first layer are data and have no tangent.
     if not isinstance(of_images, jax.custom_derivatives.SymbolicZero):
         terms.append(_of_images(of_images, kernel, stride))
     if not isinstance(of_kernel, jax.custom_derivatives.SymbolicZero):
@@ -187,7 +187,7 @@ def _of_kernel(images: Images, kernel: Kernel, stride: int) -> Outputs:
     count = next(count for count in range(min(most, batch), 0, -1) if batch % count == 0)
     runs = images.reshape(batch // count, count, height, width, channels)
 
-    # Patches are made again for the gradient: to keep those of all images is what is slow.
+    # Patches are made again for the gradient, since keeping those of all images is slow.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def of_run(_: None, run: Images) -> tuple[None, Outputs]:
         return None, _by_transposed_patches(run, kernel, 1)
@@ -202,10 +202,11 @@ def _by_patches(images: Images, kernel: Kernel, stride: int) -> Outputs:
 
 
 def _by_transposed_patches(images: Images, kernel: Kernel, stride: int) -> Outputs:
-    """The same; the gradient of the kernel is then a product with the outputs' in the first factor.
+    """The same as `_by_patches`, with the factors of the product exchanged.
 
-    Its layout is the one in which such a product is two to four times faster. The barrier keeps
-    the compiler from changing it back.
+    In the gradient of the kernel, the gradient of the outputs is then the first factor, in a layout
+    in which the product is two to four times faster. The barrier keeps the compiler from exchanging
+    the factors again.
     """
     patches = _patches(images, kernel, stride)
     matrix = kernel.reshape(-1, kernel.shape[3]).T

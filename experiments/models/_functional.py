@@ -18,7 +18,7 @@ class Model(NamedTuple):
         init: maps a PRNG key to parameters: a nested dict of arrays. The same key gives the same
             parameters; `jax.vmap(init)(keys)` stacks those of several keys.
         init_stats: makes the initial running statistics of batch norm: a nested dict of arrays,
-            the same for every key; {} for a network without any.
+            the same for every key; {} for a network without batch norm.
         apply: ``apply(params, stats, images, *, training=False) -> (logits, stats)`` maps images
             [B, H, W, C] to logits [B, num_classes]. In training, batch norm normalises with the
             statistics of these images, which are one ghost batch, and moves the running ones;
@@ -35,9 +35,9 @@ def functional(module_class: Callable[..., nnx.Module], **kwargs: Any) -> Model:
     """Turns a module class into pure functions.
 
     Args:
-        module_class: makes a module from ``rngs=nnx.Rngs(key)`` and `kwargs`; the module's state
-            must be `nnx.Param` and `nnx.BatchStat` (no dropout), and calling it with images, and
-            with ``training=`` if it has `nnx.BatchStat`, gives logits.
+        module_class: makes a module from ``rngs=nnx.Rngs(key)`` and `kwargs`. The module's state
+            must be `nnx.Param` and `nnx.BatchStat` (no dropout). The module is called with images,
+            and with ``training=`` if it has `nnx.BatchStat`, and returns logits.
         **kwargs: passed to `module_class`.
 
     Returns:
@@ -63,7 +63,7 @@ def functional(module_class: Callable[..., nnx.Module], **kwargs: Any) -> Model:
     def init(key: Key[Array, ""]) -> Params:
         return nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
 
-    @jax.jit  # which leaves out the parameters that are drawn along with them
+    @jax.jit  # so that the parameters, which are not returned, are not drawn
     def constants() -> Statistics:
         return nnx.to_pure_dict(nnx.state(build(0), nnx.BatchStat))
 
@@ -97,7 +97,7 @@ def _filled(name: str, template: Any, wanted: Any, values: Any) -> Any:
     got = jax.tree.map(jnp.shape, values)
     if got != wanted:
         raise ValueError(f"{name} must have the names and shapes {wanted}, got {got}.")
-    state = jax.tree.map(lambda leaf: leaf, template)  # a copy, for what follows fills it in
+    state = jax.tree.map(lambda leaf: leaf, template)  # a copy, since the next line changes it
     nnx.replace_by_pure_dict(state, values)
     return state
 

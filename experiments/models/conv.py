@@ -1,20 +1,20 @@
-"""Convolution, and convolution with 2x2 max-pooling, fast on CPU as well as elsewhere.
+"""Convolution, and convolution with 2x2 max-pooling, fast on CPU and on other platforms.
 
 On CPU, XLA's convolutions and the backward pass of max-pooling are slow, and under `jax.vmap` over
 kernels (several seeds trained at once) a convolution becomes a grouped one, which is slower still.
-So there a convolution is one matrix product: its output is seen as blocks of 2x2, and the product
-has a column for every block and a row for every output channel and every place in the block. The
-patch that a block needs is only one pixel larger than the kernel, and the kernel, zero-padded to
-that size, stands in the left factor four times, once for each place. Max-pooling takes the largest
-of the four places; without it they are interleaved.
+So on CPU a convolution is one matrix product: its output is seen as blocks of 2x2, and the product
+has a column per block and a row per output channel and place in the block. The patch that a block
+needs is only one pixel larger than the kernel. The left factor contains the kernel four times, once
+per place, zero-padded to the size of the patch. Max-pooling takes the largest of the four places;
+without it they are interleaved.
 
-That is for few channels, where memory decides; `conv_same` is for the nets with many.
+This is fast for few channels, where memory is the limit; `conv_same` is for nets with many.
 
-Everywhere else this is `jax.lax.conv_general_dilated`. Kernels are HWIO, and images are CHWN, the
-batch last: then patches are copied in long runs and added up in vector instructions, and no layer
-transposes for the next. (A training step of the LeNet-like net takes 20 % less time than with NHWC;
-on other platforms XLA chooses the layout itself.) Everything can be differentiated in forward and
-reverse mode and mapped with `jax.vmap` over images, kernels or both.
+On other platforms this is `jax.lax.conv_general_dilated`. Kernels are HWIO, and images are CHWN,
+with the batch last: then patches are copied in long stretches and added up in vector instructions,
+and no layer transposes for the next one. (A training step of the LeNet-like net takes 20 % less
+time than with NHWC; on other platforms XLA chooses the layout itself.) Everything can be
+differentiated in forward and reverse mode and mapped with `jax.vmap` over images, kernels or both.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ Outputs = Float[Array, "out_channels out_height out_width batch"]
 
 
 def conv(images: Images, kernel: Kernel) -> Outputs:
-    """Convolves (in fact correlates) images with a kernel, stride 1, no padding.
+    """Convolves (in fact correlates) images with a kernel, with stride 1 and without padding.
 
     Args:
         images: floating-point array of shape [C, H, W, B].
@@ -136,9 +136,9 @@ def _blocks(
 
     Returns:
         Array of shape [4, O, rows * columns * B]: place in the block (row-major), channel, block.
-        Long rows of blocks are what makes the maximum over the places fast.
+        The last axis is long, which makes the maximum over the places fast.
     """
-    # 2x2 pixels are a cell. A block needs h + 1 rows of pixels, so h // 2 + 1 rows of cells.
+    # A cell is 2x2 pixels. A block needs h + 1 rows of pixels, so h // 2 + 1 rows of cells.
     high, wide = (size // 2 + 1 for size in kernel.shape[:2])
     cells = _cells(images, rows + high - 1, columns + wide - 1)
     slices = [cells[:, i : i + rows, j : j + columns] for i in range(high) for j in range(wide)]
@@ -159,7 +159,7 @@ def _cells(
 
 
 def _four_shifts(kernel: Kernel, high: int, wide: int) -> Float[Array, "patch 4*out_channels"]:
-    """The kernel at each place of a block, zero-padded to high x wide cells, in patches' order."""
+    """The kernel at each place of a block, zero-padded to high x wide cells, ordered as patches."""
     height, width, in_channels, out_channels = kernel.shape
     bottom, right = 2 * high - height, 2 * wide - width
     places = [
@@ -174,7 +174,7 @@ def _four_shifts(kernel: Kernel, high: int, wide: int) -> Float[Array, "patch 4*
 @jax.custom_jvp
 def _max_of_four(candidates: Float[Array, "4 *shape"]) -> Float[Array, "*shape"]:
     """The maximum over the leading axis; the first of equal maxima gets the whole gradient."""
-    # In pairs, since XLA fuses no reduction here: with jnp.max a training step takes twice as long.
+    # Maxima of pairs, since XLA fuses no reduction here: with jnp.max a step takes twice as long.
     first, second, third, fourth = candidates
     return jnp.maximum(jnp.maximum(first, second), jnp.maximum(third, fourth))
 
@@ -191,7 +191,7 @@ def _max_of_four_jvp(
 
 
 def _first_maximum(candidates: Float[Array, "4 *shape"]) -> Int[Array, "*shape"]:
-    """The first index of the maximum; unlike argmax, elementwise operations that XLA can fuse."""
+    """The first index of the maximum, by elementwise operations, which XLA can fuse (no argmax)."""
     first, second, third, fourth = candidates
     top = jnp.where(second > first, 1, 0)
     bottom = jnp.where(fourth > third, 3, 2)

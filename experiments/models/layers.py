@@ -1,6 +1,7 @@
-"""What nets are made of: their base, and layers.
+"""The parts of nets: their base class, and layers.
 
-Between layers images are NHWC, but around `ConvMaxPool` CHWN, the layout of `conv`.
+Between layers images are NHWC, except around `ConvMaxPool`, where they are CHWN, the layout of
+`conv`.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -31,13 +32,13 @@ Features = Float[Array, "batch height width channels"]
 
 
 class Cost(NamedTuple):
-    """Seconds on two cores, as measured at a width; at other widths they grow with its square.
+    """Seconds on two cores, measured at one width; they grow with the square of the width.
 
     Attributes:
-        width: of the net that was measured; None where nets have one width only.
-        step: of one image in one step of one seed.
-        evaluation: of one image of one seed.
-        compiling: of one run, before its first step and evaluation.
+        width: the width of the net that was measured; None for a net of one width only.
+        step: seconds per image, step and seed.
+        evaluation: seconds per image and seed.
+        compiling: seconds per run, before its first step and evaluation.
     """
 
     width: int | None
@@ -47,21 +48,21 @@ class Cost(NamedTuple):
 
 
 class Net(nnx.Module):
-    """What a net says of itself before it is made.
+    """The base class of nets, with what is known of a net before it is made.
 
-    It is made by ``Class(rngs=nnx.Rngs(key), image_shape=..., num_classes=..., width=...)``, of
-    which only the keys are needed; `width` is for nets with a `full_width`.
+    A net is made by ``Class(rngs=nnx.Rngs(key), image_shape=..., num_classes=..., width=...)``, of
+    which only `rngs` is required; `width` is for nets with a `full_width`.
 
     Attributes:
         image_shape: height and width (pixels) and channels of the images.
         num_classes: number of logits.
-        smallest_side: the fewest pixels of height and width that it takes.
+        smallest_side: the smallest height and width of images, in pixels.
         full_width: channels of its first layer as published; None for a net of one width only.
         has_batch_norm: whether it normalises over ghost batches, so that there are no losses of
             single examples.
         one_seed_at_a_time: whether several seeds train one after another, since convolutions with
             the kernels of several nets at once are slow (`conv_same`).
-        cost: how long it takes.
+        cost: how long its training takes.
     """
 
     image_shape: tuple[int, int, int]
@@ -76,7 +77,8 @@ class Net(nnx.Module):
 class ConvMaxPool(nnx.Module):
     """A convolution with bias, then 2x2 max-pooling.
 
-    Stride 1, no padding, square kernel; initialised as `uniform` says.
+    The stride is 1, there is no padding, and the kernel is square. It is initialised as `uniform`
+    says.
     """
 
     def __init__(
@@ -119,8 +121,9 @@ class ConvMaxPool(nnx.Module):
 class Conv(nnx.Module):
     """A convolution that keeps the size of its images, divided by the stride.
 
-    Square kernel of odd size, zero-padded by half of it; initialised normal with variance
-    2 / fan-in (He et al. 2015, for the ReLU that follows), the bias 0.
+    The kernel is square and of odd size, and images are zero-padded by half of it. The kernel is
+    initialised from a normal distribution of variance 2 / fan-in (He et al. 2015, for the ReLU that
+    follows), and the bias with 0.
     """
 
     def __init__(
@@ -142,7 +145,7 @@ class Conv(nnx.Module):
             out_channels: channels of the output.
             kernel_size: height and width of the kernel, pixels, odd.
             stride: distance between the centres of neighbouring outputs, pixels.
-            use_bias: whether there is one; before batch norm it would have no effect.
+            use_bias: whether there is a bias; before batch norm it would have no effect.
             rngs: the keys to draw the parameters with.
             dtype: type to compute in; None for the type that images and parameters promote to.
             param_dtype: type of the parameters.
@@ -167,9 +170,10 @@ class Conv(nnx.Module):
 class GhostBatchNorm(nnx.Module):
     """Batch norm over the images it is given, which are one ghost batch (Hoffer et al. 2017).
 
-    The running statistics move a tenth of the way with every ghost batch, in order, the variance
-    with Bessel's correction: PyTorch's convention, which the paper used. Statistics are computed in
-    float32 or wider, the variance around the mean, so that nothing cancels.
+    The running statistics move by a tenth of the difference with every ghost batch, in order, and
+    the variance has Bessel's correction: this is the convention of PyTorch, which the paper used.
+    Statistics are computed in float32 or wider, and the variance around the mean, so that no digits
+    cancel.
     """
 
     momentum = 0.1
@@ -185,7 +189,7 @@ class GhostBatchNorm(nnx.Module):
         """Makes scale 1, bias 0, and running mean 0 and variance 1, [channels] each.
 
         Args:
-            channels: of the images.
+            channels: channels of the images.
             dtype: type of the output; None for the type that images and parameters promote to.
             param_dtype: type of the parameters.
         """
@@ -200,14 +204,14 @@ class GhostBatchNorm(nnx.Module):
 
         Args:
             images: array of shape [B, H, W, C].
-            training: whether with the statistics of these images, moving the running ones, or with
-                the running ones.
+            training: whether to normalise with the statistics of these images, and move the
+                running ones; otherwise the running ones are used.
 
         Returns:
             Array of shape [B, H, W, C].
 
         Raises:
-            ValueError: in training, if there is one value a channel: it has no variance.
+            ValueError: in training, if there is one value per channel, which has no variance.
         """
         scale, bias = self.scale[...], self.bias[...]
         dtype = jnp.result_type(images, scale, bias) if self.dtype is None else self.dtype
@@ -227,7 +231,7 @@ class GhostBatchNorm(nnx.Module):
         count = values.shape[0]
         if count == 1:
             raise ValueError(
-                "a ghost batch must have more than one value a channel, got one image of one "
+                "a ghost batch must have more than one value per channel, got one image of one "
                 "pixel: choose a larger microbatch_size."
             )
         mean = values.mean(0)
@@ -242,14 +246,14 @@ class GhostBatchNorm(nnx.Module):
 def batch_last(
     images: Float[Array, "batch height width channels"],
 ) -> Float[Array, "channels height width batch"]:
-    """The layout that `conv` works in."""
+    """The images in the layout of `conv`, CHWN."""
     return images.transpose(3, 1, 2, 0)
 
 
 def flat(
     features: Float[Array, "channels height width batch"],
 ) -> Float[Array, "batch height*width*channels"]:
-    """One row for each image: its pixels in row-major order, the channels of a pixel together."""
+    """One vector per image: pixels in row-major order, with the channels of a pixel together."""
     return features.transpose(1, 2, 0, 3).reshape(-1, features.shape[3]).T
 
 

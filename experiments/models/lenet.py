@@ -74,7 +74,7 @@ class DigitsNet(Net):
     """A small network for scikit-learn's digits, with 5,130 parameters.
 
     8x8x1 => conv1 => max_pool => ReLU => fc1 => ReLU => fc2: kernel 3x3, 16 channels, no padding,
-    pooling 2x2, 32 hidden units, 10 classes. Initialised as `LeNet`.
+    pooling 2x2, 32 hidden units, 10 classes. It is initialised as `LeNet`.
     """
 
     image_shape = (8, 8, 1)

@@ -48,7 +48,7 @@ class ResNet18(Net):
 
     He et al. 2016, with the stem that is usual for images of this size: 3x3, stride 1, no pooling;
     four stages of two blocks with 64, 128, 256, 512 channels, the mean over pixels, one fully
-    connected layer. Initialised as `Conv` says, the last layer as `LeNet`.
+    connected layer. It is initialised as `Conv` says, and the last layer as in `LeNet`.
     """
 
     image_shape = (32, 32, 3)
@@ -74,7 +74,7 @@ class ResNet18(Net):
             rngs: the keys to draw the parameters with.
             image_shape: height and width (pixels) and channels of the images.
             num_classes: number of logits.
-            width: channels of the first stage, the others in proportion.
+            width: channels of the first stage; those of the others are in proportion.
             dtype: type to compute in, and of the logits; None for the type that images and
                 parameters promote to.
             param_dtype: type of the parameters.
@@ -98,8 +98,8 @@ class ResNet18(Net):
 
         Args:
             images: floating-point array of shape [B, H, W, C], pixels in [0, 1].
-            training: whether batch norm takes the statistics of these images, one ghost batch, and
-                moves its running ones.
+            training: whether batch norm takes the statistics of these images, which are one ghost
+                batch, and moves its running statistics.
 
         Returns:
             Array of shape [B, num_classes].

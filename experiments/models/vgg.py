@@ -16,8 +16,9 @@ class VGG11(Net):
     of this size: eight 3x3 convolutions with 64, 128, 256, 256, 512, 512, 512, 512 channels, each
     with ReLU, max-pooling after the first, second, fourth, sixth and eighth.
 
-    The paper does not say how parameters are initialised. Ours are those of `Conv`: under PyTorch's
-    default, as in `LeNet`, images are forgotten on the way through eight layers.
+    The paper does not say how parameters are initialised. Ours are initialised as `Conv` says:
+    under PyTorch's default, which `LeNet` has, the outputs of eight layers hardly depend on the
+    images.
     """
 
     image_shape = (32, 32, 3)
@@ -43,7 +44,7 @@ class VGG11(Net):
             rngs: the keys to draw the parameters with.
             image_shape: height and width (pixels) and channels of the images.
             num_classes: number of logits.
-            width: channels of the first convolution, the others in proportion.
+            width: channels of the first convolution; those of the others are in proportion.
             dtype: type to compute in, and of the logits; None for the type that images and
                 parameters promote to.
             param_dtype: type of the parameters.

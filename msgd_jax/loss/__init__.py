@@ -6,7 +6,7 @@ covariance matrix is computed, and nothing larger than the gradient itself.
 
 * `per_example` makes a loss vector function of the loss of a single example.
 * `LossVector` is a loss vector function with its data, the L(theta) of the paper; `covariance`,
-  `sde` and `complexity` take it.
+  `measure`, `sde` and `complexity` take it.
 * `noisy_value_and_grad` and `weighted_value_and_grad` are for training, with the data as an
   argument; `weighted_values_and_grads` computes many draws at one point.
 * A loss vector function may have mutable statistics, extra outputs and keys: see `has_state`,
@@ -27,7 +27,7 @@ from msgd_jax.loss._checks import checked_kind as checked_kind
 from msgd_jax.loss._drawn import Evaluated as Evaluated
 from msgd_jax.loss._drawn import evaluated as evaluated
 from msgd_jax.loss._examples import per_example, sum_over_examples
-from msgd_jax.loss._fixed_keys import WithKeys
+from msgd_jax.loss._fixed import WithKeys
 from msgd_jax.loss._gradients import noisy_value_and_grad, weighted_value_and_grad
 from msgd_jax.loss._many_draws import weighted_values_and_grads
 from msgd_jax.loss._output_noise import (

@@ -1,5 +1,7 @@
 """Values and gradients of weighted losses, with the data as an argument."""
 
+from collections.abc import Callable
+
 import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Key
@@ -34,7 +36,7 @@ def weighted_value_and_grad(
     One forward and one backward pass over the examples that have weights. Sparse weights gather
     only their examples. Gradients are returned in the parameters' types.
 
-    The sum over examples is in float32 or wider. That is so between micro-batches and devices, and
+    The sum over examples is in float32 or wider: between micro-batches and devices, and
     also inside one pass of a model that computes in float16 or bfloat16: matrix products and
     convolutions add up in float32 on every platform, and an embedding that is looked up, a bias
     that is added or whatever else is used by many examples has its gradient added up in float32 and
@@ -60,10 +62,12 @@ def weighted_value_and_grad(
     With `has_keys`, the losses have randomness of their own (dropout, augmentation, label noise):
     the loss vector function takes a key per example. It is a function of the run's key, the step
     and the example's position in the data alone, so the same in any micro-batches, on any number of
-    devices, after a resume, and whether a law lists the example or all of them (listed twice, an
-    example has one key). The keys come from a stream of their own and are derived micro-batch by
-    micro-batch. With independent keys the covariance of the noisy gradient is that of the mean
-    losses, plus ``N E[W_i^2]`` times the mean covariance of one example's gradient over its keys.
+    devices, after a resume, and whether a law lists the example or all of them. An example that a
+    law lists twice has the same key both times. In the batch of a loader, the position is that in
+    the batch, so an example that a loader draws twice has two keys. The keys come from a stream of
+    their own and are derived micro-batch by micro-batch. With independent keys the covariance of
+    the noisy gradient is that of the mean losses, plus ``N E[W_i^2]`` times the mean covariance of
+    one example's gradient over its keys.
 
     Called eagerly with `microbatch_size` or `sharding`, the function that is returned compiles
     itself as `jax.jit` would: once for each set of shapes, reading what `loss_vector_fn` takes from
@@ -157,7 +161,7 @@ def weighted_value_and_grad(
 
 
 def _check_key_and_step(has_keys: bool, key: Key[Array, ""] | None, step: Step | None) -> None:
-    """Raises TypeError or ValueError unless key and step are given where losses take keys."""
+    """Raises TypeError or ValueError unless key and step are given exactly if losses take keys."""
     for name, value in (("key", key), ("step", step)):
         if has_keys and value is None:
             raise TypeError(
@@ -229,3 +233,17 @@ def noisy_value_and_grad(
         return _drawn.presented(of_step(params, data, key, step, model_state), takes)
 
     return value_and_grad
+
+
+def hessian_product_of(
+    value_and_grad: ValueAndGradOfData,
+) -> Callable[[Params, Data, Weights, Gradients], Gradients]:
+    """The Hessian of the weighted loss times a vector, forward over reverse."""
+
+    def product(params: Params, data: Data, weights: Weights, direction: Gradients) -> Gradients:
+        def gradient(params: Params) -> Gradients:
+            return value_and_grad(params, data, weights)[1]
+
+        return jax.jvp(gradient, (params,), (direction,))[1]
+
+    return product

@@ -1,8 +1,9 @@
 """Listed examples that are spread over devices: each device computes those that it holds.
 
-No example moves. Every device knows which examples are listed and their weights, a few numbers
-each, and walks through those it holds in runs, as often as *it* needs: how many it holds is random.
-The sum is that of one device, grouped by the devices that hold the examples.
+No example moves. Every device knows the indices and the weights of all listed examples, which are
+a few numbers per example. It walks in runs through the examples that it holds. Their number is
+random, and so each device has its own number of runs. The sum is that of one device, grouped by the
+devices that hold the examples.
 """
 
 import functools
@@ -28,17 +29,19 @@ def total(
     microbatch_size: int | None,
     sharding: NamedSharding,
 ) -> PyTree:
-    """``add(params, terms, run)`` over the runs of a device, from ``zero(run)`` on.
+    """Calls ``add(params, terms, run)`` for each run of a device, starting from ``zero(run)``.
 
-    `examples` are `WeightedExamples`: the data those of this device, the entries those of all. A
-    run is such examples of equally many entries, at weight 0 those that only fill it up.
+    `examples` are `WeightedExamples` whose data are those of this device, and whose entries are
+    those of all devices. All runs have equally many entries. Entries that only fill up a run have
+    weight 0.
     """
     support = examples.values.shape[0]
     size = _run_size(support, microbatch_size, sharding)
     held, before = _held(examples, sharding)
     num_runs = -(-before[-1] // size)
     if set(sharding.mesh.axis_names) != set(_mesh.axes(sharding)):
-        # What a run sends along the other axes of the mesh needs all devices, equally often.
+        # A run may communicate along the other axes of the mesh, which needs all devices: they must
+        # make equally many runs.
         num_runs = jax.lax.pmax(num_runs, _mesh.axes(sharding))
     run_of = functools.partial(_run, size=size)
 
@@ -46,17 +49,19 @@ def total(
         return add(params, terms, run_of(held, before, k))
 
     start = zero(jax.eval_shape(run_of, held, before, num_runs))
-    # What the losses take from outside becomes an argument, so that it has derivatives too.
+    # Arrays that the losses read from outside become arguments, so that derivatives with respect to
+    # them are computed too.
     first = jnp.zeros((), jnp.int32)
     step, taken = jax.closure_convert(step, first, start, params, held, before)
     return _repeated(step, -(-support // size))(num_runs, start, params, held, before, *taken)
 
 
 def _run_size(support: int, microbatch_size: int | None, sharding: NamedSharding) -> int:
-    """Entries in one run: a device's share, with room for the chance by which it holds more.
+    """The number of entries in one run: a device's share, and some more for a device that has more.
 
-    The number that it holds has a standard deviation of at most the root of its share: three of
-    these suffice in 99.9 of a hundred cases, and otherwise there is another run.
+    The number of examples that a device holds has a standard deviation of at most the square root
+    of its share. Three standard deviations suffice in 99.9 % of the cases; in the others there is
+    another run.
     """
     share = -(-support // _mesh.count(sharding))
     size = min(share + 3 * math.isqrt(share), support)
@@ -64,10 +69,10 @@ def _run_size(support: int, microbatch_size: int | None, sharding: NamedSharding
 
 
 def _held(examples: Any, sharding: NamedSharding) -> tuple[Any, Int[Array, " support"]]:
-    """The entries with their places on this device, and how many up to each of them it holds."""
+    """The entries with their places on this device, and how many of the first k it holds."""
     length = _validate.leading_axis("data", examples.data)
     first = jax.lax.axis_index(_mesh.axes(sharding)) * length
-    # As `jnp.take` does on one device, an index out of range stands for the nearest in it.
+    # An index out of range means the nearest one in range, as for `jnp.take` on one device.
     places = jnp.clip(examples.indices, 0, _mesh.count(sharding) * length - 1) - first
     is_held = (places >= 0) & (places < length)
     return examples._replace(indices=places), jnp.cumsum(is_held, dtype=jnp.int32)
@@ -76,7 +81,8 @@ def _held(examples: Any, sharding: NamedSharding) -> tuple[Any, Int[Array, " sup
 def _run(held: Any, before: Int[Array, " support"], k: Int[Array, ""], *, size: int) -> Any:
     """Run k of the entries that this device holds, in the order in which they are listed.
 
-    A sort would bring them to the front, but takes a TPU's compiler half a minute.
+    They are found by a binary search. A sort that brings them to the front would take the compiler
+    of TPUs half a minute.
     """
     numbers = k * size + jnp.arange(size, dtype=jnp.int32)
     entries = jnp.searchsorted(before, numbers + 1)
@@ -86,7 +92,7 @@ def _run(held: Any, before: Int[Array, " support"], k: Int[Array, ""], *, size: 
     places = jnp.where(real, taken.indices, 0)
     batch = jax.tree.map(lambda x: jnp.take(x, places, axis=0, mode="clip"), held.data)
     return taken._replace(
-        # Or XLA would cast all examples at once, for TPUs: a copy of the data.
+        # Without this, XLA would cast all examples at once on TPUs, which is a copy of the data.
         data=jax.tree.map(_mesh.cast_here, batch),
         indices=None,
         values=jnp.where(real, taken.values, 0),
@@ -97,9 +103,10 @@ def _run(held: Any, before: Int[Array, " support"], k: Int[Array, ""], *, size: 
 def _repeated(step: Callable[..., PyTree], most: int) -> Callable[..., PyTree]:
     """``f(n, terms, *args)``: the terms after ``step(k, terms, *args)`` for k below n <= most.
 
-    Values come from a loop of n iterations. It could not be differentiated backwards: derivatives,
-    of any order and mode, come from one of `most` iterations, of which the last do nothing, and
-    where each computes its values again instead of keeping them.
+    Values are computed by a loop of n iterations, which has no reverse-mode derivative. So
+    derivatives of any order and mode are those of a loop of `most` iterations. Its iterations from
+    n on do nothing, and each iteration computes its values again in the backward pass, so that they
+    need not be kept.
     """
 
     @jax.custom_jvp
@@ -115,7 +122,7 @@ def _repeated(step: Callable[..., PyTree], most: int) -> Callable[..., PyTree]:
         return jax.lax.scan(body, terms, jnp.arange(most, dtype=jnp.int32))[0]
 
     def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
-        # Along what does not vary, the examples above all, nothing is computed.
+        # Nothing is computed for arguments that do not vary, such as the examples.
         leaves, made_of = jax.tree.flatten(primals)
         slopes = jax.tree.leaves(tangents, is_leaf=lambda x: isinstance(x, SymbolicZero))
         varying = [i for i, slope in enumerate(slopes) if not isinstance(slope, SymbolicZero)]

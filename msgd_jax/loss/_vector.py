@@ -6,23 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
-from msgd_jax import _dtypes, _programs, _validate
+from msgd_jax import _programs, _validate
 from msgd_jax._typing import (
     Batch,
     Data,
     Gradients,
     LossVectorFn,
+    ModelState,
     Params,
     PerExampleGradients,
     PositiveInt,
     PyTree,
     ValueAndGradOfData,
 )
-from msgd_jax.loss import _drawn, _fixed_keys, _gradients, _many_draws, _outputs, _walker, _weights
+from msgd_jax.loss import _drawn, _fixed, _gradients, _many_draws, _walker, _weights
 from msgd_jax.loss._examples import (
     gradients_of_batch,
     losses_of_batch,
@@ -59,16 +59,14 @@ class LossVector:
     are freed with this object. Values that `loss_vector_fn` reads from outside (globals,
     attributes) are read at the first call only. Calls inside `jax.jit` are traced.
 
-    Losses must not depend on each other. A model with mutable statistics (batch norm) has a loss
-    vector at given statistics: ``lambda params, batch: losses(params, batch, statistics)[0]``, with
-    the model in evaluation mode. Statistics that change belong to training: see `train` and
-    `weighted_value_and_grad`.
+    L is a function of the parameters only, and losses must not depend on each other.
 
-    Losses with keys (dropout, label noise) have a loss vector at fixed keys: given `key`, every
-    example has one key, that of step 0 of a run with this key, at all evaluations. So L is a
-    function of the parameters only, as `covariance`, `sde` and `complexity` need it, and their
-    results are for this one draw; other keys give other draws. The keys are stored with the data,
-    which become a `WithKeys` (8 bytes per example).
+    * A model with mutable statistics (batch norm) has a loss vector at fixed statistics,
+      `model_state`, leaves of the pytree too. The model must be in evaluation mode; it is refused
+      if it returns statistics that depend on the batch.
+    * Losses with keys (dropout, label noise) have a loss vector at fixed keys: given `key`, every
+      example has one key, that of step 0 of a run with this key, at all evaluations. Results are
+      for this one draw. The data become a `WithKeys`, with the keys (8 bytes per example).
 
     Args:
         loss_vector_fn: ``loss_vector_fn(params, batch)`` returns the losses of the batch, [B].
@@ -78,17 +76,20 @@ class LossVector:
             they are not.
         num_examples: N, if `sharding.shard_examples` filled up the data for the devices; None for
             the length of their leading axis.
-        key: a typed PRNG key if it is ``loss_vector_fn(params, batch, keys)`` with keys [B].
+        model_state: statistics, as those of `train.TrainState`, if it is
+            ``loss_vector_fn(params, batch, state) -> (losses, state)``; None or () if it is not.
+        key: a typed PRNG key if it takes, as its last argument, one key per example, [B].
 
     Raises:
-        TypeError: if `loss_vector_fn` is not a function, it takes keys but `key` is None or the
-            reverse, `key` is not a typed PRNG key, a leaf of `data` holds neither numbers nor
-            PRNG keys, or `sharding` is not a `NamedSharding`.
+        TypeError: if `loss_vector_fn` is not a function, it takes statistics or keys but
+            `model_state` or `key` is None or the reverse, `key` is not a typed PRNG key, a leaf of
+            `data` holds neither numbers nor PRNG keys, or `sharding` is not a `NamedSharding`.
         ValueError: if `data` are empty or their leaves have different lengths, `microbatch_size` is
             not positive, `sharding` does not spread the leading axis alone, or `num_examples`, once
             filled up for the devices, is not the length of the data.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from msgd_jax import loss, noise
         >>> fn = loss.per_example(lambda theta, x: (theta - x) ** 2)
         >>> losses = loss.LossVector(fn, jnp.asarray([0.0, 1.0, 3.0, 4.0]))
@@ -105,6 +106,9 @@ class LossVector:
     microbatch_size: int | None
     sharding: NamedSharding | None
     _num_examples: int | None = dataclasses.field(repr=False)
+    # The function of (params, batch[, state]), and its statistics: none or one pytree of them.
+    _function: LossVectorFn = dataclasses.field(repr=False)
+    _state: tuple[ModelState, ...] = dataclasses.field(repr=False)
 
     def __init__(
         self,
@@ -114,6 +118,7 @@ class LossVector:
         microbatch_size: PositiveInt | None = None,
         sharding: NamedSharding | None = None,
         num_examples: PositiveInt | None = None,
+        model_state: ModelState | None = None,
         key: Key[Array, ""] | None = None,
     ) -> None:
         size = _drawn.check_arguments(loss_vector_fn, microbatch_size, sharding)
@@ -121,32 +126,33 @@ class LossVector:
         if num_examples is not None:
             num_examples = _validate.positive_int("num_examples", num_examples)
             _weights.check_length(num_examples, length, sharding)
-        takes = _outputs.Takes(has_keys=key is not None)
-        _outputs.check_takes(loss_vector_fn, takes, f"key={'...' if takes.has_keys else None} says")
-        if key is not None:
-            _validate.prng_key("key", key)
-            data = _fixed_keys.with_keys(data, key, sharding)
-            loss_vector_fn = _fixed_keys.at_fixed_keys(loss_vector_fn)
-        self._set(data, (loss_vector_fn, size, sharding, num_examples))
+        loss_vector_fn, data, state = _fixed.at_fixed(
+            loss_vector_fn, data, model_state, key, sharding
+        )
+        self._set(data, state, (loss_vector_fn, size, sharding, num_examples))
 
-    def _set(self, data: Data, static: tuple[Any, ...]) -> None:
-        names = ("loss_vector_fn", "microbatch_size", "sharding", "_num_examples")
-        for name, value in zip(("data", *names), (data, *static), strict=True):
-            object.__setattr__(self, name, value)
+    def _set(self, data: Data, state: tuple[ModelState, ...], static: tuple[Any, ...]) -> None:
+        function, *rest = static
+        # The functions that use a loss vector see losses of (params, batch) only.
+        loss_vector_fn = _fixed.at_fixed_state(function, *state) if state else function
+        values = (loss_vector_fn, data, *rest, function, state)
+        for field, value in zip(dataclasses.fields(self), values, strict=True):
+            object.__setattr__(self, field.name, value)
 
     @property
     def _static(self) -> tuple[Any, ...]:
-        return self.loss_vector_fn, self.microbatch_size, self.sharding, self._num_examples
+        return self._function, self.microbatch_size, self.sharding, self._num_examples
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """For jax: the data are leaves, and everything else is static."""
-        return ((jax.tree_util.GetAttrKey("data"), self.data),), self._static
+        """For jax: the data and the statistics are leaves, and everything else is static."""
+        key = jax.tree_util.GetAttrKey
+        return ((key("data"), self.data), (key("model_state"), self._state)), self._static
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], leaves: Any) -> "LossVector":
         """For jax. Leaves are not checked, since jax also puts other objects in place of arrays."""
-        made = object.__new__(cls)
-        made._set(leaves[0], static)
+        made, (data, state) = object.__new__(cls), leaves
+        made._set(data, state, static)
         return made
 
     @property
@@ -156,18 +162,26 @@ class LossVector:
         return _validate.leading_axis("data", self.data) if given is None else given
 
     def replace(
-        self, loss_vector_fn: LossVectorFn | None = None, data: Data | None = None
+        self,
+        loss_vector_fn: LossVectorFn | None = None,
+        data: Data | None = None,
+        model_state: ModelState | None = None,
     ) -> "LossVector":
-        """A loss vector of another function or other data, in the same micro-batches and layout.
+        """A loss vector of another function, other data or statistics, in the same layout.
 
-        They must be of the kind that this one holds: a function of (params, batch), data with keys.
+        Data must be of the kind that this one holds: with keys if it was given a key. Another
+        function is one of (params, batch), or of (params, batch, state) if `model_state` is given.
 
         Raises:
             TypeError, ValueError: as the constructor.
         """
+        if loss_vector_fn is None:
+            loss_vector_fn = self._function
+            model_state = (*self._state, None)[0] if model_state is None else model_state
         return LossVector(
-            self.loss_vector_fn if loss_vector_fn is None else loss_vector_fn,
+            loss_vector_fn,
             self.data if data is None else data,
+            model_state=model_state,
             microbatch_size=self.microbatch_size,
             sharding=self.sharding,
             num_examples=self._num_examples,
@@ -283,6 +297,7 @@ class LossVector:
             TypeError, ValueError: as `value_and_grad`.
 
         Example:
+            >>> import jax.numpy as jnp
             >>> from msgd_jax import loss
             >>> fn = loss.per_example(lambda theta, x: (theta @ x) ** 2 / 2)
             >>> losses = loss.LossVector(fn, jnp.asarray([[1.0, 0.0], [0.0, 2.0]]))
@@ -339,12 +354,8 @@ class LossVector:
     # Weights --------------------------------------------------------------------------------------
 
     def _weights(self, params: Params, weights: Weights | Float[Array, " N"] | None) -> Weights:
-        """The given weights; for None, 1/N in float32, or in float64 if a parameter is float64."""
         n = self.num_examples
-        if weights is None:
-            dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
-            weights = jnp.full(n, 1 / n, _dtypes.accumulator(*dtypes))
-        return _weights.as_weights(weights, n)
+        return _weights.as_weights(_weights.equal(n, params) if weights is None else weights, n)
 
     # Programs; they hold the function only, since one that held this object would keep it alive ---
 
@@ -366,16 +377,7 @@ class LossVector:
 
     @functools.cached_property
     def _hessian_product(self) -> Callable[[Params, Data, Weights, Gradients], Gradients]:
-        value_and_grad = self._of_weights()
-
-        def product(
-            params: Params, data: Data, weights: Weights, direction: Gradients
-        ) -> Gradients:
-            def gradient(params: Params) -> Gradients:
-                return value_and_grad(params, data, weights)[1]
-
-            return jax.jvp(gradient, (params,), (direction,))[1]
-
+        product = _gradients.hessian_product_of(self._of_weights())
         return _programs.compiled_if(True, product)
 
     def _of_weights(self) -> ValueAndGradOfData:

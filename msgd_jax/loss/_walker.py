@@ -1,20 +1,21 @@
-"""The walker: through the examples in micro-batches, on one device or on many.
+"""The walker goes through the examples in micro-batches, on one device or on many.
 
-Everything that is computed of many examples goes through here, by one of two functions:
+Everything that is computed from many examples goes through here, by one of two functions:
 
-* `sums` adds up what the micro-batches give (losses, gradients, squares), each example weighted;
-* `maps` puts together what they give for each example ([N, ...]).
+* `sums` adds up what the micro-batches give (losses, gradients, squares), with weights;
+* `maps` puts together what they give per example ([N, ...]).
 
-Both take the examples in runs of `microbatch_size`, on each device those that it holds, and fill
-up the last run with examples of other runs: real ones, at which every loss is as finite as
-elsewhere. In a sum these count at weight 0, and of a map they are cut off. What is walked is
-positions and weights; data are read run by run and never copied:
+Both take the examples in runs of `microbatch_size`, where each device takes those that it holds.
+They fill up the last run with examples of other runs: real ones, at which every loss is as finite
+as elsewhere. These have weight 0 in a sum, and are cut off from a map. The walker moves positions
+and weights; the data are read run by run and never copied as a whole:
 
-* in the order they are in as slices, for compilers of accelerators lay out anew whatever is
-  gathered from, which is all examples (`optax.microbatching` deals examples out like cards, and
-  its micro-batches are no slices);
-* listed or shuffled ones by gathering;
-* listed ones that are spread over devices where they are, by the device that holds them (`_held`).
+* Examples in the order of the data are read as slices, because the compilers of accelerators change
+  the layout of any array that is gathered from, and so would copy all examples. (The micro-batches
+  of `optax.microbatching` take every M-th example, and so are not slices.)
+* Examples that are listed or shuffled are gathered.
+* Listed examples that are spread over devices are computed where they are, by the device that holds
+  them (`_held`).
 """
 
 import functools
@@ -37,8 +38,9 @@ class Keys(NamedTuple):
     """Keys of a step, the same on all devices; None where nothing is drawn.
 
     Attributes:
-        order: for the order in which micro-batches take the examples; None: the order they are in.
-        losses: what the keys of the examples are derived from.
+        order: the key of the order in which the micro-batches take the examples; with None they
+            take them in the order of the data.
+        losses: the key from which the keys of the examples are derived.
     """
 
     order: Key[Array, ""] | None = None
@@ -46,12 +48,13 @@ class Keys(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """What comes with the examples of one batch, an entry each.
+    """What comes with the examples of one batch, with one entry per example.
 
     Attributes:
         values: their weights.
-        keys: their keys, if the losses take some.
-        real: False where an example only fills up a micro-batch or a device, if that was asked for.
+        keys: their keys; None if the losses take no keys.
+        real: False where an example only fills up a micro-batch or a device; None unless it was
+            asked for.
     """
 
     values: Float[Array, "B *draws"]
@@ -60,7 +63,7 @@ class Entries(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What one micro-batch adds to values and gradients, the statistics then, and its arrays."""
+    """What one micro-batch adds to the value and the gradients, and its statistics and arrays."""
 
     value: PyTree
     grads: PyTree
@@ -69,15 +72,15 @@ class Terms(NamedTuple):
 
 
 class WeightedExamples(NamedTuple):
-    """Examples and their weights, an entry each.
+    """Examples and their weights, with one entry per example.
 
     Attributes:
-        data: where the examples are.
-        indices: entry k is example ``indices[k]`` of `data`; None: they are in order.
+        data: the arrays that hold the examples.
+        indices: entry k is example ``indices[k]`` of `data`; with None it is example k.
         values: the weights.
-        numbers: which example of the data set an entry is, whatever `data` are; None where nobody
-            asked.
-        real: False where an entry only fills up the devices; None where nobody asked.
+        numbers: the position of each entry's example in the data set, also where `data` are a part
+            of it; None unless they were asked for.
+        real: False where an entry only fills up the devices; None unless it was asked for.
     """
 
     data: Data
@@ -100,11 +103,11 @@ def weighted_examples(
 ) -> WeightedExamples:
     """The data and the weights ``values, indices = weights_of(*args)``, in parts if spread.
 
-    What draws the weights belongs into `weights_of`: then each device draws its part only. With
+    The weights should be drawn inside `weights_of`, so that each device draws its part only. With
     `read`, the data are the examples that the indices list, and nothing else. `numbered` and
-    `marked` ask for `numbers` and `real`. Spread examples that are listed are sent to where their
-    weights are, in equal parts; or, without `equal_parts`, stay where they are, and their weights
-    are drawn on every device.
+    `marked` ask for `numbers` and `real`. Spread examples that are listed are sent to the devices
+    of their weights, in equal parts. Without `equal_parts` they stay where they are, and their
+    weights are drawn on every device.
     """
 
     def in_equal_parts(data: Data, *args: Any) -> WeightedExamples:
@@ -112,7 +115,7 @@ def weighted_examples(
         indices = None if indices is None else indices.astype(jnp.int32)
         support, numbers, real = values.shape[0], None, None
         missing = _mesh.missing(support, sharding)
-        # Counted, not filled up, so that each device counts its own part.
+        # Positions are counted to the filled-up length, so that each device counts its own part.
         positions = jnp.arange(support + missing, dtype=jnp.int32)
         if numbered:
             own = jnp.minimum(positions, support - 1)
@@ -122,7 +125,7 @@ def weighted_examples(
         indices = None if read else indices
         if sharding is None:
             return WeightedExamples(data, indices, values, numbers, real)
-        # Spread, an example lies where its weight is: the listed ones are gathered first.
+        # Spread examples must be where their weights are, so listed ones are gathered first.
         if indices is not None:
             data = take(data, _mesh.fill(indices, missing))
         elif _validate.leading_axis("data", data) == support:
@@ -150,8 +153,9 @@ def sums(
 ]:
     """The sum of ``one_batch(params, batch, entries, model_state)`` over all examples.
 
-    Also the statistics at the end, and the arrays of each micro-batch, with an axis of them in
-    front, behind one of devices where the examples are spread.
+    The results are the sums, the statistics after the last micro-batch, and the arrays of each
+    micro-batch. The arrays have a leading axis of micro-batches, and in front of it an axis of
+    devices if the examples are spread.
     """
 
     def terms_of(
@@ -166,6 +170,7 @@ def sums(
             return one_batch(params, batch, entries, model_state)
 
         if sharding is not None and examples.indices is not None:
+            # Each device walks through the listed examples that it holds.
 
             def add(params: Params, terms: Terms, run: WeightedExamples) -> Terms:
                 return _plus(terms, of_run(params, run, model_state))
@@ -175,9 +180,11 @@ def sums(
 
             terms = _held.total(add, zero, params, examples, microbatch_size, sharding)
         elif microbatch_size is None or microbatch_size >= support:
+            # One pass over all examples.
             terms = of_run(params, examples, model_state)
             terms = terms._replace(stacked=jax.tree.map(lambda x: x[None], terms.stacked))
         else:
+            # The shapes of what one run gives are needed before the loop over the runs.
             listed = examples.indices is not None
             part = examples._replace(data=()) if listed else examples
             size = microbatch_size
@@ -193,7 +200,7 @@ def sums(
 
 
 def _layout(examples: WeightedExamples, sharding: NamedSharding) -> PyTree:
-    """Of listed examples the data alone are spread, all else is the same on every device."""
+    """How examples are spread: of listed ones only the data, and all else is on every device."""
     parts, everywhere = PartitionSpec(sharding.spec[0]), PartitionSpec()
     if examples.indices is None:
         return parts
@@ -203,7 +210,10 @@ def _layout(examples: WeightedExamples, sharding: NamedSharding) -> PyTree:
 def keys_of_examples(
     key: Key[Array, ""] | None,
 ) -> Callable[[Int[Array, " B"] | None], Key[Array, " B"] | None]:
-    """The keys of a batch from the numbers of its examples: never those of all at once."""
+    """A function from the numbers of a batch's examples to their keys.
+
+    The keys of all examples are never in memory at once.
+    """
     if key is None:
         return lambda numbers: None
     again = repeated(key)
@@ -215,16 +225,20 @@ def maps(
     microbatch_size: int | None,
     sharding: NamedSharding | None,
 ) -> Callable[[Params, Data, int], PyTree]:
-    """``one_batch(params, batch)``, [B, ...], of the first N examples, [N, ...], N an argument."""
+    """A function of (params, data, N): ``one_batch(params, batch)`` of the first N examples.
+
+    `one_batch` returns arrays [B, ...], and the function returns [N, ...].
+    """
 
     def of_part(params: Params, data: Data) -> PyTree:
         size = _validate.leading_axis("data", data)
         if microbatch_size is None or microbatch_size >= size:
             return one_batch(params, data)
+        # The last run starts earlier if it would reach beyond the end; what it repeats is cut off.
         starts = jnp.minimum(jnp.arange(0, size, microbatch_size), size - microbatch_size)
         cut = functools.partial(_slice, size=microbatch_size)
         found = jax.lax.map(lambda start: one_batch(params, cut(data, start)), starts)
-        seen = -size % microbatch_size  # of the last run, which starts so much earlier
+        seen = -size % microbatch_size
         ends = lambda x: [x[:-1].reshape(-1, *x.shape[2:]), x[-1, seen:]]  # noqa: E731
         return jax.tree.map(lambda x: jnp.concatenate(ends(x)), found)
 
@@ -246,21 +260,28 @@ def _runs(
     microbatch_size: int,
     sharding: NamedSharding | None,
 ) -> tuple[Callable[[Int[Array, ""]], WeightedExamples], int]:
-    """The examples of run k, as a function of k, and how many runs there are.
+    """The examples of run k, as a function of k, and the number of runs.
 
     `terms` are the shapes of what a run gives.
+
+    The last run is filled up by one of two rules, which cannot be one. Slices of the data cannot
+    wrap around without a copy, so the last slice starts earlier, and the examples that it shares
+    with the run before have weight 0. Where the examples that fill up can be seen (statistics
+    depend on them, and stacked arrays contain them), they come from the first run and stand at the
+    end, so that the first N entries of stacked arrays are the N examples. A slice that starts
+    earlier has them in front. Runs that are gathered can follow the second rule at no cost, so all
+    of them do.
     """
     support = examples.values.shape[0]
     missing = -support % microbatch_size
     num_runs = (support + missing) // microbatch_size
     cut = functools.partial(_slice, size=microbatch_size)
 
-    # Statistics and stacked arrays tell what a last run is filled up with: from the first ones.
     told = missing and jax.tree.leaves((terms.model_state, terms.stacked))
     if order is None and examples.indices is None and not told:
 
         def slices(k: Int[Array, ""]) -> WeightedExamples:
-            # The last run starts earlier, and what it has in common with the one before is seen.
+            # `seen` is the number of examples that the last run shares with the run before.
             seen = jnp.maximum(k * microbatch_size - (support - microbatch_size), 0)
             run = cut(examples, k * microbatch_size - seen)
             if missing == 0:
@@ -272,7 +293,7 @@ def _runs(
 
         return slices, num_runs
 
-    # Whole runs: examples are filled up from the first ones, weights with zeros.
+    # The lists of examples are filled up with the first ones, and the weights with zeros.
     examples = _in_order(examples, order, sharding)
     repeat = lambda x: jnp.concatenate([x, x[:missing]])  # noqa: E731
     indices, numbers = jax.tree.map(repeat, (examples.indices, examples.numbers))
@@ -286,12 +307,12 @@ def _runs(
 def _in_order(
     examples: WeightedExamples, order: Key[Array, ""] | None, sharding: NamedSharding | None
 ) -> WeightedExamples:
-    """The entries of this device in the order to visit them, and where their examples are."""
+    """The entries of this device in the order of their runs, with the indices of their examples."""
     positions = jnp.arange(examples.values.shape[0], dtype=jnp.int32)
     if order is None:
         indices = positions if examples.indices is None else examples.indices
         return examples._replace(indices=indices)
-    # Each device shuffles what it has: nothing moves between devices.
+    # Each device shuffles its own examples, so that nothing moves between devices.
     part = 0 if sharding is None else jax.lax.axis_index(_mesh.axes(sharding))
     positions = permute(jax.random.fold_in(order, part), positions, positions.shape[0])
     indices = positions if examples.indices is None else examples.indices[positions]
@@ -305,7 +326,7 @@ def _accumulate(
     num_runs: int,
     zero: Terms,
 ) -> Terms:
-    """Sums `of_run` over the runs in order, the statistics threaded through."""
+    """The sum of `of_run` over the runs in order; each gets the statistics of the one before."""
 
     def add(terms: Terms, k: Int[Array, ""]) -> tuple[Terms, PyTree]:
         new = of_run(run_of(k), terms.model_state)
@@ -316,7 +337,7 @@ def _accumulate(
 
 
 def _zero(shapes: Terms, model_state: ModelState) -> Terms:
-    """No terms yet: totals are float32 or wider, whatever the micro-batches give."""
+    """Terms of zero, in float32 or wider, whatever the micro-batches give."""
     value, grads = jax.tree.map(
         lambda x: _mesh.zeros(x, _dtypes.accumulator(x.dtype)), (shapes.value, shapes.grads)
     )
@@ -324,7 +345,7 @@ def _zero(shapes: Terms, model_state: ModelState) -> Terms:
 
 
 def _plus(terms: Terms, new: Terms) -> Terms:
-    """The totals with those of one more run, and the statistics after it."""
+    """The totals with the terms of one more run, and the statistics after it."""
     value, grads = jax.tree.map(
         lambda total, term: total + term.astype(total.dtype),
         (terms.value, terms.grads),
@@ -334,18 +355,18 @@ def _plus(terms: Terms, new: Terms) -> Terms:
 
 
 def _fill_up(data: Data, missing: int) -> Data:
-    """The data in equal parts for the devices: the last example is repeated."""
+    """The data with the last example repeated, so that the devices get equal parts."""
     return jax.tree.map(lambda x: _mesh.fill(jnp.asarray(x), missing), data)
 
 
 def take(data: Data, indices: Int[Array, " size"] | None) -> Batch:
-    """The examples at these indices, all of them for None."""
+    """The examples at these indices; with None, all examples."""
     if indices is None:
         return data
     return jax.tree.map(lambda x: jnp.take(x, indices, axis=0, mode="clip"), data)
 
 
 def _slice(tree: PyTree, start: Int[Array, ""], size: int) -> PyTree:
-    """So many entries from a place on, of all leaves."""
+    """The `size` entries from `start` on, of each leaf."""
     cut = lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size)  # noqa: E731
     return jax.tree.map(cut, tree)

@@ -1,15 +1,17 @@
-"""Checks of weights against the examples that they are for."""
+"""Checks that weights fit the examples that they are for."""
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from msgd_jax import _mesh, _validate
+from msgd_jax import _dtypes, _mesh, _validate
+from msgd_jax._typing import Params
 from msgd_jax.noise import Weights
 
 
 def check_length(num_examples: int, length: int, sharding: NamedSharding | None) -> None:
-    """Raises ValueError unless data of this length are so many examples, filled up or not."""
+    """Raises ValueError unless data of this length hold `num_examples`, filled up or not."""
     filled = num_examples + _mesh.missing(num_examples, sharding)
     if length not in (num_examples, filled):
         raise ValueError(
@@ -18,8 +20,14 @@ def check_length(num_examples: int, length: int, sharding: NamedSharding | None)
         )
 
 
+def equal(num_examples: int, params: Params) -> Float[Array, " N"]:
+    """Weights of 1/N in float32, or in float64 if a parameter is float64."""
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+    return jnp.full(num_examples, 1 / num_examples, _dtypes.accumulator(*dtypes))
+
+
 def as_weights(weights: Weights | Array, num_examples: int) -> Weights:
-    """What stands for weights, as weights of so many examples; their shape is checked later."""
+    """Weights, or an array of them, as weights of `num_examples`; their shape is checked later."""
     if not isinstance(weights, Weights):
         if not hasattr(weights, "shape") or not hasattr(weights, "dtype"):
             raise TypeError(
@@ -44,8 +52,9 @@ def check(
     stacked: bool = False,
     read: bool = False,
 ) -> None:
-    """Raises TypeError or ValueError unless these are weights of the data, or a stack of such.
+    """Raises TypeError or ValueError unless these are weights of the data.
 
+    With `stacked`, they must be a stack of weights, with a leading axis of draws.
     With `read`, the data are the examples that the weights list.
     """
     if not isinstance(weights, Weights):

@@ -28,7 +28,8 @@ class Weights:
         num_examples: N, the length of the full weight vector.
 
     Raises:
-        TypeError: if `num_examples` is not an integer or `indices` are not integers.
+        TypeError: if `num_examples` is not an integer, `values` are not a floating-point array, or
+            `indices` are not integers.
         ValueError: if `num_examples` is not positive or `indices` are not in [0, num_examples);
             traced indices are not checked.
     """
@@ -39,6 +40,10 @@ class Weights:
 
     def __post_init__(self) -> None:
         _validate.num_examples("num_examples", self.num_examples)
+        if not jnp.issubdtype(getattr(self.values, "dtype", bool), jnp.floating):
+            raise TypeError(
+                f"values must be a floating-point array, got {_validate.shown(self.values)}."
+            )
         if self.indices is not None:
             _validate.integer_dtype("indices", self.indices)
             _validate.indices("indices", self.indices, self.num_examples)

@@ -1,4 +1,4 @@
-"""The contestants of `against_torch` compute the same, and its processes do as they are told."""
+"""The contestants of `against_torch` compute the same, and its processes follow their tasks."""
 
 import time
 
@@ -15,7 +15,7 @@ NO_TORCH = "PyTorch, the contestant, is not installed (pip install -e . --group 
 
 
 def gradient_of_ours(row, reference):
-    """Weighted loss and gradient at the reference, in the order of the first step."""
+    """The weighted loss and its gradient at the reference, in the order of the first step."""
     data = tuple(jnp.asarray(a[reference.order]) for a in (reference.images, reference.labels))
     weights = noise.Weights(jnp.asarray(reference.weights[reference.order]), None, row.num_examples)
     value_and_grad = loss.weighted_value_and_grad(
@@ -29,7 +29,7 @@ def gradient_of_ours(row, reference):
 
 @pytest.mark.parametrize("name", ["lenet", "vgg11-16", "resnet18-8"])
 def test_the_nets_are_the_same_functions(name):
-    """Loss, gradient and running statistics in float32, from the same parameters."""
+    """Loss, gradient and running statistics agree in float32 at the same parameters."""
     torch_nets = pytest.importorskip("benchmarks.torch_nets", reason=NO_TORCH)
     row = rows.TINY[name]
     reference = rows.reference(row)
@@ -88,7 +88,7 @@ def test_gradients_of_each_example_are_ours(name):
 
 @pytest.mark.slow
 def test_the_order_of_the_first_step_is_its_own():
-    """With ghost batch norm who shares a batch is drawn; the probe finds what the step does."""
+    """The members of a ghost batch are drawn; the probe must find those that the step uses."""
     row = rows.TINY["resnet18-8"]
     order = rows.reference(row).order
     assert sorted(order) == list(range(row.num_examples)) != list(order)
@@ -141,7 +141,7 @@ def test_a_process_prepares_measures_and_says_what_is_wrong(worker):
 
 
 def measured(**seconds):
-    """A row whose contestants took these seconds, under short names."""
+    """A row in which the contestants took these times, in seconds, with short names."""
     names = {
         "ours": (Contestant(OURS, True), AS_IS),
         "whole": (Contestant(OURS, False), AS_IS),

@@ -44,7 +44,7 @@ def test_growth_is_the_exponent_of_a_power_law():
 
 
 def count_flops(function, *args) -> float:
-    """Floating-point operations of one call, as XLA counts them (the body of a loop once)."""
+    """The floating-point operations of one call, as XLA counts them: the body of a loop once."""
     analysis = jax.jit(function).lower(*args).cost_analysis()
     assert analysis is not None
     return analysis["flops"]

@@ -1,4 +1,4 @@
-"""What is written is strict JSON, whatever is in it, and is read as what it was."""
+"""Records are written as strict JSON, whatever they contain, and are read unchanged."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Tables of text against ones written out by hand."""
+"""Tables of text are compared with tables that were written by hand."""
 
 import markdown_it
 import pytest

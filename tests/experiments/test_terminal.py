@@ -1,4 +1,4 @@
-"""What is drawn where, and how long things are said to take."""
+"""What is drawn on which terminal, and the durations that are announced."""
 
 import dataclasses
 import fcntl

@@ -1,1 +1,1 @@
-"""Tests of the library, in rooms as the library is."""
+"""Tests of the library, in the folders that the library has."""

@@ -1,4 +1,4 @@
-"""Loaders as they are (tensors, too few batches, errors of their own), and bad input."""
+"""Loaders with tensors, with too few batches and with errors of their own, and bad input."""
 
 import functools
 import itertools
@@ -28,7 +28,7 @@ from tests.support.mistakes import assert_told
 
 
 class Tensor:
-    """As much of a tensor of PyTorch as counts here: its own dtype, and numpy can read it."""
+    """What matters of a PyTorch tensor here: it has its own dtype, and numpy can read it."""
 
     dtype = "torch.float32"
 

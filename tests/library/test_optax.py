@@ -141,6 +141,10 @@ def build(name: str) -> Any:
 
 
 def names() -> list[Any]:
+    """The optimizers of the installed optax.
+
+    Other versions have others, so the slow ones cannot be listed in `slow_cases.txt`.
+    """
     chosen = sorted((FOUND.keys() | BUILT.keys()) - REFUSED)
     return [
         pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)

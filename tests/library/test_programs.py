@@ -83,13 +83,7 @@ def call(name, seed):
     return CALLS[name](fresh_loss(float(seed)), law, fresh_data(seed, FEW))
 
 
-# The others are made of the same pieces.
-QUICK = ("noise.MNoise.sample", "in micro-batches", "transform.msgd", "train.make_loop")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CALLS]
-)
+@pytest.mark.parametrize("name", CALLS)
 def test_arrays_of_earlier_calls_are_gone(name):
     """Fresh losses of 8 MB each, with fresh data and a fresh law: none of them stays."""
     assert_arrays_go(lambda seed: call(name, seed), CAPTURED)

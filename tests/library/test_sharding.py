@@ -319,6 +319,19 @@ class TestBadInput:
         with pytest.raises(ValueError, match="batch"):  # by jax: named, with what there is
             NamedSharding(spread(8).mesh, PartitionSpec("batch"))
 
+    @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+    def test_integers_that_jax_would_cut(self, dtype):
+        """Without x64, jax would make 0 of 2^40."""
+        rows, numbers = spread(8), np.arange(8, dtype=dtype)
+        message = r"must hold integers that fit u?int32, got u?int64 from \d+ to 1099511627776"
+        for place in (sharding.shard_examples, sharding.shard_batch):
+            np.testing.assert_array_equal(place(numbers, rows), numbers)
+            with pytest.raises(ValueError, match=message) as caught:
+                place(np.where(numbers == 7, 2**40, numbers).astype(dtype), rows)
+            assert len(str(caught.value)) <= 400
+        with jax.enable_x64(True):
+            assert int(sharding.shard_examples(numbers + dtype(2**40), rows)[7]) == 2**40 + 7
+
     @pytest.mark.parametrize(
         "spec", [PartitionSpec(), PartitionSpec(None, "data"), PartitionSpec("data", "model")]
     )

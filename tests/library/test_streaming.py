@@ -321,6 +321,11 @@ class TestBadInput:
         with pytest.raises(TypeError, match=r"sharding must be a jax\.sharding\.NamedSharding"):
             self.make(sharding="data")
 
+    def test_integers_that_jax_would_cut(self):
+        source = streaming.ArraySource({**DATA, "id": np.full(203, 2**40)})
+        with pytest.raises(ValueError, match="source must hold integers that fit int32"):
+            self.make(source=source)(start(), 1)
+
     def test_sizes(self):
         with pytest.raises(ValueError, match="microbatch_size must be at least 1"):
             self.make(microbatch_size=0)

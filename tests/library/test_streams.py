@@ -75,8 +75,8 @@ def correlations(draw, size, num_keys, impl):
 
 DRAWN = [
     ("threefry2x32", 6, 300),
-    pytest.param("threefry2x32", 1500, 4, marks=pytest.mark.slow),
-    pytest.param("rbg", 6, 300, marks=pytest.mark.slow),
+    ("threefry2x32", 1500, 4),
+    ("rbg", 6, 300),
     ("rbg", 1500, 4),
 ]
 
@@ -122,7 +122,7 @@ def test_one_key_for_parameters_and_noise_is_harmless():
     assert abs(np.corrcoef(start, weights)[0, 1]) < bound() / np.sqrt(500)
 
 
-@pytest.mark.parametrize("size", [6, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [6, 1500])
 @pytest.mark.parametrize("name", ROWS)
 def test_the_x64_flag_changes_no_draw(name, size):
     law = ROWS[name].make(size, -(-size // 5), dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""A real job from end to end: killed without a warning, it goes on with the same bits."""
+"""A real job from end to end, which goes on with the same bits after it was killed."""
 
 import os
 import signal
@@ -32,5 +32,5 @@ def test_a_transformer_that_was_killed_goes_on_with_the_same_bits(tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(got, want)
-    # And it learns: from the entropy of 128 letters down by a quarter at least.
+    # It also learns: the loss falls by at least a quarter from the entropy of 128 letters.
     assert np.mean(losses[-5:]) < 0.75 * all_losses[0]

@@ -94,6 +94,11 @@ MISTAKES: list[tuple[str, Any, str]] = [
         lambda: one_step(data={f"leaf_{i}" * 9: np.ones(3 + i) for i in range(99)}),
         "got 3 at",
     ),
+    (
+        "state",
+        lambda: train.make_step(loss_vector_fn, optax.sgd(0.1), noise.gd(6))({"params": 1.0}, {}),
+        "must be a train.TrainState",
+    ),
     ("train.make_step", lambda: one_step(MSGD), "the optimizer alone"),
     ("train.make_step", lambda: one_step(optax.apply_if_finite(MSGD, 3)), "the optimizer alone"),
     (

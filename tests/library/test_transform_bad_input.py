@@ -163,6 +163,13 @@ MISTAKES = [
         "got 0 leaves instead of 2",
     ),
     (
+        "updates['w']",
+        lambda: transform.aggregate_per_example(noise.fisher(4, 1), fresh_key()).update(
+            {"w": jnp.arange(4)}, None, {"w": jnp.ones(())}
+        ),
+        "floating-point gradients, got int32",
+    ),
+    (
         "updates",
         lambda: transform.aggregate_per_example(NOISE, fresh_key()).update(
             {"x" * 500: jnp.ones(3)}, None, {"x" * 500: jnp.ones(3)}

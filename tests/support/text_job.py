@@ -1,4 +1,4 @@
-"""A job as users have: a small transformer on text, killed in the middle if one says so.
+"""A job as users have: a small transformer on text, which can kill itself in the middle.
 
 ``python -m tests.support.text_job FOLDER STEPS KILLED_AT``
 """
@@ -26,7 +26,7 @@ SEQUENCES = SEQUENCES[: len(SEQUENCES) // (LENGTH + 1) * (LENGTH + 1)].reshape(-
 
 
 class Decoder(nnx.Module):
-    """One block, computed in bfloat16, with dropout."""
+    """A net of one block, computed in bfloat16, with dropout."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         kind: dict[str, Any] = {"dtype": jnp.bfloat16, "rngs": rngs}
@@ -52,7 +52,7 @@ def loss_fn(model: Decoder, sequence: jax.Array) -> jax.Array:
 
 
 def run(folder: pathlib.Path, num_steps: int, killed_at: int | None) -> tuple[Any, list[float]]:
-    """Goes on from the file in the folder, if there is one, and writes it at every third step."""
+    """Continues from the file in the folder, if there is one, and writes it at every third step."""
     model = Decoder(nnx.Rngs(0))
     model.train()
     net = flax_nnx.trainable(model, loss_fn)

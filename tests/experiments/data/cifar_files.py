@@ -16,7 +16,7 @@ from tests.experiments.data.source_files import NO_SERVER, published_as
 
 NUM_RECORDS = 3  # in each of the six binary files
 FOLDER_IN_ARCHIVE = "cifar-10-batches-bin"
-# In an order of its own, and with files that hold no images, as in the published archive.
+# The files have an order of their own, and some hold no images, as in the published archive.
 ORDER_IN_ARCHIVE = [
     "data_batch_1.bin",
     "batches.meta.txt",
@@ -40,7 +40,7 @@ def binary_file(images: np.ndarray, labels: np.ndarray) -> bytes:
 
 
 def tar_archive(members: Iterable[Member]) -> bytes:
-    """A gzip-compressed tar archive of files, or of whatever a `TarInfo` says."""
+    """A gzip-compressed tar archive of files, or of the entries that a `TarInfo` describes."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
         for member, content in members:
@@ -71,7 +71,7 @@ class TinyCifar10:
 
 
 def original(published: PublishedFile) -> data.Original:
-    """CIFAR-10, had its archive been this tiny one."""
+    """The data set CIFAR-10, with this tiny archive in place of the published one."""
     return dataclasses.replace(
         cifar10.CIFAR10,
         num_examples={"train": 5 * NUM_RECORDS, "test": NUM_RECORDS},

@@ -1,4 +1,4 @@
-"""What the tests of all data sets share: damage, a server, copies prepared by tfds, comparisons."""
+"""Code that the tests of all data sets share: damaged files, a server, copies prepared by tfds."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ NO_SERVER = "http://127.0.0.1:9/"
 
 
 def published_as(file: PublishedFile, content: bytes) -> PublishedFile:
-    """The same file, had it been published with these contents."""
+    """The same file, as if it had been published with these contents."""
     sha256 = hashlib.sha256(content).hexdigest()
     return dataclasses.replace(file, size=len(content), sha256=sha256)
 
@@ -38,7 +38,7 @@ def flip_middle_byte(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
 
 
-# What can happen to a file of which size and checksum are known, and what is said of it.
+# Kinds of damage to a file whose size and checksum are known, and the message for each.
 DAMAGES: list[tuple[Callable[[bytes], bytes], str]] = [
     (lambda content: content[: len(content) // 2], "bytes, but .* as published has"),
     (lambda content: content[:-1], "bytes, but .* as published has"),
@@ -50,7 +50,7 @@ DAMAGES: list[tuple[Callable[[bytes], bytes], str]] = [
 
 
 def check_same_examples(one: data.Dataset, other: data.Dataset) -> None:
-    """Checks that both train and test on exactly the same."""
+    """Checks that both data sets have exactly the same training and test examples."""
     np.testing.assert_array_equal(one.train_indices, other.train_indices)
     for ours, theirs in zip(
         jax.tree.leaves((one.train, one.test)),
@@ -148,7 +148,7 @@ def prepare(
 
 
 def copy_with_other_information(prepared: Path, folder: Path, **changes: object) -> Path:
-    """A copy of a prepared data set with changes to what it says about itself."""
+    """A copy of a prepared data set with a changed description of itself."""
     shutil.copytree(prepared, folder)
     (path,) = folder.rglob("dataset_info.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

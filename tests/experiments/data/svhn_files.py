@@ -55,7 +55,7 @@ class TinySvhn:
 
 
 def original(published: Mapping[str, PublishedFile], num_train: int = NUM_TRAIN) -> data.Original:
-    """SVHN, had its files been these tiny ones."""
+    """The data set SVHN, with these tiny files in place of the published ones."""
     return dataclasses.replace(
         svhn.SVHN,
         num_examples={"train": 12, "test": 20},

@@ -101,8 +101,8 @@ def test_contestants_share_data_and_weights_but_no_noise_key(runner):
         ("digits_net", "product", 1),
         ("digits_net", "lax", 1),
         ("vgg11", "product", 3),
-        pytest.param("vgg11", "product", 1, marks=pytest.mark.slow),
-        pytest.param("vgg11", "lax", 3, marks=pytest.mark.slow),
+        ("vgg11", "product", 1),
+        ("vgg11", "lax", 3),
     ],
 )
 def test_the_nets_are_those_of_the_models(net, convolution, groups):

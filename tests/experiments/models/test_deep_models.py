@@ -35,9 +35,7 @@ class OneBlock(layers.Net):
         return self.fc(features.mean((1, 2)))
 
 
-each_normalised = pytest.mark.parametrize(
-    "name", ["one_block", pytest.param("resnet18", marks=pytest.mark.slow)]
-)
+each_normalised = pytest.mark.parametrize("name", ["one_block", "resnet18"])
 
 
 @functools.cache
@@ -233,9 +231,7 @@ def test_evaluation_does_not_depend_on_the_company_and_training_does(name):
     assert abs(np.asarray(alone - together)).max() > 0.01
 
 
-@pytest.mark.parametrize(
-    "name", ["one_block", *(pytest.param(name, marks=pytest.mark.slow) for name in SIZES)]
-)
+@pytest.mark.parametrize("name", ["one_block", *SIZES])
 def test_seeds_side_by_side(name):
     model = narrow(name)
     params = jax.tree.map(lambda *x: jnp.stack(x), *(params_of(model, seed) for seed in (1, 2)))

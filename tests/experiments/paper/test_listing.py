@@ -32,7 +32,7 @@ def write(folder, plan=PLAN, records=(EVALUATION,), command="train", ended=None)
 
 
 def damage(root):
-    """Folders that are wrong, each in a way of its own, with the words for it."""
+    """Folders that are wrong, each in its own way, with the words of the message."""
     write(root / "whole", ended={"seconds_per_1000_steps": 500.0})
 
     asked = json.loads((root / "whole" / "config.json").read_text())

@@ -64,7 +64,7 @@ def test_one_is_killed_the_other_stops_and_another_number_of_devices_goes_on(tmp
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(tmp_path):
-    """As `train` does: a checkpoint, the exit code of the signal, no work lost."""
+    """As `train`, it writes a checkpoint, exits with the code of the signal, and loses no work."""
     out = tmp_path / "run"
     endless = ["--steps", "100000"]
     with processes(*[[*command, *endless] for command in of_two(out)]) as started:

@@ -1,4 +1,4 @@
-"""Runs are interrupted at every kind of moment, and end as if they had not been."""
+"""Runs that are interrupted at any moment end as if they had not been interrupted."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def kill():
 
 
 def metrics(path):
-    """All that was logged, but for the time it took."""
+    """All that was logged, without the times."""
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
@@ -75,7 +75,7 @@ def digits():
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(digits):
-    """Every run here computes the same: one compilation does for all."""
+    """Every run here computes the same, so one compilation is enough for all."""
     trainer, make = training.make_trainer(PLAN, digits), training.make_trainer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("experiments.training.trainer.make_trainer", lambda *_, **__: trainer)
@@ -85,7 +85,7 @@ def compiled_once(digits):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, digits):
-    """The run that nobody interrupts."""
+    """The run that is not interrupted."""
     path = tmp_path_factory.mktemp("straight") / "run"
     loop.run(PLAN, digits, path, Progress())
     return path
@@ -111,7 +111,7 @@ def test_a_run_learns_and_keeps_its_record(straight, digits):
 
 @pytest.mark.parametrize("step", [1, 27, 40])
 def test_interrupted_anywhere_it_ends_the_same(step, tmp_path, straight, digits):
-    """Without a last checkpoint: what came after the one before is done again."""
+    """Without the last checkpoint, the steps after the one before it are made again."""
     path = tmp_path / "run"
     with pytest.raises(Killed):
         loop.run(PLAN, digits, path, Progress(step, kill))
@@ -140,7 +140,7 @@ def test_a_signal_writes_a_checkpoint_between_evaluations(number, tmp_path, stra
 
 
 def test_killed_as_a_process_it_goes_on_with_the_same_command(tmp_path, straight):
-    """Kill -9, which nothing can be done about."""
+    """A SIGKILL, which no process can catch."""
     path = tmp_path / "run"
     command = [sys.executable, "-m", "experiments", *OPTIONS, "--out", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -156,7 +156,7 @@ def test_killed_as_a_process_it_goes_on_with_the_same_command(tmp_path, straight
 
 
 def test_tensorboard_has_every_evaluation_once(tmp_path, digits, monkeypatch):
-    """Also of a run that goes on within the second, the unit of the files' names."""
+    """This also holds for a run that goes on within a second, the unit of the files' names."""
     from tensorboardX import event_file_writer
     from tensorboardX.proto import event_pb2
 

@@ -1,4 +1,4 @@
-"""Bad input to the local complexities: what is said, and when."""
+"""Bad input to the local complexities: the messages, and when they are raised."""
 
 import math
 

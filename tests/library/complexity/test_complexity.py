@@ -28,7 +28,7 @@ from tests.support.statistics import assert_agree
 
 
 def drawn(law, num_draws, key=KEY):
-    """The vectors that `local_complexity` draws with this key: part of what it promises."""
+    """The vectors that `local_complexity` draws with this key, as its docstring promises."""
     draws = jax.vmap(law.sample, in_axes=(None, 0))(key, jnp.arange(num_draws))
     return np.asarray(draws.dense(), np.float64)
 
@@ -101,7 +101,7 @@ class TestAgainstClosedForms:
             )
 
     def test_few_steps_are_reported_as_such(self):
-        """After no step of a hard problem: gaps, and a value below that of a longer ascent."""
+        """Without a step there are gaps, and the value is below that of a long ascent."""
         settings = {"radius": 3.0, "num_draws": 6, "key": KEY, "num_starts": 1}
         problem = (quadratic_losses, jnp.zeros(4), on_device(examples(6)), gaussian(6))
         short, long = (
@@ -114,7 +114,7 @@ class TestAgainstClosedForms:
 
     @pytest.mark.slow
     def test_another_optimizer(self):
-        """Plain gradient ascent in place of normalised steps ends at the same height."""
+        """Plain gradient ascent, in place of normalised steps, ends at the same height."""
         problem = (quadratic_losses, jnp.zeros(4), on_device(examples(6)), gaussian(6))
         settings = {"radius": 0.5, "num_draws": 6, "key": KEY, "num_starts": 1, "num_steps": 40}
         usual = of_problem(complexity.local_complexity, *problem, **settings)
@@ -153,7 +153,7 @@ class TestEnumeration:
 
     @pytest.mark.parametrize("signed", [False, True])
     def test_draws_with_replacement(self, signed):
-        """Against a loop over all N^b (times 2^b) ordered samples."""
+        """The values agree with a loop over all N^b (times 2^b) ordered samples."""
         n, b = 4, 3
         law = (
             complexity.rademacher(n, b, replace=True)
@@ -197,9 +197,9 @@ class TestEnumeration:
 LAWS = [
     complexity.rademacher(6, 2),
     complexity.sgd(6, 2, replace=True),
-    pytest.param(complexity.rademacher(6), marks=pytest.mark.slow),
-    pytest.param(complexity.rademacher(6, 2, replace=True), marks=pytest.mark.slow),
-    pytest.param(complexity.sgd(6, 2), marks=pytest.mark.slow),
+    complexity.rademacher(6),
+    complexity.rademacher(6, 2, replace=True),
+    complexity.sgd(6, 2),
 ]
 
 
@@ -214,7 +214,7 @@ def test_sampling_agrees_with_enumeration(law):
 
 
 def test_gaussian_and_fisher_differ_by_the_factor_the_paper_leaves_out():
-    """V of M-SGD-Fisher is sqrt(N/b) g, of M-SGD-Cov the same, centred."""
+    """The V of M-SGD-Fisher is sqrt(N/b) g, and that of M-SGD-Cov is the same, centred."""
     n, b = 8, 2
     v = {
         name: drawn(complexity.from_noise(law), 3)
@@ -226,7 +226,7 @@ def test_gaussian_and_fisher_differ_by_the_factor_the_paper_leaves_out():
 
 
 def test_the_subset_law_computes_the_subset_only():
-    """B values with their indices: `loss.weighted_value_and_grad` gathers no others."""
+    """There are b values with their indices, and `weighted_value_and_grad` gathers no others."""
     law = complexity.rademacher(50, 3)
     weights = law.sample(KEY, 0)
     assert weights.values.shape == (3,)

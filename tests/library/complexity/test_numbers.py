@@ -34,7 +34,7 @@ def test_multipliers_are_uncorrelated_with_what_a_user_draws(name, impl, size, n
 
 
 def test_multipliers_are_uncorrelated_with_the_noise_of_the_same_key():
-    """So the regulariser may be given the key of the run."""
+    """So the key of the run may be given to the regulariser."""
     size = 5000
     ours = complexity.from_noise(noise.fisher(size, 10)).sample(KEY, 0).values
     other = noise.fisher(size, 10).sample(KEY, 0).values
@@ -232,7 +232,7 @@ def test_the_penalty_leaves_a_critical_point():
 
 
 def coverages(num_draws, num_keys=200):
-    """How many of the stated 95 % intervals hold the truth: of a complexity, of a ratio."""
+    """The number of stated 95 % intervals that hold the truth, of a complexity and a ratio."""
     x = jnp.asarray(DATA)
     losses, theta, radius = affine(0.0), jnp.zeros(5), 0.5
     options = {"radius": radius, "num_draws": num_draws, "num_steps": 0, "num_starts": 1}
@@ -282,7 +282,7 @@ def test_intervals_cover_what_they_say(num_draws):
 
 
 def test_a_normal_quantile_would_not_cover():
-    """Of two draws, 69 % of the time."""
+    """With two draws, the interval holds the truth in 69 % of the cases."""
     estimate = complexity.Estimate(1.0, 0.1, 1)
     low, high = complexity.Estimate(1.0, 0.1).interval
     assert estimate.interval[1] - estimate.interval[0] > 6 * (high - low)

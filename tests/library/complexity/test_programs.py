@@ -18,7 +18,7 @@ QUICK = {"radius": 0.5, "key": KEY, "num_draws": 2, "num_starts": 1, "num_steps"
 
 
 class Losses:
-    """A loss vector function that can be watched, with an array of its own."""
+    """A loss vector function with an array of its own, which can be watched."""
 
     def __init__(self, size=1000):
         self.held = jnp.ones(size)
@@ -52,7 +52,7 @@ def differentiated(losses):
 
 
 def drawn_by(losses):
-    """The losses as part of a law: its program has them, and goes with it."""
+    """The losses are a part of a law: its program holds them, and is freed with it."""
     held = losses.held
 
     def draw(key):
@@ -66,7 +66,7 @@ def drawn_by(losses):
 
 
 def drawn_data(losses):
-    """A function that draws the data, and has the losses."""
+    """A function that draws the data, and holds the losses."""
     return of_problem(
         complexity.local_complexity,
         lambda theta, batch: batch @ theta,
@@ -107,7 +107,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_losses_and_what_they_hold_go_when_the_call_returns(name):
-    """At once: not even a cycle holds them until the collector comes by."""
+    """They are freed at once: no cycle holds them until the garbage collector runs."""
     losses = Losses()
     gone = weakref.ref(losses), weakref.ref(losses.held)
     CALLS[name](losses)
@@ -165,7 +165,7 @@ def test_laws_that_share_a_program_have_their_own_draws():
 
 
 def test_data_that_come_to_be_more_are_seen():
-    """The function that draws them is the same object."""
+    """The function that draws the data is the same object."""
     size = [5]
 
     def sample(key):

@@ -159,7 +159,7 @@ PARAMS = {"w": jnp.ones(5), "b": jnp.ones(())}
 
 
 def fresh(seed):
-    """A loss with an array of its own, and data of its own."""
+    """A loss with its own array and its own data."""
     held = jnp.full(CAPTURED // 4, seed, jnp.float32)
     data = problems.regression(60).data
     data = {**data, "x": data["x"] + seed}

@@ -1,4 +1,4 @@
-"""Samplers of additive noise: their streams, and what is no covariance."""
+"""Samplers of additive noise: their streams, and matrices that are not covariances."""
 
 import functools
 
@@ -31,7 +31,7 @@ def test_draws_are_uncorrelated_with_what_a_user_draws(size, num_keys, impl):
 
 
 def test_draws_are_uncorrelated_with_the_weights_of_the_same_step():
-    """Both Gaussian, of one key and step."""
+    """Both draws are Gaussian, with the same key and step."""
     sampler, law = covariance.diagonal_sampler(jnp.ones(5000)), noise.fisher(5000, 10)
     pair = sampler.sample(KEY, 2), law.sample(jax.random.key(0), 2).values
     assert abs(np.corrcoef(*pair)[0, 1]) < bound() / np.sqrt(5000)

@@ -1,4 +1,4 @@
-"""Constants in the state of a loss: arguments of the program, the same bits for ever."""
+"""Constants in the state of a loss: they are arguments of the program and keep their bits."""
 
 import jax
 import jax.numpy as jnp

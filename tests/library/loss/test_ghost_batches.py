@@ -1,4 +1,4 @@
-"""Losses with statistics: micro-batches are ghost batches, of other examples at every step."""
+"""Losses with statistics: micro-batches are ghost batches, with other examples at every step."""
 
 import functools
 
@@ -17,7 +17,7 @@ KEY = jax.random.key(5)
 
 
 def visits(params, batch, state):
-    """Losses of nothing; the statistics remember which examples came when."""
+    """Losses that are zero, with statistics that record the order of the examples."""
     seen, count = state["seen"], state["count"]
     seen = jax.lax.dynamic_update_slice(seen, batch.astype(jnp.int32), (count,))
     losses = params * jnp.ones(batch.shape[0])
@@ -63,7 +63,7 @@ def test_every_example_meets_every_other():
 
 
 def test_weights_stay_with_their_examples():
-    """The gradient of sum_i W_i x_i theta is that of any order."""
+    """The gradient of sum_i W_i x_i theta does not depend on the order."""
 
     def losses(params, batch, state):
         return params * batch, state + 1
@@ -97,7 +97,7 @@ def test_each_device_shuffles_its_own_examples(num_devices, explicit):
     own = size // num_devices
 
     def positions(params, batch, state):
-        """Adds up, over its visits, 10^k times what comes k-th, for two of each batch."""
+        """Adds 10^k times the k-th visited example, for two examples of each batch."""
         value = state["value"] + state["factor"] * (batch[0] + 10 * batch[1])
         return params * batch, {"value": value, "factor": 100 * state["factor"]}
 
@@ -118,7 +118,7 @@ def test_each_device_shuffles_its_own_examples(num_devices, explicit):
 
 
 def test_read_examples_come_in_the_same_order(tmp_path):
-    """What is streamed, and what lies on the device: the same bits."""
+    """Streamed examples and examples on the device give the same bits."""
     x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 
     def losses(params, batch, state):
@@ -222,7 +222,7 @@ def test_sorted_data_are_as_good_as_shuffled_data(name):
 
 @pytest.mark.slow
 def test_the_order_of_sorted_data_ruins_batch_norm():
-    """The same weights in the order of the data: each ghost batch is of one class."""
+    """With the same weights in the order of the data, each ghost batch has one class only."""
     law = noise.cov(300, 30)
     of_weights = loss.weighted_value_and_grad(network, has_state=True, microbatch_size=30)
 

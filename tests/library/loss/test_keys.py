@@ -90,6 +90,17 @@ def test_weights_that_are_given():
     np.testing.assert_array_equal(found, np.asarray(weights.dense()) * expected_numbers(5))
 
 
+def test_an_example_that_a_loader_draws_twice_has_two_keys():
+    """In the batch of a loader, keys belong to the places in the batch."""
+    law, batch = noise.batch_cov(N, 1), jnp.asarray([3, 3, 1, 0])
+    f = loss.noisy_value_and_grad(reads_keys, law, has_keys=True, microbatch_size=2)
+    _, found = f(jnp.ones(N), batch, KEY, 3)
+    expected = np.zeros(N)
+    products = np.asarray(law.of(4).sample(KEY, 3).values) * expected_numbers(3)[:4]
+    np.add.at(expected, np.asarray(batch), products)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_seeds_are_vmapped():
     f = loss.noisy_value_and_grad(reads_keys, noise.gd(N), has_keys=True, microbatch_size=3)
     keys = jnp.stack([jax.random.clone(KEY), jax.random.key(5)])

@@ -153,7 +153,7 @@ def test_under_vmap_and_scan():
 
 @pytest.mark.parametrize("microbatch_size", [None, 24])
 def test_data_sharded_over_devices(microbatch_size):
-    """Eight devices, parameters replicated: the dense product to float32 rounding."""
+    """On eight devices it is the dense product up to float32 rounding."""
     problem = regression(104)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     data = jax.device_put(problem.data, NamedSharding(mesh, PartitionSpec("data")))
@@ -232,6 +232,13 @@ class TestBadInput:
         indices = jnp.arange(3)
         with pytest.raises(ValueError, match="same length"):
             self.call(weights=noise.Weights(jnp.ones(4), indices, 10))
+
+    @pytest.mark.parametrize(
+        "values", [jnp.ones(10, int), jnp.ones(10, bool), jnp.ones(10, complex), [0.1] * 10, None]
+    )
+    def test_weights_that_are_not_floating_point(self, values):
+        with pytest.raises(TypeError, match="values must be a floating-point array, got "):
+            noise.Weights(values, None, 10)
 
     def test_weights_that_are_a_plain_array(self):
         with pytest.raises(TypeError, match=r"noise\.Weights, got ndarray"):

@@ -1,4 +1,4 @@
-"""Many draws at one point: as many separate gradients, for one forward pass."""
+"""Many draws at one point give the separate gradients, with one forward pass."""
 
 import functools
 
@@ -108,7 +108,7 @@ def test_each_draw_is_the_separate_gradient():
 
 @pytest.mark.parametrize("microbatch_size", [None, 5])
 def test_the_forward_pass_is_made_once_for_all_draws(microbatch_size):
-    """Counted while running: the losses' host callback fires once an example, whatever K is."""
+    """A host callback in the losses counts one evaluation per example, whatever K is."""
     calls = []
 
     @jax.custom_jvp

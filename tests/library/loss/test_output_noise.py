@@ -113,7 +113,7 @@ def test_the_losses_are_what_they_were():
 
 
 def test_label_noise_is_noise_of_the_labels():
-    """The gradient of squares at noisy labels, of the same draws."""
+    """It is the gradient of squared errors at noisy labels, with the same draws."""
     noisy = loss.with_output_noise(outputs_fn, square, loss.label_noise(0.3))
     drawn = jax.vmap(lambda key: 0.3 * jax.random.normal(key, (OUTPUTS,)))(keys_of_examples())
 
@@ -126,7 +126,7 @@ def test_label_noise_is_noise_of_the_labels():
 
 
 def test_one_backward_pass_through_the_net():
-    """As many products of matrices as without the noise."""
+    """There are as many products of matrices as without the noise."""
     noisy = loss.with_output_noise(outputs_fn, square, loss.label_noise(0.3))
     plain = loss.per_example(lambda p, e: square(outputs_fn(p, e), e))
 

@@ -96,7 +96,7 @@ def test_state_comes_before_outputs_and_keys_behind_state():
 
 @pytest.mark.parametrize("microbatch_size", [None, 25])
 def test_keys_and_outputs_stay_on_their_devices(microbatch_size):
-    """One reduction, as without; each device derives the keys of its part and no others."""
+    """There is one reduction, as without outputs; each device derives the keys of its part only."""
     size, rows = 1003, spread(8)
 
     def per_row(theta, x, keys):

@@ -125,7 +125,7 @@ def test_stacked_outputs_have_as_many_runs_as_are_known():
 
 @pytest.mark.parametrize("name", ["sparse_cov", "cov"])
 def test_spread_gradients_are_differentiable_to_any_order_and_mode(name):
-    """Backwards twice, forwards over backwards, and by what a loss takes from outside."""
+    """Reverse and forward over reverse, also with respect to what a loss reads from outside."""
     problem, law, rows = regression(N), ROWS[name].make(N, 40), spread(8)
 
     def contracted(params, scale, where):
@@ -164,7 +164,7 @@ def test_many_seeds_at_once():
 @pytest.mark.parametrize("microbatch_size", [None, 6])
 @pytest.mark.parametrize("name", list(ROWS))
 def test_no_example_moves(name, microbatch_size):
-    """Collectives carry the gradient in float32, and at most a few numbers for each of B."""
+    """Collectives carry the gradient in float32, and at most a few numbers per example of B."""
     rows, size, batch = spread(8), 512, 40
     law = ROWS[name].make(1008, batch)
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=rows)  # noqa: E731

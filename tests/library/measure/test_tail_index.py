@@ -1,4 +1,4 @@
-"""Tail indices, and what they say where no tail is heavy, against checked numbers."""
+"""Tail indices, also where no tail is heavy, against checked numbers."""
 
 import jax
 import jax.numpy as jnp

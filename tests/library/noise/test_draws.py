@@ -154,9 +154,7 @@ def test_same_draw_under_jit_and_vmap(name, n, b):
                 np.testing.assert_array_equal(weights.indices, expected.indices)
 
 
-@pytest.mark.parametrize(
-    ("n", "num_devices"), [(1000, 8), pytest.param(4040, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("n", "num_devices"), [(1000, 8), (4040, 2)])
 @pytest.mark.parametrize("name", list(ROWS))
 def test_bit_identical_on_many_devices(name, n, num_devices):
     assert_bit_identical(ROWS[name].make(n, 8), num_devices)

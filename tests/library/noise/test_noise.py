@@ -54,7 +54,7 @@ def z_scores(w: np.ndarray, covariance: noise.Exchangeable) -> dict[str, float]:
     [
         *cases((1, 1), (100, 10)),
         # Few enough examples to be enumerated, which other tests do.
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in cases((7, 3))),
+        *cases((7, 3)),
     ],
 )
 def test_moments_agree_with_monte_carlo(name, n, b):

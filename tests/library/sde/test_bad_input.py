@@ -1,4 +1,4 @@
-"""What drift, diffusion and Euler-Maruyama refuse, and what they say."""
+"""Bad input to drift, diffusion and Euler-Maruyama, and their messages."""
 
 import math
 

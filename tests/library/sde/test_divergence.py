@@ -1,4 +1,4 @@
-"""Paths that leave the finite numbers."""
+"""Paths whose parameters become infinite or NaN."""
 
 import jax
 import jax.numpy as jnp

@@ -91,7 +91,7 @@ def test_order_three_halves_where_the_noise_dominates():
     assert sweep.order.standard_error < 0.02
 
 
-@pytest.mark.parametrize("b", [pytest.param(4, marks=pytest.mark.slow), 32])
+@pytest.mark.parametrize("b", [4, 32])
 def test_the_modified_drift_turns_order_one_into_three_halves(b):
     """Drift of L + eta/4 |grad L|^2: what is left is the noise's part. Order 1.5 +- 0.05."""
     sweep = strong(noise.cov(N, b), order=2)
@@ -103,9 +103,9 @@ def test_the_modified_drift_turns_order_one_into_three_halves(b):
     "iterate",
     [
         pytest.param(lambda dW: COUPLED(-dW), id="the sign of Eq. 71"),
-        pytest.param(COV, id="independent Gaussian noise", marks=pytest.mark.slow),
+        pytest.param(COV, id="independent Gaussian noise"),
         pytest.param(noise.sgd(N, B, replace=True), id="mini-batches"),
-        pytest.param(noise.gd(N), id="no noise", marks=pytest.mark.slow),
+        pytest.param(noise.gd(N), id="no noise"),
     ],
 )
 def test_without_the_shared_path_there_is_no_order_one(iterate):

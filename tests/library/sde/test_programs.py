@@ -97,7 +97,6 @@ CALLS = {
         of_sde(sde.weak_error, losses, problem.params, problem.data, law, key=key, **OPTIONS).errors
     ),
 }
-QUICK = {"brownian_increments", "coupling"}
 WITH_A_LOSS = sorted(CALLS.keys() - {"brownian_increments", "coupling"})
 
 
@@ -145,9 +144,7 @@ def footprint():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CALLS]
-)
+@pytest.mark.parametrize("name", CALLS)
 def test_a_hundred_calls_take_no_more_memory_than_ten(name):
     """Fresh losses with 8 MB each, fresh data and laws. What is kept would be 720 MB."""
     for call in range(100):

@@ -97,9 +97,7 @@ def test_drift(x64, microbatch_size):
 
 
 class TestBrownianIncrements:
-    @pytest.mark.parametrize(
-        "dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)]
-    )
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
     def test_coarse_increments_are_sums_of_fine_ones_to_the_last_bit(self, x64, dtype):
         draw = functools.partial(sde.brownian_increments, jax.random.key(1), 3, 1000, dtype=dtype)
         finest = np.asarray(draw(substeps=16))
@@ -317,9 +315,7 @@ def quadratic(H, Z):
     return losses, jnp.asarray(Z - Z.mean(0), jnp.float32)
 
 
-@pytest.mark.parametrize(
-    ("substeps", "eta"), [(1, 0.4), pytest.param(16, 0.1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("substeps", "eta"), [(1, 0.4), (16, 0.1)])
 def test_ornstein_uhlenbeck(substeps, eta):
     """Mean and covariance of 4,000 paths against the Lyapunov equations.
 
