@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from experiments import data
 from experiments._typing import Law, Params
-from experiments.noise_study.config import NoiseStudyConfig
+from experiments.noise_study._config import EdgeConfig
 from msgd_jax import loss, measure, noise
 from msgd_jax._streams import Stream, derive
 
@@ -43,7 +43,7 @@ def initial(key: Key[Array, ""], inputs: int, width: int) -> Params:
     return params
 
 
-def digits(config: NoiseStudyConfig) -> dict[str, Array]:
+def digits(config: EdgeConfig) -> dict[str, Array]:
     """The training digits of all seeds, with a leading axis of seeds; their grey mean is 0."""
     images, labels = [], []
     for seed in range(config.seed, config.seed + config.seeds):
@@ -57,7 +57,7 @@ def digits(config: NoiseStudyConfig) -> dict[str, Array]:
     }
 
 
-def law_of(name: str, config: NoiseStudyConfig, num_examples: int) -> Law:
+def law_of(name: str, config: EdgeConfig, num_examples: int) -> Law:
     """The law of the weights; for isotropic noise it is that of GD, since the noise is added."""
     n, b = num_examples, config.batch_size
     match name:
