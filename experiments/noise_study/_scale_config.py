@@ -49,7 +49,7 @@ class ScaleConfig(StudyConfig):
     num_examples: int = 4_096
     width: int = 32
     targets: tuple[float, ...] = (0.9, 0.7, 0.5)
-    batch_sizes: tuple[int, ...] = (4096, 1024, 512, 256, 128, 64, 32, 16, 8)
+    batch_sizes: tuple[int, ...] = (4096, 512, 128, 64, 32, 8)
     first_rate: float = 0.5
     growth: float = 0.05
     evaluated: int = 1_024
