@@ -59,10 +59,10 @@ class ScaleConfig(StudyConfig):
     microbatch_size: int = 64
     microbatches: int = 16
     windows: tuple[int, ...] = (5, 20)
-    checkpoints: int = 12
+    checkpoints: int = 10
     law_draws: tuple[int, ...] = (4, 16)
     hessian_draws: int = 16
-    seeds: int = 6
+    seeds: int = 5
     seed: int = 0
     report: bool = False
     out: pathlib.Path | None = None
