@@ -294,7 +294,7 @@ def _errors(axis: Any, estimators: list[dict[str, Any]], looks: dict[str, styles
     ]
     axis.set_yticks(range(len(names)), labels, fontsize=styles.FONT - 2)
     axis.invert_yaxis()
-    axis.set_xscale("log")
+    axis.set_xlim(left=0)
     axis.set_xlabel("median error of the noise scale, % (95 % interval)")
 
 
@@ -320,7 +320,7 @@ def _against_size(axis: Any, found: list[dict[str, Any]], result: list[dict[str,
     axis.set_yscale("log")
     axis.set_xlabel(
         "batch size; upright: critical (solid), mean of tr S / |g|² (dashed),\n"
-        "mean tr S / mean |g|² (dotted), mean tr(HS) / mean g·Hg (dash-dotted)"
+        "mean tr S / mean |g|² (dotted),\nmean tr(HS) / mean g·Hg (dash-dotted)"
     )
     axis.set_ylabel("steps to the loss")
     axis.legend(loc="upper right")
