@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, Union
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,8 +43,8 @@ def _run(arguments: list[str] | None) -> None:
             contextlib.redirect_stdout(terminal.WithoutColours(sys.stdout)),
             contextlib.redirect_stderr(terminal.WithoutColours(sys.stderr)),
         ):
-            config = tyro.extras.subcommand_cli_from_dict(
-                commands.CONFIGS,
+            config = tyro.cli(
+                _choice(commands.CONFIGS),
                 prog="python -m experiments",
                 description="Multiplicative-noise SGD on real images. --version: the versions.",
                 args=arguments,
@@ -60,6 +62,23 @@ def _run(arguments: list[str] | None) -> None:
         # The errors of this package are sentences; those of the system have a file and a reason.
         file = f": {error.filename}" if error.filename else ""
         sys.exit(f"error: {error.strerror}{file}" if error.strerror else f"error: {error}")
+
+
+def _choice(configs: Mapping[str, Any]) -> Any:
+    """The type of which tyro makes one subcommand per name, with further ones for dictionaries."""
+    import tyro
+
+    def subcommand(name: str, config: Any) -> Any:
+        if isinstance(config, Mapping):
+            about = f"Further choices: {', '.join(config)}."
+            return Annotated[
+                Any, tyro.conf.subcommand(name, constructor=_choice(config), description=about)
+            ]
+        return Annotated[Any, tyro.conf.subcommand(name, constructor=config)]
+
+    # A union of one type would be that type, and give no subcommand.
+    nothing = Annotated[None, tyro.conf.Suppress]
+    return Union[(*(subcommand(*item) for item in configs.items()), nothing)]
 
 
 if __name__ == "__main__":

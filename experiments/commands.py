@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import figures, tables, terminal
+from experiments import figures, noise_study, tables, terminal
 from experiments.decide import DecideConfig, DemoConfig, demo_records, run_demo
 from experiments.decide import command as decide
-from experiments.noise_study import NoiseStudyConfig, edge
 from experiments.paper import FigureConfig, ListConfig, ReportConfig, accuracies, report
 from experiments.theory import ComplexityConfig, SDEConfig, complexity, sde
 from experiments.training import (
@@ -32,7 +31,7 @@ Config = (
     | DistributedConfig
     | FigureConfig
     | ListConfig
-    | NoiseStudyConfig
+    | noise_study.StudyConfig
     | ReportConfig
     | SDEConfig
     | TrainConfig
@@ -44,12 +43,12 @@ CONFIGS: dict[str, Any] = {
     "sde": SDEConfig,
     "complexity": ComplexityConfig,
     "decide": DecideConfig,
-    "noise-study": NoiseStudyConfig,
+    "noise-study": {name: options for name, (options, _) in noise_study.STUDIES.items()},
     "figure": FigureConfig,
     "list": ListConfig,
     "report": ReportConfig,
 }
-"""The commands by name."""
+"""The options of the commands by name; a command with a further choice has a dictionary of them."""
 
 
 def version() -> str:
@@ -72,8 +71,8 @@ def run(config: Config) -> pathlib.Path | None:
             return sde.run(config)
         case ComplexityConfig():
             return complexity.run(config)
-        case NoiseStudyConfig():
-            return edge.run(config)
+        case noise_study.StudyConfig():
+            return noise_study.run(config)
         case TrainConfig():
             return train(config)
         case DecideConfig():

@@ -1,9 +1,33 @@
 """Studies of gradient noise along training, on real images.
 
+scale   three estimators of the noise scale, and the batch sizes that it predicts
 edge    batch sharpness against 2 / eta: where laws with SGD's covariance stabilise
-config  the options of the command
+escape  noises of equal trace and different shapes at a minimum that GD has found
 """
 
-from experiments.noise_study.config import NoiseStudyConfig
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["NoiseStudyConfig"]
+from experiments.noise_study import edge, escape, scale
+from experiments.noise_study._config import EdgeConfig, StudyConfig
+from experiments.noise_study._escape_config import EscapeConfig
+from experiments.noise_study._scale_config import ScaleConfig
+from experiments.noise_study._study import Study
+
+STUDIES: Mapping[str, tuple[Any, Study]] = {
+    # In the order of docs/noise_study.md: scale, edge, escape, tails, memory.
+    "scale": (ScaleConfig, scale.STUDY),
+    "edge": (EdgeConfig, edge.STUDY),
+    "escape": (EscapeConfig, escape.STUDY),
+}
+"""The options of each study, and the study, by name."""
+
+
+def run(config: StudyConfig) -> pathlib.Path:
+    """Runs the study that the options belong to; returns its folder."""
+    (study,) = (study for options, study in STUDIES.values() if type(config) is options)
+    return study.run(config)
+
+
+__all__ = ["STUDIES", "EdgeConfig", "EscapeConfig", "ScaleConfig", "StudyConfig", "run"]

@@ -5,88 +5,48 @@ Hessian and SGD's batch sharpness, which are the same yardsticks for all laws, s
 a law leads training to. The law's own batch sharpness shows how sharp its own steps are.
 """
 
-import functools
-import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from experiments import records, terminal
+from experiments import terminal
 from experiments._typing import Params
-from experiments.noise_study import _problem, _report
-from experiments.noise_study.config import NoiseStudyConfig
-from experiments.training import runs
+from experiments.noise_study import _edge_report, _problem
+from experiments.noise_study._config import EdgeConfig
+from experiments.noise_study._study import Study
 from msgd_jax import loss, measure
 
-RECORDS = "edge.jsonl"
 # Draws of SGD's batch sharpness for each draw of a law's own, which may need all examples.
 _YARDSTICK = 6
 Examples = dict[str, Array]
 
 
-def run(config: NoiseStudyConfig) -> pathlib.Path:
-    """Makes the missing runs, prints the table, draws the picture; returns the folder.
-
-    Raises:
-        FileExistsError: if the folder belongs to another command or configuration.
-        records.DamagedRecordError: if records are missing or cannot be read.
-    """
-    if config.report:
-        return _again(config)
-    steps = {"edge": functools.partial(_part, config)}
-    return runs.run_parts("noise-study", config, steps, {"edge": _report.table})
+def make(config: EdgeConfig, missing: list[tuple[str, float]]) -> Iterator[dict[str, Any]]:
+    """The records of some runs, made one after the other."""
+    examples = _problem.digits(config.all_seeds)
+    with terminal.Progress(len(missing) * config.steps) as progress:
+        for name, rate in missing:
+            progress.compiling(f"{name} at {rate:g}")
+            yield train(config, examples, name, rate, progress.update)
 
 
-def _again(config: NoiseStudyConfig) -> pathlib.Path:
-    """Makes the table and the picture from the records, without new runs."""
-    assert config.out is not None  # checked by the configuration
-    found = recorded(config.out)
-    held = records.read_object(config.out / "config.json")
-    rate, margin = held["learning_rate"], held["margin"]
-    print(_report.table(_report.rows(found, rate, margin)))
-    _report.draw(found, rate, config.out / "edge.png")
-    return config.out
-
-
-def _part(config: NoiseStudyConfig, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Makes the missing runs, one after the other; returns the rows of the table."""
-    path = folder / RECORDS
-    done = records.read_lines(path)
-    # Write the records again without a last line that was cut short.
-    records.replace_text(path, "".join(map(records.as_line, done)))
-    have = {(line["noise"], line["learning_rate"]) for line in done}
-    missing = [run for run in config.runs if run not in have]
-    if missing:
-        examples = _problem.digits(config)
-        with terminal.Progress(len(missing) * config.steps) as progress:
-            for name, rate in missing:
-                progress.compiling(f"{name} at {rate:g}")
-                line = train(config, examples, name, rate, progress.update)
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(records.as_line(line))
-    found = recorded(folder)
-    _report.draw(found, config.learning_rate, folder / "edge.png")
-    return _report.rows(found, config.learning_rate, config.margin)
-
-
-def recorded(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a folder, one per law and learning rate."""
-    found = records.read_lines(folder / RECORDS)
-    for line in found:
-        if not line.keys() >= _report.FIELDS:
-            raise records.DamagedRecordError(
-                f"{folder / RECORDS} has a line without {min(_report.FIELDS - line.keys())}"
-            )
-    if not any(line["noise"] == "sgd" for line in found):
-        raise records.DamagedRecordError(f"{folder / RECORDS} has no run of sgd")
-    return found
+STUDY = Study(
+    name="edge",
+    names=("noise", "learning_rate"),
+    fields=_edge_report.FIELDS,
+    plan=lambda config: config.runs,
+    make=make,
+    rows=_edge_report.rows,
+    table=_edge_report.table,
+    draw=_edge_report.draw,
+)
 
 
 def train(
-    config: NoiseStudyConfig,
+    config: EdgeConfig,
     examples: Examples,
     name: str,
     rate: float,
@@ -101,7 +61,7 @@ def train(
         rate: the learning rate.
         advanced: called with the number of steps made since its last call.
     """
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.seed, config.seed + config.seeds))
+    keys = jax.vmap(jax.random.key)(jnp.asarray(config.all_seeds))
     inputs = examples["x"].shape[-1]
     params = jax.vmap(lambda key: _problem.initial(key, inputs, config.width))(keys)
     advance, measured = _advance(config, examples, name, rate), _measured(config, examples, name)
@@ -119,14 +79,14 @@ def train(
         "step": done,
         "noise": name,
         "learning_rate": rate,
-        "seeds": list(range(config.seed, config.seed + config.seeds)),
+        "seeds": list(config.all_seeds),
         "steps": list(config.measured_at),
         **values,
     }
 
 
 def _advance(
-    config: NoiseStudyConfig, examples: Examples, name: str, rate: float
+    config: EdgeConfig, examples: Examples, name: str, rate: float
 ) -> Callable[..., Params]:
     """A compiled function ``(params, examples, keys, begin, end) -> params`` for all seeds."""
     law = _problem.law_of(name, config, examples["y"].shape[1])
@@ -156,7 +116,7 @@ def _advance(
 
 
 def _measured(
-    config: NoiseStudyConfig, examples: Examples, name: str
+    config: EdgeConfig, examples: Examples, name: str
 ) -> Callable[..., dict[str, Float[Array, " seeds"]]]:
     """A compiled function from ``(params, examples, keys, step)`` to all quantities."""
     num_examples, draws = examples["y"].shape[1], config.law_draws

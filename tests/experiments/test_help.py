@@ -20,16 +20,28 @@ def texts(config):
     return found
 
 
-@pytest.mark.parametrize("command", CONFIGS)
+def commands(configs=CONFIGS):
+    """All commands with their options, those with a further choice once per choice."""
+    for name, config in configs.items():
+        if isinstance(config, dict):
+            yield from ((f"{name} {choice}", own) for choice, own in commands(config))
+        else:
+            yield name, config
+
+
+COMMANDS = dict(commands())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_no_option_has_the_name_of_what_a_record_says_besides(command):
     """Such an option would hide it, and the run could not go on."""
     own = {"command", "draws", "versions", "device"}
-    assert not own & {field.name for field in dataclasses.fields(CONFIGS[command])}
+    assert not own & {field.name for field in dataclasses.fields(COMMANDS[command])}
 
 
-@pytest.mark.parametrize("command", CONFIGS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_in_sentences(command):
-    for name, text in texts(CONFIGS[command]).items():
+    for name, text in texts(COMMANDS[command]).items():
         words = text.split()
         assert re.match(r"[A-Z\"]", text), f"{name}: {text}"
         assert text.endswith("."), f"{name}: {text}"

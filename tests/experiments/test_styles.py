@@ -9,7 +9,7 @@ from matplotlib import colors
 
 from experiments import figures, styles
 from experiments.decide.settings import CONTESTANTS
-from experiments.noise_study import _report as edge
+from experiments.noise_study import _edge_report as edge
 from experiments.paper.panels import PANELS
 
 # What is left of linear RGB for each eye: Machado, Oliveira and Fernandes (2009), severity 1.

@@ -1,4 +1,4 @@
-"""``python -m experiments noise-study``: a tiny study, its table from its records, bad input."""
+"""``python -m experiments noise-study edge``: a tiny study, its table from records, bad input."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 
 from experiments import records
 from experiments.__main__ import main
-from experiments.noise_study import NoiseStudyConfig, _problem, _report, edge
+from experiments.noise_study import EdgeConfig, _edge_report, _problem, edge
 from tests.support.statistics import assert_agree
 
 TINY = {
@@ -28,7 +28,7 @@ TINY = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("study") / "out"
-    assert edge.run(NoiseStudyConfig(**TINY, out=out)) == out
+    assert edge.STUDY.run(EdgeConfig(**TINY, out=out)) == out
     return out
 
 
@@ -36,18 +36,18 @@ def test_the_recorded_table_and_picture_are_made_again_from_the_records(folder, 
     from matplotlib import image
 
     rows = json.loads((folder / "summary.json").read_text())["edge"]
-    found = edge.recorded(folder)
+    found = edge.STUDY.recorded(folder)
     assert [row["noise"] for row in rows] == ["sgd", "gd"]
-    assert _report.rows(found, 0.2, 0.1) == rows
+    assert _edge_report.rows(found, {"learning_rate": 0.2, "margin": 0.1}) == rows
     picture = image.imread(folder / "edge.png")
     (folder / "edge.png").unlink()
-    main(["noise-study", "--report", "--out", str(folder)])
-    assert capsys.readouterr().out.strip() == _report.table(rows)
+    main(["noise-study", "edge", "--report", "--out", str(folder)])
+    assert capsys.readouterr().out.strip() == _edge_report.table(rows)
     assert np.array_equal(image.imread(folder / "edge.png"), picture)
 
 
 def test_runs_start_at_the_same_place_and_part(folder):
-    sgd, other = edge.recorded(folder)
+    sgd, other = edge.STUDY.recorded(folder)
     for name in ("loss", "eigenvalue", "sgd_sharpness"):
         assert np.shape(sgd[name]) == (3, 2)
         assert sgd[name][0] == other[name][0]
@@ -57,10 +57,10 @@ def test_runs_start_at_the_same_place_and_part(folder):
 
 def test_what_is_there_is_not_overwritten(folder, capsys, monkeypatch):
     monkeypatch.setattr(edge, "train", None)  # which would fail
-    edge.run(NoiseStudyConfig(**TINY, out=folder))
+    edge.STUDY.run(EdgeConfig(**TINY, out=folder))
     assert "has finished before" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match=r"differs in learning_rate.*choose another --out"):
-        edge.run(NoiseStudyConfig(**TINY, learning_rate=0.3, out=folder))
+        edge.STUDY.run(EdgeConfig(**TINY, learning_rate=0.3, out=folder))
 
 
 def test_a_stopped_study_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ def test_a_stopped_study_goes_on_with_what_is_missing(folder, tmp_path, monkeypa
         return json.loads(lines[1])
 
     monkeypatch.setattr(edge, "train", train)
-    edge._part(NoiseStudyConfig(**TINY), tmp_path)
+    edge.STUDY.part(EdgeConfig(**TINY), tmp_path)
     assert asked == ["gd"]
     assert (tmp_path / "edge.jsonl").read_text() == "".join(lines)
 
@@ -82,12 +82,15 @@ def test_records_that_are_damaged_are_named(tmp_path):
     path = tmp_path / "edge.jsonl"
     for text, words in (
         ('{"step": 1, "noise": "sgd"}\n', "line without"),
-        ("", "no run of sgd"),
+        ("", "no runs"),
         ("{\n", "not JSON in line 1"),
     ):
         path.write_text(text)
         with pytest.raises(records.DamagedRecordError, match=words):
-            edge.recorded(tmp_path)
+            edge.STUDY.recorded(tmp_path)
+
+
+AT = {"learning_rate": 0.5, "margin": 0.1}
 
 
 def line_of(noise, values, rate=0.5):
@@ -99,13 +102,13 @@ def line_of(noise, values, rate=0.5):
         "learning_rate": rate,
         "seeds": [0, 1, 2],
         "steps": [0, 4, 6, 8],
-        **dict.fromkeys((*_report.QUANTITIES, "loss", "sgd_mean_of_ratios"), every),
+        **dict.fromkeys((*_edge_report.QUANTITIES, "loss", "sgd_mean_of_ratios"), every),
     }
 
 
 def test_the_endpoint_and_the_paired_difference_by_hand():
     sgd, cov = line_of("sgd", [3.0, 4.0, 5.0]), line_of("cov", [3.4, 4.8, 5.6])
-    row = _report.rows([sgd, cov], 0.5, 0.1)[1]
+    row = _edge_report.rows([sgd, cov], AT)[1]
     # Times eta / 2 = 1/4; the t quantile of 2 degrees of freedom is 4.303.
     mean, half = row["eigenvalue"]
     assert mean == pytest.approx(1.15)
@@ -121,14 +124,14 @@ def test_the_endpoint_and_the_paired_difference_by_hand():
 
 def test_a_seed_that_diverged_is_counted_and_left_out():
     sgd, cov = line_of("sgd", [3.0, 4.0, 5.0]), line_of("cov", [3.4, math.nan, 5.6])
-    row = _report.rows([sgd, cov], 0.5, 0.1)[1]
+    row = _edge_report.rows([sgd, cov], AT)[1]
     assert row["diverged"] == 1
     assert row["eigenvalue"][0] == pytest.approx(1.125)
     assert row["eigenvalue_to_sgd"]["mean"] == pytest.approx(0.125)
-    assert "2 of 3" in _report.table([row])
-    gone = _report.rows([sgd, line_of("cov", [math.inf] * 3)], 0.5, 0.1)
+    assert "2 of 3" in _edge_report.table([row])
+    gone = _edge_report.rows([sgd, line_of("cov", [math.inf] * 3)], AT)
     assert gone[1]["eigenvalue"] is None
-    assert "0 of 3" in _report.table(gone)
+    assert "0 of 3" in _edge_report.table(gone)
 
 
 def test_isotropic_noise_has_the_trace_of_sgd_noise():
@@ -147,7 +150,6 @@ def test_isotropic_noise_has_the_trace_of_sgd_noise():
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"parts": ()}, "parts must name one or more"),
         ({"noises": ("gd",)}, "noises must name sgd"),
         ({"noises": ("sgd", "sgd")}, "each once"),
         ({"learning_rate": 0.0}, "learning_rate must be finite and above 0, got 0.0"),
@@ -166,5 +168,5 @@ def test_isotropic_noise_has_the_trace_of_sgd_noise():
 )
 def test_bad_input_is_named(changed, words):
     with pytest.raises(ValueError, match=words) as caught:
-        NoiseStudyConfig(**changed)
+        EdgeConfig(**changed)
     assert len(str(caught.value)) <= 400

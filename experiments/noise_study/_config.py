@@ -1,9 +1,13 @@
-"""The options of the studies of gradient noise, as a dataclass that is also the command line."""
+"""The options of the studies of gradient noise, as dataclasses that are also the command line.
+
+A study whose options are not here has them in its own file.
+"""
 
 import dataclasses
 import math
 import pathlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from experiments.training.config import check_seeds
 
@@ -14,8 +18,46 @@ MAX_BATCH = 400
 """The largest batch size: 1,000 digits are for training, and `sparse_cov` uses 2 b of them."""
 
 
+class StudyConfig:
+    """The base of the options of all studies, which have these four among them."""
+
+    seeds: int
+    seed: int
+    report: bool
+    out: pathlib.Path | None
+
+
+def check(config: StudyConfig, fewest: Mapping[str, int], positive: Mapping[str, Any]) -> None:
+    """Checks the options that all studies have, and some others.
+
+    Args:
+        config: the options.
+        fewest: the least allowed value of each of these options.
+        positive: options whose values, one number or several, must be finite and above 0.
+
+    Raises:
+        ValueError: for the first option that is wrong; it is named.
+    """
+    for name, values in positive.items():
+        several = values if isinstance(values, tuple) else (values,)
+        if not all(math.isfinite(value) and value > 0 for value in several):
+            raise ValueError(f"{name} must be finite and above 0, got {values}.")
+    for name, least in {**fewest, "seeds": 2}.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}.")
+    check_seeds("seed", config.seed, config.seeds)
+    if config.report and config.out is None:
+        raise ValueError("out must name the folder of the records where report is chosen.")
+
+
+def check_names(name: str, values: tuple[str, ...], needed: str) -> None:
+    """Raises ValueError unless the values contain `needed`, and each of them once."""
+    if needed not in values or len(set(values)) < len(values):
+        raise ValueError(f"{name} must name {needed} and others, each once, got {values}.")
+
+
 @dataclasses.dataclass(frozen=True)
-class NoiseStudyConfig:
+class EdgeConfig(StudyConfig):
     """Measures where training stabilises with laws that share SGD's covariance, on the digits.
 
     Trains a small net with squared loss with each law, and measures batch sharpness and the largest
@@ -23,7 +65,6 @@ class NoiseStudyConfig:
     summary.json. A study that was stopped is continued; recorded runs are never made again.
 
     Attributes:
-        parts: The studies to make: "edge" is that of the edge of stochastic stability.
         noises: The noises to train with at the learning rate; "sgd" must be among them, since all
             others are compared with it.
         learning_rate: The learning rate eta at which the noises are compared.
@@ -46,10 +87,11 @@ class NoiseStudyConfig:
         report: Whether only the table and the picture are made again from the records in `out`, and
             nothing is run.
         out: The folder of the results, which must be new or of the same command; None stands for
-            runs/noise-study-DATE-TIME.
+            runs/noise-study-edge-DATE-TIME.
     """
 
-    parts: tuple[Literal["edge"], ...] = ("edge",)
+    parts: ClassVar = ("edge",)
+
     noises: tuple[NoiseName, ...] = (
         "gd",
         "sgd",
@@ -77,18 +119,20 @@ class NoiseStudyConfig:
     out: pathlib.Path | None = None
 
     def __post_init__(self):
-        if not self.parts or len(set(self.parts)) < len(self.parts):
-            raise ValueError(f"parts must name one or more, each once, got {self.parts}.")
-        if "sgd" not in self.noises or len(set(self.noises)) < len(self.noises):
-            raise ValueError(f"noises must name sgd and others, each once, got {self.noises}.")
+        check_names("noises", self.noises, "sgd")
         rates = (self.learning_rate, *self.other_rates)
-        for name, values in (
-            ("learning_rate", rates[:1]),
-            ("other_rates", rates[1:]),
-            ("margin", (self.margin,)),
-        ):
-            if not all(math.isfinite(value) and value > 0 for value in values):
-                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}.")
+        check(
+            self,
+            {
+                "steps": 1,
+                "checkpoints": 2,
+                "width": 1,
+                "refresh_every": 1,
+                "law_draws": 2,
+                "lanczos_steps": 1,
+            },
+            {name: getattr(self, name) for name in ("learning_rate", "other_rates", "margin")},
+        )
         if len(set(rates)) < len(rates):
             raise ValueError(
                 "other_rates must be different from learning_rate and from each other, got "
@@ -98,12 +142,6 @@ class NoiseStudyConfig:
             raise ValueError(
                 f"batch_size must be between 1 and {MAX_BATCH}, got {self.batch_size}."
             )
-        fewest = dict.fromkeys(("steps", "width", "refresh_every", "lanczos_steps"), 1)
-        for name, least in (
-            fewest | dict.fromkeys(("checkpoints", "law_draws", "seeds"), 2)
-        ).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.checkpoints > self.steps:
             raise ValueError(
                 f"checkpoints must be at most the {self.steps} steps, got {self.checkpoints}."
@@ -112,9 +150,11 @@ class NoiseStudyConfig:
             raise ValueError(
                 f"degrees_of_freedom must be finite and above 2, got {self.degrees_of_freedom}."
             )
-        check_seeds("seed", self.seed, self.seeds)
-        if self.report and self.out is None:
-            raise ValueError("out must name the folder of the records where report is chosen.")
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds of all runs."""
+        return range(self.seed, self.seed + self.seeds)
 
     @property
     def measured_at(self) -> tuple[int, ...]:

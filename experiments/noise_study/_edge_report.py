@@ -1,13 +1,15 @@
 """The table and the picture of the edge of stochastic stability, made from the records."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from experiments import figures, styles, tables
+from experiments import figures, records, styles, tables
 from experiments.decide import statistics
+from experiments.noise_study import _intervals
 
 FAMILY = ("cov", "bernoulli", "sparse_cov", "student_t")
 """The laws with SGD's covariance, declared in advance: each has three comparisons with SGD."""
@@ -17,9 +19,7 @@ QUANTITIES = {
     "own_sharpness": "batch sharpness of the noise itself",
 }
 """The quantities that are compared, each in units of 2 / eta."""
-FIELDS = {"step", "noise", "learning_rate", "seeds", "steps", "loss", "sgd_mean_of_ratios"} | set(
-    QUANTITIES
-)
+FIELDS = frozenset(("seeds", "steps", "loss", "sgd_mean_of_ratios", *QUANTITIES))
 LABELS = {
     "gd": "GD",
     "sgd": "SGD",
@@ -46,14 +46,20 @@ def endpoint(line: dict[str, Any], quantity: str) -> Float[np.ndarray, " seeds"]
     return values[late].mean(0) * line["learning_rate"] / 2
 
 
-def rows(found: list[dict[str, Any]], rate: float, margin: float) -> list[dict[str, Any]]:
-    """One row per run: means with intervals, and at `rate` also paired differences to SGD.
+def rows(found: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per run: means with intervals, and paired differences to SGD.
 
     Args:
         found: the records.
-        rate: the learning rate at which laws are compared.
-        margin: the margin of equivalence, in units of 2 / eta.
+        settings: those of the study, with the `learning_rate` at which laws are compared, and the
+            `margin` of equivalence in units of 2 / eta.
+
+    Raises:
+        records.DamagedRecordError: if there is no run of SGD.
     """
+    rate, margin = settings["learning_rate"], settings["margin"]
+    if not any(line["noise"] == "sgd" for line in found):
+        raise records.DamagedRecordError("the records of edge have no run of sgd")
     result = []
     for line in found:
         at_same = {
@@ -66,26 +72,15 @@ def rows(found: list[dict[str, Any]], rate: float, margin: float) -> list[dict[s
             "learning_rate": line["learning_rate"],
             "diverged": int((~np.isfinite(endpoint(line, "loss"))).sum()),
             "seeds": len(line["seeds"]),
-            "loss": _mean(endpoint(line, "loss")),
+            "loss": _intervals.mean(endpoint(line, "loss")),
         }
         for quantity in (*QUANTITIES, "sgd_mean_of_ratios"):
-            row[quantity] = _mean(endpoint(line, quantity))
+            row[quantity] = _intervals.mean(endpoint(line, quantity))
             if line["noise"] != "sgd" and quantity in QUANTITIES and "sgd" in at_same:
                 row[f"{quantity}_to_sgd"] = _compared(line, at_same["sgd"], quantity, margin)
         result.append(row)
     _adjust([row for row in result if row["noise"] in FAMILY and row["learning_rate"] == rate])
     return result
-
-
-def _mean(values: Float[np.ndarray, " seeds"]) -> list[float] | None:
-    """The mean and the half width of its 95 % interval over the seeds that did not diverge."""
-    from scipy import stats
-
-    values = values[np.isfinite(values)]
-    if values.size < 2:
-        return None
-    half = stats.t.ppf(0.975, values.size - 1) * figures.standard_error(values)
-    return [float(values.mean()), float(half)]
 
 
 def _compared(
@@ -123,7 +118,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             LABELS[row["noise"]],
             f"{row['learning_rate']:g}",
             f"{row['seeds'] - row['diverged']} of {row['seeds']}",
-            *(_shown(row[name]) for name in (*QUANTITIES, "sgd_mean_of_ratios")),
+            *(_intervals.shown(row[name]) for name in (*QUANTITIES, "sgd_mean_of_ratios")),
             "-" if row["loss"] is None else f"{row['loss'][0]:.4f}",
         ]
         for row in rows
@@ -161,21 +156,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(texts)
 
 
-def _shown(mean: list[float] | None) -> str:
-    return "-" if mean is None else f"{mean[0]:.3f} ± {mean[1]:.3f}"
-
-
 def _difference(one: dict[str, float]) -> list[str]:
     interval = f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
-    return [interval, *(_p_value(one[name]) for name in ("p_value", "p_equivalent"))]
+    return [interval, *(_intervals.p_value(one[name]) for name in ("p_value", "p_equivalent"))]
 
 
-def _p_value(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
-
-
-def draw(found: list[dict[str, Any]], rate: float, path: pathlib.Path) -> None:
-    """Both quantities along training at `rate`, and the endpoint against the learning rate."""
+def draw(found: list[dict[str, Any]], settings: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Both quantities along training, and the endpoint against the learning rate."""
+    rate = settings["learning_rate"]
     import matplotlib
 
     matplotlib.use("Agg")  # also where there is no display
@@ -203,7 +191,7 @@ def draw(found: list[dict[str, Any]], rate: float, path: pathlib.Path) -> None:
 
 def _along(axis: Any, line: dict[str, Any], quantity: str) -> None:
     values = np.asarray(line[quantity], float) * line["learning_rate"] / 2
-    summaries = [_mean(one) for one in values]
+    summaries = [_intervals.mean(one) for one in values]
     kept = [i for i, one in enumerate(summaries) if one is not None]
     mean, half = np.array([summaries[i] for i in kept]).reshape(-1, 2).T
     steps, name = np.asarray(line["steps"])[kept], line["noise"]
@@ -221,7 +209,9 @@ def _against_rate(axis: Any, found: list[dict[str, Any]]) -> None:
         )
         look = _STYLES[LABELS[name]]
         for quantity, line, face in (("eigenvalue", ":", "none"), ("own_sharpness", "-", None)):
-            points = [(one["learning_rate"], _mean(endpoint(one, quantity))) for one in lines]
+            points = [
+                (one["learning_rate"], _intervals.mean(endpoint(one, quantity))) for one in lines
+            ]
             shown = [(x * 1.02 ** (place - 1), *y) for x, y in points if y is not None]
             if not shown:
                 continue
