@@ -27,6 +27,11 @@ def student_t(
     tails: the moments ``E|W_i|^k`` with k < nu are finite. As nu grows, the law tends to that of
     `cov`.
 
+    It is the tool to ask whether the tails of single steps matter at an equal covariance: compare
+    it with `cov`. It is not a tool for SDEs driven by Lévy processes: its variance is finite, so
+    sums of many small steps are Gaussian in the limit, and its SDE is that of `cov`. What heavy
+    tails change are single large steps at a finite learning rate, such as exits in one jump.
+
     The t_i are drawn by Bailey's method, the formula of Box and Muller with the radius of a
     bivariate t distribution (Bailey 1994, Polar Generation of Random Variates with the
     t-Distribution, Mathematics of Computation 62). The uniform numbers in it are at least 2^-65.

@@ -11,11 +11,14 @@ paths can be simulated for any model.
 * `euler_maruyama` integrates the SDE on a Brownian path that is a function of a key. The path can
   be refined, and training with `noise.fisher` or `noise.cov` and the same key follows it.
 * `underdamped` integrates the SDE of momentum on the same path.
+* `adaptive` integrates the SDE of Adam and RMSprop on the same path. `Adam.scaled` is the square
+  root scaling rule.
 * `diffrax_terms` makes terms for diffrax, in the interpretation that the solver converges to.
 * `strong_error` and `weak_error` measure the distance between iteration and SDE as a function of
   the learning rate, path by path (Theorem 3) and in expectation (Theorem 2).
 * `stationary_covariance` and `stationary_covariance_of_sde` are the stationary covariances of the
-  iteration and of the SDE on a quadratic loss.
+  iteration and of the SDE on a quadratic loss; `stationary_covariance_along` is the first along
+  directions, for nets, without matrices.
 * `exit_time` measures when, and where, paths leave a region.
 
 The increments of the SDE's noise are independent, so the steps of the law must be independent too.
@@ -27,12 +30,15 @@ is of weak order 1 for either drift, since the correlation of steps also changes
 """
 
 from msgd_jax._estimate import Estimate
+from msgd_jax.sde._adaptive import AdaptivePath, AdaptiveState, adaptive
 from msgd_jax.sde._brownian import brownian_increments
 from msgd_jax.sde._diffrax import diffrax_terms
 from msgd_jax.sde._dynamics import Scheme, coupling, diffusion, drift
 from msgd_jax.sde._euler_maruyama import Path, euler_maruyama
-from msgd_jax.sde._exit import ExitTimes, exit_time
+from msgd_jax.sde._exit import ExitTimes, Trials, exit_time
 from msgd_jax.sde._fits import ErrorModel, ErrorSweep, Fit, fit_line
+from msgd_jax.sde._rules import Adam, RMSprop
+from msgd_jax.sde._settled import Settled, stationary_covariance_along
 from msgd_jax.sde._stationary import stationary_covariance, stationary_covariance_of_sde
 from msgd_jax.sde._strong import strong_error
 from msgd_jax.sde._sweeps import Sweep
@@ -40,6 +46,9 @@ from msgd_jax.sde._underdamped import Moving, UnderdampedPath, underdamped
 from msgd_jax.sde._weak import weak_error
 
 __all__ = [
+    "Adam",
+    "AdaptivePath",
+    "AdaptiveState",
     "ErrorModel",
     "ErrorSweep",
     "Estimate",
@@ -47,9 +56,13 @@ __all__ = [
     "Fit",
     "Moving",
     "Path",
+    "RMSprop",
     "Scheme",
+    "Settled",
     "Sweep",
+    "Trials",
     "UnderdampedPath",
+    "adaptive",
     "brownian_increments",
     "coupling",
     "diffrax_terms",
@@ -59,6 +72,7 @@ __all__ = [
     "exit_time",
     "fit_line",
     "stationary_covariance",
+    "stationary_covariance_along",
     "stationary_covariance_of_sde",
     "strong_error",
     "underdamped",

@@ -1,18 +1,20 @@
 """The SDE as diffrax terms, in the interpretation that a solver of diffrax converges to."""
 
 import inspect
+import math
 from typing import Any
 
 import jax.numpy as jnp
+import optax
+from jax.core import Tracer
 
 from msgd_jax import _validate
 from msgd_jax._laws import Law
-from msgd_jax._typing import Scalar
-from msgd_jax.sde import _dynamics
+from msgd_jax.sde import _dynamics, _schedules
 
 
 def diffrax_terms(
-    law: Law, control: Any, solver: Any, *, learning_rate: Scalar, order: int = 1
+    law: Law, control: Any, solver: Any, *, learning_rate: optax.ScalarOrSchedule, order: int = 1
 ) -> Any:
     """The SDE ``dTheta = -grad L dt + sqrt(eta) C dW`` (Eqs. 12 and 68) for `diffrax.diffeqsolve`.
 
@@ -45,6 +47,12 @@ def diffrax_terms(
     for additive noise (`ShARK`, `SRA1`, `SEA`), since C depends on the parameters, and solvers for
     Langevin dynamics (`ALIGN`, `QUICSORT`, `ShOULD`).
 
+    **With an optax schedule, the time of diffrax is in iterations**, from 0 to the number of steps,
+    and the SDE is ``dTheta = -eta_k grad L dt + eta_k C dW`` between t = k and k + 1, the one of
+    `euler_maruyama`. The rate jumps at whole times, so take steps that end there (``dt0 = 1/8``, or
+    ``jump_ts`` for a solver that chooses its steps). Solvers evaluate the drift at both ends of a
+    step, and so are off by the step times the change of the rate.
+
     diffrax keeps the programs that it compiles, and with them the loss function and the law.
 
     Args:
@@ -52,7 +60,8 @@ def diffrax_terms(
             `noise.Exchangeable`.
         control: a diffrax path of increments [N], such as a `diffrax.VirtualBrownianTree`.
         solver: the diffrax solver that the terms are for.
-        learning_rate: eta, above 0.
+        learning_rate: eta, above 0; or an optax schedule, a function of the iteration from 0, which
+            must be finite and at least 0 at all iterations from ``control.t0`` to ``control.t1``.
         order: 1, or 2 for the drift ``-grad(L + eta/4 |grad L|^2)``.
 
     Returns:
@@ -61,8 +70,8 @@ def diffrax_terms(
     Raises:
         ImportError: if diffrax is not installed (``pip install 'msgd-jax[solvers]'``).
         TypeError: if `law` is not a law, `control` is not a diffrax path, `solver` is not a diffrax
-            solver, or `learning_rate` is not a number; when traced, if `args` is not a
-            `loss.LossVector`.
+            solver, or `learning_rate` is neither a number nor a function; when traced, if `args` is
+            not a `loss.LossVector`.
         ValueError: if `solver` cannot solve this SDE, the steps of the law depend on each other, or
             a number is out of its range; when traced, if the law is for another number of examples.
     """
@@ -75,16 +84,26 @@ def diffrax_terms(
             "diffrax_terms needs diffrax: pip install 'msgd-jax[solvers]'."
         ) from error
     _dynamics.check_independent(law)
-    _validate.positive_scalar("learning_rate", learning_rate)
     _dynamics.check_order(order)
     if not isinstance(control, diffrax.AbstractPath):
         raise TypeError(
             "control must be a diffrax path of N increments, such as a "
             f"diffrax.VirtualBrownianTree, got {_validate.shown(control)}."
         )
+    _check_rate(learning_rate, control)
     interpretation = _interpretation(diffrax, solver, control)
-    model = _diffrax_terms.SDE(law, jnp.asarray(learning_rate), order, interpretation)
+    schedule = learning_rate if callable(learning_rate) else None
+    constant = None if callable(learning_rate) else jnp.asarray(learning_rate)
+    model = _diffrax_terms.SDE(law, constant, schedule, order, interpretation)
     return _diffrax_terms.terms(model, control)
+
+
+def _check_rate(learning_rate: Any, control: Any) -> None:
+    """Raises unless a learning rate is above 0, or a schedule is at least 0 along `control`."""
+    ends = (control.t0, control.t1)
+    known = not any(isinstance(end, Tracer) or not math.isfinite(end) for end in ends)
+    first, last = (math.floor(ends[0]), math.ceil(ends[1])) if known else (0, 0)
+    _schedules.check(learning_rate, max(first, 0), last)
 
 
 def _interpretation(diffrax: Any, solver: Any, control: Any) -> str:

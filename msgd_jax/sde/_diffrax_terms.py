@@ -1,5 +1,6 @@
 """The two terms of `diffrax_terms`. Importing this module imports diffrax, so it is done late."""
 
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
@@ -19,41 +20,46 @@ class SDE(equinox.Module):
 
     law: Law = equinox.field(static=True)
     learning_rate: Any
+    schedule: Callable[[Any], Any] | None = equinox.field(static=True)
     order: int = equinox.field(static=True)
     interpretation: str = equinox.field(static=True)
 
     def parts(
-        self, params: Params, losses: loss.LossVector
-    ) -> tuple[_dynamics.Root, Float[Array, ""]]:
-        """The root of the weights' covariance for these examples, and eta."""
+        self, time: Any, params: Params, losses: loss.LossVector
+    ) -> tuple[_dynamics.Root, Float[Array, ""], Float[Array, ""]]:
+        """The root of the weights' covariance, eta, and the SDE's time per unit of `time`."""
         loss.checked_kind(losses, "args")
         loss.checked(losses, params, wide=True)
         dtype = _dynamics.wide_dtype(params)
         moments = _dynamics.eigenvalues(self.law, losses.num_examples)
-        return _dynamics.Root.cast(moments, dtype), jnp.asarray(self.learning_rate, dtype)
+        root = _dynamics.Root.cast(moments, dtype)
+        if self.schedule is None:
+            return root, jnp.asarray(self.learning_rate, dtype), jnp.ones((), dtype)
+        # Time is in iterations, and the rate is constant within each.
+        rate = jnp.asarray(self.schedule(jnp.floor(time).astype(jnp.int32)), dtype)
+        return root, rate, rate
 
     def drift(self, time: Any, params: Params, losses: loss.LossVector) -> Gradients:
         """The drift for the interpretation that the solver converges to."""
-        del time
-        root, rate = self.parts(params, losses)
+        root, rate, pace = self.parts(time, params, losses)
         value = _dynamics.drift_at(losses, params, self.order, rate)
-        if self.interpretation == "ito":
-            return value
-        return _dynamics.step_along(value, _trace_gradient(losses, root, params), -0.25 * rate)
+        if self.interpretation == "stratonovich":
+            value = _dynamics.step_along(value, _trace_gradient(losses, root, params), -0.25 * rate)
+        return jax.tree.map(lambda x: pace.astype(x.dtype) * x, value)
 
     def product(
-        self, params: Params, losses: loss.LossVector, increment: Float[Array, " N"]
+        self, time: Any, params: Params, losses: loss.LossVector, increment: Float[Array, " N"]
     ) -> Gradients:
         """sqrt(eta) C times an increment, by one backward pass."""
-        root, rate = self.parts(params, losses)
-        return losses.gradient(params, jnp.sqrt(rate) * root(increment.astype(rate.dtype)))
+        root, rate, pace = self.parts(time, params, losses)
+        return losses.gradient(params, jnp.sqrt(rate * pace) * root(increment.astype(rate.dtype)))
 
-    def matrix(self, params: Params, losses: loss.LossVector) -> PyTree:
+    def matrix(self, time: Any, params: Params, losses: loss.LossVector) -> PyTree:
         """sqrt(eta) C itself, a pytree of [*parameter, N], from the gradients of all examples."""
-        root, rate = self.parts(params, losses)
+        root, rate, pace = self.parts(time, params, losses)
 
         def coloured(param: Array, gradients: Float[Array, "N ..."]) -> Float[Array, "..."]:
-            columns = jnp.sqrt(rate) * root(gradients.astype(rate.dtype))
+            columns = jnp.sqrt(rate * pace) * root(gradients.astype(rate.dtype))
             return jnp.moveaxis(columns, 0, -1).astype(jnp.result_type(param))
 
         return jax.tree.map(coloured, params, losses.gradient_matrix(params))
@@ -98,8 +104,7 @@ class Diffusion(diffrax.AbstractTerm):
 
     def vf(self, t: Any, y: Any, args: Any) -> Any:
         """C, a pytree like the parameters with leaves [*parameter, N]."""
-        del t
-        return self.sde.matrix(y, args)
+        return self.sde.matrix(t, y, args)
 
     def contr(self, t0: Any, t1: Any, **kwargs: Any) -> Any:
         """The increment of the control."""
@@ -111,14 +116,13 @@ class Diffusion(diffrax.AbstractTerm):
 
     def vf_prod(self, t: Any, y: Any, args: Any, control: Any) -> Any:
         """C times an increment, without forming C."""
-        del t
         size = loss.checked_kind(args, "args").num_examples
         if jnp.shape(control) != (size,):
             raise ValueError(
                 f"control must have increments of shape ({size},), one for each example of args, "
                 f"got {jnp.shape(control)}."
             )
-        return self.sde.product(y, args, control)
+        return self.sde.product(t, y, args, control)
 
     def is_vf_expensive(self, t0: Any, t1: Any, y: Any, args: Any) -> bool:
         """True, since two products are cheaper than C."""

@@ -15,9 +15,16 @@ from msgd_jax import _laws, _validate, loss
 from msgd_jax._estimate import Estimate
 from msgd_jax._laws import Law
 from msgd_jax._streams import Stream, derive
-from msgd_jax._typing import Data, Params, PositiveInt
+from msgd_jax._typing import Data, Gradients, Params, Scalar
 from msgd_jax.noise import MNoise
-from msgd_jax.sde import _dynamics, _euler_maruyama, _schedules, _sweeps
+from msgd_jax.sde import (
+    _dynamics,
+    _euler_maruyama,
+    _schedules,
+    _stationary,
+    _sweeps,
+    _underdamped,
+)
 from msgd_jax.sde._dynamics import Equation, Scheme
 
 Region = Callable[[Params], Bool[Array, ""]]
@@ -29,8 +36,8 @@ class ExitTimes:
     """When paths left a region, and where. Paths that had not left by `limit` are censored.
 
     Attributes:
-        times: the exit times, [paths], in the time of the SDE, the sum of the learning rates so
-            far; `limit` for censored paths.
+        times: the exit times, [paths], in the time of the SDE: the sum of the learning rates so
+            far, or with momentum of their square roots; `limit` for censored paths.
         iterations: the iterations of the exits, counted from 1, [paths].
         exited: whether the path left, [paths].
         points: a pytree like the parameters with a leading axis [paths]: the first point outside,
@@ -87,8 +94,29 @@ class ExitTimes:
         return Estimate(mean, mean / math.sqrt(exits), positive=True)
 
 
-# The number of paths that are simulated at the same time.
-_AT_ONCE = 1_000
+@dataclasses.dataclass(frozen=True)
+class Trials:
+    """The paths of `exit_time`.
+
+    Attributes:
+        num_paths: the number of paths, at least 2.
+        max_steps: the number of iterations after which a path that has not left is censored.
+        at_once: the number of paths that run at the same time; those that have left wait for the
+            last one.
+
+    Raises:
+        TypeError: if one is not an integer.
+        ValueError: if one is out of its range.
+    """
+
+    num_paths: int
+    max_steps: int
+    at_once: int = 1_000
+
+    def __post_init__(self) -> None:
+        _validate.positive_int("num_paths", self.num_paths, minimum=2)
+        _validate.positive_int("max_steps", self.max_steps, _validate.MAX_STEP)
+        _validate.positive_int("at_once", self.at_once)
 
 
 def exit_time(
@@ -96,10 +124,10 @@ def exit_time(
     params: Params,
     law: Law,
     inside: Region,
+    trials: Trials,
     *,
     learning_rate: optax.ScalarOrSchedule,
-    max_steps: PositiveInt,
-    num_paths: PositiveInt,
+    momentum: Scalar | None = None,
     key: Key[Array, ""],
     scheme: Scheme | None = Scheme(),  # noqa: B008 (frozen)
 ) -> ExitTimes:
@@ -111,8 +139,11 @@ def exit_time(
     eta n^T C n is the variance of the noise across the barrier (Broadie, Glasserman and Kou 1997).
     So compare M-SGD with the SDE with one substep, not with the continuous SDE.
 
-    Each call compiles a program and frees it afterwards. 1,000 paths run at the same time; those
-    that have left wait for the last one.
+    With momentum the paths are those of `underdamped`, at rest at the start, or of heavy-ball
+    M-SGD. The region is one of parameters, whatever the velocity. A mass moves smoothly, so that
+    its exits are found late by at most a substep, and not by the distance above.
+
+    Each call compiles a program and frees it afterwards.
 
     Args:
         losses: the loss vector.
@@ -120,9 +151,9 @@ def exit_time(
         law: a `noise.MNoise` with independent steps, or a `noise.Exchangeable`; with
             ``scheme=None``, any `noise.MNoise`.
         inside: ``inside(params)`` returns a boolean scalar; it must be true at the start.
+        trials: the number of paths, and the iterations after which they are stopped.
         learning_rate: eta, above 0, or a schedule, as in `euler_maruyama`.
-        max_steps: the number of iterations after which a path that has not left is censored.
-        num_paths: the number of paths, at least 2.
+        momentum: mu, in [0, 1); None for plain M-SGD and its SDE.
         key: a typed PRNG key.
         scheme: the number of substeps per iteration and the order of the SDE; None for M-SGD, with
             draws of the law.
@@ -133,10 +164,11 @@ def exit_time(
     Raises:
         TypeError: if `losses` is not a `loss.LossVector`, `params` are not float32 or float64,
             `law` is not a law, `inside` is not a function that returns a boolean scalar, `key` is
-            not a typed PRNG key, `scheme` is not a `Scheme`, or a number has the wrong type.
+            not a typed PRNG key, `trials` is not a `Trials`, `scheme` is not a `Scheme`, or a
+            number has the wrong type.
         ValueError: if `inside` is false at the start, the law is for another number of examples or
-            (with a scheme) its steps depend on each other, a number is out of its range, or a path
-            becomes infinite or NaN.
+            (with a scheme) its steps depend on each other, a number is out of its range, the scheme
+            is of order 2 with momentum, or a path becomes infinite or NaN.
 
     Example:
         >>> from msgd_jax import loss, noise, sde
@@ -144,16 +176,21 @@ def exit_time(
         >>> losses = loss.LossVector(fn, jnp.asarray([-3.0, 3.0]))
         >>> exits = sde.exit_time(
         ...     losses, jnp.asarray(0.0), noise.cov(2, 1), lambda theta: jnp.abs(theta) < 0.5,
-        ...     learning_rate=0.1, max_steps=1000, num_paths=100, key=jax.random.key(0),
+        ...     sde.Trials(num_paths=100, max_steps=1000), learning_rate=0.1,
+        ...     key=jax.random.key(0),
         ... )
         >>> exits.censored, exits.points.shape
         (0, (100,))
     """
     equation = _check_sides(losses, params, law, scheme)
-    max_steps = _validate.positive_int("max_steps", max_steps, _validate.MAX_STEP)
-    num_paths = _validate.positive_int("num_paths", num_paths, minimum=2)
+    if not isinstance(trials, Trials):
+        raise TypeError(f"trials must be an sde.Trials, got {_validate.shown(trials)}.")
+    if momentum is not None:
+        _stationary.check_momentum(momentum)
+        if scheme is not None and scheme.order != 1:
+            raise ValueError(f"scheme must be of order 1 with momentum, got order {scheme.order}.")
     _validate.prng_key("key", key)
-    _schedules.check(learning_rate, 0, max_steps)
+    _schedules.check(learning_rate, 0, trials.max_steps)
     params = jax.tree.map(jnp.asarray, params)
     _check_region(inside, params)
 
@@ -161,21 +198,24 @@ def exit_time(
     @jax.jit
     def exits_of_all(params: Params, data: Data, key: Key[Array, ""]) -> _State:
         rate_at = _schedules.rate_at(learning_rate, _dynamics.wide_dtype(params))
+        mu = None if momentum is None else jnp.asarray(momentum, _dynamics.wide_dtype(params))
         if equation is None:
             assert isinstance(law, MNoise)
-            advance = _iteration(losses.replace(data=data), law, rate_at)
+            advance = _iteration(losses.replace(data=data), law, rate_at, mu)
         else:
-            advance = _sde(equation.with_data(data), rate_at)
-        one_path = _one_path(advance, inside, params, max_steps)
-        return _sweeps.over_paths(one_path, key, num_paths, _AT_ONCE)
+            advance = _sde(equation.with_data(data), rate_at, mu)
+        start = params, () if mu is None else optax.tree.zeros_like(params)
+        one_path = _one_path(advance, inside, start, trials.max_steps)
+        return _sweeps.over_paths(one_path, key, trials.num_paths, trials.at_once)
 
     found = exits_of_all(params, losses.data, derive(key, Stream.PATHS))
     _check_finite(found)
     substeps = 1 if scheme is None else scheme.substeps
-    times, limit = _times(found, learning_rate, substeps, max_steps)
+    power = 1.0 if momentum is None else 0.5
+    times, limit = _times(found, learning_rate, power, substeps, trials.max_steps)
     out = np.asarray(found.out)
     iterations = np.asarray(found.step)
-    return ExitTimes(times, iterations, out, jax.tree.map(np.asarray, found.params), limit)
+    return ExitTimes(times, iterations, out, jax.tree.map(np.asarray, found.at[0]), limit)
 
 
 def _check_sides(losses: Any, params: Params, law: Any, scheme: Scheme | None) -> Equation | None:
@@ -201,41 +241,56 @@ def _check_region(inside: Any, params: Params) -> None:
         raise ValueError("inside must hold at params, where all paths start, got False there.")
 
 
+_Point = tuple[Params, Gradients]
+"""The parameters and their momentum, which is () without one."""
+
+
 class _State(NamedTuple):
     """A path that stops where it leaves: after `step` iterations, at a substep of the last one."""
 
-    params: Params
+    at: _Point
     step: Int[Array, "*paths"]
     substep: Int[Array, "*paths"]
     out: Bool[Array, "*paths"]
 
 
-Substep = Callable[[Params, Any], Params]
-"""Maps the parameters before a substep, and what drives it, to the parameters after it."""
+Substep = Callable[[_Point, Any], _Point]
+"""Maps the point before a substep, and what drives it, to the point after it."""
 Drive = Callable[[Key[Array, ""], Int[Array, ""]], tuple[Substep, Any]]
 """The substep function of an iteration, and what drives its substeps, [substeps, ...]."""
 
 
-def _sde(equation: Equation, rate_at: _schedules.RateAt) -> Drive:
+def _sde(equation: Equation, rate_at: _schedules.RateAt, mu: Float[Array, ""] | None) -> Drive:
     root = equation.root
 
     def drive(key: Key[Array, ""], step: Int[Array, ""]) -> tuple[Substep, Any]:
         rate = rate_at(step)
-        return (
-            lambda params, increment: equation.substep(params, root(increment), rate),
-            equation.increments(key, step),
-        )
+
+        def substep(at: _Point, increment: Float[Array, " N"]) -> _Point:
+            if mu is None:
+                return equation.substep(at[0], root(increment), rate), at[1]
+            return _underdamped.momentum_substep(equation, at, root(increment), rate, mu)
+
+        return substep, equation.increments(key, step)
 
     return drive
 
 
-def _iteration(losses: loss.LossVector, law: MNoise, rate_at: _schedules.RateAt) -> Drive:
+def _iteration(
+    losses: loss.LossVector,
+    law: MNoise,
+    rate_at: _schedules.RateAt,
+    mu: Float[Array, ""] | None,
+) -> Drive:
     def drive(key: Key[Array, ""], step: Int[Array, ""]) -> tuple[Substep, Any]:
         rate = rate_at(step)
 
-        def substep(params: Params, _: Any) -> Params:
-            noisy_gradient = losses.gradient(params, law.sample(key, step))
-            return _dynamics.step_along(params, noisy_gradient, -rate)
+        def substep(at: _Point, _: Any) -> _Point:
+            params, trace = at
+            direction = losses.gradient(params, law.sample(key, step))
+            if mu is not None:
+                direction = trace = _dynamics.step_along(direction, trace, mu)
+            return _dynamics.step_along(params, direction, -rate), trace
 
         return substep, jnp.zeros((1,))
 
@@ -243,7 +298,7 @@ def _iteration(losses: loss.LossVector, law: MNoise, rate_at: _schedules.RateAt)
 
 
 def _one_path(
-    drive: Drive, inside: Region, start: Params, max_steps: int
+    drive: Drive, inside: Region, start: _Point, max_steps: int
 ) -> Callable[[Key[Array, ""]], _State]:
     """A function from a key to where and when its path left, or to its last point."""
 
@@ -252,8 +307,8 @@ def _one_path(
             substep, drives = drive(key, state.step)
 
             def advance(state: _State, driven: Any) -> tuple[_State, None]:
-                moved = substep(state.params, driven)
-                out = ~(inside(moved) & _euler_maruyama.all_finite(moved))
+                moved = substep(state.at, driven)
+                out = ~(inside(moved[0]) & _euler_maruyama.all_finite(moved))
                 new = _State(moved, state.step, state.substep + 1, out)
                 return jax.tree.map(lambda a, b: jnp.where(state.out, a, b), state, new), None
 
@@ -268,22 +323,22 @@ def _one_path(
 
 
 def _times(
-    found: _State, learning_rate: Any, substeps: int, max_steps: int
+    found: _State, learning_rate: Any, power: float, substeps: int, max_steps: int
 ) -> tuple[Float[np.ndarray, " paths"], float]:
     """The exit times, and the time of the last iteration, in float64."""
     before = np.asarray(found.step) - 1
     part = np.asarray(found.substep) / substeps
     if callable(learning_rate):
-        rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(max_steps)), np.float64)
+        rates = np.asarray(jax.vmap(learning_rate)(jnp.arange(max_steps)), np.float64) ** power
         ends = np.concatenate([[0.0], np.cumsum(rates)])
         return ends[before] + rates[before] * part, float(ends[-1])
-    rate = float(learning_rate)
+    rate = float(learning_rate) ** power
     return (before + part) * rate, max_steps * rate
 
 
 def _check_finite(found: _State) -> None:
     """Raises ValueError if a path became infinite or NaN."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(found.params)]
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(found.at)]
     finite = np.logical_and.reduce(
         [np.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves]
     )

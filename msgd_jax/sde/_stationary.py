@@ -58,9 +58,15 @@ def stationary_covariance(
         0.027778
     """
     curvatures, basis, noise = _diagonalised(hessian, noise_covariance)
-    eta, mu = _check_rates(learning_rate, momentum)
-    _check_stable(curvatures, eta, mu, nesterov)
+    eta, mu = check_rates(learning_rate, momentum)
+    check_stable(curvatures, eta, mu, nesterov)
+    return _back(in_eigenbasis(curvatures, noise, eta, mu, nesterov), basis)
 
+
+def in_eigenbasis(
+    curvatures: Float[np.ndarray, " D"], noise: Matrix, eta: float, mu: float, nesterov: bool
+) -> Matrix:
+    """X in the basis where H is diagonal, from H's eigenvalues and from C in this basis."""
     # In direction i of the eigenbasis, z = (theta, v) becomes A(l_i) z + b xi in each step.
     ahead = mu if nesterov else 0.0
     A = np.empty((len(curvatures), 2, 2))
@@ -73,7 +79,7 @@ def stationary_covariance(
     for i, own in enumerate(A):
         pairs = np.einsum("ac,jbd->jabcd", own, A).reshape(-1, 4, 4)
         X[i] = noise[i] * np.linalg.solve(np.eye(4) - pairs, source)[:, 0, 0]
-    return _back(X, basis)
+    return X
 
 
 def stationary_covariance_of_sde(
@@ -110,7 +116,7 @@ def stationary_covariance_of_sde(
         0.025
     """
     curvatures, basis, noise = _diagonalised(hessian, noise_covariance)
-    eta, mu = _check_rates(learning_rate, 0.0 if momentum is None else momentum)
+    eta, mu = check_rates(learning_rate, 0.0 if momentum is None else momentum)
     sums = curvatures[:, None] + curvatures
     if momentum is not None:
         gaps = curvatures[:, None] - curvatures
@@ -125,7 +131,7 @@ def check_momentum(momentum: Any) -> None:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
 
 
-def _check_rates(learning_rate: Any, momentum: Any) -> tuple[float, float]:
+def check_rates(learning_rate: Any, momentum: Any) -> tuple[float, float]:
     _validate.positive_scalar("learning_rate", learning_rate)
     check_momentum(momentum)
     for name, value in (("learning_rate", learning_rate), ("momentum", momentum)):
@@ -146,12 +152,7 @@ def _diagonalised(
     if H.shape != C.shape:
         raise ValueError(f"noise_covariance must be {list(H.shape)} as hessian, got {C.shape}.")
     curvatures, basis = np.linalg.eigh(H)
-    lowest, highest = float(curvatures[0]), float(curvatures[-1])
-    if lowest <= rounding * max(highest, 0.0):
-        raise ValueError(
-            f"hessian must be positive definite to settle, got the eigenvalue {lowest:.6g} (the "
-            f"largest is {highest:.6g}), along whose eigenvector the parameters move away."
-        )
+    check_positive(float(curvatures[0]), float(curvatures[-1]), rounding)
     spectrum = np.linalg.eigvalsh(C)
     if spectrum[0] < -rounding_of_C * max(float(spectrum[-1]), 0.0):
         raise ValueError(
@@ -159,6 +160,15 @@ def _diagonalised(
             f"{spectrum[0]:.6g} (the largest is {spectrum[-1]:.6g})."
         )
     return curvatures, basis, basis.T @ C @ basis
+
+
+def check_positive(lowest: float, highest: float, rounding: float) -> None:
+    """Raises ValueError unless the lowest eigenvalue of H is above the rounding of the highest."""
+    if lowest <= rounding * max(highest, 0.0):
+        raise ValueError(
+            f"hessian must be positive definite to settle, got the eigenvalue {lowest:.6g} (the "
+            f"largest is {highest:.6g}), along whose eigenvector the parameters move away."
+        )
 
 
 def _symmetric(name: str, value: Any) -> tuple[Matrix, float]:
@@ -184,7 +194,7 @@ def _symmetric(name: str, value: Any) -> tuple[Matrix, float]:
     return (matrix + matrix.T) / 2, rounding
 
 
-def _check_stable(
+def check_stable(
     curvatures: Float[np.ndarray, " D"], eta: float, mu: float, nesterov: bool
 ) -> None:
     """Raises ValueError if the iteration does not settle in the steepest direction."""

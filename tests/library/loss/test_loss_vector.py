@@ -293,8 +293,14 @@ TAKERS = {
     "underdamped": lambda losses, params: sde.underdamped(
         losses, params, LAW, learning_rate=0.1, momentum=0.9, num_steps=1, key=KEY
     ),
+    "adaptive": lambda losses, params: sde.adaptive(
+        losses, params, LAW, sde.Adam(0.1), num_steps=1, key=KEY
+    ),
     "exit_time": lambda losses, params: sde.exit_time(
-        losses, params, LAW, jnp.any, learning_rate=0.1, max_steps=1, num_paths=2, key=KEY
+        losses, params, LAW, jnp.any, sde.Trials(2, 1), learning_rate=0.1, key=KEY
+    ),
+    "stationary_covariance_along": lambda losses, params: sde.stationary_covariance_along(
+        losses, params, LAW, params, learning_rate=0.1
     ),
     "strong_error": lambda losses, params: sde.strong_error(losses, params, LAW, SWEEP, key=KEY),
     "weak_error": lambda losses, params: sde.weak_error(losses, params, LAW, SWEEP, key=KEY),

@@ -8,6 +8,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from msgd_jax import covariance, loss, noise, sde
@@ -70,6 +71,47 @@ def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
     np.testing.assert_allclose(solution.ys, ours.params, rtol=tolerance)
     if order == 2:
         assert np.abs(np.asarray(solution.ys - ours.params)).max() > 1e-6
+
+
+@pytest.mark.parametrize(("solver", "order"), [(diffrax.Euler(), 1), (diffrax.Heun(), 2)])
+def test_a_schedule_is_in_iterations(x64, solver, order):
+    """With Euler, the path of `euler_maruyama`; with Heun near it, and not with a constant rate."""
+    problem, key = logistic(N, dtype=jnp.float64), jax.random.key(0)
+    losses, law = problem.losses, noise.fisher(N, B, dtype=jnp.float64)
+    schedule = optax.cosine_decay_schedule(ETA, 5, alpha=0.1)
+    steps, substeps = 5, 8
+    options = {"substeps": substeps, "dtype": jnp.float64}
+    drawn = [sde.brownian_increments(key, step, N, **options) for step in range(steps)]
+    path = jnp.concatenate([jnp.zeros((1, N)), jnp.cumsum(jnp.concatenate(drawn), 0)])
+    times = jnp.arange(steps * substeps + 1) / substeps
+    control = diffrax.LinearInterpolation(times, path)
+
+    def solved(rate):
+        terms = sde.diffrax_terms(law, control, solver, learning_rate=rate, order=order)
+        steps_at = diffrax.StepTo(times)
+        solution = diffrax.diffeqsolve(
+            terms, solver, 0.0, 5.0, None, problem.params, losses, stepsize_controller=steps_at
+        )
+        assert solution.ys is not None
+        return solution.ys[0]
+
+    walk = functools.partial(sde.euler_maruyama, losses, problem.params, law, num_steps=steps)
+    scheme = sde.Scheme(substeps, order)
+    ours = walk(learning_rate=schedule, key=key, scheme=scheme).last_params
+    distance = np.abs(solved(schedule) - ours).max()
+    moved = np.abs(np.asarray(ours - problem.params)).max()
+    assert distance < (1e-10 if order == 1 else 0.05) * moved
+    assert np.abs(solved(lambda k: ETA) - ours).max() > 0.2 * moved
+
+
+@pytest.mark.usefixtures("user_errors")
+def test_a_schedule_is_checked_along_the_control():
+    control = diffrax.VirtualBrownianTree(0.0, 4.0, tol=0.1, shape=(N,), key=jax.random.key(0))
+    for schedule, got in ((lambda k: 0.1 - 0.05 * k, "-0.05 at step 3"), (jnp.log, "-inf")):
+        with pytest.raises(ValueError, match=f"learning_rate must be finite .*got {got}"):
+            sde.diffrax_terms(LAW, control, diffrax.Euler(), learning_rate=schedule)
+    with pytest.raises(TypeError, match="learning_rate must be a number"):
+        sde.diffrax_terms(LAW, control, diffrax.Euler(), learning_rate="0.1")
 
 
 def every_solver():

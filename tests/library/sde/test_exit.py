@@ -11,6 +11,7 @@ import pytest
 from scipy.integrate import quad
 
 from msgd_jax import loss, noise, sde
+from msgd_jax._streams import Stream, derive
 from tests.support.statistics import assert_agree, assert_rejected
 
 LATE = 0.5826  # -zeta(1/2)/sqrt(2 pi): the shift of a barrier that is looked at every dt only
@@ -44,8 +45,7 @@ def leave(low=-1.0, high=1.0, *, eta=0.01, count=4000, steps=4000, **options):
         jnp.asarray(0.0),
         LAW,
         interval(low, high),
-        max_steps=steps,
-        num_paths=count,
+        sde.Trials(count, steps),
         **options,
     )
 
@@ -90,9 +90,8 @@ def test_the_iteration_can_be_asked_and_shares_the_path():
         jnp.asarray(0.0),
         noise.sgd(2, 1),
         interval(-1, 1),
+        sde.Trials(50, 4000),
         learning_rate=0.01,
-        max_steps=4000,
-        num_paths=50,
         key=jax.random.key(0),
         scheme=None,
     )
@@ -139,6 +138,43 @@ def test_a_schedule_gives_the_times():
     assert exits.limit == pytest.approx(ends[-1], rel=1e-5)
 
 
+@pytest.mark.parametrize("substeps", [1, 4])
+def test_exits_with_momentum_are_those_of_the_underdamped_path(substeps):
+    """On the same paths, seen at the ends of iterations; with one substep M-SGD's own."""
+    eta, mu, count, steps = 0.01, 0.8, 20, 400
+    schedule = optax.piecewise_constant_schedule(eta, {30: 0.5})
+    options = {"learning_rate": schedule, "momentum": mu, "count": count, "steps": steps}
+    exits = leave(scheme=sde.Scheme(substeps), **options)
+    assert exits.censored < count
+    keys = jax.random.split(derive(jax.random.key(0), Stream.PATHS), count)
+    walk = lambda key: sde.underdamped(  # noqa: E731
+        bowl(eta),
+        jnp.asarray(0.0),
+        LAW,
+        learning_rate=schedule,
+        momentum=mu,
+        num_steps=steps,
+        key=key,
+        scheme=sde.Scheme(substeps),
+        save_at=range(1, steps + 1),
+    )
+    paths = jax.vmap(walk)(keys)
+    outside = np.abs(np.asarray(paths.params)) >= 1
+    first = np.where(outside.any(1), outside.argmax(1) + 1, steps)
+    # A path that is outside within an iteration may be inside again at its end.
+    assert (exits.iterations <= first).all()
+    if substeps == 1:
+        np.testing.assert_array_equal(exits.iterations, first)
+        at = np.asarray(paths.params)[np.arange(count), first - 1]
+        np.testing.assert_allclose(exits.points, at, rtol=1e-5)
+        times = np.asarray(paths.times)[np.arange(count), first - 1]
+        np.testing.assert_allclose(exits.times, times, rtol=1e-4)
+        drawn = leave(scheme=None, **options)
+        assert (drawn.iterations == exits.iterations).mean() > 0.9  # but for rounding
+        light = leave(scheme=None, **{**options, "momentum": None})
+        assert (light.iterations == exits.iterations).mean() < 0.5
+
+
 def direction(covariance):
     """The fraction of paths that leave a well through the saddle in x; others leave in y.
 
@@ -157,9 +193,8 @@ def direction(covariance):
         jnp.asarray([-1.0, -1.5]),
         noise.cov(4, 1),
         lambda t: (t[0] < 0) & (t[1] < 0),
+        sde.Trials(100, 20_000),
         learning_rate=eta,
-        max_steps=20_000,
-        num_paths=100,
         key=jax.random.key(3),
         scheme=None,
     )
@@ -189,8 +224,14 @@ class TestBadInput:
             ({"inside": 1.0}, TypeError, "inside must be a function"),
             ({"learning_rate": 0.0}, ValueError, "learning_rate must be finite and above 0"),
             ({"learning_rate": lambda k: -1.0}, ValueError, "got -1 at step 0"),
-            ({"max_steps": 0}, ValueError, "max_steps must be"),
-            ({"num_paths": 1}, ValueError, "num_paths must be at least 2, got 1"),
+            ({"trials": 4}, TypeError, r"trials must be an sde\.Trials, got 4"),
+            ({"momentum": 1.0}, ValueError, "momentum must be at least 0 and below 1, got 1.0"),
+            ({"momentum": "0.9"}, TypeError, "momentum must be a number"),
+            (
+                {"momentum": 0.9, "scheme": sde.Scheme(order=2)},
+                ValueError,
+                "scheme must be of order 1 with momentum, got order 2",
+            ),
             ({"key": 0}, TypeError, "key must be a typed PRNG key"),
             ({"scheme": 1}, TypeError, "scheme must be"),
             ({"law": noise.cov(3, 1)}, ValueError, "num_examples = 3"),
@@ -204,14 +245,26 @@ class TestBadInput:
             "params": jnp.asarray(0.0),
             "law": LAW,
             "inside": interval(-1, 1),
+            "trials": sde.Trials(4, 5),
             "learning_rate": 0.1,
-            "max_steps": 5,
-            "num_paths": 4,
             "key": jax.random.key(0),
         }
         with pytest.raises(error, match=message) as refused:
             sde.exit_time(**{**good, **change})
         assert len(str(refused.value)) <= 400
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ((1, 5), ValueError, "num_paths must be at least 2, got 1"),
+            ((4, 0), ValueError, "max_steps must be between 1 and"),
+            ((4, 2.0), TypeError, "max_steps must be an integer"),
+            ((4, 5, 0), ValueError, "at_once must be at least 1, got 0"),
+        ],
+    )
+    def test_trials(self, options, error, message):
+        with pytest.raises(error, match=message):
+            sde.Trials(*options)
 
     def test_paths_that_blow_up_have_not_left(self):
         fn = loss.per_example(lambda theta, x: theta**4 - x * theta)
@@ -221,8 +274,7 @@ class TestBadInput:
                 jnp.asarray(2.0),
                 LAW,
                 lambda theta: theta == theta,
+                sde.Trials(4, 50),
                 learning_rate=1.0,
-                max_steps=50,
-                num_paths=4,
                 key=jax.random.key(0),
             )

@@ -76,17 +76,36 @@ CALLS = {
             key=key,
         ).last_params
     ),
+    "adaptive": lambda losses, problem, law, key: (
+        sde.adaptive(
+            loss.LossVector(losses, problem.data),
+            problem.params,
+            law,
+            sde.Adam(0.1, b1=0.5, b2=0.5, eps=1.0),  # eps, since Adam does not see the loss' scale
+            num_steps=3,
+            key=key,
+        ).last.params
+    ),
     "exit_time": lambda losses, problem, law, key: (
         sde.exit_time(
             loss.LossVector(losses, problem.data),
             problem.params,
             law,
             lambda params: jnp.isfinite(params["b"]),
+            sde.Trials(num_paths=2, max_steps=3),
             learning_rate=0.1,
-            max_steps=3,
-            num_paths=2,
             key=key,
         ).points
+    ),
+    "stationary_covariance_along": lambda losses, problem, law, key: (
+        sde.stationary_covariance_along(
+            loss.LossVector(losses, problem.data),
+            problem.params,
+            law,
+            jax.tree.map(lambda p: jnp.ones((1, *p.shape), p.dtype), problem.params),
+            learning_rate=0.01,
+            num_products=2,
+        ).covariance
     ),
     "strong_error": lambda losses, problem, law, key: (
         of_sde(

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from msgd_jax import loss, noise, sde, transform
-from tests.support.statistics import assert_agree
+from tests.support.statistics import assert_agree, assert_rejected
 
 N, D, Q, HORIZON = 8, 3, 1.5, 2.0
 _RNG = np.random.default_rng(0)
@@ -36,9 +36,11 @@ def law(dtype=jnp.float64):
     return noise.cov(N, 2, dtype=dtype)
 
 
-def test_one_substep_is_training_with_momentum_and_the_same_key():
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "cosine"])
+def test_one_substep_is_training_with_momentum_and_the_same_key(constant):
     (losses, start), key, eta, mu = problem(jnp.float32), jax.random.key(1), 0.04, 0.8
-    optimizer = transform.msgd(eta, law(jnp.float32), key, momentum=mu)
+    rate = eta if constant else optax.cosine_decay_schedule(eta, 40)
+    optimizer = transform.msgd(rate, law(jnp.float32), key, momentum=mu)
 
     @jax.jit
     def train(carry, _):
@@ -49,19 +51,18 @@ def test_one_substep_is_training_with_momentum_and_the_same_key():
         return (params, state), (params, optax.tree.get(state, "trace"))
 
     points, traces = jax.lax.scan(train, (start, optimizer.init(start)), length=30)[1]
-    options = {"learning_rate": eta, "momentum": mu, "key": key, "scheme": sde.Scheme(1)}
+    options = {"learning_rate": rate, "momentum": mu, "key": key, "scheme": sde.Scheme(1)}
     walk = functools.partial(sde.underdamped, losses, law=law(jnp.float32), **options)
     path = walk(start, num_steps=30, save_at=[10, 30])
     np.testing.assert_allclose(path.params, points[np.array([9, 29])], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        path.velocity, -math.sqrt(eta) * traces[np.array([9, 29])], rtol=1e-4, atol=1e-5
-    )
-    np.testing.assert_allclose(path.times, [10 * 0.2, 30 * 0.2], rtol=1e-6)
+    np.testing.assert_allclose(path.trace, traces[np.array([9, 29])], rtol=1e-4, atol=1e-5)
+    roots = [math.sqrt(eta if constant else rate(k)) for k in range(30)]
+    np.testing.assert_allclose(path.times, [sum(roots[:10]), sum(roots)], rtol=1e-5)
     assert path.diverged_at == -1
-    # Continued from a point with its velocity, it is the same path.
-    rest = walk(sde.Moving(path.params[0], path.velocity[0], 10), num_steps=30)
+    # Continued from a point with its momentum, it is the same path.
+    rest = walk(sde.Moving(path.params[0], path.trace[0], 10), num_steps=30)
     np.testing.assert_array_equal(rest.last_params, path.last_params)
-    np.testing.assert_array_equal(rest.last_velocity, path.last_velocity)
+    np.testing.assert_array_equal(rest.last_trace, path.last_trace)
 
 
 def test_against_dense_algebra(x64):
@@ -82,7 +83,7 @@ def test_against_dense_algebra(x64):
     options = {"learning_rate": eta, "momentum": mu, "num_steps": 6, "key": key}
     path = sde.underdamped(losses, start, law(), scheme=sde.Scheme(substeps), **options)
     np.testing.assert_allclose(path.last_params, theta, rtol=1e-10)
-    np.testing.assert_allclose(path.last_velocity, p, rtol=1e-10)
+    np.testing.assert_allclose(-math.sqrt(eta) * path.last_trace, p, rtol=1e-10)
 
 
 @functools.cache
@@ -92,49 +93,59 @@ def distances():
         losses, start = problem()
         coupled = sde.coupling(law(), N)
 
-        def ball(key, eta, steps, sign, friction):
+        def ball(key, eta, steps, sign=1.0, friction=Q, shape=None, nesterov=False):
             """Heavy ball, written out: with the increments as they are, or of another sign."""
             mu = 1 - friction * jnp.sqrt(eta)
 
             def advance(step, at):
                 theta, v = at
                 increment = sde.brownian_increments(key, step, N, dtype=jnp.float64)[0]
-                v = mu * v + losses.gradient(theta, coupled(sign * increment))
-                return theta - eta * v, v
+                gradient = losses.gradient(theta, coupled(sign * increment))
+                v = mu * v + gradient
+                rate = eta if shape is None else eta * shape(step * jnp.sqrt(eta))
+                return theta - rate * (gradient + mu * v if nesterov else v), v
 
             return jax.lax.fori_loop(0, steps, advance, (start, 0 * start))[0]
 
         @jax.jit
         def squares(key, eta, steps):
-            fine = sde.underdamped(
-                losses,
-                start,
-                law(),
-                learning_rate=eta,
-                momentum=1 - Q * jnp.sqrt(eta),
-                num_steps=steps,
-                key=key,
-                scheme=sde.Scheme(16),
-            ).last_params
-            balls = {
-                "right": ball(key, eta, steps, 1.0, Q),
-                "wrong sign": ball(key, eta, steps, -1.0, Q),
-                "wrong friction": ball(key, eta, steps, 1.0, 1.2 * Q),
+            mu, pace = 1 - Q * jnp.sqrt(eta), jnp.sqrt(eta)
+            walk = functools.partial(sde.underdamped, losses, start, law(), momentum=mu)
+            options = {"num_steps": steps, "key": key, "scheme": sde.Scheme(16)}
+            fine = walk(learning_rate=eta, **options).last_params
+            scheduled = walk(learning_rate=lambda k: eta * COSINE(k * pace), **options).last_params
+            return {
+                "right": (ball(key, eta, steps), fine),
+                "nesterov": (ball(key, eta, steps, nesterov=True), fine),
+                "cosine": (ball(key, eta, steps, shape=COSINE), scheduled),
+                "wrong sign": (ball(key, eta, steps, sign=-1.0), fine),
+                "wrong friction": (ball(key, eta, steps, friction=1.2 * Q), fine),
+                "wrong schedule": (ball(key, eta, steps), scheduled),
             }
-            return {name: jnp.sum((end - fine) ** 2) for name, end in balls.items()}
 
         keys = jax.random.split(jax.random.key(3), 200)
-        found = {}
+        found, moments = {}, {}
         for eta in ETAS:
             steps = jnp.int32(round(HORIZON / math.sqrt(eta)))
             all_paths = jax.vmap(squares, in_axes=(0, None, None))(keys, eta, steps)
-            for name, values in all_paths.items():
+            for name, (one, other) in jax.tree.map(np.asarray, all_paths).items():
+                moments.setdefault(name, []).append(_difference_of_variances(one, other, eta))
+                values = ((one - other) ** 2).sum(1)
                 mean, spread = values.mean(), values.std(ddof=1) / math.sqrt(len(keys))
                 error = math.sqrt(mean)
                 found.setdefault(name, []).append((error, float(spread) / (2 * error)))
-        return {name: np.array(pairs).T for name, pairs in found.items()}
+        strong, weak = ({n: np.array(x).T for n, x in of.items()} for of in (found, moments))
+        return strong | {f"weak {name}": pairs for name, pairs in weak.items()}
 
 
+def _difference_of_variances(one, other, eta):
+    """Of iteration and SDE, with its standard error, in units of sqrt(eta), as both variances."""
+    squares = [((x - x.mean(0)) ** 2).sum(1) for x in (one, other)]
+    values = (squares[0] - squares[1]) / math.sqrt(eta)
+    return values.mean(), values.std(ddof=1) / math.sqrt(len(values))
+
+
+COSINE = optax.cosine_decay_schedule(1.0, HORIZON, alpha=0.1)
 ETAS = (0.04, 0.01, 0.0025, 0.000625)
 
 
@@ -144,14 +155,38 @@ def order(name):
 
 
 @pytest.mark.slow
-def test_strong_order_one_half_in_eta():
-    """Order 1 in the time step sqrt(eta), to the 0.03 that the next order adds at these rates."""
-    measured = order("right")
-    assert measured.standard_error < 0.015
-    assert_agree(measured.value, 0.5, measured.standard_error, slack=0.03)
+@pytest.mark.parametrize("name", ["right", "nesterov", "cosine"])
+def test_strong_order_one_half_in_eta(name):
+    """Order 1 in the time step sqrt(eta), to the 0.04 that the next order adds at these rates."""
+    measured = order(name)
+    assert measured.standard_error < 0.02
+    assert_agree(measured.value, 0.5, measured.standard_error, slack=0.04)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("wrong sign", 0.25), ("wrong friction", 0.0)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["right", "nesterov", "cosine", "wrong sign"])
+def test_weak_order_one_half_in_eta(name):
+    """Of variances in units of sqrt(eta), so that a flow without noise would be off by order 0.
+
+    The other sign of the noise has the same law, so its weak order is that of the right one.
+    """
+    measured = order(f"weak {name}")
+    assert measured.standard_error < 0.1
+    assert_agree(measured.value, 0.5, measured.standard_error, slack=0.04)
+    assert_rejected(measured.value, 0.0, measured.standard_error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wrong friction", "wrong schedule"])
+def test_variances_of_near_misses_do_not_come_nearer(name):
+    measured, (errors, spreads) = order(f"weak {name}"), distances()[f"weak {name}"]
+    assert_agree(measured.value, 0.0, measured.standard_error, slack=0.1)
+    assert_rejected(errors[-1], 0.0, spreads[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("wrong sign", 0.25), ("wrong friction", 0.0), ("wrong schedule", 0.0)]
+)
 def test_near_misses_of_the_coupling_lose_the_order(name, expected):
     """A quarter in eta (1/2 in the time step) with the other sign; none with other friction."""
     measured = order(name)
@@ -200,12 +235,17 @@ class TestBadInput:
             ({"momentum": math.nan}, ValueError, "momentum must be finite .* got nan"),
             ({"momentum": None}, TypeError, "momentum must be a number, got None"),
             ({"learning_rate": 0.0}, ValueError, "learning_rate must be finite and above 0"),
-            ({"learning_rate": lambda k: 0.1}, TypeError, "learning_rate must be a number"),
+            ({"learning_rate": "0.1"}, TypeError, "learning_rate must be a number"),
+            (
+                {"learning_rate": lambda k: 0.1 - 0.1 * k, "num_steps": 3},
+                ValueError,
+                "learning_rate must be finite and at least 0 at every step .* got -0.1 at step 2",
+            ),
             ({"scheme": sde.Scheme(order=2)}, ValueError, "scheme must be of order 1"),
             (
                 {"params": sde.Moving(jnp.zeros(3), jnp.zeros(2))},
                 ValueError,
-                "velocity must be like",
+                "trace must be like",
             ),
             ({"num_steps": 0}, ValueError, "num_steps must be"),
             ({"save_at": [2]}, ValueError, "save_at must be between 0 and 1, got 2"),
