@@ -152,6 +152,11 @@ class EdgeConfig(StudyConfig):
             )
 
     @property
+    def all_seeds(self) -> range:
+        """The seeds of all runs."""
+        return range(self.seed, self.seed + self.seeds)
+
+    @property
     def measured_at(self) -> tuple[int, ...]:
         """The steps at which quantities are measured, from 0."""
         return tuple(round(i * self.steps / self.checkpoints) for i in range(self.checkpoints + 1))

@@ -1,7 +1,8 @@
 """The small net of the studies: its losses, its digits and its laws."""
 
 import zlib
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,17 @@ NUM_CLASSES = 10
 _NOISE, _MEASURES = range(2)
 
 
+def outputs(params: Params, x: Float[Array, " inputs"]) -> Float[Array, " classes"]:
+    """The outputs of the net for one image, one per class."""
+    hidden = jnp.tanh(x @ params["w1"] + params["b1"])
+    hidden = jnp.tanh(hidden @ params["w2"] + params["b2"])
+    return hidden @ params["w3"] + params["b3"]
+
+
 @loss.per_example
 def losses(params: Params, example: dict[str, Array]) -> Float[Array, ""]:
     """|net(x) - e_y|^2 / 2, with e_y the unit vector of the label, a smooth loss."""
-    hidden = jnp.tanh(example["x"] @ params["w1"] + params["b1"])
-    hidden = jnp.tanh(hidden @ params["w2"] + params["b2"])
-    error = hidden @ params["w3"] + params["b3"] - jax.nn.one_hot(example["y"], NUM_CLASSES)
+    error = outputs(params, example["x"]) - jax.nn.one_hot(example["y"], NUM_CLASSES)
     return jnp.square(error).sum() / 2
 
 
@@ -43,14 +49,15 @@ def initial(key: Key[Array, ""], inputs: int, width: int) -> Params:
     return params
 
 
-def digits(config: EdgeConfig) -> dict[str, Array]:
-    """The training digits of all seeds, with a leading axis of seeds; their grey mean is 0."""
+def digits(seeds: Iterable[int], part: Literal["train", "test"] = "train") -> dict[str, Array]:
+    """The digits of all seeds, with a leading axis of seeds; the training ones' grey mean is 0."""
     images, labels = [], []
-    for seed in range(config.seed, config.seed + config.seeds):
+    for seed in seeds:
         drawn = data.load("digits", seed=seed)
-        pixels = drawn.train.image.reshape(len(drawn.train.label), -1) / drawn.max_value
-        images.append(pixels - pixels.mean())
-        labels.append(drawn.train.label)
+        grey = (drawn.train.image.reshape(len(drawn.train.label), -1) / drawn.max_value).mean()
+        found = getattr(drawn, part)
+        images.append(found.image.reshape(len(found.label), -1) / drawn.max_value - grey)
+        labels.append(found.label)
     return {
         "x": jnp.asarray(np.stack(images), jnp.float32),
         "y": jnp.asarray(np.stack(labels), jnp.int32),

@@ -26,7 +26,7 @@ Examples = dict[str, Array]
 
 def make(config: EdgeConfig, missing: list[tuple[str, float]]) -> Iterator[dict[str, Any]]:
     """The records of some runs, made one after the other."""
-    examples = _problem.digits(config)
+    examples = _problem.digits(config.all_seeds)
     with terminal.Progress(len(missing) * config.steps) as progress:
         for name, rate in missing:
             progress.compiling(f"{name} at {rate:g}")
@@ -61,7 +61,7 @@ def train(
         rate: the learning rate.
         advanced: called with the number of steps made since its last call.
     """
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.seed, config.seed + config.seeds))
+    keys = jax.vmap(jax.random.key)(jnp.asarray(config.all_seeds))
     inputs = examples["x"].shape[-1]
     params = jax.vmap(lambda key: _problem.initial(key, inputs, config.width))(keys)
     advance, measured = _advance(config, examples, name, rate), _measured(config, examples, name)
@@ -79,7 +79,7 @@ def train(
         "step": done,
         "noise": name,
         "learning_rate": rate,
-        "seeds": list(range(config.seed, config.seed + config.seeds)),
+        "seeds": list(config.all_seeds),
         "steps": list(config.measured_at),
         **values,
     }
