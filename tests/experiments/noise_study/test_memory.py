@@ -231,7 +231,7 @@ def test_records_without_independent_batches_are_refused():
         ({"other_rates": (0.1,)}, "other_rates must be different"),
         ({"weight_decay": -1.0}, "weight_decay must be finite and above 0"),
         ({"batch_size": 7}, "num_examples must be a multiple of batch_size"),
-        ({"num_examples": 10}, "num_examples must be a multiple of batch_size, at least twice"),
+        ({"num_examples": 5}, "num_examples must be a multiple of batch_size, at least twice"),
         ({"num_examples": 2_000}, "num_examples must be at most 1,000, got 2000"),
         ({"steps": 99}, "steps must be at least twice measure_every = 50, got 99"),
         ({"paths": 1}, "paths must be at least 2, got 1"),
