@@ -70,7 +70,7 @@ class MemoryConfig(StudyConfig):
     weight_decay: float = 1e-3
     steps: int = 4_000
     measure_every: int = 50
-    paths: int = 8
+    paths: int = 32
     descent_rate: float = 0.3
     descent_steps: int = 5_000
     margin: float = 0.1

@@ -62,13 +62,13 @@ class TailsConfig(StudyConfig):
 
     parts: ClassVar = ("tails",)
 
-    nets: tuple[Net, ...] = ("relu",)
+    nets: tuple[Net, ...] = ("relu", "tanh")
     points: tuple[int, ...] = (0, 100, 1_000, 6_000)
     learning_rate: float = 0.1
     batch_size: int = 16
     num_examples: int = 1_000
     width: int = 32
-    draws: int = 256
+    draws: int = 512
     directions: int = 16
     degrees_of_freedom: float = 3.0
     stable_index: float = 1.5

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import records
 from experiments.__main__ import main
 from experiments.noise_study import TailsConfig, _tails_report, tails
 from tests.support.statistics import assert_agree, assert_rejected
@@ -79,7 +80,7 @@ def folder(tmp_path_factory):
 def test_the_recorded_table_and_picture_are_made_again_from_the_records(folder, capsys):
     from matplotlib import image
 
-    rows = json.loads((folder / "summary.json").read_text())["tails"]
+    rows = records.read_object(folder / "summary.json")["tails"]
     found = tails.STUDY.recorded(folder)
     assert [(line["net"], line["seed"]) for line in found] == [("relu", 0), ("relu", 1)]
     picture = image.imread(folder / "tails.png")
