@@ -3,23 +3,29 @@
 scale   three estimators of the noise scale, and the batch sizes that it predicts
 edge    batch sharpness against 2 / eta: where laws with SGD's covariance stabilise
 escape  noises of equal trace and different shapes at a minimum that GD has found
+tails   tail indices, estimated for noises of known tails
+memory  noise with a memory: the variance of weights around a minimum
 """
 
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.noise_study import edge, escape, scale
+from experiments.noise_study import edge, escape, memory, scale, tails
 from experiments.noise_study._config import EdgeConfig, StudyConfig
 from experiments.noise_study._escape_config import EscapeConfig
 from experiments.noise_study._scale_config import ScaleConfig
 from experiments.noise_study._study import Study
+from experiments.noise_study.memory import MemoryConfig
+from experiments.noise_study.tails import TailsConfig
 
 STUDIES: Mapping[str, tuple[Any, Study]] = {
     # In the order of docs/noise_study.md: scale, edge, escape, tails, memory.
     "scale": (ScaleConfig, scale.STUDY),
     "edge": (EdgeConfig, edge.STUDY),
     "escape": (EscapeConfig, escape.STUDY),
+    "tails": (TailsConfig, tails.STUDY),
+    "memory": (MemoryConfig, memory.STUDY),
 }
 """The options of each study, and the study, by name."""
 
@@ -30,4 +36,13 @@ def run(config: StudyConfig) -> pathlib.Path:
     return study.run(config)
 
 
-__all__ = ["STUDIES", "EdgeConfig", "EscapeConfig", "ScaleConfig", "StudyConfig", "run"]
+__all__ = [
+    "STUDIES",
+    "EdgeConfig",
+    "EscapeConfig",
+    "MemoryConfig",
+    "ScaleConfig",
+    "StudyConfig",
+    "TailsConfig",
+    "run",
+]

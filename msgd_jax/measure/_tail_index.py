@@ -132,7 +132,9 @@ def _log_of_gaussian(vectors: Float[Array, "blocks K1 J"]) -> Float[Array, ""]:
     (1 + 2 t lambda)^(-1/2) over the eigenvalues: a smooth integral in ln t.
     """
     flat = vectors.reshape(-1, vectors.shape[-1])
-    second = jnp.matmul(flat.T, flat, precision=_HIGHEST) / flat.shape[0]
+    # The products of samples have the same eigenvalues but for zeros, in a smaller matrix if J > K.
+    rows = flat.T if flat.shape[1] <= flat.shape[0] else flat
+    second = jnp.matmul(rows, rows.T, precision=_HIGHEST) / flat.shape[0]
     values = jnp.maximum(jnp.linalg.eigvalsh(second), 0)
     trace = values.sum()
     shares = values / trace

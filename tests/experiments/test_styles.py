@@ -10,6 +10,8 @@ from matplotlib import colors
 from experiments import figures, styles
 from experiments.decide.settings import CONTESTANTS
 from experiments.noise_study import _edge_report as edge
+from experiments.noise_study import _memory_report as memory
+from experiments.noise_study import _tails_report as tails
 from experiments.paper.panels import PANELS
 
 # What is left of linear RGB for each eye: Machado, Oliveira and Fernandes (2009), severity 1.
@@ -85,6 +87,8 @@ def test_colours_are_seen_on_light_and_dark(colour):
 
 PICTURES = {name: [run.label for run in panel.runs] for name, panel in PANELS.items()} | {
     "edge": list(edge.LABELS.values()),
+    "tails": list(tails.LABELS.values()),
+    "memory": list(memory.LABELS.values()),
     "all of decide": [contestant.label for contestant in CONTESTANTS.values()],
 }
 

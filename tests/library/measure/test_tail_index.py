@@ -89,6 +89,14 @@ def test_the_mean_logarithm_of_gaussian_norms():
     assert low < found < high
 
 
+def test_more_directions_than_samples_have_the_limit_of_those_with_noise():
+    """Columns of zeros change nothing, though the eigenvalues then come from a smaller matrix."""
+    samples = jnp.stack([jnp.sin(jnp.arange(40.0) * x) for x in (1.0, 2.3, 5.1)], 1)
+    wide = jnp.concatenate([samples, jnp.zeros((40, 60))], 1)
+    found, wanted = (measure.block_index(x, block_size=10).without_tails for x in (wide, samples))
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
 MISTAKES = {
     "top": (lambda: measure.hill_index(jnp.ones(9), num_top=9), "num_top", "between 1 and 8"),
     "blocks": (lambda: measure.block_index(jnp.ones(9), block_size=5), "block_size", "got 5"),
