@@ -3,13 +3,13 @@
 import subprocess
 import sys
 
-from experiments.models import native
+from experiments.models import _native
 
 
 def main() -> int:
     """Says where the library is, or why there is none; without a compiler that is no failure."""
     try:
-        print(f"Convolutions for this processor: {native.build()}")
+        print(f"Convolutions for this processor: {_native.build()}")
     except OSError as error:
         print(f"Without a C++ compiler, convolutions will be slower: {error}.")
     except subprocess.CalledProcessError as error:

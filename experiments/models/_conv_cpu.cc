@@ -1,5 +1,5 @@
 // Convolution with zero padding, and its two transposes, in float32 on CPU, for XLA (its foreign
-// function interface). Images are NHWC, kernels HWIO; `native.py` compiles and calls this.
+// function interface). Images are NHWC, kernels HWIO; `_native.py` compiles and calls this.
 //
 // All three are sums over taps (places of the kernel) at pixels. Pixels that meet the same taps, for
 // instance all those in the middle of an image, are a class. In a class nothing is padding, so no

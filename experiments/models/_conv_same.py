@@ -4,7 +4,7 @@ Images are NHWC, with the channels last, the layout in which the libraries of gr
 XLA's own convolutions on CPU are fastest. Kernels are HWIO. On platforms other than CPU this is
 `jax.lax.conv_general_dilated` and nothing else. On CPU that function is fast for some sizes, but
 not for all three products of a training step (forward, the gradient of the images, the gradient of
-the kernel). There, float32 images on one device take the compiled convolutions of `native`, where
+the kernel). There, float32 images on one device take the compiled convolutions of `_native`, where
 these have been compiled. For everything else each product is computed in the way that is fastest
 for its sizes:
 
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from experiments.models import native
+from experiments.models import _native
 from experiments.models.conv import check_arrays
 
 __all__ = ["conv_same"]
@@ -88,8 +88,8 @@ def _on_cpu(images: Images, kernel: Kernel, stride: int) -> Outputs:
         return _product(images[:, ::stride, ::stride], kernel[0, 0])
     if images.shape[0] == 1:
         return _by_patches(images, kernel, stride)
-    if native.is_usable(images):
-        return native.conv(images, kernel, stride)
+    if _native.is_usable(images):
+        return _native.conv(images, kernel, stride)
     if math.prod(images.shape[1:3]) <= 4 and stride == 1:
         return _with_kernel_at_every_pixel(images, kernel)
     if math.prod(images.shape[1:3]) <= 16 and stride == 1 and _is_wide(kernel, 2**14):

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from experiments.models import __main__ as command
-from experiments.models import native
+from experiments.models import _native as native
 from experiments.models._conv_same import conv_same
 from tests.experiments.models.convolutions import assert_equal_to_float64
 
@@ -89,7 +89,7 @@ ON_CPUS = """
 import os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
 import jax, jax.numpy as jnp, numpy as np
-from experiments.models import native
+from experiments.models import _native as native
 from experiments.models._conv_same import conv_same
 images = jax.random.normal(jax.random.key(0), (40, 9, 8, 20))
 kernel = jax.random.normal(jax.random.key(1), (3, 3, 20, 40))
