@@ -13,6 +13,7 @@ import pytest
 from msgd_jax import loss, noise, sde
 from tests.support.problems import loss_vector_fn as _loss_vector_fn
 from tests.support.problems import of_sde, regression
+from tests.support.programs import trim
 
 N = 16
 OPTIONS = {"learning_rates": [0.1], "horizon": 0.2, "num_paths": 4, "substeps": 2}
@@ -156,7 +157,7 @@ def test_each_call_sees_the_loss_as_it_is(name, monkeypatch):
 
 def footprint():
     """Memory in MB, memory maps, arrays alive."""
-    gc.collect()
+    trim()
     process = psutil.Process()
     with open(f"/proc/{os.getpid()}/maps") as maps:
         return process.memory_info().rss / 2**20, len(maps.readlines()), len(jax.live_arrays())
