@@ -48,7 +48,7 @@ class TailsConfig(StudyConfig):
         batch_size: The batch size b.
         num_examples: The number N of training images.
         width: The number of units in each of the two hidden layers.
-        draws: The number of draws of each noise at each point, a multiple of 32.
+        num_draws: The number of draws of each noise at each point, a multiple of 32.
         directions: The number of random directions on which the noise is projected.
         degrees_of_freedom: Those of the Student t noise, above 2: the index of its tails.
         stable_index: The index of the stable noise, between 0.1 and 2.
@@ -68,7 +68,7 @@ class TailsConfig(StudyConfig):
     batch_size: int = 16
     num_examples: int = 1_000
     width: int = 32
-    draws: int = 512
+    num_draws: int = 512
     directions: int = 16
     degrees_of_freedom: float = 3.0
     stable_index: float = 1.5
@@ -79,7 +79,7 @@ class TailsConfig(StudyConfig):
 
     def __post_init__(self):
         fewest = {"batch_size": 1, "num_examples": 4, "width": 1, "directions": _TESTED}
-        check(self, fewest | {"draws": 2 * _BLOCK}, {"learning_rate": self.learning_rate})
+        check(self, fewest | {"num_draws": 2 * _BLOCK}, {"learning_rate": self.learning_rate})
         if not self.nets or len(set(self.nets)) < len(self.nets):
             raise ValueError(f"nets must name one or more, each once, got {self.nets}.")
         if not self.points or min(self.points) < 0 or sorted(set(self.points)) != [*self.points]:
@@ -88,8 +88,8 @@ class TailsConfig(StudyConfig):
             )
         if self.num_examples > 1_000:
             raise ValueError(f"num_examples must be at most 1,000, got {self.num_examples}.")
-        if self.draws % _BLOCK:
-            raise ValueError(f"draws must be a multiple of {_BLOCK}, got {self.draws}.")
+        if self.num_draws % _BLOCK:
+            raise ValueError(f"num_draws must be a multiple of {_BLOCK}, got {self.num_draws}.")
         if not (math.isfinite(self.degrees_of_freedom) and self.degrees_of_freedom > 2):
             raise ValueError(
                 f"degrees_of_freedom must be finite and above 2, got {self.degrees_of_freedom}."
@@ -234,13 +234,13 @@ def draws(
     gradients: Float[Array, "N D"],
 ) -> Float[Array, "K D"]:
     """Draws of a noise, given the gradients of all examples."""
-    shape = config.draws, gradients.shape[1]
+    shape = config.num_draws, gradients.shape[1]
     if name == "stable":
         return stable(key, shape, config.stable_index)
     if name == "isotropic":
         variance = gradients.var(0).mean() / config.batch_size
         return jnp.sqrt(variance) * jax.random.normal(key, shape)
-    steps = jnp.arange(config.draws)
+    steps = jnp.arange(config.num_draws)
     weights = jax.vmap(laws[name].sample, in_axes=(None, 0))(key, steps).dense()
     return jnp.matmul(weights - 1 / config.num_examples, gradients, precision="highest")
 

@@ -15,7 +15,7 @@ import pytest
 import experiments
 from experiments import records
 from experiments.decide import _datasets, _records, _runs, settings
-from experiments.noise_study import NoiseStudyConfig, _problem, edge
+from experiments.noise_study import EdgeConfig, _problem, edge
 from experiments.training import runs
 
 RESULTS = pathlib.Path(experiments.__file__).parent / "results"
@@ -64,23 +64,28 @@ def test_the_noise_study():
     folder = RESULTS / "noise_study" / "edge"
     asked = records.read_object(folder / "config.json")
     assert asked["draws"] == runs.DRAWS
-    known = {field.name for field in dataclasses.fields(NoiseStudyConfig)}
+    known = {field.name for field in dataclasses.fields(EdgeConfig)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if k in known}
-    config = NoiseStudyConfig(**values | {"seeds": 2, "out": None})
+    config = EdgeConfig(**values | {"seeds": 2, "out": None})
     (line,) = (
         line
-        for line in records.read_lines(folder / edge.RECORDS)
+        for line in records.read_lines(folder / "edge.jsonl")
         if (line["noise"], line["learning_rate"]) == ("sgd", config.learning_rate)
     )
     shortened = _OnlyFirst(**dataclasses.asdict(config))
-    first = edge.train(shortened, _problem.digits(config), "sgd", config.learning_rate)
+    first = edge.train(
+        shortened,
+        _problem.digits(range(config.seed, config.seed + config.seeds)),
+        "sgd",
+        config.learning_rate,
+    )
     for quantity in ("eigenvalue", "sgd_sharpness", "own_sharpness"):
         np.testing.assert_allclose(first[quantity][0], line[quantity][0][:2], rtol=1e-3)
     np.testing.assert_allclose(first["loss"][1], line["loss"][1][:2], rtol=1e-2)
     assert abs(first["loss"][1][0] / line["loss"][1][1] - 1) > 0.02  # of another seed
 
 
-class _OnlyFirst(NoiseStudyConfig):
+class _OnlyFirst(EdgeConfig):
     """The study up to its first measurement after the start."""
 
     @property

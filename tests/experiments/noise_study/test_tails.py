@@ -19,7 +19,7 @@ TINY = {
     "batch_size": 4,
     "num_examples": 20,
     "width": 2,
-    "draws": 64,
+    "num_draws": 64,
     "directions": 3,
     "seeds": 2,
 }
@@ -39,7 +39,7 @@ def test_stable_numbers_have_their_characteristic_function():
 
 @pytest.mark.parametrize("name", ["isotropic", "cov", "sgd"])
 def test_the_noise_has_the_trace_of_sgds_covariance(name):
-    config = TailsConfig(num_examples=20, batch_size=4, draws=6_400)
+    config = TailsConfig(num_examples=20, batch_size=4, num_draws=6_400)
     gradients = jnp.sin(jnp.arange(60.0)).reshape(20, 3) * jnp.array([[1.0, 2.0, 4.0]])
     drawn = tails.draws(config, name, tails._laws(config), jax.random.key(3), gradients)
     squares = jnp.square(drawn).sum(1)
@@ -165,8 +165,8 @@ def test_comparisons_by_hand():
         ({"points": (5, 0)}, "points must be iterations from 0 on, in ascending order"),
         ({"points": (-1,)}, "points must be iterations from 0 on"),
         ({"learning_rate": math.inf}, "learning_rate must be finite and above 0"),
-        ({"draws": 100}, "draws must be a multiple of 32, got 100"),
-        ({"draws": 32}, "draws must be at least 64, got 32"),
+        ({"num_draws": 100}, "num_draws must be a multiple of 32, got 100"),
+        ({"num_draws": 32}, "num_draws must be at least 64, got 32"),
         ({"directions": 2}, "directions must be at least 3, got 2"),
         ({"num_examples": 1_001}, "num_examples must be at most 1,000"),
         ({"degrees_of_freedom": 2.0}, "degrees_of_freedom must be finite and above 2"),

@@ -23,7 +23,7 @@ NOT_DRAWN = {"key", "clone", "key_data", "key_impl", "wrap_key_data"}
 # An initialiser of flax, which gives it a key made of the parameters' own.
 OF_FLAX = {"layers.py"}
 # The recorded study splits a key of a stream in two, and draws from keys of a stream in a loop.
-INSIDE_A_STREAM = {"split", "normal", "permutation", "randint", "choice", "uniform"}
+INSIDE_A_STREAM = {"split", "normal", "permutation", "randint", "choice", "uniform", "exponential"}
 
 
 def key_calls(source):
