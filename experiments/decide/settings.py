@@ -333,7 +333,7 @@ CIFAR10 = dataclasses.replace(
 DEMO = dataclasses.replace(
     DIGITS,
     name="demo",
-    steps=2_500,
+    steps=2_000,
     seeds=(300, 8),
     refresh_every=50,
     family=("sgd-other-key", "cov", "sparse-fisher-1", "isotropic"),

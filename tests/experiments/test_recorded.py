@@ -59,6 +59,7 @@ def test_the_part_of_svhn():
     assert own < other / 3
 
 
+@pytest.mark.slow
 def test_the_noise_study():
     """All quantities before the first step, and the loss after the first 500 steps of SGD."""
     folder = RESULTS / "noise_study" / "edge"

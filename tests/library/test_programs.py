@@ -83,6 +83,7 @@ def call(name, seed):
     return CALLS[name](fresh_loss(float(seed)), law, fresh_data(seed, FEW))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_arrays_of_earlier_calls_are_gone(name):
     """Fresh losses of 8 MB each, with fresh data and a fresh law: none of them stays."""

@@ -60,6 +60,7 @@ def test_pixels_and_labels_arrive_as_they_are(tmp_path):
     assert dataset.train_indices.tolist() == list(range(12))
 
 
+@pytest.mark.slow
 def test_a_run_is_told_apart_by_what_the_file_holds_and_not_by_its_path(tmp_path):
     held = arrays()
     one = write(tmp_path / "one.npz", **held)

@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_recorded_table_and_picture_are_made_again_from_the_records(folder, capsys):
     from matplotlib import image
 

@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_table_and_the_picture_are_made_again_from_the_records(folder, capsys):
     from matplotlib import image
 

@@ -48,6 +48,7 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_table_and_the_picture_are_made_again_from_the_records(folder, capsys):
     from matplotlib import image
 
@@ -166,6 +167,7 @@ def test_the_prediction_is_the_mean_until_the_target():
     assert math.isnan(_scale_report._mean_until(steps, loss, values, 5.0))
 
 
+@pytest.mark.slow
 def test_records_without_a_reference_run_are_named(folder):
     lines = scale.STUDY.recorded(folder)
     batches = [line for line in lines if line["kind"] == "batch"]

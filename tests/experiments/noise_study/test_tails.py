@@ -77,6 +77,7 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_recorded_table_and_picture_are_made_again_from_the_records(folder, capsys):
     from matplotlib import image
 
@@ -100,6 +101,7 @@ def test_a_record_has_every_quantity_of_every_noise_at_every_point(folder):
     assert one["loss"][1] != one["loss"][0] != other["loss"][0]
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch):
     lines = (folder / "tails.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "tails.jsonl").write_text(lines[0] + lines[1][:50])

@@ -126,6 +126,7 @@ def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
     assert "(small scale)" in (root / "figure-1a-small" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_panel_of_a_file_is_drawn_again_without_the_file(tmp_path, monkeypatch):
     """At medium scale, where each seed has its own images; and which part is trained on."""
     root, file = tmp_path / "runs", tmp_path / "mine.npz"

@@ -39,6 +39,7 @@ def plan(file):
     )
 
 
+@pytest.mark.slow
 def test_each_seed_trains_on_the_images_that_it_would_draw_alone(plan):
     images = loop.load(plan)
     assert images.train.image.shape == (2, 100, 8, 8, 1)

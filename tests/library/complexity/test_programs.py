@@ -115,6 +115,7 @@ def test_losses_and_what_they_hold_go_when_the_call_returns(name):
     assert [weak() for weak in gone] == [None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["penalty", "its gradient", "add_local_complexity"])
 def test_programs_go_as_well(name):
     """Of loops outside of jit jax keeps the program: some hundred memory maps a call."""

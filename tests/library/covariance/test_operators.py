@@ -195,6 +195,7 @@ USES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", USES)
 def test_arrays_of_earlier_losses_are_gone(name):
     assert_arrays_go(lambda seed: USES[name](*fresh(float(seed))), CAPTURED)

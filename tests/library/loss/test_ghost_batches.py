@@ -208,6 +208,7 @@ LAWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAWS)
 def test_sorted_data_are_as_good_as_shuffled_data(name):
     """Accuracies agree within the standard error of the difference, and one per cent."""

@@ -195,6 +195,7 @@ def test_weak_order_two_in_eta():
     assert_rejected(measured.value, 1.0, measured.standard_error)
 
 
+@pytest.mark.slow
 def test_the_weak_error_of_adam_is_of_higher_order_than_the_distance():
     """At 48 steps: a tenth of the distance at most, where that of a wrong rule is as large."""
     difference, spread = weak("adam", 4)
@@ -204,6 +205,7 @@ def test_the_weak_error_of_adam_is_of_higher_order_than_the_distance():
     assert_rejected(linear, 0.0, linear_spread, slack=0.5 * distance)
 
 
+@pytest.mark.slow
 def test_the_error_shrinks_by_the_square_root_rule_and_not_by_the_linear_one():
     """RMSprop from 12 to 48 steps; weak errors shrink by 4 (0.97 of it at these rates)."""
     (first, first_spread), (second, second_spread) = weak("rmsprop", 1), weak("rmsprop", 4)

@@ -138,6 +138,7 @@ def test_a_schedule_gives_the_times():
     assert exits.limit == pytest.approx(ends[-1], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("substeps", [1, 4])
 def test_exits_with_momentum_are_those_of_the_underdamped_path(substeps):
     """On the same paths, seen at the ends of iterations; with one substep M-SGD's own."""

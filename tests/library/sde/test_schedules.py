@@ -66,6 +66,7 @@ def test_one_substep_is_training_under_the_schedule_with_the_same_key(schedule):
     np.testing.assert_allclose(rest.times, path.times[2:], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_variance_under_a_schedule(x64):
     """eta_k = eta/(1 + k eta) on h theta^2/2 with noise of variance s2, at T = 2.
 

@@ -184,6 +184,7 @@ def test_variances_of_near_misses_do_not_come_nearer(name):
     assert_rejected(errors[-1], 0.0, spreads[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"), [("wrong sign", 0.25), ("wrong friction", 0.0), ("wrong schedule", 0.0)]
 )
