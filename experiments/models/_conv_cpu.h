@@ -220,16 +220,19 @@ void at_pixels(ffi::ThreadPool& pool, int64_t batch, const std::vector<Reach>& r
   const int64_t fitting = std::min(kCache / (4 * in_size), batch * blocks / tasks);
   const int64_t images = std::clamp<int64_t>(fitting, std::min<int64_t>(kTile, batch), batch);
   const int64_t group = std::min<int64_t>(kTile, images);
-  // Of a class, even of a corner, a group of images has enough pixels for a tile.
-  const std::vector<Class> whole = classes_of(group);
-  in_parallel(pool, (batch + images - 1) / images * blocks, [&](int64_t task) {
+  // Of a class, even of a corner, a group of images has enough pixels for a tile. What is left over
+  // is another number of images in the last task than in the others.
+  const int64_t times = (batch + images - 1) / images;
+  const std::vector<Class> whole = classes_of(group), rest = classes_of(images % group);
+  const std::vector<Class> last = classes_of((batch - (times - 1) * images) % group);
+  in_parallel(pool, times * blocks, [&](int64_t task) {
     const int64_t block = task % blocks, begin = task / blocks * images;
     const int64_t end = std::min(begin + images, batch);
-    const std::vector<Class> last = classes_of((end - begin) % group);
+    const std::vector<Class>& left = end == batch ? last : rest;
     const float* packed = weights + block * taps * channels * kBlock;
     const int64_t lanes = std::min<int64_t>(kBlock, out_channels - block * kBlock);
     for (int64_t start = begin; start < end; start += group)
-      for (const Class& one : start + group <= end ? whole : last)
+      for (const Class& one : start + group <= end ? whole : left)
         for (size_t from = 0; from < one.reads.size(); from += kTile)
           pixels_tile<kVectors>(one, from, inputs + start * in_size, width * channels, channels,
                                 packed, taps_wide, outputs + start * out_size + block * kBlock,

@@ -26,6 +26,16 @@ class StudyConfig:
     report: bool
     out: pathlib.Path | None
 
+    @property
+    def all_seeds(self) -> range:
+        """The seeds of all runs."""
+        return range(self.seed, self.seed + self.seeds)
+
+
+def evenly(steps: int, checkpoints: int) -> tuple[int, ...]:
+    """The iterations at which a run of so many is measured, from 0."""
+    return tuple(round(i * steps / checkpoints) for i in range(checkpoints + 1))
+
 
 def check(config: StudyConfig, fewest: Mapping[str, int], positive: Mapping[str, Any]) -> None:
     """Checks the options that all studies have, and some others.
@@ -152,14 +162,9 @@ class EdgeConfig(StudyConfig):
             )
 
     @property
-    def all_seeds(self) -> range:
-        """The seeds of all runs."""
-        return range(self.seed, self.seed + self.seeds)
-
-    @property
     def measured_at(self) -> tuple[int, ...]:
         """The steps at which quantities are measured, from 0."""
-        return tuple(round(i * self.steps / self.checkpoints) for i in range(self.checkpoints + 1))
+        return evenly(self.steps, self.checkpoints)
 
     @property
     def runs(self) -> tuple[tuple[NoiseName, float], ...]:

@@ -79,7 +79,9 @@ def rows(found: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[dict[
             if line["noise"] != "sgd" and quantity in QUANTITIES and "sgd" in at_same:
                 row[f"{quantity}_to_sgd"] = _compared(line, at_same["sgd"], quantity, margin)
         result.append(row)
-    _adjust([row for row in result if row["noise"] in FAMILY and row["learning_rate"] == rate])
+    inside = [row for row in result if row["noise"] in FAMILY and row["learning_rate"] == rate]
+    compared = [row[f"{q}_to_sgd"] for row in inside for q in QUANTITIES if row[f"{q}_to_sgd"]]
+    _intervals.adjust(compared, ("p_value", "p_equivalent"), len(FAMILY) * len(QUANTITIES))
     return result
 
 
@@ -98,17 +100,6 @@ def _compared(
         "p_value": difference.p_value,
         "p_equivalent": statistics.equivalence(values[both], reference[both], margin),
     }
-
-
-def _adjust(inside: list[dict[str, Any]]) -> None:
-    """Applies Holm's method over the declared family, separately to differences and equivalence."""
-    compared = [row[f"{q}_to_sgd"] for row in inside for q in QUANTITIES if row[f"{q}_to_sgd"]]
-    size = len(FAMILY) * len(QUANTITIES)
-    for name in ("p_value", "p_equivalent"):
-        for one, value in zip(
-            compared, statistics.holm([one[name] for one in compared], size), strict=True
-        ):
-            one[name] = value
 
 
 def table(rows: list[dict[str, Any]]) -> str:

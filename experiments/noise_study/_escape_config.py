@@ -112,8 +112,3 @@ class EscapeConfig(StudyConfig):
                 raise ValueError(
                     f"{name} must be at most the {steps} steps, got {getattr(self, name)}."
                 )
-
-    @property
-    def all_seeds(self) -> range:
-        """The seeds of all runs."""
-        return range(self.seed, self.seed + self.seeds)

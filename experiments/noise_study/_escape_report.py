@@ -81,9 +81,7 @@ def rows(found: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[dict[
         for quantity in QUANTITIES
         if row["noise"] in FAMILY and row[f"{quantity}_to_sgd"]
     ]
-    adjusted = statistics.holm([one["p_value"] for one in compared], len(FAMILY) * len(QUANTITIES))
-    for one, value in zip(compared, adjusted, strict=True):
-        one["p_value"] = value
+    _intervals.adjust(compared, ("p_value",), len(FAMILY) * len(QUANTITIES))
     return result + runs
 
 

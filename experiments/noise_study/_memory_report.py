@@ -93,11 +93,7 @@ def rows(found: list[Record], settings: Mapping[str, Any]) -> list[Record]:
             for row in result
             if (row["model"], row["learning_rate"]) == (model, rate) and "p_value" in row
         ]
-        for which in ("p_value", "p_equivalent"):
-            for row, value in zip(
-                own, statistics.holm([row[which] for row in own], size), strict=True
-            ):
-                row[which] = value
+        _intervals.adjust(own, ("p_value", "p_equivalent"), size)
     return result
 
 

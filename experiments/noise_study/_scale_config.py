@@ -113,11 +113,6 @@ class ScaleConfig(StudyConfig):
             )
 
     @property
-    def all_seeds(self) -> range:
-        """The seeds of all runs."""
-        return range(self.seed, self.seed + self.seeds)
-
-    @property
     def measured_at(self) -> tuple[int, ...]:
         """The steps of the reference run at which the noise scale is measured, from 0.
 

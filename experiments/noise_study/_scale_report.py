@@ -58,11 +58,7 @@ def rows(found: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[dict[
     result = [_estimator(name, line) for name in names]
     targets = [_target(i, target, line, batches) for i, target in enumerate(settings["targets"])]
     compared = [row[name] for row in targets for name in PREDICTORS if row[name]]
-    adjusted = statistics.holm(
-        [one["p_equivalent"] for one in compared], len(targets) * len(PREDICTORS)
-    )
-    for one, value in zip(compared, adjusted, strict=True):
-        one["p_equivalent"] = value
+    _intervals.adjust(compared, ("p_equivalent",), len(targets) * len(PREDICTORS))
     return result + targets
 
 

@@ -11,12 +11,21 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from experiments import records
 from experiments.noise_study._config import StudyConfig
 from experiments.training import runs
 
 Record = dict[str, Any]
 Settings = Mapping[str, Any]
+
+
+def rounded(values: Any, digits: int) -> Any:
+    """A number with so many significant digits; for an array, lists of them."""
+    if np.ndim(values):
+        return [rounded(value, digits) for value in values]
+    return float(f"{values:.{digits}g}")
 
 
 @dataclasses.dataclass(frozen=True)

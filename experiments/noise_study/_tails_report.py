@@ -63,9 +63,7 @@ def rows(found: list[Record], settings: Mapping[str, Any]) -> list[Record]:
                 )
     for which, names in (("to_two", GAUSSIAN), ("to_cov", COMPARED)):
         family = [row[which] for row in result if row["noise"] in names and row[which]]
-        adjusted = statistics.holm([one["p_value"] for one in family])
-        for one, p_value in zip(family, adjusted, strict=True):
-            one["p_value"] = p_value
+        _intervals.adjust(family, ("p_value",))
     return result
 
 

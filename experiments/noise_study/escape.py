@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Key
 
 from experiments import terminal
 from experiments._typing import Params
 from experiments.noise_study import _escape_report, _problem, _shapes
+from experiments.noise_study._config import evenly
 from experiments.noise_study._escape_config import EscapeConfig
-from experiments.noise_study._study import Study
+from experiments.noise_study._study import Study, rounded
 from msgd_jax import loss, measure, noise
 from msgd_jax._streams import Stream, derive
 
@@ -82,7 +82,7 @@ def path(
 ) -> dict[str, Any]:
     """Trains from the start, and measures the alignment of each shape with the Hessian there."""
     config, found, done = run.config, [], 0
-    at = _measured_at(config.gd_steps, config.path_checkpoints)
+    at = evenly(config.gd_steps, config.path_checkpoints)
     for step in at:
         params = run.advance(params, examples, run.keys, done, step)
         found.append(jax.device_get(aligned(params, examples)))
@@ -90,11 +90,11 @@ def path(
         done = step
     shapes = {
         shape: {
-            quantity: _rounded([one["shapes"][shape][quantity] for one in found])
+            quantity: rounded([one["shapes"][shape][quantity] for one in found], 6)
             for quantity in ("alignment", "cosine")
         }
         # The prediction is used at the end only.
-        | {"rise": _rounded(found[-1]["shapes"][shape]["rise"])}
+        | {"rise": rounded(found[-1]["shapes"][shape]["rise"], 6)}
         for shape in found[0]["shapes"]
     }
     return {
@@ -105,7 +105,7 @@ def path(
         "steps": at,
         "shapes": shapes,
         **{
-            quantity: _rounded([one[quantity] for one in found])
+            quantity: rounded([one[quantity] for one in found], 6)
             for quantity in ("loss", "squared_gradient", "trace")
         },
     }
@@ -140,7 +140,7 @@ def escape(
     config, train = run.config, examples["train"]
     rise = _rise(config, run.name)(minimum, train, run.keys)
     params, found, done = minimum, [], 0
-    at = _measured_at(config.steps, config.checkpoints)
+    at = evenly(config.steps, config.checkpoints)
     for step in at:
         params = run.advance(params, train, run.keys, done, step)
         found.append(jax.device_get(measured(params, minimum, examples, run.keys, step)))
@@ -152,21 +152,9 @@ def escape(
         "noise": run.name,
         "seeds": list(config.all_seeds),
         "steps": at,
-        "short_loss": _rounded(rise),
-        **{quantity: _rounded([one[quantity] for one in found]) for quantity in found[0]},
+        "short_loss": rounded(rise, 6),
+        **{quantity: rounded([one[quantity] for one in found], 6) for quantity in found[0]},
     }
-
-
-def _measured_at(steps: int, checkpoints: int) -> list[int]:
-    """The iterations at which a run of so many is measured, from 0."""
-    return [round(i * steps / checkpoints) for i in range(checkpoints + 1)]
-
-
-def _rounded(values: Any) -> Any:
-    """Lists of numbers with six digits."""
-    if np.ndim(values):
-        return [_rounded(value) for value in values]
-    return float(f"{values:.6g}")
 
 
 def _law(config: EscapeConfig, name: str, num_examples: int) -> noise.MNoise:

@@ -116,8 +116,7 @@ class MemoryConfig(StudyConfig):
             *(("quadratic", name, self.learning_rate) for name in LAWS),
             *(("net", name, rate) for rate in rates for name in _memory_report.ON_NET),
         ]
-        seeds = range(self.seed, self.seed + self.seeds)
-        return tuple((seed, *rest) for seed in seeds for rest in of_seed)
+        return tuple((seed, *rest) for seed in self.all_seeds for rest in of_seed)
 
 
 def _anti(num_examples: int, batch_size: int) -> Law:

@@ -20,7 +20,7 @@ from experiments import terminal
 from experiments._typing import Params
 from experiments.noise_study import _fashion, _scale_report
 from experiments.noise_study._scale_config import ScaleConfig
-from experiments.noise_study._study import Study
+from experiments.noise_study._study import Study, rounded
 from msgd_jax import loss, measure, noise
 from msgd_jax._streams import Stream, derive
 
@@ -100,15 +100,8 @@ def reference(config: ScaleConfig, examples: Examples) -> dict[str, Any]:
         "learning_rate": config.reference_rate,
         "steps": list(config.measured_at),
         "cost": _costs(config, params, examples, keys),
-        "measured": {name: [_rounded(one[name]) for one in found] for name in order},
+        "measured": {name: [rounded(one[name], 5) for one in found] for name in order},
     }
-
-
-def _rounded(values: Any) -> Any:
-    """Numbers with five digits; a list for an array."""
-    if np.ndim(values):
-        return [_rounded(value) for value in values]
-    return float(f"{values:.5g}")
 
 
 def _advance(config: ScaleConfig, free: dict[str, Any]) -> Callable[..., Any]:
@@ -219,7 +212,7 @@ def _costs(
             began = time.perf_counter()
             jax.block_until_ready(compiled(params, own, key))
             seconds.append(time.perf_counter() - began)
-        found[name] = [float(gradients), _rounded(min(seconds))]
+        found[name] = [float(gradients), rounded(min(seconds), 5)]
     return found
 
 
@@ -252,7 +245,7 @@ def best(config: ScaleConfig, examples: Examples, size: int) -> dict[str, Any]:
         "batch_size": size,
         "seeds": list(config.all_seeds),
         "rates": rates,
-        "reached": [_rounded(tried[rate]) for rate in rates],
+        "reached": [rounded(tried[rate], 5) for rate in rates],
     }
 
 

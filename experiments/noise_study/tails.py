@@ -100,8 +100,7 @@ class TailsConfig(StudyConfig):
     @property
     def runs(self) -> tuple[tuple[Net, int], ...]:
         """The net and the seed of each run."""
-        seeds = range(self.seed, self.seed + self.seeds)
-        return tuple((net, seed) for net in self.nets for seed in seeds)
+        return tuple((net, seed) for net in self.nets for seed in self.all_seeds)
 
 
 def make(config: TailsConfig, missing: list[tuple[Net, int]]) -> Iterator[dict[str, Any]]:

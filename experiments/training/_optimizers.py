@@ -113,8 +113,7 @@ def additive_noise(
                 return covariance.diagonal(losses, params, "fisher")
             single = noise.sgd(losses.num_examples, batch_size=1)
             diagonal = covariance.diagonal(losses, params, single)  # of S
-            size = sum(leaf.size for leaf in jax.tree.leaves(diagonal))
-            mean = optax.tree.sum(diagonal) / size
+            mean = optax.tree.sum(diagonal) / optax.tree.size(diagonal)
             return jax.tree.map(lambda leaf: jnp.full_like(leaf, mean), diagonal)
 
         due = state.step % refresh_every == 0

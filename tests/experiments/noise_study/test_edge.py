@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import records
-from experiments.__main__ import main
 from experiments.noise_study import EdgeConfig, _edge_report, _problem, edge
+from tests.experiments.noise_study.again import assert_made_again
 from tests.support.statistics import assert_agree
 
 TINY = {
@@ -34,17 +34,11 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_recorded_table_and_picture_are_made_again_from_the_records(folder, capsys):
-    from matplotlib import image
-
     rows = json.loads((folder / "summary.json").read_text())["edge"]
     found = edge.STUDY.recorded(folder)
     assert [row["noise"] for row in rows] == ["sgd", "gd"]
     assert _edge_report.rows(found, {"learning_rate": 0.2, "margin": 0.1}) == rows
-    picture = image.imread(folder / "edge.png")
-    (folder / "edge.png").unlink()
-    main(["noise-study", "edge", "--report", "--out", str(folder)])
-    assert capsys.readouterr().out.strip() == _edge_report.table(rows)
-    assert np.array_equal(image.imread(folder / "edge.png"), picture)
+    assert_made_again(edge.STUDY, folder, capsys)
 
 
 def test_runs_start_at_the_same_place_and_part(folder):

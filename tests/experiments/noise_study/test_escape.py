@@ -10,8 +10,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from experiments import records
-from experiments.__main__ import main
 from experiments.noise_study import EscapeConfig, _escape_report, _problem, _shapes, escape
+from tests.experiments.noise_study.again import assert_made_again
 from tests.support.statistics import assert_agree
 
 TINY = {
@@ -40,14 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_table_and_the_picture_are_made_again_from_the_records(folder, capsys):
-    from matplotlib import image
-
-    rows = json.loads((folder / "summary.json").read_text())["escape"]
-    picture = image.imread(folder / "escape.png")
-    (folder / "escape.png").unlink()
-    main(["noise-study", "escape", "--report", "--out", str(folder)])
-    assert capsys.readouterr().out.strip() == _escape_report.table(rows)
-    assert np.array_equal(image.imread(folder / "escape.png"), picture)
+    assert_made_again(escape.STUDY, folder, capsys)
 
 
 def test_all_noises_start_at_gds_end(folder):

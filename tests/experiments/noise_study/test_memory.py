@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import records, terminal
-from experiments.__main__ import main
 from experiments.noise_study import MemoryConfig, _memory_report, _minimum, memory
 from msgd_jax import noise, sde
+from tests.experiments.noise_study.again import assert_made_again
 from tests.support.statistics import assert_agree, assert_rejected
 
 TINY = {
@@ -126,17 +126,10 @@ def folder(tmp_path_factory):
 def test_the_recorded_table_and_picture_are_made_again_from_the_records(
     folder, capsys, monkeypatch
 ):
-    from matplotlib import image
-
     monkeypatch.setattr(_memory_report, "ON_NET", ("independent", "reshuffled"))
-    rows = records.read_object(folder / "summary.json")["memory"]
     found = memory.STUDY.recorded(folder)
     assert [line["seed"] for line in found] == [0] * 4 + [1] * 4
-    picture = image.imread(folder / "memory.png")
-    (folder / "memory.png").unlink()
-    main(["noise-study", "memory", "--report", "--out", str(folder)])
-    assert capsys.readouterr().out.strip() == _memory_report.table(rows)
-    assert np.array_equal(image.imread(folder / "memory.png"), picture)
+    assert_made_again(memory.STUDY, folder, capsys)
 
 
 def test_paths_start_at_a_minimum(folder):

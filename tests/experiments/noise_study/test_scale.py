@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import records
-from experiments.__main__ import main
 from experiments.noise_study import ScaleConfig, _fashion, _scale_report, scale
+from tests.experiments.noise_study.again import assert_made_again
 
 TINY = {
     "num_examples": 40,
@@ -50,14 +50,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_table_and_the_picture_are_made_again_from_the_records(folder, capsys):
-    from matplotlib import image
-
-    rows = json.loads((folder / "summary.json").read_text())["scale"]
-    picture = image.imread(folder / "scale.png")
-    (folder / "scale.png").unlink()
-    main(["noise-study", "scale", "--report", "--out", str(folder)])
-    assert capsys.readouterr().out.strip() == _scale_report.table(rows)
-    assert np.array_equal(image.imread(folder / "scale.png"), picture)
+    assert_made_again(scale.STUDY, folder, capsys)
 
 
 def test_estimators_agree_with_the_exact_values(folder):

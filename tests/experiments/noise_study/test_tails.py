@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import records
-from experiments.__main__ import main
 from experiments.noise_study import TailsConfig, _tails_report, tails
+from tests.experiments.noise_study.again import assert_made_again
 from tests.support.statistics import assert_agree, assert_rejected
 
 TINY = {
@@ -79,16 +78,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_recorded_table_and_picture_are_made_again_from_the_records(folder, capsys):
-    from matplotlib import image
-
-    rows = records.read_object(folder / "summary.json")["tails"]
     found = tails.STUDY.recorded(folder)
     assert [(line["net"], line["seed"]) for line in found] == [("relu", 0), ("relu", 1)]
-    picture = image.imread(folder / "tails.png")
-    (folder / "tails.png").unlink()
-    main(["noise-study", "tails", "--report", "--out", str(folder)])
-    assert capsys.readouterr().out.strip() == _tails_report.table(rows)
-    assert np.array_equal(image.imread(folder / "tails.png"), picture)
+    assert_made_again(tails.STUDY, folder, capsys)
 
 
 def test_a_record_has_every_quantity_of_every_noise_at_every_point(folder):
