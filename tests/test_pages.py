@@ -1,4 +1,4 @@
-"""Pages run where the reader is: their first line installs all that their cells import."""
+"""A reader can run the pages: their first line installs all that their cells import."""
 
 import ast
 import importlib.metadata
@@ -16,16 +16,20 @@ from docs import pages
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNNABLE = dict(pages.runnable())
-# These show what a checkout has recorded, and say so.
+# These pages show the records of a checkout, and say so.
 OF_RECORDS = {"paper", "scaling"}
 
 
 def names(requirements: list[str]) -> set[str]:
+    """The names of the distributions that are required."""
     return {Requirement(entry).name for entry in requirements}
 
 
 def imported(script: str) -> set[str]:
-    """The distributions that a script imports, wherever in it; "docs" and the like as they are."""
+    """The distributions that a script imports, in functions too, but for the standard library.
+
+    A module of no distribution, such as "docs", has its own name.
+    """
     modules = set()
     for node in ast.walk(ast.parse(script)):
         if isinstance(node, ast.ImportFrom):
@@ -38,7 +42,7 @@ def imported(script: str) -> set[str]:
 
 
 def missing(text: str) -> set[str]:
-    """What the cells of a page import and its first line does not install."""
+    """The distributions that the cells of a page import and its first line does not install."""
     installed = names(PROJECT["dependencies"])
     for entry in map(Requirement, pages.requirements(text) or []):
         installed.add(entry.name)
