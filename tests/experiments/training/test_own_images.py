@@ -1,4 +1,4 @@
-"""Images and labels of each seed's own: subsets, wrong labels, and the part of a file."""
+"""Each seed's own subset of the images, wrong labels, and the part of a file to train on."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from experiments.training.config import TrainConfig
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """300 digits to train on and 90 to test on, in a file."""
+    """A file with 300 digits to train on and 90 to test on."""
     digits = data.load("digits")
     path = tmp_path_factory.mktemp("files") / "digits.npz"
     (x_train, y_train), (x_test, y_test) = digits.train, digits.test
@@ -24,6 +24,7 @@ def file(tmp_path_factory):
 
 @pytest.fixture
 def plan(file):
+    """Two seeds that train on 100 images each of their own, a fifth of them with wrong labels."""
     return TrainConfig(
         dataset=file,
         steps=3,
@@ -41,9 +42,11 @@ def plan(file):
 
 @pytest.mark.slow
 def test_each_seed_trains_on_the_images_that_it_would_draw_alone(plan):
+    """Images, labels and all evaluations of the second seed are those of a run of it alone."""
     images = loop.load(plan)
     assert images.train.image.shape == (2, 100, 8, 8, 1)
     assert (images.image_shape, images.num_train) == ((8, 8, 1), 100)
+    # Two seeds share 33 of 100 images on average, with a standard error of 4.
     assert len(np.intersect1d(*images.train_indices)) < 60
     together = [evaluation for _, evaluation in training.train_seeds(plan.resolved(), images)]
     alone = dataclasses.replace(plan, seed=4, seeds=1, data_seed=4, subset_per_seed=False)
@@ -81,6 +84,7 @@ def test_the_stated_share_of_labels_is_of_another_class():
 
 
 def test_wrong_labels_are_for_training_alone(plan):
+    """Of the 100 labels of each seed, 20 are wrong, and none of the test images."""
     right = loop.load(dataclasses.replace(plan, label_noise=0.0))
     wrong = loop.load(plan)
     assert ((right.train.label != wrong.train.label).sum(1) == 20).all()
@@ -103,14 +107,14 @@ def _record(plan):
 
 
 def test_a_seed_draws_from_all_images_of_the_part_that_is_trained_on():
-    """Of FashionMNIST from 10,000 and not from the 1,000 that data_seed draws."""
+    """For FashionMNIST these are 10,000 images, and not the 1,000 that `data_seed` draws."""
     plan = TrainConfig(subset_per_seed=True, num_train=2_000)
     loop.check(plan)
     assert loop.sizes(TrainConfig(subset_per_seed=True)) == (1_000, 60_000)
     with pytest.raises(ValueError, match="num_train must be between 1 and 10000"):
         loop.check(dataclasses.replace(plan, num_train=10_001))
     digits = loop.load(TrainConfig(dataset="digits", subset_per_seed=True, seeds=2, num_train=50))
-    assert digits.test.label.shape == (797,)  # none of which is trained on
+    assert digits.test.label.shape == (797,)  # The other 1,000 are those to draw from.
 
 
 @pytest.mark.parametrize(
