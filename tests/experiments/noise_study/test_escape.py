@@ -1,4 +1,4 @@
-"""``python -m experiments noise-study escape``: a tiny study, predictions against algebra."""
+"""``python -m experiments noise-study escape``: a tiny study, and its predictions by algebra."""
 
 import json
 import math
@@ -33,6 +33,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """The folder of the finished tiny study."""
     out = tmp_path_factory.mktemp("study") / "out"
     assert escape.STUDY.run(EscapeConfig(**TINY, out=out)) == out
     return out
@@ -53,7 +54,7 @@ def test_all_noises_start_at_gds_end(folder):
         assert one["distance"][0] == [0.0, 0.0]
         assert np.shape(one["short_loss"]) == (2, 4)
     assert runs["sgd"]["loss"][2] != runs["diagonal"]["loss"][2]
-    # GD from the minimum on is what it was: its short run and its long run are one path.
+    # GD draws nothing, so that its short run is the beginning of its long run.
     assert np.allclose(np.asarray(runs["gd"]["short_loss"])[:, 3], runs["gd"]["loss"][2], rtol=1e-4)
 
 
@@ -80,7 +81,7 @@ def small():
 
 
 def dense(params, own):
-    """H and S in float64, by differentiating the mean loss of the flat parameters twice."""
+    """H and S as matrices, from derivatives with respect to the parameters as one vector."""
     flat, unravel = ravel_pytree(params)
     each = lambda p: _problem.losses(unravel(p), own)  # noqa: E731
     hessian = jax.jit(jax.hessian(lambda p: each(p).mean()))(flat)
@@ -88,6 +89,7 @@ def dense(params, own):
 
 
 def test_matrices_and_shapes_are_those_of_dense_algebra():
+    """All shapes have the trace of S, and the last one is along the top eigenvector of H."""
     params, own = small()
     hessian, s = (np.asarray(x) for x in jax.jit(_shapes.matrices)(params, own))
     expected, covariance = dense(params, own)
@@ -103,7 +105,10 @@ def test_matrices_and_shapes_are_those_of_dense_algebra():
 
 
 def test_the_predicted_rise_is_that_of_the_recursion():
-    """The covariance of theta after k steps: X <- (I - eta H) X (I - eta H) + eta^2 C / b."""
+    """The recursion of the covariance is ``X <- (I - eta H) X (I - eta H) + eta^2 C / b``.
+
+    It is written out in numpy, and the rise of the loss is ``trace(H X) / 2``.
+    """
     params, own = small()
     found = jax.jit(
         lambda p, o: _shapes.numbers(p, o, rate=0.3, batch_size=4, steps=5),
@@ -144,7 +149,7 @@ def test_additive_noise_has_the_trace_of_sgds(name):
 
 
 def run_of(noise, value, seeds=3):
-    """A run from the minimum whose quantities are all `value`, times 1, 2, 3 for the seeds."""
+    """A record of a run from the minimum, whose quantities are `value` times 1, 2, 3 by seed."""
     by_seed = [value * (1 + i) for i in range(seeds)]
     every = [[9.0] * seeds, [9.0] * seeds, by_seed]
     return {
@@ -159,6 +164,7 @@ def run_of(noise, value, seeds=3):
 
 
 def path_of(noise):
+    """A record of a path of three seeds to the minimum."""
     shape = {
         "alignment": [[5.0] * 3, [1.0, 2.0, 3.0]],
         "cosine": [[0.5] * 3, [0.1, 0.2, 0.3]],
@@ -184,7 +190,8 @@ def test_endpoints_and_ratios_by_hand():
     cov = rows[-1]
     assert cov["rise"][0] == pytest.approx(6.0)
     assert cov["rise_to_sgd"]["mean"] == pytest.approx(1.5)
-    assert cov["eigenvalue_to_sgd"]["low"] == pytest.approx(1.5)  # the same ratio for each seed
+    # The ratio is the same for each seed, so that its interval is a point.
+    assert cov["eigenvalue_to_sgd"]["low"] == pytest.approx(1.5)
     # The prediction is 0.5 in the second half, the rises are 3, 6, 9.
     assert cov["rise_to_predicted"]["mean"] == pytest.approx(
         6 ** (4 / 3) / 6 ** (1 / 3) / 0.5 * 0.909, rel=0.01
