@@ -10,6 +10,7 @@ import pytest
 from sphinx.util.inventory import InventoryFile
 
 import msgd_jax
+from tests.support.cells import code_cells
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
@@ -65,13 +66,9 @@ def test_formulas_are_mathml_and_need_no_script(page, site):
 
 def test_the_pages_have_cells_and_each_compiles():
     cells = {
-        f"{page.relative_to(DOCS)}, cell {i}": re.sub(
-            r"\A(?:(:.*\n)+|---\n(?s:.*?)^---\n)", "", cell, flags=re.M
-        )
+        f"{page.relative_to(DOCS)}, cell {i}": cell
         for page in PAGES
-        for i, cell in enumerate(
-            re.findall(r"^```\{code-cell\} ipython3\n(.*?)^```", page.read_text(), re.S | re.M)
-        )
+        for i, cell in enumerate(code_cells(page.read_text()))
     }
     assert len(cells) > 50
     for where, cell in cells.items():

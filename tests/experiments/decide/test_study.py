@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from experiments import models
 from experiments.decide import (
@@ -20,6 +21,7 @@ from experiments.decide import (
     study,
 )
 from msgd_jax import loss
+from tests.support.statistics import FALSE_ALARMS
 
 TINY = dataclasses.replace(
     settings.DIGITS,
@@ -70,12 +72,12 @@ def test_the_stated_share_of_labels_is_of_another_class(images):
 
 
 def test_every_other_class_is_as_likely():
-    # Nine counts with mean 1,000 have a chi-square with 8 degrees of freedom: 37.3 has p = 1e-5.
+    """Nine counts with mean 1,000 have a chi-square with 8 degrees of freedom."""
     many = dataclasses.replace(TINY, num_train=9_000, pool=9_000, label_noise=1.0)
     sample = _datasets.draw(many, jax.random.key(2), jnp.zeros(9_000, jnp.int32))
     counts = np.bincount(sample.labels, minlength=10)
     assert counts[0] == 0
-    assert ((counts[1:] - 1_000) ** 2 / 1_000).sum() < 37.3
+    assert ((counts[1:] - 1_000) ** 2 / 1_000).sum() < scipy.stats.chi2.isf(FALSE_ALARMS, 8)
 
 
 @pytest.mark.slow

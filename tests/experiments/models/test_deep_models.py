@@ -13,7 +13,7 @@ from experiments import models
 from experiments.models import conv, layers, resnet
 from msgd_jax import loss
 from msgd_jax.noise import Weights
-from tests.support.statistics import assert_agree
+from tests.support.statistics import assert_agree, assert_rejected
 
 SIZES = {"vgg11": 9_225_610, "resnet18": 11_173_962}  # Numbers of parameters.
 each_net = pytest.mark.parametrize("name", SIZES)
@@ -324,21 +324,28 @@ def test_vgg_is_the_reference():
 
 @pytest.mark.slow  # The draws of eight kernels take long to compile.
 def test_images_are_not_forgotten_on_the_way_through_vgg():
-    """Logits of the initial net vary between images as much as its last layer allows."""
+    """Logits of the initial net vary between images by about 0.04, whatever its depth.
+
+    Kernels with half of the variance would give 0.002, and with twice the variance 0.8.
+    """
     model = models.functional(models.VGG11, width=16)
     params = jax.jit(model.init)(jax.random.key(3))
     logits, _ = jax.jit(model.apply)(params, {}, some_images(20))
     spread = np.asarray(logits).std(0).mean()
-    assert 0.01 < spread < 10
+    assert 0.01 < spread < 0.2
 
 
 def test_kernels_are_drawn_with_variance_two_over_fan_in():
-    """4,608 draws: the mean square's error by truncated normals' kurtosis, at most 3."""
+    """The 4,608 draws are truncated normals, whose kurtosis, below 3, bounds the standard error.
+
+    The near miss has 0.774 of the variance, since truncation at two deviations was forgotten.
+    """
     layer = layers.Conv(32, 16, 3, rngs=nnx.Rngs(4))
     kernel = np.asarray(layer.kernel[...], np.float64)
     fan_in = 9 * 32
     ratio, error = (kernel**2).mean() * fan_in / 2, np.sqrt(2 / kernel.size)
     assert_agree(ratio, 1, error, comparisons=2)
+    assert_rejected(ratio, 0.774, error, comparisons=2)
     assert_agree(kernel.mean(), 0, np.sqrt(2 / fan_in / kernel.size), comparisons=2)
     assert (layer.bias[...] == 0).all()
 

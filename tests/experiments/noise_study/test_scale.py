@@ -193,12 +193,12 @@ def test_images_are_pooled_and_differ_between_seeds(monkeypatch):
     assert not np.array_equal(found["y"][0], found["y"][1])
     # Pixels are means over squares of four, up to a shift and a scale: their correlation with the
     # means of one of the images is 1. Blank images would have no correlation.
-    own = np.flatnonzero([(_squares(image) == 0).all() for image in pool.image])
-    assert not own.size
     squares = np.stack([_squares(image) for image in pool.image])
+    assert squares.any(1).all()
     first = np.asarray(found["x"][0, 0])
-    distances = [np.corrcoef(first, one)[0, 1] for one in squares]
-    assert max(distances) == pytest.approx(1, abs=1e-5)
+    correlations = sorted(np.corrcoef(first, one)[0, 1] for one in squares)
+    assert correlations[-1] == pytest.approx(1, abs=1e-5)
+    assert correlations[-2] < 0.9
 
 
 def _squares(image):

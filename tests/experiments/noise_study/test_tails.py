@@ -63,11 +63,13 @@ def test_the_relu_net_is_the_one_in_numpy():
 
 
 def test_weights_of_the_relu_net_have_variance_2_over_inputs():
+    """The near miss has the variance 1.5 over inputs."""
     params = tails.initial("relu", jax.random.key(0), 64, 200)
     for name, inputs in (("w1", 64), ("w2", 200), ("w3", 200)):
         size = params[name].size
         squares = float(jnp.square(params[name]).mean()) * inputs
-        assert_agree(squares, 2.0, 2 * math.sqrt(2 / size))
+        assert_agree(squares, 2.0, 2 * math.sqrt(2 / size), comparisons=3)
+        assert_rejected(squares, 1.5, 1.5 * math.sqrt(2 / size), comparisons=3)
 
 
 # The study ----------------------------------------------------------------------------------------

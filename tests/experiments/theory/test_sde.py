@@ -35,6 +35,8 @@ def test_orders_and_pictures(tmp_path, capsys, monkeypatch):
     results, printed = read(out / "summary.json"), capsys.readouterr().out
     assert set(results) == {"strong", "weak"}
     (coupled,) = results["strong"]
+    # With 32 paths the order has a standard error of 0.007, and finite rates raise it by 0.02. The
+    # constant has a standard error of 0.6 %, and differs by 1 % from the last ratio.
     assert abs(coupled["order"]["value"] - 1) < 0.05
     assert coupled["deterministic"]["value"] == pytest.approx(
         coupled["errors"][-1] / coupled["learning_rates"][-1], rel=0.05
