@@ -169,7 +169,7 @@ def test_the_headline_is_against_the_best_contestant_by_medians_and_by_minima():
     assert headline.measured.endswith("whole batch, as it is): 0.25")
     assert headline.met
     lines = against_torch._lines(found)
-    assert [line["ms a step"] for line in lines] == ["1e+03", "2e+03", "4e+03", "8e+03"]
+    assert [line["ms per step"] for line in lines] == ["1e+03", "2e+03", "4e+03", "8e+03"]
 
 
 def test_a_contestant_that_computes_something_else_is_left_out():

@@ -65,7 +65,7 @@ def test_the_declared_part_of_a_file_is_trained_on(tmp_path):
             },
             "x_train of shape",
         ),
-        ({"y_train": np.full(30, 10)}, "not so y_train"),
+        ({"y_train": np.full(30, 10)}, "got 10 in y_train"),
         ({"y_train": np.zeros(29, int)}, "as many images as labels"),
         ({"x_test": np.zeros((5, 32, 32, 3), np.uint8), "y_test": np.zeros(5, int)}, "at least"),
     ],
