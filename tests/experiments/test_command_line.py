@@ -235,7 +235,7 @@ def test_unknown_names_list_the_choices(option, value, choice, capsys):
         (["--noise.batch-size", "1001"], "batch_size must be between 1 and 1000, got 1001"),
         (["--learning-rate", "nan"], "learning_rate must be finite and at least 0, got nan"),
         (["--learning-rate", "1e38"], r"not finite after 1 steps \(seed 0\)"),
-        (["--model", "lenet"], "model must be digits_net or resnet18 for the images of digits"),
+        (["--model", "lenet"], "model must be digits_net or resnet18.* for the images of digits"),
     ],
 )
 def test_bad_numbers_are_named(arguments, message, tmp_path, capsys):

@@ -165,7 +165,7 @@ def test_bad_input_is_one_line_before_anything_is_loaded(folder):
         ([*TRAIN, "--num-train", "20"], "batch_size must be between 1 and 20, got 50"),
         ([*TRAIN, "--num-train", "1001"], "num_train must be between 1 and 1000, or None"),
         ([*TRAIN, "--algorithm", "sgd-b", "--noise.support-size", "0"], "got 0"),
-        ([*TRAIN, "--model", "lenet"], "model must be digits_net or resnet18 for the images"),
+        ([*TRAIN, "--model", "lenet"], "model must be digits_net or resnet18"),
         (
             ["train", "--dataset", "cifar10", "--microbatch-size", "3", "--model", "resnet18"],
             "microbatch_size must divide the 50 examples",
