@@ -225,7 +225,7 @@ def report(config: ReportConfig) -> pathlib.Path:
             continue
         assert entry.plan is not None
         settings = runs.settings(entry.plan)
-        algorithm = json.dumps([settings[name] for name in _OWN])
+        algorithm = json.dumps([settings.get(name) for name in _OWN])
         groups.setdefault(_problem(entry), {}).setdefault(algorithm, []).append(entry)
     if not groups:
         found = f"; {len(left_out)} other folders (see `list`)" if left_out else ""
@@ -257,7 +257,7 @@ def report(config: ReportConfig) -> pathlib.Path:
 
 
 _HOW_TO_MAKE_ONE = "One is made by: python -m experiments train --dataset digits"
-_OWN = ("algorithm", "noise", "learning_rate_scaling", "regime_adaptation")
+_OWN = ("algorithm", "noise", "noise_draw", "learning_rate_scaling", "regime_adaptation")
 _ORDER = (
     "gd",
     "sgd",
