@@ -20,10 +20,13 @@ class Reduction(NamedTuple):
             fraction of the steps, unless `decay_at` is among them; the sizes of batches are upper
             bounds.
         why: the choices in words, for the page.
+        noise_floor: whether SGD is run with another key as well, which shows how far apart two
+            runs of one algorithm are.
     """
 
     changes: Mapping[str, Any]
     why: tuple[str, ...] = ()
+    noise_floor: bool = False
 
 
 def reduced(run: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
@@ -51,11 +54,17 @@ AS_PUBLISHED = Reduction({})
 LENET_SMALL = Reduction(
     {"learning_rate": 0.1, "steps": 600, "eval_every": 60, "num_test": 5_000, "seeds": 3}
 )
-LENET_LARGE = Reduction({"decay_at": (7_000,)}, (END,))
-LENET_MEDIUM = Reduction(
-    {"steps": 5_000, "decay_at": (3_500,), "seeds": 5}, ("5,000 steps and five seeds", END)
+LENET_LARGE = Reduction(
+    {"subset_per_seed": True, "seeds": 10}, (OWN_SUBSETS, "ten seeds"), noise_floor=True
 )
-LENET_CONVERGED_MEDIUM = Reduction({"seeds": 5}, ("five seeds",))
+LENET_MEDIUM = Reduction(
+    {"steps": 5_000, "decay_at": (3_500,), "subset_per_seed": True},
+    (OWN_SUBSETS, END),
+    noise_floor=True,
+)
+LENET_CONVERGED_MEDIUM = Reduction(
+    {"decay_at": (2_100,), "subset_per_seed": True}, (OWN_SUBSETS, END), noise_floor=True
+)
 
 COLOUR_SMALL = Reduction(
     {
@@ -94,6 +103,7 @@ SVHN_MEDIUM = Reduction(
         OWN_SUBSETS,
         END,
     ),
+    noise_floor=True,
 )
 CIFAR_VGG_MEDIUM = Reduction(
     {
@@ -101,6 +111,7 @@ CIFAR_VGG_MEDIUM = Reduction(
         "num_test": 5_000,
     },
     (*SVHN_MEDIUM.why[:-1], "5,000 of the test images, the same ones for all"),
+    noise_floor=True,
 )
 CIFAR_RESNET_MEDIUM = Reduction(
     {
@@ -118,15 +129,18 @@ CIFAR_RESNET_MEDIUM = Reduction(
         OWN_SUBSETS,
         "2,000 of the test images, the same ones for all",
     ),
+    noise_floor=True,
 )
 _IN_ONE_PASS = {"width": 16, "microbatch_size": None, "num_test": None, "checkpoint_every": 500}
 SVHN_LARGE = Reduction(
     {**SVHN_MEDIUM.changes, **_IN_ONE_PASS},
     ("width 16 and N = 1,000, in one pass", *SVHN_MEDIUM.why[1:]),
+    noise_floor=True,
 )
 CIFAR_VGG_LARGE = Reduction(
     {**CIFAR_VGG_MEDIUM.changes, **_IN_ONE_PASS},
     (SVHN_LARGE.why[0], *CIFAR_VGG_MEDIUM.why[1:-1]),
+    noise_floor=True,
 )
 CIFAR_RESNET_LARGE = Reduction(
     {
@@ -140,4 +154,5 @@ CIFAR_RESNET_LARGE = Reduction(
         "width 8, N = 1,000 and 1,000 steps, in one pass of twenty ghost batches of 50",
         *CIFAR_VGG_LARGE.why[2:],
     ),
+    noise_floor=True,
 )
