@@ -184,7 +184,9 @@ def write_section(
         f"![{_alternative(curves)}]({name}.png)\n\n"
         f"The last evaluation:\n\n{accuracies.markdown_table(rows)}\n\n"
         f"{averaged}"
-        "±: 95 % intervals over seeds (Student's t); differences are paired, seed by seed.\n"
+        "±: 95 % intervals over seeds (Student's t), each by itself; differences are paired, seed "
+        "by seed. The p-values, and with them the last column, are adjusted by Holm's method over "
+        "all comparisons of a table, apart for differences and for equivalence.\n"
     )
 
 

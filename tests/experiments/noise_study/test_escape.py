@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from scipy import stats
 
 from experiments import records
 from experiments.noise_study import EscapeConfig, _escape_report, _problem, _shapes, escape
@@ -143,6 +144,10 @@ def test_additive_noise_has_the_trace_of_sgds(name):
         assert np.allclose(variances, np.diag(s) / 4, rtol=0.25, atol=1e-6)
 
 
+# Noises of a made-up study, and the size of their quantities.
+SIZES = {"sgd": 1.0, "sgd-other-key": 1.3, "cov": 1.1, "isotropic": 0.5}
+
+
 def run_of(noise, value, seeds=3):
     """A run from the minimum whose quantities are all `value`, times 1, 2, 3 for the seeds."""
     by_seed = [value * (1 + i) for i in range(seeds)]
@@ -190,6 +195,38 @@ def test_endpoints_and_ratios_by_hand():
         6 ** (4 / 3) / 6 ** (1 / 3) / 0.5 * 0.909, rel=0.01
     )
     assert "M-SGD-Cov" in _escape_report.table(rows)
+
+
+def test_p_values_are_adjusted_over_the_declared_family_alone():
+    """By hand: 12 comparisons are declared, of which 6 were made; a key and GD are not in them."""
+    draws = np.random.default_rng(0)
+
+    def varied(noise, size):
+        eigenvalue, trace, rise = size * draws.uniform(1, 1.2, (3, 3))
+        return run_of(noise, 1.0) | {
+            "eigenvalue": [[1.0] * 3, [1.0] * 3, eigenvalue.tolist()],
+            "trace_h": [[1.0] * 3, [1.0] * 3, trace.tolist()],
+            "short_loss": [[9.0, 9.0, 9.0 + x, 9.0 + x] for x in rise.tolist()],
+        }
+
+    gd = varied("gd", 1.0) | {"short_loss": [[9.0] * 4] * 3}
+    runs = {name: varied(name, size) for name, size in SIZES.items()}
+    rows = _escape_report.rows([path_of("gd"), path_of("sgd"), gd, *runs.values()], {})
+    found = {row["noise"]: row for row in rows if "noise" in row}
+
+    def alone(noise, quantity):
+        ends = [_escape_report.endpoint(runs[name], quantity, gd) for name in (noise, "sgd")]
+        return stats.ttest_rel(*np.log(ends)).pvalue
+
+    family = [(noise, name) for noise in ("cov", "isotropic") for name in _escape_report.QUANTITIES]
+    expected = 0.0
+    for times, (noise, name) in zip(
+        (12, 11, 10, 9, 8, 7), sorted(family, key=lambda x: alone(*x)), strict=True
+    ):
+        expected = max(expected, min(1.0, times * alone(noise, name)))
+        assert found[noise][f"{name}_to_sgd"]["p_value"] == pytest.approx(expected)
+    own = found["sgd-other-key"]["rise_to_sgd"]["p_value"]
+    assert own == pytest.approx(alone("sgd-other-key", "rise"))
 
 
 def test_records_without_sgd_are_named(folder):
