@@ -332,12 +332,8 @@ def model_functions(
         ghost_size: the images in one ghost batch; None for all those of a pass.
     """
     net = models.MODELS[model_name]
-    asked = {
-        "width": width,
-        "image_shape": image_shape,
-        "num_classes": num_classes,
-        "ghost_size": ghost_size,
-    }
+    asked: dict[str, Any] = {"width": width, "image_shape": image_shape}
+    asked |= {"num_classes": num_classes, "ghost_size": ghost_size}
     model = models.functional(net, **{k: v for k, v in asked.items() if v is not None})
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
