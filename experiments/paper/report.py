@@ -65,7 +65,9 @@ def figure(config: FigureConfig) -> pathlib.Path:
 def _devices(paths: Iterable[pathlib.Path]) -> str:
     """The devices that runs were made on, as jax names them, with its versions."""
     configs = [records.read_object(path / "config.json") for path in paths]
-    found = (f"{one.get('device')} with jax {one.get('versions', {}).get('jax')}" for one in configs)
+    found = (
+        f"{one.get('device')} with jax {one.get('versions', {}).get('jax')}" for one in configs
+    )
     return ", ".join(dict.fromkeys(found))
 
 
