@@ -288,14 +288,22 @@ def test_small_dependences_are_found_in_float64_and_the_tolerance_allows_them(x6
 MISTAKES = {
     "function": (lambda: loss.check(3, PARAMS, DATA, KEY), "loss_vector_fn", "function"),
     "keys": (lambda: loss.check(dropped, PARAMS, DATA, KEY), "loss_vector_fn", "has_keys = False"),
-    "no keys": (lambda: loss.check(good, PARAMS, DATA, KEY, has_keys=True), "loss", "keys"),
+    "no keys": (
+        lambda: loss.check(good, PARAMS, DATA, KEY, has_keys=True),
+        "loss_vector_fn",
+        "has_keys = True say, got a function of (params, batch)",
+    ),
     "key": (lambda: loss.check(good, PARAMS, DATA, 0), "key", "typed PRNG key"),
     "one example": (
         lambda: loss.check(good, PARAMS, jax.tree.map(lambda x: x[:1], DATA), KEY),
         "data",
         "at least 2",
     ),
-    "tolerance": (lambda: loss.check(good, PARAMS, DATA, KEY, tolerance=0.0), "tolerance", "0"),
+    "tolerance": (
+        lambda: loss.check(good, PARAMS, DATA, KEY, tolerance=0.0),
+        "tolerance",
+        "above 0, got 0.0",
+    ),
     "params": (lambda: loss.check(good, {"w": 1}, DATA, KEY), "params['w']", "floating point"),
 }
 

@@ -145,8 +145,8 @@ def dropped_out(theta, example, key):
 def dropout_moments() -> tuple[np.ndarray, np.ndarray]:
     """Lists all masks: the mean gradient per example, [N, 2], and the mean covariance, [2, 2].
 
-    The second is the paper's Sigma-bar for the masks: the mean over examples of the covariance that
-    the gradient of an example has by its mask alone.
+    The second, Sigma-bar, is the mean over examples of the covariance that the gradient of an
+    example has by its mask alone.
     """
     mean, second = np.zeros((6, 2)), np.zeros((2, 2))
     for mask in itertools.product([0.0, 1.0], repeat=2):
