@@ -32,14 +32,14 @@ from benchmarks.workers import (
     WorkerError,
 )
 
-Name = tuple[Contestant, str]  # a contestant and its allocator
+Name = tuple[Contestant, str]  # A contestant and its allocator.
 MIN_ROUNDS = 3
-TOLERANCE = {"cpu": 1e-3, "cuda": 3e-2}  # of the first step; TF32 keeps ten bits
+TOLERANCE = {"cpu": 1e-3, "cuda": 3e-2}  # For the first step. TF32 keeps ten bits.
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(report.Config):
-    """One full-batch step: ours against PyTorch's best.
+    """Compares our full-batch step with PyTorch's best.
 
     Attributes:
         repeats: The largest number of rounds that count.
@@ -276,7 +276,7 @@ def _take_turns(
                 continue
             if round_:
                 samples[name].append(seconds)
-            else:  # the first round is not counted: it determines the number of steps
+            else:  # The first round is not counted: it determines the number of steps.
                 steps[name] = int(np.clip(np.ceil(at_least / seconds), 1, 500))
         if round_ >= MIN_ROUNDS and time.monotonic() > until:
             break
@@ -300,7 +300,7 @@ def _lines(found: Measured) -> list[dict[str, Any]]:
                 "row": _title(found),
                 "contestant": str(name[0]),
                 "allocator": name[1],
-                "ms a step": f"{ms.median:.3g}",
+                "ms per step": f"{ms.median:.3g}",
                 "quartiles": f"{ms.low:.3g} to {ms.high:.3g}",
                 "least": f"{1e3 * found.seconds[name].min():.3g}",
                 "over PyTorch's best": over,
@@ -363,6 +363,6 @@ def _plot(measured: list[Measured], axes: Any) -> None:
 
 
 if __name__ == "__main__":
-    import tyro  # here, since `main` needs no command line
+    import tyro  # It is imported here, since `main` needs no command line.
 
     main(tyro.cli(Config))

@@ -1,8 +1,7 @@
 """The compilers of TPUs and of H100s, without one: what they make of a program for many chips.
 
-What they say is their own account of a program (operations, bytes, memory of one chip, collectives)
-and no run. They need `libtpu` and `jax-cuda12-plugin`, but no driver and no chip: see
-`make test-pods`.
+They give an account of a program (operations, bytes, memory of one chip, collectives), and nothing
+is run. They need `libtpu` and `jax-cuda12-plugin`, but no driver and no chip: see `make test-pods`.
 """
 
 import collections
@@ -17,7 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-# One card of 80 GB, as the compiler has to know it where there is none to ask.
+# A card of 80 GB in the compiler's own format, which it needs where there is no card to ask.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -61,12 +60,13 @@ class Account(NamedTuple):
     """What a compiler says of one chip's program.
 
     Attributes:
-        flops: operations, the body of a loop counted once; None where the compiler does not say.
-        bytes: read and written in memory, counted the same way; None where it does not say.
-        temporaries: bytes of intermediate results.
-        peak: bytes that are in use at once, arguments included.
-        collectives: bytes of the results of all collectives of a step, by kind and type of numbers,
-            those in a loop times its iterations, infinite where their number is not known.
+        flops: the number of operations, where the body of a loop counts once; None where the
+            compiler does not say.
+        bytes: the bytes that are read from and written to memory, counted in the same way.
+        temporaries: the bytes of intermediate results.
+        peak: the largest number of bytes in use at the same time, arguments included.
+        collectives: the bytes of the results of all collectives of a step, by kind and dtype. Those
+            in a loop count once per iteration, and are infinite where this number is not known.
     """
 
     flops: float | None
@@ -77,12 +77,12 @@ class Account(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes of all collectives."""
+        """The bytes of all collectives."""
         return sum(self.collectives.values())
 
 
 def missing(chip: str) -> str | None:
-    """Why there is no compiler for a kind of chip, "v5e" or "H100"; None where there is one."""
+    """The reason why there is no compiler for "v5e" or "H100"; None where there is one."""
     package = _PACKAGES[chip]
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed, which compiles for {chip} (make test-pods installs it)"
@@ -97,7 +97,8 @@ def mesh(chip: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
             "", platform="cuda", topology=f"1x1x{count}", target_config=_H100
         )
     else:
-        # Neither asks the machine what it is in the cloud, nor minds another process.
+        # The first keeps libtpu from asking a cloud for the machine, and the second lets several
+        # processes have it.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         side = math.isqrt(count)
@@ -113,7 +114,7 @@ def account(program: Any, *arguments: Any) -> Account:
     memory: Any = compiled.memory_analysis()
     try:
         costs = compiled.cost_analysis() or {}
-    except jax.errors.JaxRuntimeError:  # the CUDA compiler gives no account without a card
+    except jax.errors.JaxRuntimeError:  # The CUDA compiler counts nothing without a card.
         costs = {}
     return Account(
         costs.get("flops"),
@@ -125,7 +126,7 @@ def account(program: Any, *arguments: Any) -> Account:
 
 
 def collectives_of(text: str) -> dict[tuple[str, str], float]:
-    """Bytes of the collectives of a compiled program, by kind and type of numbers."""
+    """The bytes of the collectives of a compiled program, by kind and dtype."""
     computations, entry = _computations(text)
     totals: dict[tuple[str, str], float] = collections.defaultdict(float)
 
@@ -158,13 +159,13 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def collective(line: str) -> list[tuple[str, str, int]]:
-    """Kind, type and bytes of each result of a collective; nothing of another instruction."""
+    """Kind, dtype and bytes of each result of a collective; [] for another instruction."""
     found = re.match(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.+?) ({'|'.join(_KINDS)})(-start)?\(", line)
     if found is None:
         return []
     shapes = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", re.sub(r"\{[^{}]*\}", "", found[1]))
     if found[3] and found[2] != "all-reduce":
-        shapes = shapes[len(shapes) // 2 :]  # what is begun lists what it takes, too
+        shapes = shapes[len(shapes) // 2 :]  # The start of a collective lists its operands too.
     sizes = [(t, math.prod(int(n) for n in shape.split(",") if n)) for t, shape in shapes]
     return [(found[2], t, _BYTES[t] * n) for t, n in sizes]
 
@@ -175,7 +176,7 @@ def _trips(line: str) -> float:
 
 
 def _called(line: str) -> list[str]:
-    """The computations that an instruction runs; not what a reduction applies to its numbers."""
+    """The computations that an instruction runs, but for the one that a reduction applies."""
     names = re.findall(
         r"(?:body|condition|calls|true_computation|false_computation)=%?([\w.\-]+)", line
     )

@@ -24,7 +24,7 @@ OURS, REFERENCE = "msgd_jax", "jax, optax, chex"
 
 @dataclasses.dataclass(frozen=True)
 class Config(report.Config):
-    """Import time against that of the libraries it stands on."""
+    """Measures the import time beyond that of the libraries that are imported anyway."""
 
     repeats: int = 25
 
@@ -41,7 +41,7 @@ def main(config: Config) -> list[report.Headline]:
         for round_ in rounds:
             for name in list(IMPORTS) if round_ % 2 else list(IMPORTS)[::-1]:
                 elapsed, packages[name] = _import(IMPORTS[name], environment)
-                if round_:  # the first round fills the caches of bytecode and files
+                if round_:  # The first round fills the caches of bytecode and files.
                     seconds[name].append(elapsed)
     more = timing.spread(1e3 * (np.array(seconds[OURS]) - np.array(seconds[REFERENCE])))
     rows = [_row(name, seconds[name], packages[name]) for name in IMPORTS]

@@ -19,12 +19,12 @@ from msgd_jax import noise
 
 OURS, BASELINE = "permute", "jax.random.choice"
 KIB = 2**10
-FLAT_FROM = 10_000  # for smaller N, `permute` sorts too (up to 1,024), or its grid is small
+FLAT_FROM = 10_000  # For smaller N, `permute` sorts too (up to 1,024), or its grid is small.
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(report.Config):
-    """Indices of a mini-batch without replacement, as N grows.
+    """Measures draws of a mini-batch's indices without replacement, as N grows.
 
     Attributes:
         examples: The numbers N of examples; two of them are primes, which fill no grid.
@@ -171,7 +171,7 @@ def _plot(
             medians = [1e3 * float(np.median(v)) for v in seconds.values()]
             axes.loglog(sizes, medians, style, label=f"{name}, b = {b:,}")
     axes.set_xlabel("examples N")
-    axes.set_ylabel("ms a draw (median)")
+    axes.set_ylabel("ms per draw (median)")
     axes.set_title("Mini-batch indices without replacement", fontsize=11)
     axes.legend()
 

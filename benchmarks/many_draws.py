@@ -20,7 +20,7 @@ SHARED, SEPARATE = "one linearisation", "K separate gradients"
 
 @dataclasses.dataclass(frozen=True)
 class Config(report.Config):
-    """K draws at one point: one linearisation against K gradients.
+    """Compares K draws at one point by one linearisation with K gradients.
 
     Attributes:
         examples: The number N of examples.
@@ -58,7 +58,7 @@ def main(config: Config) -> list[report.Headline]:
     ratio = timing.ratio(samples[config.draws[-1]], SHARED, SEPARATE)
     headline = report.Headline(
         "many_draws",
-        f"time a draw over a separate gradient's, K = {config.draws[-1]}",
+        f"time per draw over a separate gradient's, K = {config.draws[-1]}",
         f"{ratio.median:.2f} (quartiles {ratio.low:.2f} to {ratio.high:.2f})",
         "<= 0.75",
         ratio.median <= 0.75,
@@ -78,7 +78,7 @@ def _row(draws: int, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
     ratio = timing.ratio(seconds, SHARED, SEPARATE)
     return {
         "K": draws,
-        **{f"{n}, ms a draw": f"{1e3 * np.median(v) / draws:.1f}" for n, v in seconds.items()},
+        **{f"{n}, ms per draw": f"{1e3 * np.median(v) / draws:.1f}" for n, v in seconds.items()},
         "ratio": f"{ratio.median:.2f}",
         "quartiles": f"{ratio.low:.2f} to {ratio.high:.2f}",
     }
@@ -91,7 +91,7 @@ def _plot(samples: dict[int, dict[str, np.ndarray]], axes: Any) -> None:
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("draws K")
-    axes.set_ylabel("ms a draw")
+    axes.set_ylabel("ms per draw")
     axes.set_title("Noise draws at one point, LeNet, N = 1,000", fontsize=11)
     axes.legend()
 

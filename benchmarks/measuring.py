@@ -18,17 +18,17 @@ from benchmarks import problems, report, timing
 from msgd_jax import loss, measure, noise
 
 GRADIENT, PRODUCT = "one gradient of the mean loss", "Hessian-vector product"
-PER_DRAW = "noise scale from draws, a draw"
+PER_DRAW = "noise scale from draws, per draw"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(report.Config):
-    """The measurements of `measure`, in gradients.
+    """Measures the cost of measurements of the noise, in gradients.
 
     Attributes:
-        examples: N.
-        draws: K, of draws and of probes.
-        microbatch_size: examples in one pass.
+        examples: The number N of examples.
+        draws: The number K of draws, and of probes.
+        microbatch_size: The number of examples in one pass.
     """
 
     examples: int = 1_000
@@ -89,7 +89,7 @@ def _contestants(config: Config) -> tuple[dict[str, Callable[[], Any]], dict[str
     sparse = noise.sgd(config.examples, min(problems.BATCH_SIZE, config.examples))
 
     def of_losses(measured: Callable[[loss.LossVector, Any], Any]) -> Callable[[], Any]:
-        """A call of a program that is compiled once, with data and parameters as arguments."""
+        """A function that calls a compiled program, whose arguments are data and parameters."""
 
         @jax.jit
         def program(params: Any, data: Any) -> Any:
@@ -116,12 +116,12 @@ def _contestants(config: Config) -> tuple[dict[str, Callable[[], Any]], dict[str
             lambda losses, params: measure.noise_scale_from_draws(losses, params, law, key, **draws)
         ),
         "gradient norms of all examples": of_losses(measure.squared_gradient_norms),
-        "probed norms, a probe": of_losses(
+        "probed norms, per probe": of_losses(
             lambda losses, params: (
                 measure.probed_gradient_norms(losses, params, key, num_probes=k).norm
             )
         ),
-        "batch sharpness of sgd, b = 50, a draw": of_losses(
+        "batch sharpness of sgd, b = 50, per draw": of_losses(
             lambda losses, params: measure.batch_sharpness(losses, params, sparse, key, **draws)
         ),
         "1,000 draws along 4 directions": of_losses(
@@ -129,10 +129,10 @@ def _contestants(config: Config) -> tuple[dict[str, Callable[[], Any]], dict[str
                 losses, params, law, key, directions=directions, num_draws=1000
             )
         ),
-        "the monitor, a step": lambda: watch(one, state),
+        "the monitor, per step": lambda: watch(one, state),
         "a norm of a gradient, for comparison": lambda: plain(one),
     }
-    shares = {name: float(k) for name in contestants if name.endswith(("a draw", "a probe"))}
+    shares = {name: float(k) for name in contestants if name.endswith(("per draw", "per probe"))}
     return contestants, shares
 
 

@@ -30,7 +30,7 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Config(report.Config):
-    """Peak memory of a full-batch step against N.
+    """Measures the peak memory of a full-batch step against N.
 
     Attributes:
         examples: The numbers N of examples, the smallest first.
@@ -86,7 +86,7 @@ def measure(num_examples: int, microbatch_size: int) -> dict[str, float]:
     compiled = jax.jit(step, donate_argnums=0).lower(state, shapes).compile()
     before = start_over()
     data = jax.block_until_ready(images_in_place(num_examples))
-    start_over()  # so that only the steps are measured, not the making of the images
+    start_over()  # Now the steps alone are measured, and not the making of the images.
     for _ in range(STEPS):
         state, _ = jax.block_until_ready(compiled(state, data))
     analysis = compiled.memory_analysis()

@@ -34,7 +34,7 @@ COPIES = {"svd": 6, "eigh": 5, "cholesky": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Config(report.Config):
-    """One draw of gradient noise: ours against the usual ways.
+    """Compares our draw of gradient noise with the usual ways.
 
     Attributes:
         parameters: The numbers D of parameters, at which N is `examples`.

@@ -75,13 +75,13 @@ class Case(NamedTuple):
     """What is compiled for one kind and number of chips.
 
     Attributes:
-        net: makes the net.
-        chip: "v5e" or "H100".
-        chips: their number.
+        net: a function that makes the net.
+        chip: the kind of the chips, "v5e" or "H100".
+        chips: the number of chips.
         num_examples: N.
-        microbatch_size: examples in one pass on each chip, None for all of them.
-        batch_size: examples in a step of the sparse laws.
-        laws: their names.
+        microbatch_size: the number of examples in one pass on each chip; None for all of them.
+        batch_size: the number of examples in a step of the sparse laws.
+        laws: the names of the laws.
         fsdp: whether parameters are spread over the chips.
         wide: whether weights are float64.
     """
@@ -98,14 +98,14 @@ class Case(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """What the compiler says of our step with one law, and of the plain one.
+    """The compiler's accounts of our step with one law and of the plain step.
 
     Attributes:
-        law: its name.
-        sparse: whether it lists examples.
-        ours: of our step.
-        plain: of the plain one.
-        gradient: bytes of a gradient in float32.
+        law: the name of the law.
+        sparse: whether the law is sparse.
+        ours: the account of our step.
+        plain: the account of the plain step.
+        gradient: the bytes of a gradient in float32.
     """
 
     law: str
@@ -116,9 +116,10 @@ class Compared(NamedTuple):
 
     @property
     def besides(self) -> float:
-        """Bytes of collectives beyond those of the plain step, of a gradient in float32 at least.
+        """The bytes of our collectives beyond those of the plain step.
 
-        (For TPUs a gradient in bfloat16 is added up in bfloat16, if it is written by hand.)
+        The plain step counts as sending a gradient in float32 at least. For TPUs, a sum of bfloat16
+        that is written by hand is sent in bfloat16, which ours never is.
         """
         return self.ours.sent - max(self.plain.sent, self.gradient)
 

@@ -21,8 +21,8 @@ class Net(NamedTuple):
 
     Attributes:
         loss_vector_fn: ``f(params, batch)`` returns [B].
-        params: shapes.
-        example: shapes of one example, without the axis of the examples.
+        params: the shapes of the parameters.
+        example: the shapes of one example, without the axis of the examples.
     """
 
     loss_vector_fn: Callable[[Any, Any], jax.Array]
@@ -31,12 +31,17 @@ class Net(NamedTuple):
 
     @property
     def gradient_bytes(self) -> int:
-        """What a reduction of its gradient in float32 takes."""
+        """The bytes of its gradient in float32."""
         return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
 
 
 class Places(NamedTuple):
-    """Where things lie: parameters as a function of their shapes, examples along the first axis."""
+    """Where arrays lie on the chips.
+
+    Attributes:
+        rows: the sharding of the examples, along their first axis.
+        fsdp: whether each parameter is spread as well, or else the same on all chips.
+    """
 
     rows: NamedSharding
     fsdp: bool = False
@@ -87,7 +92,7 @@ def images(name: str, shape: tuple[int, int, int], **options: Any) -> Net:
 def transformer(
     *, layers: int = 12, width: int = 768, heads: int = 12, words: int = 32_000, length: int = 512
 ) -> Net:
-    """A decoder-only transformer as of GPT-2: of these sizes it has 110 million parameters."""
+    """A decoder-only transformer like GPT-2, with 110 million parameters by default."""
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     layer = {
         "qkv": shape(width, 3 * width),

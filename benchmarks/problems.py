@@ -23,8 +23,9 @@ class Problem(NamedTuple):
 
 
 def lenet(num_examples: int, seed: int = 0) -> Problem:
-    """The paper's net of 11,330 parameters on random images, kept as uint8. (Speed does not depend
-    on the values of the pixels.)
+    """The paper's net of 11,330 parameters on random images, kept as uint8.
+
+    The speed does not depend on the values of the pixels.
     """
     model = models.functional(models.LeNet)
     image, label = random_images(num_examples, models.LeNet.image_shape, seed)

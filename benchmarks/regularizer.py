@@ -25,7 +25,7 @@ PLAIN, LINEAR = "plain", "no sup, no abs"
 
 @dataclasses.dataclass(frozen=True)
 class Config(report.Config):
-    """Steps with the regulariser against plain steps.
+    """Compares steps with the regulariser with plain steps.
 
     Attributes:
         examples: The number N of examples.

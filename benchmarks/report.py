@@ -122,7 +122,7 @@ def _text(value: Any) -> str:
 def _save_plot(path: pathlib.Path, draw: Callable[[Any], None]) -> None:
     import matplotlib
 
-    matplotlib.use("Agg")  # also where there is no display
+    matplotlib.use("Agg")  # This backend needs no display.
     import matplotlib.pyplot as plt
 
     with matplotlib.rc_context(styles.RC):

@@ -27,24 +27,24 @@ from msgd_jax import noise, train
 
 LEARNING_RATE = 0.01
 PLAIN, CONTROL = "plain", "(plain again)"
-COMPILING = 0.6  # the fraction of the time that compiling may take
+COMPILING = 0.6  # The fraction of the time that compiling may take.
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(report.Config):
-    """M-SGD steps against plain steps, for every noise.
+    """Compares M-SGD steps with plain steps, for every law.
 
     Attributes:
         net: The net: lenet, or vgg11 with 16 channels in its first convolution.
         examples: The number N of examples.
         batch_size: The batch size b.
-        support_size: The number B of examples that a step of the sparse noises computes.
+        support_size: The number B of examples that a step of the sparse laws computes.
         microbatch_size: The number of examples in one pass, on both sides; None stands for all of
             them at once.
         dense_steps: The number of full-batch steps in one sample; more than one where they are
             quick, as on GPUs.
         sparse_steps: The number of mini-batch steps in one sample.
-        seconds: The seconds after which no further noises are begun; what is left out is printed.
+        seconds: The seconds after which no further laws are begun; those left out are printed.
     """
 
     repeats: int = 60
@@ -85,14 +85,14 @@ def groups(config: Config) -> list[Group]:
         "estimated_fisher": noise.estimated_fisher(n, b, estimate_size=b),
         "estimated_cov": noise.estimated_cov(n, b, estimate_size=b),
         "student_t": noise.student_t(n, b, degrees_of_freedom=10),
-        # The examples of a step, as a batch that a loader drew from ten times as many.
+        # A loader drew the batch from ten times as many examples.
         "batch_cov": noise.batch_cov(10 * n, b).of(n),
         "batch_fisher": noise.batch_fisher(10 * n, b).of(n),
     }
     sparse = {
         "sparse_fisher": noise.sparse_fisher(n, b, support_size=support),
         "sparse_cov": noise.sparse_cov(n, b, support_size=support),
-        # Two mini-batches in a step, B examples together.
+        # A step has two mini-batches, of B examples together.
         "svag": noise.svag(noise.sgd(n, support // 2), refinement=3),
     }
     if config.quick:
@@ -123,7 +123,8 @@ def main(config: Config) -> list[report.Headline]:
         if i and left <= 0:
             print(f"Left out, no time: {', '.join(group.laws)}")
             continue
-        to_come = [len(other.laws) + 2 for other in groups(config)[i:]]  # with the plain steps
+        # The two are the plain steps.
+        to_come = [len(other.laws) + 2 for other in groups(config)[i:]]
         seconds = _measure(group, problem, config, left * to_come[0] / sum(to_come))
         samples.append({name: values.tolist() for name, values in seconds.items()})
         steps = _steps(group, config)
@@ -281,8 +282,8 @@ def _row(
         "noise": name,
         "kind": group.kind,
         "losses": next(iter(group.laws.values())).support_size,
-        "plain, ms a step": f"{ms[PLAIN]:.2f}",
-        "this, ms a step": f"{ms[name]:.2f}",
+        "plain, ms per step": f"{ms[PLAIN]:.2f}",
+        "this, ms per step": f"{ms[name]:.2f}",
         "ratio": f"{ratio.median:.3f}",
         "standard error": f"{error:.3f}",
         "quartiles": f"{ratio.low:.3f} to {ratio.high:.3f}",
@@ -316,6 +317,6 @@ def _plot(ratios: dict[str, timing.Spread], title: str, axes: Any) -> None:
 
 
 if __name__ == "__main__":
-    import tyro  # here, since `main` needs no command line
+    import tyro  # It is imported here, since `main` needs no command line.
 
     main(tyro.cli(Config))

@@ -25,12 +25,12 @@ from experiments import models
 from msgd_jax import noise, streaming, train
 
 MIB = 2**20
-WARM_UP = 20  # steps before memory counts: compilation, and grain's threads
+WARM_UP = 20  # Steps before memory counts, for compilation and grain's threads.
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(report.Config):
-    """Memory and time of training on examples that are read as they are needed.
+    """Measures memory and time of training on examples that are read as they are needed.
 
     Attributes:
         examples: The numbers N of examples at which memory is measured.

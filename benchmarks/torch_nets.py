@@ -17,7 +17,7 @@ from benchmarks.rows import LEARNING_RATE, Reference, Row
 
 
 class LeNet(nn.Module):
-    """`experiments.models.LeNet`."""
+    """The same net as `experiments.models.LeNet`."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class LeNet(nn.Module):
 
 
 class VGG11(nn.Module):
-    """`experiments.vgg.VGG11`."""
+    """The same net as `experiments.models.VGG11`."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -85,7 +85,7 @@ class GhostBatchNorm(nn.BatchNorm2d):
 
 
 class ResidualBlock(nn.Module):
-    """`experiments.resnet.ResidualBlock`."""
+    """The same block as `experiments.models.resnet.ResidualBlock`."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, ghost_size: int):
         super().__init__()
@@ -107,7 +107,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """`experiments.resnet.ResNet18`."""
+    """The same net as `experiments.models.ResNet18`."""
 
     def __init__(self, width: int, ghost_size: int):
         super().__init__()
@@ -179,7 +179,7 @@ def _named(tree: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
             # HWIO is OIHW in PyTorch, and matrices are transposed.
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
         if f"{prefix}{name}" == "fc1.kernel":
-            # LeNet's: our layers flatten an image pixel by pixel, PyTorch channel by channel.
+            # In LeNet, our layers flatten an image pixel by pixel, and PyTorch channel by channel.
             array = array.reshape(50, 4, 4, 10).transpose(0, 3, 1, 2).reshape(50, 160)
         yield prefix + {"kernel": "weight", "scale": "weight"}.get(name, name), array
 

@@ -27,7 +27,7 @@ KIB = 2**10
 
 @dataclasses.dataclass(frozen=True)
 class Config(report.Config):
-    """Steps of M-SGD-Cov on LeNet as devices and examples grow together.
+    """Measures steps of M-SGD-Cov on LeNet as devices and examples grow together.
 
     Attributes:
         devices: The numbers of devices.
@@ -72,7 +72,7 @@ def main(config: Config) -> list[report.Headline]:
         ),
         report.Headline(
             "weak_scaling",
-            f"bytes a device reduces in a step, k = {last['devices']}, {parameters:,} parameters",
+            f"bytes reduced per device and step, k = {last['devices']}, {parameters:,} parameters",
             f"{last['bytes']:,}",
             f"<= {4 * parameters + KIB:,}",
             fits,

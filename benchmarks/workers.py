@@ -102,7 +102,7 @@ class Worker:
         """Starts the process; `settled` waits for it.
 
         Args:
-            settings: what holds for it.
+            settings: the settings of the whole process.
         """
         context = _context()
         self._pipe, theirs = context.Pipe()
@@ -165,7 +165,7 @@ def keep_pages() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    trim_threshold, mmap_max = -1, -4  # as in glibc's malloc.h
+    trim_threshold, mmap_max = -1, -4  # These are the numbers in glibc's malloc.h.
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
@@ -215,7 +215,7 @@ def _prepare_all(
             return _brief(traceback.format_exc())
         return found
 
-    if threads == 1:  # PyTorch compiles in the thread that it runs in
+    if threads == 1:  # PyTorch compiles in the thread in which it runs.
         return [one(task) for task in tasks]
     with futures.ThreadPoolExecutor(threads) as pool:
         return list(pool.map(one, tasks))
@@ -285,7 +285,7 @@ def _ours(
         loop = train.make_loop(step, max_steps=1_000)
 
         def advance(state: Any, steps: int) -> Any:
-            with jax.default_matmul_precision(precision):  # part of what is compiled
+            with jax.default_matmul_precision(precision):  # It is part of the compiled program.
                 return loop(state, data, steps)
     else:
         with jax.default_matmul_precision(precision):
@@ -298,7 +298,7 @@ def _ours(
             return state, metrics
 
     state, metrics = advance(state, 1)
-    metrics = jax.tree.map(jnp.ravel, metrics)  # those of the loop have an axis of steps
+    metrics = jax.tree.map(jnp.ravel, metrics)  # Those of the loop have an axis of steps.
 
     def run(steps: int) -> None:
         nonlocal state

@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        # The reader of the output has closed it; this keeps Python from reporting that at exit.
+        # The reader of the output has closed it. This keeps Python from reporting it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
 
@@ -46,11 +46,11 @@ def _run(arguments: list[str] | None) -> None:
             config = tyro.cli(
                 _choice(commands.CONFIGS),
                 prog="python -m experiments",
-                description="Multiplicative-noise SGD on real images. --version: the versions.",
+                description="Multiplicative-noise SGD on real images. --version shows versions.",
                 args=arguments,
             )
         commands.run(config)
-        sys.stdout.flush()  # here, where a closed output gives no traceback
+        sys.stdout.flush()  # A closed output gives no traceback here, but would at exit.
     except loop.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.code)

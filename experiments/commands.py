@@ -112,7 +112,7 @@ def demo(config: DemoConfig) -> pathlib.Path:
     folder = config.out or runs.default_folder("demo")
     runs.check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not demo_records(folder).exists():
-        runs.create(folder)  # which raises, since the folder is something else
+        runs.create(folder)  # This raises, since the folder is something else.
     try:
         run_demo(config, folder)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The figures."""
+"""Figures of test accuracy along training, and the way in which all figures are written."""
 
 import pathlib
 import textwrap
@@ -27,7 +27,7 @@ def plot_curves(curves: list[Curve], path: pathlib.Path, title: str) -> None:
     """
     import matplotlib
 
-    matplotlib.use("Agg")  # also where there is no display
+    matplotlib.use("Agg")  # This backend needs no display.
     import matplotlib.pyplot as plt
 
     looks = styles.assigned(curve.label for curve in curves)

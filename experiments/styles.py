@@ -96,7 +96,7 @@ class Style(NamedTuple):
 def style(place: int) -> Style:
     """The style in a place: 0, 1, ...; from nine on, colours come again with other lines.
 
-    Colour and marker go round together and line styles by themselves, so 45 styles differ.
+    Colours and markers repeat together, and line styles by themselves, so that 45 styles differ.
     """
     return Style(
         COLOURS[place % len(COLOURS)], LINES[place % len(LINES)], MARKERS[place % len(MARKERS)]

@@ -17,7 +17,7 @@ def text_table(
     """
     whole = [line for line in (header, *lines) if len(line) == len(header)]
     widths = [max(len(line[i]) for line in whole) for i in range(len(header))]
-    for line in lines:  # the last cell of a short line may have any length
+    for line in lines:  # The last cell of a short line may have any length.
         for i, cell in enumerate(line[:-1]):
             widths[i] = max(widths[i], len(cell))
 
@@ -54,6 +54,6 @@ def markdown_table(
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
         return "| " + " | ".join(cells) + " |"
 
-    names = placed(header).replace("|  |", "| |")  # a column without a name
+    names = placed(header).replace("|  |", "| |")  # A column may have no name.
     rule = "|" + "|".join("-" * (max(width, 1) + 2) for width in widths) + "|"
     return "\n".join([names, rule, *map(placed, lines)])

@@ -28,13 +28,13 @@ class Silent:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Nothing more is coming."""
+        """Ends the progress."""
 
     def compiling(self, description: str = "") -> None:
-        """Something is being compiled, until the next `update`."""
+        """Says that something is being compiled, until the next `update`."""
 
     def update(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Counts so many more as done."""
 
 
 class Progress(Silent):
@@ -52,12 +52,12 @@ class Progress(Silent):
         self._began = self._written = time.monotonic()
 
     def __exit__(self, *_: Any) -> None:
-        """Nothing more is coming."""
+        """Ends the progress."""
         if self._bar is not None:
             self._bar.close()
 
     def compiling(self, description: str = "") -> None:
-        """Something is being compiled, until the next `update`."""
+        """Says that something is being compiled, until the next `update`."""
         self._description = description or self._description
         if not self._compiling and not self._drawn:
             self._write("compiling ...")
@@ -66,7 +66,7 @@ class Progress(Silent):
             self._draw()
 
     def update(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Counts so many more as done."""
         self._done += count
         if self._drawn:
             first = self._compiling or self._bar is None
@@ -132,7 +132,10 @@ def draws(stream: TextIO) -> bool:
 
 
 def has_colours(stream: TextIO) -> bool:
-    """Whether to write in colours: https://no-color.org, FORCE_COLOR, or on a terminal."""
+    """Whether to write in colours: on a terminal or with FORCE_COLOR, and never with NO_COLOR.
+
+    See https://no-color.org.
+    """
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or draws(stream)
@@ -141,8 +144,8 @@ def has_colours(stream: TextIO) -> bool:
 class WithoutColours:
     """A stream without colours, unless it is a terminal that is to have them.
 
-    Code that asks whether it is a terminal gets the answer; of code that does not, such as older
-    versions of tyro, the colours are taken away.
+    Code that asks whether the stream is a terminal gets the answer. Colours from code that does not
+    ask, such as older versions of tyro, are taken away.
     """
 
     def __init__(self, stream: TextIO):
@@ -153,11 +156,11 @@ class WithoutColours:
         return has_colours(self._stream)
 
     def write(self, text: str) -> int:
-        """As the stream does."""
+        """Writes text to the stream, without its colours unless the stream is to have them."""
         return self._stream.write(text if self.isatty() else _COLOUR.sub("", text))
 
     def flush(self) -> None:
-        """As the stream does."""
+        """Flushes the stream."""
         self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:

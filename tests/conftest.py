@@ -1,9 +1,9 @@
-"""One setting for every test: 8 CPU devices, no silent broadcasting, checked annotations."""
+"""The settings of every test: 8 CPU devices, no implicit rank promotion, checked annotations."""
 
 import os
 import pathlib
 
-# This must be set before jax starts: several devices on one machine, for the tests of sharding.
+# The tests of sharding need several devices, which must be asked for before jax starts.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
@@ -16,7 +16,7 @@ import pytest
 # Shapes and types of the library's annotations are checked at run time, in the tests only.
 jaxtyping.install_import_hook("msgd_jax", "beartype.beartype")
 
-# These files are for the type checker, and are not run.
+# These files are for the type checker alone.
 collect_ignore = ["clients"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.nodeid in listed:
             item.add_marker(pytest.mark.slow)
-    # Before -m and -k leave some out; `test_slow_cases.py` compares it with the file.
+    # `test_slow_cases.py` compares this with the file. Here -m and -k have left out nothing yet.
     config.stash[COLLECTED] = {
         item.nodeid: item.get_closest_marker("slow") is not None for item in items
     }
@@ -43,7 +43,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def collected(request):
-    """Whether a case is slow, by its id, for all files that were collected as a whole."""
+    """Maps the id of each case to whether it is slow.
+
+    A test that needs this is skipped if only parts of files were collected.
+    """
     parts = any("::" in argument for argument in request.config.args)
     if parts or request.config.getoption("lf", False):
         pytest.skip("only parts of files were collected")
@@ -52,21 +55,21 @@ def collected(request):
 
 @pytest.fixture
 def strict_dtypes():
-    """Forbids implicit promotion. (Not for every test, since optax's Adam relies on it.)"""
+    """Forbids implicit promotion of dtypes, on which optax's Adam relies."""
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
 @pytest.fixture
 def x64():
-    """Double precision, for comparisons with float64 references."""
+    """Switches double precision on, for comparisons with float64 references."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture
 def unchecked_key_reuse():
-    """Switches off the checker of keys, for other libraries that it does not fit."""
+    """Switches off the checker of reused keys, which takes uses of other libraries for reuses."""
     with jax.debug_key_reuse(False):
         yield
 

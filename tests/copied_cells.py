@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def build_wheel(folder: pathlib.Path) -> pathlib.Path:
-    """The wheel of this checkout."""
+    """Builds the wheel of this checkout."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return next(folder.glob("*.whl"))
@@ -29,7 +29,11 @@ def build_wheel(folder: pathlib.Path) -> pathlib.Path:
 def environment(
     folder: pathlib.Path, requirements: tuple[str, ...], wheel: pathlib.Path, constraints: str
 ) -> pathlib.Path:
-    """The Python of a new environment with these requirements, the wheel in place of msgd-jax."""
+    """Makes an environment with these requirements, the wheel in place of msgd-jax.
+
+    Returns:
+        The Python of the environment.
+    """
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
     wanted = [
@@ -42,13 +46,13 @@ def environment(
 
 
 def processor_seconds() -> float:
-    """The time that all processes which this one started have had on the processors."""
+    """The processor time, in seconds, of all processes that this one started."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def run(python: pathlib.Path, name: str, text: str, folder: pathlib.Path) -> bool:
-    """Runs the code of a page and prints how it went."""
+    """Runs the code of a page, prints how it went, and says whether it passed."""
     file = folder / f"{name.replace('/', '_')}.py"
     file.write_text(pages.script(text))
     outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -72,8 +76,14 @@ def run(python: pathlib.Path, name: str, text: str, folder: pathlib.Path) -> boo
 def main() -> None:
     """Runs all pages, or those that are named."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("pages", nargs="*", help="as in tutorials/sde; all if none is named")
-    parser.add_argument("--constraints", default=str(ROOT / "constraints.txt"))
+    parser.add_argument(
+        "pages", nargs="*", help="Names of pages, such as tutorials/sde. By default, all are run."
+    )
+    parser.add_argument(
+        "--constraints",
+        default=str(ROOT / "constraints.txt"),
+        help="The file of versions that pip keeps to. (default: %(default)s)",
+    )
     options = parser.parse_args()
     texts = dict(pages.runnable())
     if unknown := set(options.pages) - set(texts):

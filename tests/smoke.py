@@ -1,6 +1,6 @@
-"""A user's first minutes with the installed package: `make package` runs this outside the checkout.
+"""A user's first minutes with the installed package.
 
-Nothing but the core may be installed beside it.
+`make package` runs this outside the checkout, in an environment with the core dependencies alone.
 """
 
 import importlib.metadata
@@ -15,12 +15,13 @@ from msgd_jax import covariance, loss, noise, sde, train, transform
 
 
 def main() -> None:
-    """Trains for a few steps, and checks that it helped."""
+    """Trains for a few steps, and checks that the loss has fallen."""
     assert "site-packages" in pathlib.Path(msgd_jax.__file__).parts, msgd_jax.__file__
     installed = sorted(entry.name for entry in importlib.metadata.distributions())
     extras = {"flax", "lineax", "grain", "matplotlib", "scikit-learn", "tyro", "tqdm", "pytest"}
     assert not extras & set(installed), installed
 
+    # Logistic regression, through optax. At the start each loss is ln 2 = 0.69.
     x = jax.random.normal(jax.random.key(0), (200, 5))
     data = {"x": x, "y": jnp.sign(x.sum(1))}
     losses = loss.per_example(lambda w, e: jax.nn.softplus(-e["y"] * (e["x"] @ w)))
@@ -35,6 +36,7 @@ def main() -> None:
     trained = float(losses(params, data).mean())
     assert trained < 0.4, trained
 
+    # One call of each of the other parts.
     loop = train.make_loop(train.make_step(losses, optax.sgd(0.1), law), max_steps=10)
     loop(train.init(params, optax.sgd(0.1), jax.random.key(2)), data, 10)
     vector = loss.LossVector(losses, data)

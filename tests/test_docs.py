@@ -1,4 +1,4 @@
-"""The site builds without a warning, its cells not run, and every public name is in it."""
+"""The site builds without a warning while its cells are not run, and has every public name."""
 
 import importlib
 import pathlib
@@ -10,6 +10,7 @@ import pytest
 from sphinx.util.inventory import InventoryFile
 
 import msgd_jax
+from tests.support.cells import code_cells
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
@@ -17,10 +18,10 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> pathlib.Path:
-    """The built site."""
+    """The folder of the built site."""
     site = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
-    # A notebook that was not run does not say what language it is in.
+    # A notebook that was not run does not say in which language it is.
     unrun = ["-D", "nb_execution_mode=off", "-D", "suppress_warnings=myst-nb.lexer"]
     built = subprocess.run([*command, *unrun, str(DOCS), str(site)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
@@ -45,7 +46,7 @@ def test_every_public_name_is_in_the_reference(name, inventory):
     assert inventory[f"msgd_jax.{name}"].startswith("api/")
     for public in module.__all__:
         value = getattr(module, public)
-        # What two modules share is described in one of them.
+        # A name that two modules share is described in one of them.
         homes = [
             f"msgd_jax.{other}.{public}"
             for other in msgd_jax.__all__
@@ -65,13 +66,9 @@ def test_formulas_are_mathml_and_need_no_script(page, site):
 
 def test_the_pages_have_cells_and_each_compiles():
     cells = {
-        f"{page.relative_to(DOCS)}, cell {i}": re.sub(
-            r"\A(?:(:.*\n)+|---\n(?s:.*?)^---\n)", "", cell, flags=re.M
-        )
+        f"{page.relative_to(DOCS)}, cell {i}": cell
         for page in PAGES
-        for i, cell in enumerate(
-            re.findall(r"^```\{code-cell\} ipython3\n(.*?)^```", page.read_text(), re.S | re.M)
-        )
+        for i, cell in enumerate(code_cells(page.read_text()))
     }
     assert len(cells) > 50
     for where, cell in cells.items():
@@ -79,7 +76,10 @@ def test_the_pages_have_cells_and_each_compiles():
 
 
 def test_every_picture_says_what_it_shows():
-    """A text for readers who do not see it: of committed pictures, and of what the cells draw."""
+    """Committed pictures, and those that cells draw, have a text for readers who cannot see them.
+
+    A text of 60 letters is about one sentence; shorter ones were titles.
+    """
     for page in [
         *PAGES,
         *DOCS.parent.glob("*.md"),

@@ -1,4 +1,4 @@
-"""Formulas of pages and docstrings can all be set, and no page writes one in plain text."""
+"""All formulas of pages and docstrings can be set, and no page has a formula in plain text."""
 
 import ast
 import pathlib
@@ -12,7 +12,7 @@ from docs import formulas
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
 SOURCES = sorted((ROOT / "msgd_jax").rglob("*.py"))
-# What the pages said before they had formulas.
+# Formulas in plain text, as the pages had them before they had LaTeX.
 PLAIN = re.compile(
     r"alpha N F|beta N\^2|grad L grad L|\^T|sqrt\(|\bgrad\(L|E max"
     r"|∇|ᵀ|√|Σ|\u2113|[a-zA-Zηθ][²³ᵢₖ]|[^|] ≤ "
@@ -20,18 +20,18 @@ PLAIN = re.compile(
 
 
 def without_code(page: pathlib.Path) -> str:
-    """A page without cells, literals and comments."""
+    """The text of a page without its blocks and literals of code."""
     text = re.sub(r"^(```+)[^`].*?^\1$", "", page.read_text(), flags=re.S | re.M)
     return re.sub(r"(`+)[^`]+\1", "", text)
 
 
 def formulas_of(page: pathlib.Path) -> list[str]:
-    """The LaTeX of a page."""
+    """The LaTeX of each formula of a page."""
     return [a or b for a, b in re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$", without_code(page), re.S)]
 
 
 def literals(path: pathlib.Path) -> list[str]:
-    """What stands in double backticks in the docstrings of a file."""
+    """All that the docstrings of a file have in double backticks."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
     found = (
         ast.get_docstring(x) for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, kinds)
@@ -40,7 +40,7 @@ def literals(path: pathlib.Path) -> list[str]:
 
 
 def check(latex: str) -> None:
-    """A formula has no command left, and is well-formed."""
+    """Asserts that the MathML of a formula is well-formed XML and has no LaTeX command left."""
     for display in ("inline", "block"):
         mathml = formulas.to_mathml(latex, display)
         text = "".join(xml.etree.ElementTree.fromstring(mathml).itertext())
@@ -90,10 +90,10 @@ def test_the_pages_and_docstrings_have_formulas():
     ],
 )
 def test_plain_text_becomes_latex(plain, latex):
-    def spaces(text):
+    def without_spaces(text):
         return re.sub(r"\s+", "", text)
 
-    assert spaces(formulas.to_latex(plain)) == spaces(latex)
+    assert without_spaces(formulas.to_latex(plain)) == without_spaces(latex)
 
 
 @pytest.mark.parametrize(

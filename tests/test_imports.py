@@ -1,4 +1,4 @@
-"""What importing the library pulls in, and what it exports."""
+"""What the library imports and exports, and who may import whom: the table in CONTRIBUTING.md."""
 
 import ast
 import importlib
@@ -26,7 +26,7 @@ MODULES = [
     "train",
     "transform",
 ]
-# Helpers that every module may use.
+# Private files of the library that every module may use.
 SHARED = {
     "_dtypes",
     "_estimate",
@@ -41,7 +41,7 @@ SHARED = {
     "_validate",
     "_values",
 }
-# Everything else (flax, tensorflow_datasets, matplotlib, ...) is for extras and groups.
+# Packages that only extras and dependency groups install, and folders that the wheel does not have.
 FORBIDDEN = (
     "flax",
     "orbax",
@@ -73,14 +73,14 @@ def test_each_module_alone_pulls_in_the_core_only(module):
 
 
 def allowed_imports() -> dict[str, set[str]]:
-    """The table in CONTRIBUTING.md: what the files of each module may import of ours."""
+    """Which modules of the library each of them may import, by the table in CONTRIBUTING.md."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"^\| `msgd_jax/([a-z][a-z_]*)(?:/|\.py)` \|.*\| (.*) \|$", text, re.M)
     return {name: set(re.findall(r"`(\w+)`", cell)) for name, cell in rows}
 
 
 def imported(path: pathlib.Path) -> set[tuple[str, ...]]:
-    """What a file imports, wherever in it: ("msgd_jax", "noise", "cov"), ("jax",), ..."""
+    """All imports of a file, those in functions too: ("msgd_jax", "noise", "cov"), ("jax",), ..."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -92,13 +92,14 @@ def imported(path: pathlib.Path) -> set[tuple[str, ...]]:
 
 
 def ours(path: pathlib.Path) -> set[tuple[str, ...]]:
-    """What a file imports of ours: ("noise", "_types"), ("experiments",), ..."""
+    """The imports of a file that are of this repository: ("noise", "_types"), ("experiments",)."""
     found = imported(path)
     library = {name[1:] for name in found if name[0] == "msgd_jax"}
     return library | {name[:1] for name in found if name[0] in ("experiments", "benchmarks")}
 
 
 def files_of(module: str) -> list[pathlib.Path]:
+    """The files of a module, which is a folder or one file."""
     folder = ROOT / "msgd_jax" / module
     return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
@@ -137,20 +138,20 @@ def test_tests_of_the_library_stand_on_it_alone():
         assert not others, f"{path.name} imports {others}"
 
 
-# Of `experiments`: what every room may use, and what uses all of them.
+# The files of `experiments` outside its rooms: those for all rooms, and those that use all rooms.
 COMMON = {"_typing", "figures", "records", "styles", "tables", "terminal"}
 COMMAND_LINE = {"__main__", "commands"}
 
 
 def rooms() -> dict[str, set[str]]:
-    """The table in CONTRIBUTING.md: which rooms of the experiments each of them may use."""
+    """Which rooms of the experiments each of them may use, by the table in CONTRIBUTING.md."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     found = re.findall(r"^\| `experiments/([a-z_]+)/` \|.*\| the library(.*) \|$", text, re.M)
     return {name: set(re.findall(r"`(\w+)`", cell)) for name, cell in found}
 
 
 def in_experiments(path: pathlib.Path) -> set[tuple[str, ...]]:
-    """What a file imports of the experiments: ("training", "runs"), ("figures", "save"), ..."""
+    """The imports of a file from `experiments`: ("training", "runs"), ("figures", "save"), ..."""
     return {name[1:] for name in imported(path) if name[0] == "experiments"}
 
 
@@ -184,7 +185,10 @@ def test_what_the_rooms_share_stands_on_none_of_them():
 
 @pytest.mark.parametrize("room", sorted(rooms()))
 def test_a_room_has_at_most_five_files_for_others(room):
-    """Those without an underscore, and those alone are imported from outside, tests aside."""
+    """Files for others have no underscore, and only they are imported from outside the room.
+
+    Tests are the exception: they may import files with an underscore.
+    """
     files = [path.stem for path in (ROOT / "experiments" / room).glob("*.py")]
     assert len([name for name in files if not name.startswith("_")]) <= 5
     outside = [

@@ -1,4 +1,4 @@
-"""What users install: wheel and sdist, and the types that come with them."""
+"""What users install: the wheel, the sdist and the types that come with them."""
 
 import email
 import json
@@ -22,13 +22,14 @@ CLIENTS = pathlib.Path(__file__).parent / "clients"
 
 
 class Package(NamedTuple):
-    """Wheel and sdist, built from the checkout."""
+    """The wheel and the sdist, built from the checkout."""
 
     wheel: pathlib.Path
     sdist: pathlib.Path
 
 
 def build(source: pathlib.Path, out: pathlib.Path, *targets: str) -> None:
+    """Builds "wheel" or "sdist" from a folder into another."""
     wanted = [word for target in targets for word in ("-t", target)]
     command = [sys.executable, "-m", "hatchling", "build", "-d", str(out), *wanted]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
@@ -42,6 +43,7 @@ def package(tmp_path_factory) -> Package:
 
 
 def contents(wheel: pathlib.Path) -> dict[str, bytes]:
+    """The files of a wheel, by name."""
     with zipfile.ZipFile(wheel) as files:
         return {name: files.read(name) for name in files.namelist()}
 
@@ -68,7 +70,8 @@ def test_without_extras_only_the_core_is_asked_for(package):
     assert names == {"jax", "jaxtyping", "numpy", "optax", "scipy"}
     assert all(">=" in line for line in core)
     extras = set(about.get_all("Provides-Extra", []))
-    assert extras == {"cuda", "flax", "solvers", "streaming", "tpu"}  # and nothing of a checkout
+    # Extras are for users; what only a checkout needs is in dependency groups.
+    assert extras == {"cuda", "flax", "solvers", "streaming", "tpu"}
     assert about["Requires-Python"] == ">=3.11"
     assert about["Version"] == msgd_jax.__version__
 
@@ -93,7 +96,10 @@ def test_the_sdist_has_the_whole_and_builds_the_same_wheel(package, tmp_path):
 
 @pytest.fixture(scope="module")
 def installed(package, tmp_path_factory) -> dict[str, str]:
-    """The environment variables of a Python that has the wheel, and not the checkout."""
+    """The environment variables of a Python that has the wheel, and not the checkout.
+
+    Other packages are linked from the environment of the tests, so that nothing is downloaded.
+    """
     home = tmp_path_factory.mktemp("env")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
     (site,) = home.glob("lib/python*/site-packages")
@@ -107,6 +113,7 @@ def installed(package, tmp_path_factory) -> dict[str, str]:
 
 
 def pyright(environment: dict[str, str], folder: pathlib.Path, *arguments: str) -> dict:
+    """What pyright reports, as JSON."""
     command = [sys.executable, "-m", "pyright", "--outputjson", *arguments]
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return json.loads(ran.stdout)
@@ -124,7 +131,7 @@ def test_a_type_checker_sees_what_is_right_and_what_is_wrong(name, installed, tm
 def test_every_public_type_is_known(installed, tmp_path):
     found = pyright(installed, tmp_path, "--verifytypes", "msgd_jax", "--ignoreexternal")
     complete = found["typeCompleteness"]
-    assert str(ROOT) not in complete["packageRootDirectory"]  # the wheel was looked at
+    assert str(ROOT) not in complete["packageRootDirectory"]  # It has checked the wheel.
     assert complete["pyTypedPath"].endswith("py.typed")
     unknown = {entry["name"] for entry in complete["symbols"] if not entry["isTypeKnown"]}
     # Its return type is optax's, which pyright does not follow through `optax.experimental`.

@@ -1,4 +1,4 @@
-"""Pages run where the reader is: their first line installs all that their cells import."""
+"""A reader can run the pages: their first line installs all that their cells import."""
 
 import ast
 import importlib.metadata
@@ -12,20 +12,25 @@ import pytest
 from packaging.requirements import Requirement
 
 from docs import pages
+from tests.support.cells import code_cells
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNNABLE = dict(pages.runnable())
-# These show what a checkout has recorded, and say so.
+# These pages show the records of a checkout, and say so.
 OF_RECORDS = {"paper", "scaling"}
 
 
 def names(requirements: list[str]) -> set[str]:
+    """The names of the distributions that are required."""
     return {Requirement(entry).name for entry in requirements}
 
 
 def imported(script: str) -> set[str]:
-    """The distributions that a script imports, wherever in it; "docs" and the like as they are."""
+    """The distributions that a script imports, in functions too, but for the standard library.
+
+    A module of no distribution, such as "docs", has its own name.
+    """
     modules = set()
     for node in ast.walk(ast.parse(script)):
         if isinstance(node, ast.ImportFrom):
@@ -38,7 +43,7 @@ def imported(script: str) -> set[str]:
 
 
 def missing(text: str) -> set[str]:
-    """What the cells of a page import and its first line does not install."""
+    """The distributions that the cells of a page import and its first line does not install."""
     installed = names(PROJECT["dependencies"])
     for entry in map(Requirement, pages.requirements(text) or []):
         installed.add(entry.name)
@@ -101,11 +106,12 @@ def test_a_page_without_a_first_line_is_not_one_to_run():
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_the_notebook_has_the_cells_of_the_page(name):
+    """It has the first line of the page too, and neither directives nor links to other pages."""
     book = pages.as_notebook(RUNNABLE[name])
     nbformat.validate(book)
-    code = [cell.source for cell in book.cells if cell.cell_type == "code"]
+    code = [cell.source.strip() for cell in book.cells if cell.cell_type == "code"]
     texts = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
-    assert code == [c.source for c in pages.cells(RUNNABLE[name]) if c.cell_type == "code"]
+    assert code == code_cells(RUNNABLE[name]) != []
     assert "    pip install " in book.cells[0].source
     assert not re.search(r"```\{|\]\((?!http)[^)]*\.md", texts)
 

@@ -1,4 +1,4 @@
-"""What the repository says about itself: commands that exist, versions that agree, short files."""
+"""The repository names commands that exist, versions that agree, and has no long file."""
 
 import pathlib
 import re
@@ -35,7 +35,7 @@ def test_workflows_call_targets_that_exist(path):
     assert called <= TARGETS
 
 
-# Where commands are named.
+# Documents that name commands.
 TELLING = ["README.md", "CONTRIBUTING.md", "docs/start.md", "docs/support.md", ".ci/run"]
 
 
@@ -48,7 +48,7 @@ def test_documents_name_targets_that_exist(name):
 
 def test_hooks_are_the_checks_of_make_lint():
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    assert local["repo"] == "local"  # nothing is downloaded
+    assert local["repo"] == "local"  # Local hooks download nothing.
     recipe = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0]
     checks = set(re.findall(r"\$\(BIN\)/(ruff \w+|pyright)", recipe))
     hooks = {

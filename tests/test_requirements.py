@@ -14,7 +14,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 
 
 def parsed(lists: dict[str, list]) -> dict[str, list[Requirement]]:
-    """Each list by its name, without the groups that it includes."""
+    """The requirements of each list by its name, without the groups that it includes."""
     return {
         name: [Requirement(entry) for entry in entries if isinstance(entry, str)]
         for name, entries in lists.items()
@@ -23,11 +23,11 @@ def parsed(lists: dict[str, list]) -> dict[str, list[Requirement]]:
 
 CORE = parsed({"core": SETTINGS["project"]["dependencies"]})["core"]
 EXTRAS = parsed(SETTINGS["project"]["optional-dependencies"])
-OWN = parsed(GROUPS)  # what each group lists itself
+OWN = parsed(GROUPS)  # The requirements of each group, without those of the groups it includes.
 
 
 def texts() -> dict[str, str]:
-    """What tells people or machines what to install."""
+    """The files that tell people or machines what to install."""
     files = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile")]
     for folder, ending in (
         ("docs", "md"),
@@ -59,7 +59,7 @@ def test_extras_and_groups_agree():
     for requirement in (entry for some in (*EXTRAS.values(), *OWN.values()) for entry in some):
         bounds.setdefault(requirement.name, set()).add(str(requirement.specifier))
     assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
-    # The package itself comes from the checkout, never from an index.
+    # No list has the package itself, which comes from the checkout and never from an index.
     assert "msgd-jax" not in bounds
 
 
@@ -74,7 +74,10 @@ def test_the_makefile_installs_every_group():
 
 
 def test_whatever_is_to_be_installed_exists():
-    """Documents, docstrings and messages say `msgd-jax[solvers]`, `--group docs`."""
+    """Extras and groups that documents, docstrings and messages name are in `pyproject.toml`.
+
+    They are named as in `msgd-jax[solvers]` and `--group docs`.
+    """
     extras, groups = set(), set()
     for where, text in texts().items():
         for names in re.findall(r"(?:msgd-jax|'\.|:= )\\?\[([a-z,]+)\\?\]", text):

@@ -1,4 +1,4 @@
-"""What `make check-site` checks: links that are broken are found, pages are mended for axe."""
+"""The parts of `make check-site`: broken links are found, and pages are made accessible."""
 
 import pytest
 
@@ -8,6 +8,7 @@ from tests.site import links
 
 @pytest.fixture
 def site(tmp_path):
+    """A site of two pages, with four links inside the site and one to another host."""
     (tmp_path / "deeper").mkdir()
     (tmp_path / "index.html").write_text(
         '<h1 id="top">A</h1><a href="deeper/page.html#there">x</a><a href="#top">x</a>'
@@ -31,6 +32,7 @@ def test_links_that_lead_nowhere_are_named(site, link):
     assert links.check(site).broken == [f"other.html: {link}"]
 
 
+# HTML that axe objects to, and what it becomes.
 MENDED = {
     '<p class="caption" role="heading">': '<p class="caption" role="heading" aria-level="2">',
     '<summary aria-label="Toggle hidden content">': "<summary>",
@@ -44,6 +46,7 @@ MENDED = {
 
 @pytest.mark.parametrize("before", MENDED)
 def test_pages_are_mended_once(before):
+    """What is mended already stays as it is."""
     after = accessible.mend(before)
     assert after == MENDED[before]
     assert accessible.mend(after) == after

@@ -1,7 +1,7 @@
-"""`slow_cases.txt` has cases that exist, of tests of which others always run.
+"""`slow_cases.txt` lists cases that exist, and of each of their tests other cases always run.
 
-A test that is slow as a whole has the mark instead; no case has it in the code. Only files that
-this run has collected can be compared: `make test` collects all of them.
+A test that is slow as a whole has the mark `slow` in the code instead, and no single case has it
+there. Only files that this run has collected can be compared: `make test` collects all of them.
 """
 
 import pathlib
@@ -16,10 +16,12 @@ LISTED = SLOW_CASES.read_text().splitlines()
 
 
 def path_of(case: str) -> str:
+    """The file of a case."""
     return case.partition("::")[0]
 
 
 def name_of(case: str) -> str:
+    """The file and the test of a case."""
     return case.partition("[")[0]
 
 
@@ -38,7 +40,7 @@ def test_lines_are_sorted_and_there_is_none_twice():
 
 
 def test_no_case_is_marked_in_the_code():
-    """Except where the cases depend on the version of another library."""
+    """The exception is a file whose cases depend on the version of another library."""
     marked = [
         path.relative_to(ROOT).as_posix()
         for path in sorted((ROOT / "tests").rglob("*.py"))

@@ -83,7 +83,7 @@ def _decompress(compressed: bytes, limit: int) -> bytes:
     (`gzip.decompress` has no limit, so a small file could fill the memory.) The additional byte
     shows the parser that a file is too long.
     """
-    decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)  # 16: gzip, and nothing else
+    decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)  # The 16 stands for gzip alone.
     content = decompressor.decompress(compressed, limit + 1)
     if not decompressor.eof and len(content) <= limit:
         raise ValueError(f"its {len(compressed):,} bytes end before the compressed data do")

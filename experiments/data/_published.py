@@ -81,7 +81,7 @@ class Published(Original):
         Raises:
             ValueError: if they are not the published examples, as far as that can be checked.
         """
-        del shuffled  # the ids determine the order
+        del shuffled  # The ids determine the order.
         return _tfds_copies.in_order_of_ids(
             rows, split_name, image_shape=self.image_shape, num_classes=self.num_classes
         )
@@ -117,7 +117,7 @@ def read_bytes(path: Path, published: PublishedFile) -> bytes:
         FileNotFoundError: if there is no such file.
         DamagedDatasetError: if it is another file, or cut short; the text names the file.
     """
-    size = path.stat().st_size  # checked first, so that a file that is too long is not read
+    size = path.stat().st_size  # This comes first, so that a file that is too long is not read.
     if size != published.size:
         raise DamagedDatasetError(
             f"{path} is damaged: it has {size:,} bytes, but {published.name} as published has "

@@ -90,7 +90,7 @@ def in_order_of_keys(rows: Rows, split_name: str, shuffled: bool) -> Split:
     """
     from tensorflow_datasets.core import hashing
 
-    numbers = list(range(len(rows)))  # the published number of every row
+    numbers = list(range(len(rows)))  # The published number of every row.
     if shuffled:
         numbers.sort(key=hashing.Hasher(split_name).hash_key)
     return _arrange(rows, numbers)

@@ -66,7 +66,7 @@ def calibrate(
         try:
             runner = Runner(setting, images, options)
             seconds, compiling = runner.time_steps(name, seeds, steps)
-        except jax.errors.JaxRuntimeError as error:  # out of memory, in general
+        except jax.errors.JaxRuntimeError as error:  # In general, the memory was not enough.
             failures.append(f"{options}, {at_once} seeds: {str(error)[:200]}")
             told(f"calibrate: {failures[-1]}")
             continue

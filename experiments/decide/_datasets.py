@@ -16,7 +16,7 @@ from msgd_jax._streams import Stream, derive
 
 _IMAGE_SHAPES = {"digits_net": (8, 8, 1), "vgg11": (32, 32, 3)}
 _MAX_VALUES = {"digits_net": 16.0, "vgg11": 255.0}
-# The order of the digits: fixed, so that the pool and the test images are the same for all seeds.
+# The order of the digits is fixed, so that the pool and the test images are the same for all seeds.
 _DIGITS_ORDER = 0
 _NUM_CLASSES = 10
 # The draws that a seed makes from its stream of cases.
@@ -74,7 +74,9 @@ def load(setting: Setting, path: pathlib.Path | None = None) -> Images:
                 f"{list(images.shape[1:])}."
             )
         if labels.max() >= _NUM_CLASSES:
-            raise ValueError(f"dataset must have a label from 0 to 9 per image, not so y_{name}.")
+            raise ValueError(
+                f"dataset must have labels from 0 to 9, got {labels.max()} in y_{name}."
+            )
     if len(trained[0]) < setting.pool:
         raise ValueError(
             f"dataset must have at least {setting.pool:,} images to train on for {setting.name}, "

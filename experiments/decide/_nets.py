@@ -18,7 +18,7 @@ from experiments.decide.settings import Setting
 from experiments.models.conv import max_pool
 
 Convolution = Literal["product", "lax"]
-"""A product of patches, images with the batch last; or `jax.lax.conv`, images in NHWC."""
+"""A product of patches, for images with the batch last, or `jax.lax.conv`, for images in NHWC."""
 
 _STAGES = (("conv1",), ("conv2",), ("conv3", "conv4"), ("conv5", "conv6"), ("conv7", "conv8"))
 
@@ -74,7 +74,7 @@ def make(setting: Setting, convolution: Convolution = "product", groups: int = 1
 
 
 class _Product:
-    """Images [C, H, W, B], as in `experiments.conv`."""
+    """Operations on images [C, H, W, B], as in `experiments.models.conv`."""
 
     def enter(self, images: Array) -> Array:
         return images.transpose(3, 1, 2, 0)
@@ -99,7 +99,7 @@ class _Product:
 
 
 class _Lax:
-    """Images [B, H, W, C], the layout in which the libraries of graphics cards are fastest."""
+    """Operations on images [B, H, W, C], with which the libraries of graphics cards are fastest."""
 
     def enter(self, images: Array) -> Array:
         return images
@@ -126,7 +126,7 @@ def _vgg11(params: Any, hidden: Array, layout: _Product | _Lax) -> Array:
             layer = params[name]
             hidden = layout.conv(hidden, layer["kernel"], padding=1) + layout.bias(layer["bias"])
             hidden = jax.nn.relu(hidden)
-        hidden = max_pool(hidden)  # over the axes 1 and 2, which are the pixels in both layouts
+        hidden = max_pool(hidden)  # The axes 1 and 2 are the pixels in both layouts.
     return _linear(params["fc"], layout.leave(hidden))
 
 

@@ -139,7 +139,7 @@ def _parsed(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            continue  # cut short: its seeds count as not run
+            continue  # The line was cut short: its seeds count as not run.
         if not isinstance(line, dict) or "fingerprint" not in line:
             raise ValueError(f"{path}, line {number}, is no record of this study.")
         yield line

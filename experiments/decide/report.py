@@ -12,7 +12,7 @@ from experiments import figures, styles, tables
 from experiments.decide import _records, statistics, study
 from experiments.decide.settings import BASELINES, CONTESTANTS, Setting, label
 
-# Those of the declared family, the others, and the floor; the markers differ too.
+# The colours of the declared family, of the others, and of the floor. The markers differ too.
 _DECLARED, _OTHER, _FLOOR = styles.style(3), styles.style(5), styles.COLOURS[4]
 AT_EQUAL_LOSS = "GD at SGD's training loss"
 """The row for GD stopped where its training loss is that of the same seed's SGD at the end."""

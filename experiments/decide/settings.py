@@ -39,8 +39,8 @@ class Setting:
             tested; fewer if the file has fewer.
         label_noise: the fraction of the N labels that is replaced by another class, drawn per seed.
         batch_size: b, the batch size of SGD and the scale of all other noises.
-        learning_rate: eta.
-        steps: iterations.
+        learning_rate: the learning rate eta.
+        steps: the number of iterations.
         decay_at: the fraction of the steps after which the learning rate is multiplied by
             `decay_factor`.
         decay_factor: see `decay_at`.

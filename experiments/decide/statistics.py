@@ -57,7 +57,7 @@ def difference(values: Values, reference: Values, confidence: float = 0.95) -> D
         ValueError: if there are fewer than two pairs, or the numbers of seeds differ.
     """
     differences = _pairs(values, reference)
-    if np.ptp(differences) == 0:  # Student's t would be 0/0, as for identical runs
+    if np.ptp(differences) == 0:  # Student's t would be 0/0, as for identical runs.
         mean = float(differences[0])
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, differences.size)
     test: Any = stats.ttest_1samp(differences, 0.0)

@@ -39,7 +39,8 @@ Images = Float[Array, "batch height width in_channels"]
 Kernel = Float[Array, "kernel_height kernel_width in_channels out_channels"]
 Outputs = Float[Array, "batch out_height out_width out_channels"]
 
-_CACHE = 4_000_000  # bytes that patches may take at a time: the second-level caches of two cores
+# The bytes that patches may take at a time, which are the second-level caches of two cores.
+_CACHE = 4_000_000
 
 
 def conv_same(images: Images, kernel: Kernel, *, stride: int = 1) -> Outputs:
@@ -131,7 +132,7 @@ def _row_by_row(images: Images, kernel: Kernel) -> Outputs:
     row_patches = _patches(images, kernel[:1], 1)
     outputs = jnp.zeros((*images.shape[:3], kernel.shape[3]), images.dtype)
     for i in range(max(0, high // 2 - height + 1), min(high, high // 2 + height)):
-        shift = i - high // 2  # how far below its output the row of the images is
+        shift = i - high // 2  # How far below its output the row of the images is.
         seen = row_patches[:, max(0, shift) : height + min(0, shift)]
         product = _product(seen, kernel[i].reshape(wide * kernel.shape[2], -1))
         outputs += jnp.pad(product, ((0, 0), (max(0, -shift), max(0, shift)), (0, 0), (0, 0)))
@@ -180,7 +181,7 @@ def _of_kernel(images: Images, kernel: Kernel, stride: int) -> Outputs:
         layout = ("CHWN", "IHWO", "HWNC")
         images, kernel = images.transpose(3, 1, 2, 0), kernel.transpose(2, 0, 1, 3)
         return _with_layout(images, kernel, layout).transpose(2, 0, 1, 3)
-    if jax.__version_info__ < (0, 10):  # which cannot transpose what is below
+    if jax.__version_info__ < (0, 10):  # It cannot transpose the code below.
         return _by_transposed_patches(images, kernel, stride)
     size = math.prod(kernel.shape[:3]) * height * width * images.dtype.itemsize
     most = max(1, _CACHE // size)

@@ -63,7 +63,7 @@ def functional(module_class: Callable[..., nnx.Module], **kwargs: Any) -> Model:
     def init(key: Key[Array, ""]) -> Params:
         return nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
 
-    @jax.jit  # so that the parameters, which are not returned, are not drawn
+    @jax.jit  # The parameters are not returned, and so they are not drawn.
     def constants() -> Statistics:
         return nnx.to_pure_dict(nnx.state(build(0), nnx.BatchStat))
 
@@ -97,7 +97,7 @@ def _filled(name: str, template: Any, wanted: Any, values: Any) -> Any:
     got = jax.tree.map(jnp.shape, values)
     if got != wanted:
         raise ValueError(f"{name} must have the names and shapes {wanted}, got {got}.")
-    state = jax.tree.map(lambda leaf: leaf, template)  # a copy, since the next line changes it
+    state = jax.tree.map(lambda leaf: leaf, template)  # A copy, which the next line changes.
     nnx.replace_by_pure_dict(state, values)
     return state
 

@@ -52,7 +52,7 @@ def library() -> pathlib.Path:
 
 
 def _processor() -> str:
-    """What decides which instructions there are."""
+    """A text that says which instructions this processor has."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -61,7 +61,7 @@ def _processor() -> str:
 
 
 def build() -> pathlib.Path:
-    """Compiles the library, with `$CXX` or `c++`, unless it has been.
+    """Compiles the library, with `$CXX` or `c++`, unless it is there already.
 
     Returns:
         Its path.
@@ -73,7 +73,7 @@ def build() -> pathlib.Path:
     path = library()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever builds at the same time finds no library or a whole one.
+        # A process that builds at the same time finds no library or a whole one.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = pathlib.Path(folder) / path.name
             command = [os.environ.get("CXX", "c++"), *_FLAGS, "-isystem", jax.ffi.include_dir()]
@@ -173,9 +173,9 @@ def _transpose(position: int, of: Callable[..., Any]) -> Callable[..., Array]:
 def _batch(
     primitive: Any, arguments: Any, axes: Any, *, shape: tuple[int, ...], stride: int
 ) -> tuple[Array, int]:
-    """Folds mapped images into the batch; all else is done one after another.
+    """Folds mapped images into the batch, and computes all else one after another.
 
-    A kernel for each is faster so, too: each call uses all cores.
+    That is faster for mapped kernels as well, since each call uses all cores.
     """
     count = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
     first, second = (

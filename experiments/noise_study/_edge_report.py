@@ -157,7 +157,7 @@ def draw(found: list[dict[str, Any]], settings: Mapping[str, Any], path: pathlib
     rate = settings["learning_rate"]
     import matplotlib
 
-    matplotlib.use("Agg")  # also where there is no display
+    matplotlib.use("Agg")  # This backend needs no display.
     import matplotlib.pyplot as plt
 
     with matplotlib.rc_context(styles.RC):

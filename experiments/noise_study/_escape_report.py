@@ -63,7 +63,7 @@ def rows(found: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[dict[
     Raises:
         records.DamagedRecordError: if a run of GD or SGD is missing.
     """
-    del settings  # all that is needed is in the records
+    del settings  # All that is needed is in the records.
     paths, escapes = _lines(found, "path"), _lines(found, "escape")
     result: list[dict[str, Any]] = []
     for name, line in paths.items():
@@ -189,7 +189,7 @@ def draw(found: list[dict[str, Any]], settings: Mapping[str, Any], path: pathlib
     """Alignment along training, the rise of the loss at the minimum, and sharpness after it."""
     import matplotlib
 
-    matplotlib.use("Agg")  # also where there is no display
+    matplotlib.use("Agg")  # This backend needs no display.
     import matplotlib.pyplot as plt
 
     del settings
@@ -215,7 +215,7 @@ def _alignments(axis: Any, paths: dict[str, dict[str, Any]]) -> None:
     for name, line in paths.items():
         for shape, values in line["shapes"].items():
             if shape == "isotropic" and name == "sgd":
-                continue  # 1 by definition
+                continue  # It is 1 by definition.
             look = _STYLES[LABELS[shape]]
             axis.plot(
                 line["steps"],

@@ -200,7 +200,7 @@ def draw(found: list[Record], settings: Mapping[str, Any], path: pathlib.Path) -
     """Variances against eigenvalues on the quadratic and on the net, and their ratios."""
     import matplotlib
 
-    matplotlib.use("Agg")  # also where there is no display
+    matplotlib.use("Agg")  # This backend needs no display.
     import matplotlib.pyplot as plt
 
     rate = settings["learning_rate"]

@@ -30,7 +30,7 @@ def outputs(params: Params, x: Float[Array, " inputs"]) -> Float[Array, " classe
 
 @loss.per_example
 def losses(params: Params, example: dict[str, Array]) -> Float[Array, ""]:
-    """|net(x) - e_y|^2 / 2, with e_y the unit vector of the label, a smooth loss."""
+    """The smooth losses ``|net(x) - e_y|^2 / 2``, where e_y is the unit vector of the label."""
     error = outputs(params, example["x"]) - jax.nn.one_hot(example["y"], NUM_CLASSES)
     return jnp.square(error).sum() / 2
 
@@ -50,7 +50,7 @@ def initial(key: Key[Array, ""], inputs: int, width: int) -> Params:
 
 
 def digits(seeds: Iterable[int], part: Literal["train", "test"] = "train") -> dict[str, Array]:
-    """The digits of all seeds, with a leading axis of seeds; the training ones' grey mean is 0."""
+    """The digits of all seeds, with a leading axis of seeds; in training their grey mean is 0."""
     images, labels = [], []
     for seed in seeds:
         drawn = data.load("digits", seed=seed)
@@ -69,7 +69,7 @@ def law_of(name: str, config: EdgeConfig, num_examples: int) -> Law:
     n, b = num_examples, config.batch_size
     match name:
         case "sgd" | "sgd-other-key":
-            return noise.sgd(n, b, replace=True)  # with covariance S/b, like the others
+            return noise.sgd(n, b, replace=True)  # Its covariance is S/b, like that of the others.
         case "cov":
             return noise.cov(n, b)
         case "bernoulli":

@@ -238,7 +238,7 @@ def draw(found: list[dict[str, Any]], settings: Mapping[str, Any], path: pathlib
     """The noise scale along training, errors of the estimators, and steps against batch size."""
     import matplotlib
 
-    matplotlib.use("Agg")  # also where there is no display
+    matplotlib.use("Agg")  # This backend needs no display.
     import matplotlib.pyplot as plt
 
     line, result = _reference(found), rows(found, settings)

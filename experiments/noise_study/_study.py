@@ -99,7 +99,7 @@ class Study:
 
     def _again(self, config: StudyConfig) -> pathlib.Path:
         """Makes the table and the picture from the records, without new runs."""
-        assert config.out is not None  # checked by the configuration
+        assert config.out is not None  # The configuration has checked this.
         found = self.recorded(config.out)
         settings = records.read_object(config.out / "config.json")
         print(self.table(self.rows(found, settings)))

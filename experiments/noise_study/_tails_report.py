@@ -166,7 +166,7 @@ def draw(found: list[Record], settings: Mapping[str, Any], path: pathlib.Path) -
     """The published estimate along training for each net, and Hill's at the end for the first."""
     import matplotlib
 
-    matplotlib.use("Agg")  # also where there is no display
+    matplotlib.use("Agg")  # This backend needs no display.
     import matplotlib.pyplot as plt
 
     nets = [*dict.fromkeys(line["net"] for line in found)]

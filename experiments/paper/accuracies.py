@@ -15,7 +15,7 @@ from experiments.decide import statistics
 from experiments.training import Evaluation
 
 MARGIN = 0.01
-AVERAGED = 5  # the number of evaluations at the end that are averaged
+AVERAGED = 5  # The number of evaluations at the end that are averaged.
 CONFIDENCE = 0.95
 
 

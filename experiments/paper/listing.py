@@ -80,7 +80,7 @@ def _command(asked: Any) -> str | None:
     if not isinstance(asked, dict):
         return None
     if "algorithm" in asked and "noise" in asked:
-        command = asked.get("command", "train")  # the default, since older records do not have it
+        command = asked.get("command", "train")  # Older records, all of `train`, have no command.
         return command if command in ("train", "distributed") else None
     known = {"strong_paths": "sde", "regularizer_steps": "complexity"}
     command = next((command for name, command in known.items() if name in asked), None)

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")  # also where there is no display
+matplotlib.use("Agg")  # This backend needs no display.
 import matplotlib.pyplot as plt
 
 from experiments import figures, styles

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")  # also where there is no display
+matplotlib.use("Agg")  # This backend needs no display.
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
@@ -27,10 +27,10 @@ def plot_strong(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
             figsize=(styles.WIDTH, 4.6 + 0.2 * len(rows)), layout="constrained"
         )
         for i, row in enumerate(rows):
-            # One line style for each expected order; colours and markers tell the rows apart.
+            # Each expected order has a line style. Colours and markers tell the rows apart.
             look = styles.style(i)._replace(
                 line=styles.LINES[expected.index(row["expected"])],
-                marker=styles.MARKERS[(i + 4 * (i // 9)) % 9],  # rows 0 and 9 share a colour
+                marker=styles.MARKERS[(i + 4 * (i // 9)) % 9],  # Rows 0 and 9 share a colour.
             )
             _points_and_line(axes, row, look)
         _finish(axes, "distance to the SDE at T = 2 (root mean square)")
@@ -162,7 +162,7 @@ def _points_and_line(axes: Any, row: dict[str, Any], look: styles.Style) -> None
         rates, errors, bars, fmt=look.marker, color=look.colour, markersize=6, fillstyle="none"
     )
     axes.plot(rates, np.exp(middle) * rates**order, color=look.colour, linestyle=look.line, lw=1.2)
-    axes.plot(  # for the legend alone: the line with the marker, and the order with its error
+    axes.plot(  # For the legend alone: the line with the marker, and the order with its error.
         [],
         [],
         color=look.colour,

@@ -310,7 +310,7 @@ def _measurement(
 
 def _as_numbers(measured: dict[str, Any]) -> dict[str, float]:
     numbers = {name: float(value) for name, value in measured.items()}
-    if not np.isfinite(numbers["mean"]):  # under jit `local_complexity` cannot raise
+    if not np.isfinite(numbers["mean"]):  # Under jit, `local_complexity` cannot raise.
         raise ValueError(
             "The losses or gradients are not finite in the ball: choose a smaller --radius, or a "
             "--learning-rate at which training does not diverge."

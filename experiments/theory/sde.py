@@ -24,7 +24,7 @@ from msgd_jax._streams import Stream, derive
 
 RATES = (0.1, 0.05, 0.025, 0.0125)
 HORIZON = 2.0
-DRAWN = 4  # the number of paths of each process that are drawn in the plane
+DRAWN = 4  # The number of paths of each process that are drawn in the plane.
 
 
 class StrongCase(NamedTuple):
@@ -152,7 +152,7 @@ class Paths(NamedTuple):
 
 
 def paths(config: SDEConfig, learning_rate: float, horizon: float = 12.0, many: int = 64) -> Paths:
-    """SGD, M-SGD-Gaussian and SDE; the last two share the Brownian path, SGD has its own draws."""
+    """Paths of SGD, M-SGD-Gaussian and the SDE; the last two share their Brownian paths."""
     problem = two_wells()
     n, b = problem.num_examples, 1
     law, sgd = noise.cov(n, b), noise.sgd(n, b, replace=True)
@@ -226,8 +226,8 @@ SHARED, OWN, STILL = "M-SGD-Fisher", "M-SGD-Fisher, own draws", "GD"
 def network(config: SDEConfig, dataset: data.Dataset) -> Iterator[NetworkRun]:
     """M-SGD-Fisher by the usual training, and the SDE with the same key, for eta, eta/2, eta/4, ...
 
-    At the first learning rate also M-SGD-Fisher with another key, and GD. All paths start from the
-    same initial weights.
+    At the first learning rate there are also M-SGD-Fisher with another key, and GD. All paths start
+    from the same initial weights.
     """
     functions = training.model_functions("lenet", dataset.max_value)
     losses = functions.losses
@@ -360,7 +360,7 @@ def run(config: SDEConfig) -> pathlib.Path:
         "paths": functools.partial(_paths_part, config),
     }
     if "network" in config.parts:
-        # Before anything is loaded.
+        # The folder is checked before anything is loaded.
         check_batch_size(config.batch_size, data.DATASETS["fashion_mnist"].sizes[0])
         dataset: Any = None
         # Loaded first, so that missing images are reported at once.

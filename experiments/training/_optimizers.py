@@ -112,7 +112,7 @@ def additive_noise(
             if kind == "diagonal-fisher":
                 return covariance.diagonal(losses, params, "fisher")
             single = noise.sgd(losses.num_examples, batch_size=1)
-            diagonal = covariance.diagonal(losses, params, single)  # of S
+            diagonal = covariance.diagonal(losses, params, single)  # The diagonal of S.
             mean = optax.tree.sum(diagonal) / optax.tree.size(diagonal)
             return jax.tree.map(lambda leaf: jnp.full_like(leaf, mean), diagonal)
 

@@ -13,7 +13,7 @@ from experiments.data import MAX_SEED
 from experiments.training.algorithms import ALGORITHMS, NoiseSettings
 from msgd_jax._validate import shown
 
-if TYPE_CHECKING:  # the registries are what can be chosen from: a new entry is an option at once
+if TYPE_CHECKING:  # The choices are the names in two tables, so that a new entry is one at once.
     AlgorithmName = str
     ModelName = str
 else:
@@ -33,7 +33,10 @@ LATER = {"later": True}
 
 
 def check_seeds(name: str, first: int, count: int = 1) -> None:
-    """Raises ValueError unless the seeds from `first` on are all below 2^31, where jax's differ."""
+    """Raises ValueError unless all seeds from `first` on are below 2^31.
+
+    Of larger ones, jax drops bits, so that two seeds could be the same.
+    """
     last = MAX_SEED - count + 1
     if not 0 <= first <= last:
         upper = "2^31 - 1" if count == 1 else f"2^31 - {count}, for {count} seeds"

@@ -156,13 +156,13 @@ class _Run:
     config: TrainConfig
     trainer: trainer.Trainer
     path: pathlib.Path
-    folder: runs.RunFolder | None  # None in processes that do not write it
+    folder: runs.RunFolder | None  # None in processes that do not write the folder.
     progress: terminal.Silent
     step: int = 0
-    logged: int = -1  # the step of the last evaluation
-    saved: int = 0  # and of the last checkpoint
-    seconds: float = 0.0  # the time of training since the last evaluation
-    rate: float = 0.0  # steps per second; 0 before it is known
+    logged: int = -1  # The step of the last evaluation.
+    saved: int = 0  # The step of the last checkpoint.
+    seconds: float = 0.0  # The time of training since the last evaluation.
+    rate: float = 0.0  # Steps per second; 0 before it is known.
     compiled: bool = False
 
     def to_the_end(self) -> list[Evaluation]:
@@ -296,7 +296,7 @@ class Checkpoints:
         """
         try:
             return self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
-        except Exception as error:  # orbax and the packages under it raise many types
+        except Exception as error:  # Orbax and the packages under it raise many types.
             path = records.brief(f"{self._manager.directory}/{step}")
             raise records.DamagedRecordError(
                 f"the checkpoint {path} cannot be read, choose another --out: "

@@ -42,7 +42,7 @@ _NOT_RUNS = {"checkpoints", "tensorboard"}
 
 
 def default_folder(name: str) -> pathlib.Path:
-    """runs/NAME-DATE-TIME."""
+    """The folder runs/NAME-DATE-TIME."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return pathlib.Path("runs") / f"{name}-{now}"
 
@@ -175,7 +175,7 @@ def finished(path: pathlib.Path, config: Any, command: str = "train") -> bool:
         records.DamagedRecordError: if a record in the folder cannot be read.
     """
     if not path.is_dir() or not any(file.name != ".lock" for file in path.iterdir()):
-        return False  # new, or killed before anything was written
+        return False  # The folder is new, or its run was killed before anything was written.
     if not (path / "config.json").exists():
         raise _exists(path)
     record = records.read_object(path / "config.json")
@@ -297,7 +297,7 @@ def state(path: pathlib.Path) -> str:
             return "stopped"
     except filelock.Timeout:
         return "running"
-    except OSError:  # not ours to lock
+    except OSError:  # We may not lock it.
         return "unfinished"
 
 

@@ -175,7 +175,7 @@ def make_trainer(
 
     def evaluate(state: train.TrainState, step: int, seconds: float) -> Evaluation:
         params, stats = state.params, state.model_state
-        if over is not None:  # equal everywhere, so every process evaluates on its own device
+        if over is not None:  # Every process evaluates on its own device, to equal results.
             params, stats = jax.device_get((params, stats))
         train_loss, train_accuracy = functions.evaluate(params, stats, whole_train_set)
         test_loss, test_accuracy = functions.evaluate(params, stats, test_set)
@@ -312,7 +312,7 @@ def _over_seeds(function: Callable[[Any], Any], one_at_a_time: bool) -> Callable
     return functools.partial(jax.lax.map, function) if one_at_a_time else jax.vmap(function)
 
 
-@functools.cache  # so that several runs in one process compile these once
+@functools.cache  # Several runs in one process compile these once.
 def model_functions(
     model_name: str,
     max_value: int,
@@ -379,7 +379,7 @@ def model_functions(
                 )
             return jax.vmap(sums, in_axes=(0, 0, None, None))(params, stats, batch, counts)
 
-        if examples.label.ndim == 2:  # each seed has its own
+        if examples.label.ndim == 2:  # Each seed has its own.
             over_seeds = _over_seeds(lambda one: evaluate_one(*one), net.one_seed_at_a_time)
             total = over_seeds(((params, stats), examples))
         else:

@@ -15,7 +15,10 @@ NO_TORCH = "PyTorch, the contestant, is not installed (pip install -e . --group 
 
 
 def gradient_of_ours(row, reference):
-    """The weighted loss and its gradient at the reference, in the order of the first step."""
+    """The weighted loss, the statistics and the gradient at the reference.
+
+    Examples are in the order of the first step, since ghost batches depend on it.
+    """
     data = tuple(jnp.asarray(a[reference.order]) for a in (reference.images, reference.labels))
     weights = noise.Weights(jnp.asarray(reference.weights[reference.order]), None, row.num_examples)
     value_and_grad = loss.weighted_value_and_grad(
@@ -29,7 +32,7 @@ def gradient_of_ours(row, reference):
 
 @pytest.mark.parametrize("name", ["lenet", "vgg11-16", "resnet18-8"])
 def test_the_nets_are_the_same_functions(name):
-    """Loss, gradient and running statistics agree in float32 at the same parameters."""
+    """At the same parameters, PyTorch's loss, gradient and statistics are ours up to rounding."""
     torch_nets = pytest.importorskip("benchmarks.torch_nets", reason=NO_TORCH)
     row = rows.TINY[name]
     reference = rows.reference(row)
@@ -65,7 +68,7 @@ def test_the_nets_have_as_many_parameters_in_full_size(name):
     row = rows.ROWS[name]
     shapes = jax.eval_shape(rows.model(row).init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
-    net = torch_nets.build(row, params)  # raises if a name or a shape is missing
+    net = torch_nets.build(row, params)  # This raises if a name or a shape is missing.
     count = sum(parameter.numel() for parameter in net.parameters())
     assert count == sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
@@ -77,7 +80,7 @@ def test_gradients_of_each_example_are_ours(name):
     problem = problems.two_layer_net(100, 7)
     expected = jax.jacrev(problem.loss_vector_fn)(problem.params, problem.data)
     gradients = torch_gradients.per_example(name, problem)
-    gradients()  # nothing is left over for the second call
+    gradients()  # A first call must leave nothing behind for the second.
     for key, found in zip(("w1", "b1", "w2", "b2"), gradients(), strict=True):
         leaf = np.asarray(expected[key])
         leaf = leaf.swapaxes(1, 2) if leaf.ndim == 3 else leaf
@@ -87,8 +90,8 @@ def test_gradients_of_each_example_are_ours(name):
 
 
 @pytest.mark.slow
-def test_the_order_of_the_first_step_is_its_own():
-    """The members of a ghost batch are drawn; the probe must find those that the step uses."""
+def test_the_reference_has_the_order_of_the_first_step():
+    """The members of each ghost batch are drawn, and are found here by sums over them."""
     row = rows.TINY["resnet18-8"]
     order = rows.reference(row).order
     assert sorted(order) == list(range(row.num_examples)) != list(order)
@@ -104,11 +107,13 @@ def test_the_order_of_the_first_step_is_its_own():
 
 
 def settings(library=OURS, allocator=AS_IS):
+    """The settings of a process on one core."""
     return Settings(library, "cpu", allocator, 1)
 
 
 @pytest.fixture
 def worker():
+    """A process, which is ended after the test."""
     worker = Worker(settings(allocator=KEPT))
     yield worker
     worker.close()
@@ -136,12 +141,12 @@ def test_a_process_prepares_measures_and_says_what_is_wrong(worker):
         worker.ask("measure", "bad", 1, timeout=60)
     with pytest.raises(workers.OutOfTimeError, match="too long"):
         worker.ask("prepare", tasks[:1], 60.0, 1, timeout=0.01)
-    with pytest.raises(workers.WorkerError):  # it has been ended
+    with pytest.raises(workers.WorkerError):  # The process that took too long was ended.
         worker.ask("measure", "good", 1, timeout=60)
 
 
 def measured(**seconds):
-    """A row in which the contestants took these times, in seconds, with short names."""
+    """Made-up times of contestants, in seconds, and the contestants by short names."""
     names = {
         "ours": (Contestant(OURS, True), AS_IS),
         "whole": (Contestant(OURS, False), AS_IS),
@@ -164,10 +169,10 @@ def test_the_headline_is_against_the_best_contestant_by_medians_and_by_minima():
     assert headline.measured.endswith("whole batch, as it is): 0.25")
     assert headline.met
     lines = against_torch._lines(found)
-    assert [line["ms a step"] for line in lines] == ["1e+03", "2e+03", "4e+03", "8e+03"]
+    assert [line["ms per step"] for line in lines] == ["1e+03", "2e+03", "4e+03", "8e+03"]
 
 
-def test_who_computes_something_else_is_left_out():
+def test_a_contestant_that_computes_something_else_is_left_out():
     found, names = measured(ours=[1.0], natural=[1.0], kept=[1.0])
     right = {"parameters": 5, "loss": 2.0, "gradient_norm": 3.0, "setup": 1.0}
     found.checks = {
@@ -186,7 +191,8 @@ def test_contestants_are_every_way_that_computes_the_same():
     ours = [
         c for c, _ in against_torch.contestants(rows.ROWS["resnet18-8"], "cpu") if c.library == OURS
     ]
-    assert {c.microbatched for c in ours} == {True}  # in one batch it would be another function
+    # With batch norm, the whole batch at once would be another function.
+    assert {c.microbatched for c in ours} == {True}
     assert {a for _, a in against_torch.contestants(rows.ROWS["lenet"], "cuda")} == {AS_IS}
 
 
@@ -198,7 +204,7 @@ def test_bad_configurations_are_refused_before_anything_is_measured():
 
 
 @pytest.mark.slow
-def test_time_that_is_up_leaves_out_and_says_so(capsys, tmp_path):
+def test_contestants_that_have_no_time_left_are_named(capsys, tmp_path):
     from benchmarks import step_overhead
 
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""The benchmarks run and write what they promise, and their arithmetic is right."""
+"""The benchmarks run, write their files, and compute ratios and slopes correctly."""
 
 import dataclasses
 import importlib
@@ -44,13 +44,13 @@ def test_growth_is_the_exponent_of_a_power_law():
 
 
 def count_flops(function, *args) -> float:
-    """The floating-point operations of one call, as XLA counts them: the body of a loop once."""
+    """The floating-point operations of one call, as XLA counts them, with loop bodies once."""
     analysis = jax.jit(function).lower(*args).cost_analysis()
     assert analysis is not None
     return analysis["flops"]
 
 
-def test_flops_of_a_matrix_product():
+def test_flops_of_a_matrix_product_are_counted():
     left, right = jnp.ones((30, 40)), jnp.ones((40, 50))
     assert count_flops(jnp.matmul, left, right) == pytest.approx(2 * 30 * 40 * 50, rel=0.01)
 
@@ -74,7 +74,7 @@ def test_reports_are_never_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="never overwritten"):
         report.publish(*args)
     with pytest.raises(FileExistsError, match="never overwritten"):
-        report.Config(out=tmp_path / "here")  # before anything is measured
+        report.Config(out=tmp_path / "here")  # The refusal comes before anything is measured.
 
 
 def test_a_failing_benchmark_leaves_the_summary_of_those_before_it(tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_failing_benchmark_leaves_the_summary_of_those_before_it(tmp_path, mon
 
 
 def test_peak_memory_of_a_child_does_not_start_from_its_parents():
-    here = np.ones(300 * 2**20, np.uint8)  # touched, so resident
+    here = np.ones(300 * 2**20, np.uint8)  # Memory that was written to is resident.
     script = "from benchmarks import memory; print(memory.peak_bytes())"
     command = [sys.executable, "-c", script]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)

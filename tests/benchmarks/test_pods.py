@@ -1,6 +1,6 @@
-"""What the compilers of TPUs and H100s make of small steps for many chips: no chip, and no run.
+"""Small steps for many chips as the compilers of TPUs and H100s make them, without running them.
 
-`make test-pods` has the compilers; where they are missing the tests that need one are skipped.
+`make test-pods` installs the compilers. Tests that need one are skipped where it is missing.
 """
 
 import functools
@@ -19,7 +19,7 @@ BFLOAT16 = functools.partial(pods_nets.flat, 2048, 128, jnp.bfloat16)
 
 
 def images() -> pods_nets.Net:
-    """The same net on images as uint8, which compile in a tenth of the time of convolutions."""
+    """The same net on images as uint8. It compiles in a tenth of the time of convolutions."""
 
     def loss_vector_fn(params, batch):
         pixels, labels = batch
@@ -30,17 +30,19 @@ def images() -> pods_nets.Net:
 
 
 def compiles_for(*chips: str) -> pytest.MarkDecorator:
+    """Skips a test where a compiler for these chips is missing."""
     reasons = [reason for chip in chips if (reason := compilers.missing(chip)) is not None]
     return pytest.mark.skipif(bool(reasons), reason="; ".join(reasons))
 
 
 def compared(net, chip, laws, **case) -> list[pods.Compared]:
+    """Steps with these laws, each compared with the plain step on the same chips."""
     settings = {"chips": CHIPS, "num_examples": N, "microbatch_size": None, "batch_size": B} | case
     return pods.compare(pods.Case(net, chip, laws=tuple(laws), **settings))
 
 
 def assert_nothing_moves(one: pods.Compared, batch_size: int = B) -> None:
-    """One gradient in float32, and at most two numbers for each example of a subset."""
+    """Asserts that chips send one gradient in float32 and two numbers per example of a batch."""
     assert one.ours.sent >= one.gradient
     assert one.besides <= 8 * batch_size, one
     types = {dtype for kind, dtype in one.ours.collectives if "reduce" in kind}
@@ -59,7 +61,7 @@ def test_every_law_costs_what_a_plain_step_costs():
 
 @compiles_for("v5e")
 def test_images_in_micro_batches_are_sliced_not_copied():
-    """Also where the last run is not whole; memory depends on a chip's share alone."""
+    """This holds where the last micro-batch is not full; memory depends on a chip's share alone."""
     (dense,) = compared(images, "v5e", ("cov",), num_examples=N + 5, microbatch_size=2048)
     assert_nothing_moves(dense)
     assert dense.ratio("flops") <= pods.MOST_OPERATIONS, dense
@@ -91,7 +93,7 @@ def test_weights_in_float64_compile():
 
 @compiles_for("H100")
 @pytest.mark.parametrize("net", [FLAT, BFLOAT16], ids=["float32", "bfloat16"])
-def test_the_same_for_h100s(net):
+def test_on_h100s_every_law_costs_what_a_plain_step_costs(net):
     for one in compared(net, "H100", ("cov", "student_t", "sparse_cov"), microbatch_size=512):
         assert_nothing_moves(one)
         assert one.sparse or one.ratio("peak") <= pods.MOST_MEMORY, one
@@ -135,6 +137,6 @@ def test_collectives_in_loops_count_times_their_iterations():
     assert compilers.collectives_of(TEXT.replace("%TRIPS%", ""))["all-reduce", "f32"] == math.inf
 
 
-def test_unknown_cases_are_named():
+def test_cases_that_are_not_known_are_named():
     with pytest.raises(ValueError, match=r"only must name cases .* got \['vgg19'\]"):
         pods.Config(only=("vgg19",))

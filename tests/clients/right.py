@@ -1,4 +1,4 @@
-"""What a user writes; a type checker that sees the wheel alone must agree with every line."""
+"""Code as users write it. A type checker that sees the wheel alone must agree with every line."""
 
 from typing import Any, assert_type
 

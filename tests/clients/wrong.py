@@ -1,4 +1,4 @@
-"""Mistakes that a type checker finds: each line marked so must be an error, and no other."""
+"""Mistakes that a type checker must find: an error per line that is marked, and no other error."""
 
 import jax
 import optax

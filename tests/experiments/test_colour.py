@@ -1,4 +1,4 @@
-"""SVHN and CIFAR-10 from files in their original formats to trained nets with batch norm."""
+"""Colour images, from files in their original formats to trained nets with batch norm."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ TWO_STEPS = "--steps 2 --eval-every 1 --microbatch-size 5 --noise.batch-size 5"
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Both data sets in one folder, in their original formats."""
+    """A folder with a tiny SVHN and a tiny CIFAR-10 in their original formats."""
     folder = tmp_path / "files"
     tiny = (write_tiny_svhn(folder, num_train=10)[0], write_tiny_cifar10(folder)[0])
     named = {original.name: original for original in tiny}
@@ -58,6 +58,8 @@ def one_block(monkeypatch):
 
 
 class Progress(terminal.Silent):
+    """Progress that interrupts the run once it has counted `last` steps."""
+
     def __init__(self, last=None):
         self.count, self.last = 0, last
 
@@ -68,6 +70,7 @@ class Progress(terminal.Silent):
 
 
 def final_state(path):
+    """The parameters, the statistics and the optimizer's state in the last checkpoint."""
     with ocp.CheckpointManager(path / "checkpoints") as manager:
         assert manager.latest_step() == PLAN.steps
         state = manager.restore(PLAN.steps, args=ocp.args.StandardRestore())["state"]
@@ -82,7 +85,7 @@ def test_cifar10_with_batch_norm_goes_on_as_if_it_had_not_been_stopped(
     files, one_block, tmp_path, monkeypatch
 ):
     dataset = data.load("cifar10", data_dir=files)
-    trainer = training.make_trainer(PLAN, dataset)  # once for all, to compile once
+    trainer = training.make_trainer(PLAN, dataset)  # All runs share its compiled programs.
     monkeypatch.setattr("experiments.training.trainer.make_trainer", lambda *_, **__: trainer)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     evaluations = loop.run(PLAN, dataset, straight, Progress())
@@ -92,7 +95,7 @@ def test_cifar10_with_batch_norm_goes_on_as_if_it_had_not_been_stopped(
     loop.run(PLAN, dataset, resumed, Progress())
     ends = [final_state(path) for path in (straight, resumed)]
     jax.tree.map(np.testing.assert_array_equal, *ends)
-    # Ten ghost batches' statistics have moved the running ones, differently for each seed.
+    # The statistics of the ghost batches have moved the running ones, differently for each seed.
     means = ends[0]["model_state"]["block"]["norm1"]["mean"]
     assert (means[0] != means[1]).all()
     metrics = [(path / "metrics.jsonl").read_text().splitlines() for path in (straight, resumed)]
@@ -109,12 +112,12 @@ def test_svhn_from_the_command_line(files, one_block, tmp_path):
     assert len(set(drawn)) == 10
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
-    # Fractions of the twelve images of the original training set.
+    # Accuracies are multiples of one in twelve: the test images of this file.
     counts = np.array([line["test_accuracy"][0] for line in lines]) * 12
     np.testing.assert_allclose(counts, np.round(counts), atol=1e-3)
 
 
-@pytest.mark.slow  # compiling the nets takes a minute
+@pytest.mark.slow  # Compiling the nets takes a minute.
 @pytest.mark.parametrize(("dataset", "model"), [("svhn", "vgg11"), ("cifar10", "resnet18")])
 def test_the_papers_nets_from_the_command_line(dataset, model, files, tmp_path):
     path = tmp_path / "run"

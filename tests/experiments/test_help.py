@@ -1,4 +1,4 @@
-"""The texts of ``--help`` are sentences: each option says what it is, in words of its own."""
+"""The texts of ``--help`` are full sentences."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from experiments.commands import CONFIGS
 
 
 def texts(config):
-    """The text of every option of a command, nested ones included, by name."""
+    """The texts of all options of a command by their names, nested options included."""
     found = {}
     described = {p.arg_name: p.description for p in docstring_parser.parse(config.__doc__).params}
     for field in dataclasses.fields(config):
@@ -21,7 +21,7 @@ def texts(config):
 
 
 def commands(configs=CONFIGS):
-    """All commands with their options, those with a further choice once per choice."""
+    """Each command and its configuration; a command with a choice comes once per choice."""
     for name, config in configs.items():
         if isinstance(config, dict):
             yield from ((f"{name} {choice}", own) for choice, own in commands(config))
@@ -33,8 +33,8 @@ COMMANDS = dict(commands())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_option_has_the_name_of_what_a_record_says_besides(command):
-    """Such an option would hide it, and the run could not go on."""
+def test_no_option_has_the_name_of_another_entry_of_a_record(command):
+    """Such an option would replace the entry, and the run could not go on."""
     own = {"command", "draws", "versions", "device"}
     assert not own & {field.name for field in dataclasses.fields(COMMANDS[command])}
 

@@ -1,7 +1,7 @@
-"""The command line as a process: exit codes, signals, terminals, pipes, and what users get wrong.
+"""The command line as a process: exit codes, signals, terminals, pipes and bad input.
 
-Python takes seconds to start, so what needs no process of its own is asked of one that runs several
-commands, each with its own environment: `COMMANDS`.
+Python takes seconds to start. Commands that need no process of their own are therefore run by one
+process, each with its own environment: see `COMMANDS`.
 """
 
 import json
@@ -21,7 +21,7 @@ import pytest
 import experiments
 from experiments.training import runs
 
-PATIENCE = 120
+PATIENCE = 120  # Seconds after which a process is taken to hang.
 ROOT = pathlib.Path(experiments.__file__).parents[1]
 COMMAND = [sys.executable, "-m", "experiments"]
 TRAIN = shlex.split(
@@ -56,16 +56,27 @@ for number, (arguments, environment) in enumerate(json.loads(sys.argv[1])):
 
 
 def environment(**changes):
+    """The environment variables of a process, without wishes for colours unless they are given."""
     plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
     paths = {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
     return plain | paths | {"XLA_FLAGS": ""} | changes
 
 
+# A locale in which only ASCII can be printed.
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 def several(cwd, *commands, **changes):
-    """Of each command: exit code, what it printed, and what it said on stderr."""
+    """Runs several commands in one process.
+
+    Args:
+        cwd: the folder in which they run.
+        *commands: the arguments of each, or a pair of them and of environment variables.
+        **changes: environment variables for all of them.
+
+    Returns:
+        The exit code, the text on stdout and the text on stderr of each command.
+    """
     wanted = [c if isinstance(c, tuple) else (c, {}) for c in commands]
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, json.dumps(wanted)],
@@ -83,7 +94,7 @@ def several(cwd, *commands, **changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a short run that a process made in it, in an ASCII locale, piped."""
+    """A folder with a short run, and what its process wrote into pipes, in an ASCII locale."""
     path = tmp_path_factory.mktemp("runs")
     first = subprocess.run(
         [*COMMAND, *SHORT],
@@ -98,6 +109,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_log_has_plain_lines_and_no_bars(folder):
+    """A pipe gets no control characters, and ASCII in the place of letters such as ±."""
     _, out, err = folder
     lines = err.splitlines()
     assert lines[0] == "SGD-50: compiling ..."
@@ -106,7 +118,7 @@ def test_a_log_has_plain_lines_and_no_bars(folder):
         assert "\r" not in text
         assert "\x1b" not in text
         assert "%|" not in text
-    assert "+- 0.00" in out  # where a terminal of today has ±
+    assert "+- 0.00" in out
 
 
 def test_a_finished_command_repeated_shows_its_result(folder):
@@ -114,14 +126,17 @@ def test_a_finished_command_repeated_shows_its_result(folder):
     before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
     ((code, out, err),) = several(path, SHORT, **ASCII)
     assert code == 0
-    assert out.startswith(first)  # the very table, nothing loaded
+    assert out.startswith(first)  # It is the same table, without loading images.
     assert "short has finished before: this is its result." in out
     assert "compiling" not in err
     assert before == {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
-def test_what_users_get_wrong_is_one_line_before_anything_is_loaded(folder):
-    """Each with its argument, its value and what is allowed, in at most 400 characters."""
+def test_bad_input_is_one_line_before_anything_is_loaded(folder):
+    """Each message names the argument, its value and what is allowed, in 400 characters at most.
+
+    Images cannot be loaded here: an attempt would say LOADED.
+    """
     path, _, _ = folder
     (path / "file").touch()
     (path / "loop").symlink_to("loop")
@@ -169,7 +184,7 @@ def test_what_users_get_wrong_is_one_line_before_anything_is_loaded(folder):
         several(path, *(arguments for arguments, _ in wrong)), wrong, strict=True
     ):
         message = err.rstrip().removesuffix(f"code {code}").rstrip()
-        # tyro draws a box around what dataclasses refuse.
+        # tyro draws a frame around the messages of configurations.
         text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", message).split())
         assert code in (1, 2), (arguments, err)
         assert words in text, (arguments, text)
@@ -181,8 +196,8 @@ def test_what_users_get_wrong_is_one_line_before_anything_is_loaded(folder):
     (path / "loop").unlink()
 
 
-def test_what_is_there_to_see(folder, tmp_path):
-    """The list of nothing and of a run, versions, the help, a figure's time; colours if asked."""
+def test_list_versions_help_and_the_time_of_a_figure(folder, tmp_path):
+    """Commands that only print do so, and help has colours where they are asked for."""
     path, _, _ = folder
     fresh, listed, version, figure, plain, forced, neither = several(
         path,
@@ -200,7 +215,7 @@ def test_what_is_there_to_see(folder, tmp_path):
     assert listed[1].splitlines()[0].split()[:3] == ["run", "what", "state"]
     assert listed[1].splitlines()[2].split()[:4] == ["short", "sgd", "finished", "2/2"]
     assert re.match(r"msgd_jax \S+ jax \S+ optax \S+ flax \S+ python 3\.\d+\.\d+\n$", version[1])
-    # Before the images are looked for.
+    # The time of a figure is announced before its images are looked for.
     assert re.search(r"7 of 7 runs .* 4,200 steps in all: about \d+ minutes on two", figure[1])
     assert "LOADED" in figure[2]
     for shown, coloured in ((plain, False), (forced, True), (neither, False)):
@@ -210,6 +225,7 @@ def test_what_is_there_to_see(folder, tmp_path):
 
 
 def test_help_and_errors_in_ascii(folder):
+    """In an ASCII locale, help and errors have only its letters, and nothing fails to print."""
     path, _, _ = folder
     commands = ["train", "complexity", "sde", "figure", "demo", "list", "report", "distributed"]
     shown = several(
@@ -227,7 +243,8 @@ def test_help_and_errors_in_ascii(folder):
         assert "Traceback" not in err
 
 
-def test_a_reader_who_goes_is_no_traceback(folder):
+def test_a_closed_pipe_is_no_traceback(folder):
+    """A command whose reader is gone ends silently with the code of SIGPIPE, as `head` expects."""
     path, _, _ = folder
     reading, writing = os.pipe()
     process = subprocess.Popen(
@@ -263,6 +280,7 @@ class Terminal:
         os.close(theirs)
 
     def read_until(self, pattern):
+        """Reads until all that was shown has the pattern, and fails when it never does."""
         deadline = time.monotonic() + PATIENCE
         while not re.search(pattern, self.shown):
             assert time.monotonic() < deadline, self.shown
@@ -270,9 +288,11 @@ class Terminal:
                 raise AssertionError(self.shown)
 
     def type(self, text):
+        """Sends keys to the process."""
         os.write(self._ours, text.encode())
 
     def end(self):
+        """Reads the rest, and returns the exit code."""
         while self._read(PATIENCE):
             pass
         code = self.process.wait(timeout=PATIENCE)
@@ -284,14 +304,14 @@ class Terminal:
             return True
         try:
             read = os.read(self._ours, 4096)
-        except OSError:  # the other side has gone
+        except OSError:  # The process has closed its side.
             return False
         self.shown += read.decode(errors="replace")
         return bool(read)
 
 
 def _controls(terminal):
-    """Makes a terminal that of the process, so that Ctrl-C is a signal to it."""
+    """Makes a terminal the controlling one of the process, so that Ctrl-C signals to it."""
     import fcntl
     import struct
     import termios
@@ -302,7 +322,10 @@ def _controls(terminal):
 
 @pytest.mark.slow
 def test_signals_on_a_terminal_save_the_state(tmp_path):
-    """Ctrl-C while it compiles, then SIGTERM to the same command, which goes on; and the bar."""
+    """Ctrl-C while a run compiles, and SIGTERM after it has gone on, both save the state.
+
+    The bar appears only when there are steps to show, the finished ones included.
+    """
     command = [*COMMAND, *TRAIN, "--steps", "100000", "--num-test", "50", "--out", "run"]
     first = Terminal(command, tmp_path)
     first.read_until(r"compiling \.\.\.")
@@ -328,7 +351,7 @@ def test_signals_on_a_terminal_save_the_state(tmp_path):
 
 
 def test_colours_on_a_terminal(tmp_path):
-    """With NO_COLOR without them, and there alone."""
+    """Help has colours on a terminal, unless NO_COLOR is set."""
     commands = [[["train", "--help"], {}], [["train", "--help"], {"NO_COLOR": "1"}]]
     shown = Terminal([sys.executable, "-c", COMMANDS, json.dumps(commands)], tmp_path)
     assert shown.end() == 0

@@ -16,7 +16,7 @@ RECORD = {
 
 
 def strictly(text):
-    """Parses JSON as other programs do: refuses the numbers that only Python's reader knows."""
+    """Parses JSON as other programs do, without the numbers that only Python's reader knows."""
 
     def refuse(name):
         raise ValueError(f"{name} is no JSON")
@@ -34,7 +34,7 @@ def test_numbers_that_are_not_finite_are_strings_in_the_file(write):
     assert held["none"] is None
 
 
-def test_they_are_read_as_numbers(tmp_path):
+def test_numbers_that_are_not_finite_are_read_as_numbers(tmp_path):
     records.replace_text(tmp_path / "one.json", records.as_text(RECORD))
     (tmp_path / "lines.jsonl").write_text(records.as_line(RECORD) * 2)
     found = [
@@ -50,6 +50,7 @@ def test_they_are_read_as_numbers(tmp_path):
 
 
 def test_files_of_an_older_writer_are_read(tmp_path):
+    """Older files have the names that Python's own writer gives to such numbers."""
     (tmp_path / "lines.jsonl").write_text(
         '{"step": 1, "loss": NaN}\n{"step": 2, "loss": -Infinity}\n'
     )

@@ -1,4 +1,7 @@
-"""Lines are told apart by any eye: colours in CIE Lab, and without colour; text can be read."""
+"""Lines can be told apart by any eye, with and without colours, and text can be read.
+
+Distances of colours are those in CIE Lab, computed here from the published matrices.
+"""
 
 import itertools
 
@@ -14,7 +17,7 @@ from experiments.noise_study import _memory_report as memory
 from experiments.noise_study import _tails_report as tails
 from experiments.paper.panels import PANELS
 
-# What is left of linear RGB for each eye: Machado, Oliveira and Fernandes (2009), severity 1.
+# How each eye sees linear RGB, by Machado, Oliveira and Fernandes (2009), at severity 1.
 EYES = {
     "normal": np.eye(3),
     "protanopia": [
@@ -28,8 +31,9 @@ EYES = {
         [-0.011820, 0.042940, 0.968881],
     ],
 }
+# The least distance of two colours: about nine times the difference that an eye just notices, 2.3.
 LEAST = 20.0
-WHITE, DARK = "#ffffff", "#131416"  # the site's backgrounds; GitHub's dark one is #0d1117
+WHITE, DARK = "#ffffff", "#131416"  # The backgrounds of the site. GitHub's dark one is darker.
 
 
 def linear(colour):
@@ -38,7 +42,7 @@ def linear(colour):
     return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
 
 
-# Linear RGB to CIE XYZ, for sRGB's primaries and the white D65.
+# Maps linear RGB to CIE XYZ, for the primaries of sRGB and the white D65.
 XYZ = np.array(
     [
         [0.4124564, 0.3575761, 0.1804375],
@@ -49,25 +53,29 @@ XYZ = np.array(
 
 
 def lab(colour, eye="normal"):
-    """CIE Lab of a colour as an eye sees it."""
+    """A colour in CIE Lab, as an eye sees it."""
     xyz = XYZ @ np.clip(EYES[eye] @ linear(colour), 0, 1) / XYZ.sum(1)
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
 def distance(one, other):
-    """The least distance of two colours over the eyes."""
+    """The distance of two colours for the eye to which they are most alike."""
     return min(np.linalg.norm(lab(one, eye) - lab(other, eye)) for eye in EYES)
 
 
 def contrast(one, other):
-    """The contrast of WCAG 2: from 1, the same, to 21, black on white."""
+    """The contrast of two colours by WCAG 2, from 1 for the same to 21 for black on white."""
     low, high = sorted(XYZ[1] @ linear(colour) for colour in (one, other))
     return (high + 0.05) / (low + 0.05)
 
 
-def test_distances_and_contrasts_against_known_ones():
-    """Red in Lab is in every table; the usual colours for Fisher and Cov are 7 apart."""
+def test_distances_and_contrasts_are_the_published_ones():
+    """Red in Lab is in every table of colours.
+
+    The colours that matplotlib would give to Fisher and Cov are far apart for most eyes, and about
+    7 apart with deuteranopia, which this file must find too close.
+    """
     np.testing.assert_allclose(lab("#ff0000"), [53.24, 80.09, 67.20], atol=0.02)
     np.testing.assert_allclose(contrast("#000000", WHITE), 21)
     assert np.linalg.norm(lab("C2") - lab("C3")) > 100
@@ -81,7 +89,8 @@ def test_colours_are_apart(pair):
 
 @pytest.mark.parametrize("colour", styles.COLOURS)
 def test_colours_are_seen_on_light_and_dark(colour):
-    least = 4 if colour == styles.NEUTRAL else 3  # text, and lines (WCAG 1.4.11)
+    # WCAG 1.4.11 asks for a contrast of 3 for lines. The neutral colour is that of text too.
+    least = 4 if colour == styles.NEUTRAL else 3
     assert min(contrast(colour, WHITE), contrast(colour, DARK)) >= least
 
 
@@ -95,7 +104,10 @@ PICTURES = {name: [run.label for run in panel.runs] for name, panel in PANELS.it
 
 @pytest.mark.parametrize("labels", PICTURES.values(), ids=PICTURES)
 def test_lines_of_a_picture(labels):
-    """Every pair differs in markers or line styles, and in colours for all eyes."""
+    """Every pair of lines differs in its marker or dashes, and in its colour for all eyes.
+
+    A picture with more lines than there are colours must repeat some of them.
+    """
     looks = styles.assigned(labels)
     assert list(looks) == list(dict.fromkeys(labels))
     for one, other in itertools.combinations(looks.values(), 2):
@@ -112,7 +124,10 @@ def test_an_algorithm_looks_the_same_everywhere():
 
 
 def test_a_picture_is_transparent_and_can_be_read_when_it_is_small(tmp_path, monkeypatch):
-    """Text of 8 pixels or more at a width of 420; the corners are transparent."""
+    """At a width of 420 pixels, text has 8 pixels or more; the corners are transparent.
+
+    No text is cut off at the sides: its box ends within the picture, up to one pixel.
+    """
     kept = []
     monkeypatch.setattr(figures, "save", lambda figure, path: kept.append((figure, path)))
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Tables of text are compared with tables that were written by hand."""
+"""Tables are compared with tables that were written by hand."""
 
 import markdown_it
 import pytest
@@ -27,6 +27,7 @@ def test_columns_are_as_wide_as_their_widest_cell_and_short_lines_stand_as_they_
     ],
 )
 def test_markdown_is_as_written_out_by_hand_and_read_as_a_table(padded, expected):
+    """A parser of Markdown finds the cells of the table."""
     table = markdown_table(["name", ""], [["a", "1,000"], ["", "1"]], padded=padded)
     assert table.splitlines() == expected
     tokens = markdown_it.MarkdownIt().enable("table").parse(table)

@@ -1,4 +1,4 @@
-"""What is drawn on which terminal, and the durations that are announced."""
+"""What is drawn on which terminal, and how the expected durations are announced."""
 
 import dataclasses
 import fcntl
@@ -20,7 +20,7 @@ from experiments.training.config import TrainConfig
 
 @pytest.fixture
 def screen(monkeypatch):
-    """A terminal's two ends, without a size yet."""
+    """The two ends of a terminal that has no size yet."""
     monkeypatch.setenv("TERM", "xterm")
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
@@ -31,6 +31,7 @@ def screen(monkeypatch):
 
 
 def size(stream, rows=40, columns=100):
+    """Gives a terminal a size, in letters."""
     fcntl.ioctl(stream.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
@@ -53,7 +54,7 @@ def test_bars_are_for_terminals_that_have_a_size(screen, monkeypatch):
     [(None, None, False), (None, "1", True), ("1", "1", False), ("", "1", True), ("", "", False)],
 )
 def test_colours_in_a_pipe(no_color, force_color, expected_colours, monkeypatch):
-    """Empty variables do not count (https://no-color.org)."""
+    """A variable that is empty counts as one that is not set (https://no-color.org)."""
     for name, value in (("NO_COLOR", no_color), ("FORCE_COLOR", force_color)):
         if value is None:
             monkeypatch.delenv(name, raising=False)
@@ -63,11 +64,12 @@ def test_colours_in_a_pipe(no_color, force_color, expected_colours, monkeypatch)
 
 
 def test_a_log_has_a_line_now_and_then(monkeypatch, capsys):
+    """A stream that is no terminal gets a line per 30 seconds, and one per compilation."""
     clock = [0.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
     with terminal.Progress(100) as progress:
         progress.compiling("A")
-        progress.compiling("A")  # still
+        progress.compiling("A")  # It is still compiling, which is no news.
         for _ in range(90):
             clock[0] += 1.0
             progress.update()
@@ -94,14 +96,15 @@ def test_nothing_is_drawn_before_there_is_news(screen, monkeypatch):
         progress.update(40)
         progress.compiling("B")
     stream.flush()
-    shown = ""  # a terminal may hand out what was written in parts
+    shown = ""  # A terminal may hand out in several parts what was written at once.
     while "B: compiling" not in shown and select.select([ours], [], [], 10)[0]:
         shown += os.read(ours, 10_000).decode()
     assert shown.index("A: compiling ...") < shown.index("40/100") < shown.index("B: compiling ...")
     assert "0/100" not in shown[: shown.index("40/100")]
 
 
-def test_text_that_an_encoding_does_not_have():
+def test_text_that_an_encoding_does_not_have_is_replaced():
+    """Letters with a usual replacement get it, and all others are escaped."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     terminal.write_anything(stream)
     stream.write("1 ± 2 ─ ╭ … ü \udcff")
@@ -109,7 +112,7 @@ def test_text_that_an_encoding_does_not_have():
     assert stream.buffer.getvalue() == rb"1 +- 2 - + ... \xfc \udcff"
 
 
-# How long it takes --------------------------------------------------------------------------------
+# Expected durations -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,10 @@ def test_text_that_an_encoding_does_not_have():
     [("gd", 171.3), ("sgd", 10.0), ("m-sgd-cov", 167.4), ("m-sgd-sparse-cov", 110.7)],
 )
 def test_expected_seconds_are_those_that_were_recorded(algorithm, recorded):
-    """Of 1,000 steps of LeNet, five seeds, on two cores, within a factor of 1.5."""
+    """The recorded seconds are of 1,000 steps of LeNet with five seeds, on two cores.
+
+    Estimates that are announced to users need no more than the factor of 1.5.
+    """
     settings = NoiseSettings(support_size=500)
     plan = TrainConfig(algorithm=algorithm, noise=settings, seeds=5, steps=1_000, eval_every=1_000)
     longer = dataclasses.replace(plan, steps=2_000, eval_every=2_000)
@@ -127,6 +133,7 @@ def test_expected_seconds_are_those_that_were_recorded(algorithm, recorded):
 @pytest.mark.parametrize("name", panels.PANELS)
 @pytest.mark.parametrize("scale", ["paper", "medium", "small"])
 def test_every_panel_has_an_expected_time(name, scale):
+    """The smaller scales take at most six and two hours."""
     plans = list(panels.PANELS[name].at_scale(scale))
     sentence = _cost.sentence(plans, len(plans))
     assert f"{len(plans)} of {len(plans)} runs" in sentence

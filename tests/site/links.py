@@ -1,6 +1,6 @@
-"""Follows every link of the built site that stays in it: `python -m tests.site.links SITE`.
+"""Follows every link of the built site to the site itself: `python -m tests.site.links SITE`.
 
-A link to another host is counted and not followed: the check needs no network.
+Links to other hosts are counted and not followed, so that the check needs no network.
 """
 
 import pathlib
@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Page(HTMLParser):
-    """The links of a page and the places in it that a link can name."""
+    """The links of a page, and the anchors in it to which others can link."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -28,7 +28,13 @@ class Page(HTMLParser):
 
 
 class Found(NamedTuple):
-    """How many links of each kind there are, and which of those inside lead nowhere."""
+    """The links of a site.
+
+    Attributes:
+        inside: the number of links to the site itself.
+        outside: the number of links to other hosts.
+        broken: the page and the link, for each of those inside that lead nowhere.
+    """
 
     inside: int
     outside: int
@@ -42,6 +48,7 @@ def check(site: pathlib.Path) -> Found:
     for path, page in pages.items():
         for link in page.links:
             parts = urlsplit(link)
+            # Pictures within the page, as "data:...", are links to nothing.
             if parts.scheme or parts.netloc:
                 outside += not link.startswith("data:")
                 continue

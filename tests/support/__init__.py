@@ -1,1 +1,1 @@
-"""What several test files share: problems, tables of laws and transformations, programs."""
+"""What several test files share: problems, tables of laws and of transformations, processes."""

@@ -1,4 +1,4 @@
-"""A small module of flax NNX with what modules have, its loss, and examples."""
+"""A small module of flax NNX with the layers that need care, its loss, and examples."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ DATA = {
 
 
 class Net(nnx.Module):
-    """Batch norm, dropout, and a low-rank addition to a layer, each if it is asked for."""
+    """A net of two layers, with batch norm, dropout and a low-rank addition if asked for."""
 
     def __init__(self, rngs, *, norm=False, drop=False, lora=False):
         self.inner = nnx.Linear(3, 8, rngs=rngs)
@@ -35,9 +35,11 @@ class Net(nnx.Module):
 
 
 def cross_entropy(model, example):
+    """The loss of one example."""
     logits = model(example["x"])
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example["y"])
 
 
 def losses_of(net):
+    """The loss vector [N] of a net, given its statistics if it takes any."""
     return net.loss_vector_fn(net.params, DATA, *[net.model_state] * net.takes["has_state"])

@@ -1,4 +1,4 @@
-"""Tables of mistakes: what a call is told, in how many words."""
+"""Bad input: what the error says, and that it is short."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,13 @@ import pytest
 def assert_told(
     call: Callable[[], object], name: str, wrong: str, *, hides_frames: bool = False
 ) -> None:
-    """The call raises an error that names the argument and what is wrong, in 400 characters.
+    """Asserts that the call raises an error which names the argument, in 400 characters at most.
 
-    With `hides_frames`, jax may add below where it left frames out of the traceback.
+    Args:
+        call: what raises a TypeError or a ValueError.
+        name: the name of the argument, as the message has it.
+        wrong: what the message says is wrong with it.
+        hides_frames: whether jax may append a note on the frames that it left out.
     """
     with pytest.raises((TypeError, ValueError)) as caught:
         call()

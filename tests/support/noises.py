@@ -1,4 +1,4 @@
-"""One row for every M-noise: the contract tests run over this table."""
+"""One row for every law: the contract tests run over this table."""
 
 import functools
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from msgd_jax import noise
 
 
 class Row(NamedTuple):
-    """How to build a noise for N examples at batch size b, and what it is allowed to be.
+    """How to build a law for N examples at batch size b, and what its draws may be.
 
     Attributes:
-        make: maps N, b and ``dtype=`` to the noise.
-        smallest: the fewest examples it is defined for.
-        repeats: whether it can list an example more than once.
+        make: maps N, b and ``dtype=`` to the law.
+        smallest: the fewest examples for which the law is defined.
+        repeats: whether a draw can list an example more than once.
     """
 
     make: Callable[..., noise.MNoise]
@@ -22,6 +22,7 @@ class Row(NamedTuple):
 
 
 def _half(n: int) -> int:
+    """Half of the examples, and two at least, since a sample covariance needs two."""
     return max(2, (n + 1) // 2)
 
 
@@ -79,5 +80,5 @@ ROWS: dict[str, Row] = {
 
 
 def cases(*sizes: tuple[int, int]) -> list[tuple[str, int, int]]:
-    """(name, N, b) for every noise and every given (N, b) where the noise is defined."""
+    """(name, N, b) for every law and every given (N, b) for which the law is defined."""
     return [(name, n, b) for name, row in ROWS.items() for n, b in sizes if n >= row.smallest]

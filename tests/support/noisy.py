@@ -1,4 +1,4 @@
-"""The problem of N = 40 examples whose gradient noise is known to 15 digits, in float64 numpy."""
+"""A problem of N = 40 examples whose gradient noise is known by float64 algebra in numpy."""
 
 import functools
 from typing import Any, NamedTuple
@@ -14,27 +14,30 @@ N, D = 40, 6
 
 
 class Dense(NamedTuple):
-    """Everything about the noise of the problem, by dense algebra of its own in numpy."""
+    """The noise of the problem by dense algebra in numpy, which shares no code with the library."""
 
     gradients: np.ndarray  # [N, D]
     hessians: np.ndarray  # [N, D, D]
 
     @property
     def mean(self) -> np.ndarray:
+        """The gradient of the mean loss, [D]."""
         return self.gradients.mean(0)
 
     @property
     def s(self) -> np.ndarray:
+        """The covariance of the gradients of single examples, [D, D]."""
         centred = self.gradients - self.mean
         return centred.T @ centred / N
 
     @property
     def h(self) -> np.ndarray:
+        """The Hessian of the mean loss, [D, D]."""
         return self.hessians.mean(0)
 
 
 def arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The arrays x [N, D], y [N] and theta [D], without a random number."""
+    """The arrays x [N, D], y [N] and theta [D], by formulas and without a random number."""
     i = np.arange(1, N + 1)
     primes = np.sqrt([2, 3, 5, 7, 11, 13])
     x = np.sqrt(2) * np.sin(2 * np.pi * i[:, None] * primes) * (1 + i[:, None] / 20)
@@ -44,11 +47,12 @@ def arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @functools.cache
 def dense() -> Dense:
-    """Gradients and Hessians of l_i = softplus(-2 y_i tanh(x_i . theta)), by hand."""
+    """Gradients and Hessians of ``l_i = softplus(-2 y_i tanh(x_i . theta))``, derived by hand."""
     x, y, theta = arrays()
     t = np.tanh(x @ theta)
-    slope = 1 - t**2  # of tanh
-    p = 1 / (1 + np.exp(2 * y * t))  # softplus'(-2 y t)
+    slope = 1 - t**2  # the derivative of tanh
+    p = 1 / (1 + np.exp(2 * y * t))  # the derivative of softplus at -2 y t
+    # The first and the second derivative of the loss with respect to x . theta.
     first = -2 * y * p * slope
     second = 4 * p * (1 - p) * slope**2 + 4 * y * p * t * slope
     return Dense(first[:, None] * x, second[:, None, None] * x[:, :, None] * x[:, None, :])
@@ -56,13 +60,14 @@ def dense() -> Dense:
 
 @loss.per_example
 def loss_vector_fn(theta, example):
+    """The same losses in jax, of parameters in any number of leaves."""
     flat = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(theta)])
     return jax.nn.softplus(-2 * example["y"] * jnp.tanh(example["x"] @ flat))
 
 
-@functools.cache  # loss vectors own their programs
+@functools.cache  # A loss vector owns its compiled programs: sharing it compiles once.
 def problem(dtype=jnp.float32, *, leaves: bool = False, **options) -> tuple[loss.LossVector, Any]:
-    """The loss vector and the parameters: an array [6], or with `leaves` two leaves of it."""
+    """The loss vector and the parameters: an array [6], or two leaves of it with `leaves`."""
     x, y, theta = arrays()
     data = {"x": jnp.asarray(x, dtype), "y": jnp.asarray(y, dtype)}
     params = jnp.asarray(theta, dtype)
@@ -71,12 +76,12 @@ def problem(dtype=jnp.float32, *, leaves: bool = False, **options) -> tuple[loss
 
 
 def within(measured, wanted: float, *, comparisons: int = 1) -> None:
-    """An estimate is what is wanted, by `assert_agree` with its standard error.
+    """Asserts that an estimate agrees with a number within its standard error.
 
     Args:
-        measured: an `Estimate`.
-        wanted: what it estimates.
-        comparisons: how many there are in the whole test.
+        measured: an `Estimate`, which has its standard error and its degrees of freedom.
+        wanted: the exact value of what it estimates.
+        comparisons: the number of comparisons in the whole test, as in `assert_agree`.
     """
     assert_agree(
         measured.value,

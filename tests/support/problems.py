@@ -10,24 +10,26 @@ from msgd_jax import loss, sde
 
 
 class Regression(NamedTuple):
-    """Logistic regression on N examples: two parameter leaves, one loss for each example."""
+    """Logistic regression on N examples, whose parameters are two leaves."""
 
     params: dict[str, jax.Array]
     data: dict[str, jax.Array]
 
     @staticmethod
     def loss_fn(params, example):
+        """The loss of one example."""
         logit = example["x"] @ params["w"] + params["b"]
         return jax.nn.softplus(-example["y"] * logit)
 
     def gradient_matrix(self) -> dict[str, np.ndarray]:
-        """Per-example gradients by hand, in numpy's float64, [N, *parameter]."""
+        """The gradient of each loss, [N, *leaf], derived by hand in numpy's float64."""
         x, y = (np.asarray(self.data[name], np.float64) for name in ("x", "y"))
         w, b = (np.asarray(self.params[name], np.float64) for name in ("w", "b"))
         slope = -y / (1 + np.exp(y * (x @ w + b)))
         return {"w": slope[:, None] * x, "b": slope}
 
     def losses(self) -> np.ndarray:
+        """The losses, [N], in numpy's float64."""
         x, y = (np.asarray(self.data[name], np.float64) for name in ("x", "y"))
         w, b = (np.asarray(self.params[name], np.float64) for name in ("w", "b"))
         return np.log1p(np.exp(-y * (x @ w + b)))
@@ -37,6 +39,7 @@ loss_vector_fn = loss.per_example(Regression.loss_fn)
 
 
 def regression(num_examples: int = 100, dim: int = 5, dtype=jnp.float32) -> Regression:
+    """Random examples with noisy labels, and random parameters."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(num_examples, dim))
     y = np.sign(x.sum(1) + rng.normal(size=num_examples))
@@ -46,18 +49,22 @@ def regression(num_examples: int = 100, dim: int = 5, dtype=jnp.float32) -> Regr
 
 
 def linear(rows) -> tuple[loss.LossVector, jax.Array]:
-    """A loss vector with this gradient matrix, [N, D], everywhere; and parameters."""
+    """A loss vector that has this gradient matrix [N, D] at all parameters, and parameters [D]."""
     rows = jnp.asarray(rows)
     losses = loss.LossVector(lambda theta, gradient: gradient @ theta, rows)
     return losses, jnp.zeros(rows.shape[1], rows.dtype)
 
 
-SWEEP = ("learning_rates", "horizon", "num_paths", "at_once")
-SCHEME = ("substeps", "order")
+SWEEP = ("learning_rates", "horizon", "num_paths", "at_once")  # arguments of `sde.Sweep`
+SCHEME = ("substeps", "order")  # arguments of `sde.Scheme`
 
 
 def of_sde(function, loss_vector_fn, params, data, *rest, microbatch_size=None, **options):
-    """``function(losses, params, law, ...)``, with sweep and scheme made of what is among them."""
+    """Calls ``function(losses, params, *rest, sweep, scheme=..., **options)``.
+
+    The loss vector is made of the function and the data, and the options that belong to them become
+    one `sde.Sweep` and one `sde.Scheme`.
+    """
     losses = loss.LossVector(loss_vector_fn, data, microbatch_size=microbatch_size)
     if function is not sde.drift:
         scheme = {name: options.pop(name) for name in SCHEME if name in options}

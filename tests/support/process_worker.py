@@ -1,4 +1,4 @@
-"""One process of two: its arguments are TASK, COORDINATOR, PROCESS_ID and FOLDER."""
+"""One process of two. Its arguments are TASK, COORDINATOR, PROCESS_ID and FOLDER."""
 
 import pathlib
 import sys
@@ -13,7 +13,7 @@ LAWS = ("fisher", "cov", "bernoulli", "sgd", "sparse_cov", "random_reshuffling")
 
 
 def weights(process_id: int, folder: pathlib.Path) -> None:
-    """Weights and gradients of step 3, as this process has them."""
+    """Writes the weights and the gradients of step 3, as this process has them."""
     from msgd_jax import loss, noise, sharding
     from tests.support.noises import ROWS
     from tests.support.problems import loss_vector_fn, regression
@@ -27,7 +27,7 @@ def weights(process_id: int, folder: pathlib.Path) -> None:
         law = ROWS[name].make(n, 16)
         f = loss.noisy_value_and_grad(lambda theta, i: theta[i], law, sharding=rows)
         results[f"{name} weights"] = jax.jit(f)(np.ones(n, np.float32), numbers, key, 3)[1]
-    # Of a batch that the loaders of both processes drew, 8 examples each.
+    # The weights of a batch of which the loader of each process drew 8 examples.
     own = sharding.shard_batch(np.arange(8) + 8 * process_id, rows)
     f = loss.noisy_value_and_grad(lambda theta, i: theta[i], noise.batch_cov(n, 4), sharding=rows)
     results["loaded"] = jax.jit(f)(np.ones(16, np.float32), own, key, 3)[1]
@@ -41,13 +41,15 @@ def weights(process_id: int, folder: pathlib.Path) -> None:
 
 
 def streaming(process_id: int, folder: pathlib.Path) -> None:
-    """Three steps on examples that are read as needed; which ones this process has read."""
+    """Takes three steps on examples read as needed, and writes which ones this process read."""
     from msgd_jax import noise, streaming, train
     from tests.support.problems import loss_vector_fn, regression
 
     problem, read = regression(1003), []
 
     class Recorder(streaming.ArraySource):
+        """A source that notes which examples are asked for."""
+
         def read_batch(self, indices):
             read.append(np.array(indices))
             return super().read_batch(indices)
@@ -68,12 +70,12 @@ def streaming(process_id: int, folder: pathlib.Path) -> None:
 
 
 def keys(process_id: int, folder: pathlib.Path) -> None:
-    """A key of its own for each process, which each of them has to refuse."""
+    """Writes the errors that refuse a key which is not the same in both processes."""
     from msgd_jax import complexity, noise, train, transform
 
     key, params = jax.random.key(process_id), jnp.ones(3)
     law, signs = noise.gd(8), complexity.rademacher(8)
-    train.init(params, optax.sgd(0.1), jax.random.key(0))  # the same everywhere is fine
+    train.init(params, optax.sgd(0.1), jax.random.key(0))  # A key that both have is not refused.
     for start in (
         lambda: train.init(params, optax.sgd(0.1), key),
         lambda: transform.multiplicative_noise(law, key).init(params),

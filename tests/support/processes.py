@@ -1,4 +1,4 @@
-"""Other Python processes, of which none is left behind."""
+"""Starts other Python processes, and ends them."""
 
 import contextlib
 import os
@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 
-PATIENCE = 300  # seconds, for a busy machine
+PATIENCE = 300  # Seconds after which a process is taken to hang, on a busy machine too.
 
 
 def free_address() -> str:
+    """An address of this machine whose port is free."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{listener.getsockname()[1]}"
@@ -17,7 +18,10 @@ def free_address() -> str:
 
 @contextlib.contextmanager
 def processes(*commands: list[str], devices: int = 4):
-    """Python processes with so many devices each; none is left behind."""
+    """Starts ``python -m COMMAND`` for each command, with this number of devices per process.
+
+    All of the processes are dead when the block is left, by an error too.
+    """
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     started = [

@@ -1,4 +1,7 @@
-"""Logistic regression on which the SDE is tested: bounded, Lipschitz gradients (Theorem 3)."""
+"""Logistic regression on which the SDE is tested.
+
+Its gradients are bounded and Lipschitz, as Theorem 3 asks.
+"""
 
 from typing import NamedTuple
 
@@ -10,7 +13,7 @@ from msgd_jax import loss
 
 
 class Problem(NamedTuple):
-    """A loss vector function, parameters [D] to start from, and examples (features, labels)."""
+    """A loss vector function, the start [D], and the examples (features [N, D], labels [N])."""
 
     loss_vector_fn: loss.LossVectorFn
     params: jax.Array
@@ -18,10 +21,12 @@ class Problem(NamedTuple):
 
     @property
     def losses(self) -> loss.LossVector:
+        """The loss vector of all examples."""
         return loss.LossVector(self.loss_vector_fn, self.data)
 
     @property
     def num_examples(self) -> int:
+        """The number of examples N."""
         return len(self.data[1])
 
 
@@ -32,7 +37,7 @@ def _losses(params, example):
 
 
 def logistic(num_examples: int = 32, dim: int = 5, dtype=jnp.float32) -> Problem:
-    """Noisy labels, so that no parameters fit them all."""
+    """Random features, with labels so noisy that no parameters fit them all."""
     rng = np.random.Generator(np.random.Philox(0))
     features = 2 * rng.standard_normal((num_examples, dim))
     labels = np.sign(features.sum(1) / (2 * np.sqrt(dim)) + 0.7 * rng.standard_normal(num_examples))
@@ -42,7 +47,7 @@ def logistic(num_examples: int = 32, dim: int = 5, dtype=jnp.float32) -> Problem
 
 
 def at_minimum(problem: Problem) -> Problem:
-    """The same problem, started at the minimum of the mean loss: Newton's method in float64."""
+    """The same problem, started at the minimum of the mean loss, by Newton's method in float64."""
     x, y = (np.asarray(array, np.float64) for array in problem.data)
     theta = np.zeros(x.shape[1])
     for _ in range(30):

@@ -12,7 +12,13 @@ from tests.support.problems import Regression
 
 
 def spread(num_devices: int, mode: AxisType = AxisType.Auto, **other: int) -> NamedSharding:
-    """Examples over an axis "data" of so many devices, the mesh's other axes behind it."""
+    """A sharding of examples over an axis "data" of a mesh.
+
+    Args:
+        num_devices: the number of devices along that axis.
+        mode: the kind of all axes of the mesh.
+        **other: names and sizes of the axes of the mesh that follow it.
+    """
     sizes = (num_devices, *other.values())
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = jax.make_mesh(sizes, ("data", *other), axis_types=(mode,) * len(sizes), devices=devices)
@@ -20,13 +26,14 @@ def spread(num_devices: int, mode: AxisType = AxisType.Auto, **other: int) -> Na
 
 
 def assert_is_dense_gradient(problem: Regression, weights: noise.Weights, value, grads) -> None:
-    """Against the dense product in float64.
+    """Asserts that value and gradients are the dense products in float64, up to rounding.
 
-    A float32 sum of n terms is off by at most (n - 1) u times the sum of their sizes, in whatever
-    order, u = 2^-24; 32 u more for the terms themselves (a dot product of 5, a sigmoid, a product).
-    Leaving out one example of 1,003 is some ten times more.
+    A float32 sum of n terms, in whatever order, is off by at most ``(n - 1) u`` times the sum of
+    the sizes of its terms, where ``u = 2^-24``. Another ``32 u`` is for the terms themselves: a dot
+    product of 5, a sigmoid and a product. Leaving out one example of 1,003 changes the sum by about
+    ten times this bound.
     """
-    w = np.abs(np.asarray(weights.dense(), np.float64))
+    w = np.abs(np.asarray(weights.dense(), np.float64))  # for the sum of the sizes
     unit = (len(w) + 32) * 2.0**-24
     exact, sizes = np.asarray(weights.dense(), np.float64), {}
     for leaf, matrix in problem.gradient_matrix().items():
@@ -38,7 +45,11 @@ def assert_is_dense_gradient(problem: Regression, weights: noise.Weights, value,
 
 
 def sent(program: str) -> int:
-    """Bytes of the results of all collectives of a compiled program; none may be in a loop."""
+    """The bytes of the results of all collectives of a compiled program.
+
+    Raises:
+        AssertionError: if a collective is in a loop, which would send its bytes many times.
+    """
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     lines = re.findall(rf"^.* = .*? (?:{kinds})(?:-start)?\(.*$", program, re.MULTILINE)
     assert not [line for line in lines if "/while/" in line]

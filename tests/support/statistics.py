@@ -1,7 +1,7 @@
-"""How far from a number may something random be: one rule for every statistical test.
+"""How far something random may be from its expectation: one rule for every statistical test.
 
-Keys are fixed, so a test that passes passes always; what these bounds decide is how likely it was
-that a correct library fails a test when it was written, or when draws change.
+Keys are fixed, so that a test which passes once always passes. The bounds decide how likely a
+correct library fails a test when the test is written, or when the draws change.
 """
 
 import math
@@ -10,7 +10,7 @@ import numpy as np
 import scipy.stats
 
 FALSE_ALARMS = 1e-5
-"""The probability that a test of something correct fails, all of its comparisons together."""
+"""The probability that a test of something correct fails, for all of its comparisons together."""
 
 
 def bound(
@@ -19,10 +19,11 @@ def bound(
     *,
     degrees_of_freedom: float = math.inf,
 ) -> float:
-    """How many standard errors so many comparisons stay within, but for that probability.
+    """The number of standard errors that all comparisons stay within, but for `false_alarms`.
 
-    Two-sided, shared out by Bonferroni: 4.4 for one, 5.5 for 300. By Student's t where standard
-    errors have finite degrees of freedom, since they come from few draws: 5.0 for one with 40.
+    The bound is two-sided, and Bonferroni's rule shares the probability out: it is 4.4 for one
+    comparison and 5.5 for 300. Where standard errors come from few draws, and so have finite
+    degrees of freedom, it is by Student's t: 5.0 for one comparison with 40.
     """
     return float(scipy.stats.t.isf(false_alarms / (2 * comparisons), degrees_of_freedom))
 
@@ -36,15 +37,15 @@ def assert_agree(
     slack=0.0,
     degrees_of_freedom: float = math.inf,
 ) -> None:
-    """Asserts that estimates are within their standard errors of what they estimate.
+    """Asserts that estimates are within `bound` standard errors of what they estimate.
 
     Args:
-        measured: estimates, an array or a number.
-        expected: what they estimate, of a shape that broadcasts.
-        standard_error: of each.
-        comparisons: how many there are in the whole test; None for those given here.
-        slack: what the estimates may be off besides: rounding, a bias that is known.
-        degrees_of_freedom: of the standard errors, as in `bound`.
+        measured: the estimates, an array or a number.
+        expected: the exact values, of a shape that broadcasts.
+        standard_error: the standard error of each estimate.
+        comparisons: the number of comparisons in the whole test, or None if all are given here.
+        slack: how much each estimate may be off besides, by rounding or a bias that is known.
+        degrees_of_freedom: those of the standard errors, as in `bound`.
     """
     measured, expected, standard_error, slack = np.broadcast_arrays(
         *(np.asarray(x, np.float64) for x in (measured, expected, standard_error, slack))
@@ -52,7 +53,7 @@ def assert_agree(
     comparisons = max(measured.size, 1) if comparisons is None else comparisons
     most = bound(comparisons, degrees_of_freedom=degrees_of_freedom)
     gap = np.abs(measured - expected)
-    outside = ~(gap <= most * standard_error + slack)  # what is not a number is outside
+    outside = ~(gap <= most * standard_error + slack)  # With ~, NaN is outside too.
     if outside.any():
         worst = np.unravel_index(np.argmax(np.where(outside, gap, -1)), gap.shape)
         raise AssertionError(
@@ -62,13 +63,13 @@ def assert_agree(
 
 
 def assert_rejected(measured, wrong, standard_error, **options) -> None:
-    """Asserts that a near miss would be seen: `assert_agree` with it fails.
+    """Asserts that `assert_agree` fails with a near miss: at least one estimate is outside.
 
     Args:
-        measured: estimates, an array or a number.
-        wrong: what they do not estimate.
-        standard_error: of each.
-        **options: of `assert_agree`.
+        measured: the estimates, an array or a number.
+        wrong: the values of the near miss, which the estimates must be able to tell apart.
+        standard_error: the standard error of each estimate.
+        **options: the options of `assert_agree`.
     """
     try:
         assert_agree(measured, wrong, standard_error, **options)

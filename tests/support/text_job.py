@@ -1,6 +1,6 @@
-"""A job as users have: a small transformer on text, which can kill itself in the middle.
+"""Trains a small transformer on text, as a user's job does, and can kill itself in the middle.
 
-``python -m tests.support.text_job FOLDER STEPS KILLED_AT``
+The command is ``python -m tests.support.text_job FOLDER STEPS KILLED_AT``.
 """
 
 import os
@@ -19,14 +19,14 @@ from flax import nnx
 
 from msgd_jax import flax_nnx, noise, train
 
-LENGTH, WIDTH, BATCH = 16, 16, 16  # with the noise of batches of 2
+LENGTH, WIDTH, BATCH = 16, 16, 16
 TEXT = pydoc_data.topics.topics["assignment"].encode("ascii", "replace")
 SEQUENCES = np.frombuffer(TEXT, np.uint8).astype(np.int32)
 SEQUENCES = SEQUENCES[: len(SEQUENCES) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1)
 
 
 class Decoder(nnx.Module):
-    """A net of one block, computed in bfloat16, with dropout."""
+    """A transformer of one block, computed in bfloat16, with dropout."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         kind: dict[str, Any] = {"dtype": jnp.bfloat16, "rngs": rngs}
@@ -46,19 +46,29 @@ class Decoder(nnx.Module):
 
 
 def loss_fn(model: Decoder, sequence: jax.Array) -> jax.Array:
+    """The mean cross-entropy of the next letter, over the letters of one sequence."""
     logits = model(sequence[:-1])
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, sequence[1:])
     return losses.mean()
 
 
 def run(folder: pathlib.Path, num_steps: int, killed_at: int | None) -> tuple[Any, list[float]]:
-    """Continues from the file in the folder, if there is one, and writes it at every third step."""
+    """Trains, and writes the state at every third step.
+
+    Args:
+        folder: where the state is; training continues from it if there is one.
+        num_steps: the number of steps of the whole job, those before the file included.
+        killed_at: the step after which the process kills itself, or None.
+
+    Returns:
+        The last state, and the loss of each step that this call took.
+    """
     model = Decoder(nnx.Rngs(0))
     model.train()
     net = flax_nnx.trainable(model, loss_fn)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 5, 60)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-    law = noise.batch_cov(len(SEQUENCES), BATCH // 8)
+    law = noise.batch_cov(len(SEQUENCES), BATCH // 8)  # Batches of 16 with the noise of 2.
     step = jax.jit(train.make_step(net.loss_vector_fn, optimizer, law, **net.takes))
     batches = grain.MapDataset.source(SEQUENCES).shuffle(seed=0).repeat().batch(BATCH)
     state = train.init(net.params, optimizer, jax.random.key(1))

@@ -14,9 +14,9 @@ from experiments.data._originals import Split
 from experiments.data._published import PublishedFile
 from tests.experiments.data.source_files import NO_SERVER, published_as
 
-NUM_RECORDS = 3  # in each of the six binary files
+NUM_RECORDS = 3  # The number of images in each of the six binary files.
 FOLDER_IN_ARCHIVE = "cifar-10-batches-bin"
-# The files have an order of their own, and some hold no images, as in the published archive.
+# As in the published archive, files are in no natural order, and some of them have no images.
 ORDER_IN_ARCHIVE = [
     "data_batch_1.bin",
     "batches.meta.txt",
@@ -32,7 +32,7 @@ Member = tuple[tarfile.TarInfo | str, bytes]
 
 
 def binary_file(images: np.ndarray, labels: np.ndarray) -> bytes:
-    """Records of a label and then all red, all green and all blue pixels."""
+    """One record per image: the label, and then all red, all green and all blue pixels."""
     return b"".join(
         bytes([label]) + b"".join(image[..., colour].tobytes() for colour in range(3))
         for image, label in zip(images, labels, strict=True)
@@ -40,7 +40,7 @@ def binary_file(images: np.ndarray, labels: np.ndarray) -> bytes:
 
 
 def tar_archive(members: Iterable[Member]) -> bytes:
-    """A gzip-compressed tar archive of files, or of the entries that a `TarInfo` describes."""
+    """A gzip-compressed tar archive of files, each given by its name or by a `TarInfo`."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
         for member, content in members:
@@ -52,7 +52,14 @@ def tar_archive(members: Iterable[Member]) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class TinyCifar10:
-    """A CIFAR-10 of 15 training and 3 test images: arrays, members, archive, what is published."""
+    """A CIFAR-10 of 15 training and 3 test images.
+
+    Attributes:
+        splits: the images and labels.
+        members: the files in the archive.
+        content: the archive.
+        published: name, address, size and checksum of the archive.
+    """
 
     splits: dict[str, Split]
     members: dict[str, bytes]
@@ -60,12 +67,13 @@ class TinyCifar10:
     published: PublishedFile
 
     def write(self, folder: Path) -> Path:
+        """Writes the archive into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / self.published.name).write_bytes(self.content)
         return folder
 
     def load(self, folder: Path, **kwargs) -> data.Dataset:
-        """Loads it with nothing but `folder` to look in and no network, unless told otherwise."""
+        """Loads the data set from `folder` alone, without a network unless ``download=True``."""
         published = kwargs.pop("published", self.published)
         return original(published).load(data_dir=folder, **{"download": False, **kwargs})
 
@@ -80,6 +88,7 @@ def original(published: PublishedFile) -> data.Original:
 
 
 def make_tiny_cifar10(base_url: str = NO_SERVER, seed: int = 0) -> TinyCifar10:
+    """Random images, published at an address."""
     random = np.random.default_rng(seed)
     splits = {}
     for name, num_files in (("train", 5), ("test", 1)):
@@ -100,7 +109,7 @@ def make_tiny_cifar10(base_url: str = NO_SERVER, seed: int = 0) -> TinyCifar10:
 
 
 def write_tiny_cifar10(folder: Path) -> tuple[data.Original, dict[str, Split]]:
-    """Writes the archive of a tiny CIFAR-10; returns the data set, and its arrays."""
+    """Writes the archive of a tiny CIFAR-10, and returns the data set and its arrays."""
     tiny = make_tiny_cifar10()
     tiny.write(folder)
     return original(tiny.published), tiny.splits

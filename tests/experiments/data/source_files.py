@@ -1,4 +1,4 @@
-"""Code that the tests of all data sets share: damaged files, a server, copies prepared by tfds."""
+"""Code that tests of all data sets share: damaged files, a server, copies prepared by tfds."""
 
 import contextlib
 import dataclasses
@@ -22,8 +22,8 @@ from experiments import data
 from experiments.data._originals import Split
 from experiments.data._published import PublishedFile
 
-NUM_TRAIN = 5  # drawn from the 20 images of a tiny original test set
-# Port 9 of this machine: nothing listens there, so that asking it fails at once.
+NUM_TRAIN = 5  # The number of images that are drawn from the 20 of a tiny original test set.
+# Nothing listens on port 9 of this machine, so that a request fails at once.
 NO_SERVER = "http://127.0.0.1:9/"
 
 
@@ -34,6 +34,7 @@ def published_as(file: PublishedFile, content: bytes) -> PublishedFile:
 
 
 def flip_middle_byte(content: bytes) -> bytes:
+    """The same contents, with all bits of one byte flipped."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
 
@@ -63,7 +64,7 @@ def check_same_examples(one: data.Dataset, other: data.Dataset) -> None:
 
 @contextlib.contextmanager
 def serve(folder: Path, asked_for: list[str] | None = None) -> Iterator[str]:
-    """Serves a folder, yields its address, and lists the files that were asked for."""
+    """Serves a folder, yields its address, and appends each request to `asked_for`."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
@@ -87,6 +88,7 @@ def serve(folder: Path, asked_for: list[str] | None = None) -> Iterator[str]:
 
 
 def _png(image: np.ndarray) -> io.BytesIO:
+    """An image as a file in the PNG format, in which tensorflow-datasets keeps images."""
     file = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
     file.seek(0)
@@ -105,8 +107,15 @@ def prepare(
 ) -> Path:
     """Lets tensorflow-datasets itself prepare a tiny data set in a folder.
 
-    Name, version, features and keys are those of the builder in tensorflow-datasets; `row_id`
-    makes the feature "id" of the split's name and an example's number.
+    Args:
+        folder: where it is prepared.
+        tfds_name: the name that the builder in tensorflow-datasets has.
+        version: the version that the builder has.
+        splits: the images and labels of each split.
+        shuffled: whether the builder shuffles the examples.
+        row_id: maps a split's name and an example's number to the feature "id"; None for data sets
+            that do not have this feature.
+        num_classes: the number of classes that the builder states.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
@@ -148,7 +157,7 @@ def prepare(
 
 
 def copy_with_other_information(prepared: Path, folder: Path, **changes: object) -> Path:
-    """A copy of a prepared data set with a changed description of itself."""
+    """Copies a prepared data set, and changes what it says about itself."""
     shutil.copytree(prepared, folder)
     (path,) = folder.rglob("dataset_info.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -156,7 +165,7 @@ def copy_with_other_information(prepared: Path, folder: Path, **changes: object)
 
 
 def check_is_tiny(dataset: data.Dataset, tiny: Any) -> None:
-    """Checks that it tests on the original training split and trains on five of the test split."""
+    """Checks that it tests on the original training set and trains on five of the test images."""
     np.testing.assert_array_equal(dataset.test.image, tiny.splits["train"].images)
     np.testing.assert_array_equal(dataset.test.label, tiny.splits["train"].labels)
     drawn = dataset.train_indices

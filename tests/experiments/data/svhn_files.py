@@ -14,40 +14,47 @@ from experiments.data._originals import Split
 from experiments.data._published import PublishedFile
 from tests.experiments.data.source_files import NO_SERVER, NUM_TRAIN, published_as
 
-# The first images that seed 0 draws of 26,032. Written down once; they may never change, or old
-# runs could no longer be repeated.
+# The first of 26,032 images that seed 0 draws. They may never change: old runs could not be
+# repeated then.
 PINNED_SVHN = [21868, 10768, 24928, 10467]
 
 
 def mat_file(variables: Mapping[str, object], **kwargs) -> bytes:
-    """A MATLAB file; compressed, as the published ones are, unless told otherwise."""
+    """A MATLAB file, compressed as the published ones are unless `kwargs` say otherwise."""
     file = io.BytesIO()
     scipy.io.savemat(file, dict(variables), **{"do_compression": True, **kwargs})
     return file.getvalue()
 
 
 def mat_variables(split: Split) -> dict[str, np.ndarray]:
-    """Images and labels as SVHN stores them: X[row, column, colour, i], and 10 for the digit 0."""
+    """Images and labels as SVHN stores them: ``X[row, column, colour, i]``, and 10 for a 0."""
     labels = np.where(split.labels == 0, 10, split.labels).astype(np.uint8)
     return {"X": np.stack(list(split.images), axis=-1), "y": labels[:, np.newaxis]}
 
 
 @dataclasses.dataclass(frozen=True)
 class TinySvhn:
-    """An SVHN of 12 training and 20 test images: the arrays, what is published, and the files."""
+    """An SVHN of 12 training and 20 test images.
+
+    Attributes:
+        splits: the images and labels.
+        published: name, address, size and checksum of each file.
+        contents: the files.
+    """
 
     splits: dict[str, Split]
     published: dict[str, PublishedFile]
     contents: dict[str, bytes]
 
     def write(self, folder: Path) -> Path:
+        """Writes the files into a new folder."""
         folder.mkdir(parents=True)
         for name, content in self.contents.items():
             (folder / name).write_bytes(content)
         return folder
 
     def load(self, folder: Path, **kwargs) -> data.Dataset:
-        """Loads it with nothing but `folder` to look in and no network, unless told otherwise."""
+        """Loads the data set from `folder` alone, without a network unless ``download=True``."""
         published = kwargs.pop("published", self.published)
         num_train = kwargs.pop("num_train", NUM_TRAIN)
         tiny = original(published, num_train)
@@ -65,6 +72,7 @@ def original(published: Mapping[str, PublishedFile], num_train: int = NUM_TRAIN)
 
 
 def make_tiny_svhn(base_url: str = NO_SERVER, seed: int = 0) -> TinySvhn:
+    """Random images, published at an address."""
     random = np.random.default_rng(seed)
     splits, published, contents = {}, {}, {}
     for name, num_examples in (("train", 12), ("test", 20)):
@@ -81,7 +89,7 @@ def make_tiny_svhn(base_url: str = NO_SERVER, seed: int = 0) -> TinySvhn:
 def write_tiny_svhn(
     folder: Path, num_train: int = NUM_TRAIN
 ) -> tuple[data.Original, dict[str, Split]]:
-    """Writes the original files of a tiny SVHN; returns the data set, and its arrays."""
+    """Writes the original files of a tiny SVHN, and returns the data set and its arrays."""
     tiny = make_tiny_svhn()
     tiny.write(folder)
     return original(tiny.published, num_train), tiny.splits

@@ -1,4 +1,4 @@
-"""CIFAR-10, with a tiny archive in the original format: pixels, damaged and missing archives."""
+"""CIFAR-10 from a tiny archive in the original format: its pixels, damaged and missing archives."""
 
 import tarfile
 
@@ -30,7 +30,7 @@ def tiny() -> TinyCifar10:
 
 
 def check_is_tiny(dataset: data.Dataset, tiny: TinyCifar10) -> None:
-    """Checks that it is all of both splits, each in the published order."""
+    """Checks that it has all images of both splits, in the published order."""
     for ours, original in (
         (dataset.train, tiny.splits["train"]),
         (dataset.test, tiny.splits["test"]),
@@ -40,7 +40,7 @@ def check_is_tiny(dataset: data.Dataset, tiny: TinyCifar10) -> None:
     assert dataset.train_indices.tolist() == list(range(5 * NUM_RECORDS))
 
 
-# The original archive, through the real parser.
+# The original archive -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("subfolder", [".", "cifar10"])
@@ -55,7 +55,7 @@ def test_archive_in_data_dir_is_read(tiny, tmp_path, subfolder):
     assert dataset.train.image.dtype == dataset.test.image.dtype == np.uint8
     assert dataset.train.label.dtype == dataset.test.label.dtype == np.int32
     assert dataset.train_indices.dtype == np.int64
-    # Nothing was unpacked next to the archive.
+    # Nothing was unpacked beside the archive.
     assert [path.name for path in folder.iterdir()] == ["cifar-10-binary.tar.gz"]
 
 
@@ -71,6 +71,7 @@ def test_load_by_name_finds_the_published_archive_whatever_the_seed(monkeypatch,
 
 
 def test_every_byte_of_a_record_is_where_it_belongs(tiny):
+    """The places of the bytes are those of the published description of the format."""
     record = np.zeros((NUM_RECORDS, 3073), np.uint8)
     record[0, 0] = 7  # label
     record[0, 1] = 10  # red, row 0, column 0
@@ -97,7 +98,7 @@ def test_published_archive_is_the_one_that_tfds_registers():
     )
 
 
-# Damaged archives.
+# Damaged archives ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("damage", "complaint"), DAMAGES)
@@ -110,13 +111,13 @@ def test_damaged_archive_is_named(tiny, tmp_path, damage, complaint):
 
 
 def load_published_as(tiny, tmp_path, content):
-    """Loads other contents as if they were published; else the checksum would tell first."""
+    """The error for other contents, whose checksum is taken for the published one."""
     path = tiny.write(tmp_path / "files") / "cifar-10-binary.tar.gz"
     path.write_bytes(content)
     with pytest.raises(data.DamagedDatasetError) as error:
         tiny.load(tmp_path / "files", published=published_as(tiny.published, content))
     assert str(error.value).startswith(f"{path} is damaged")
-    assert [path.name for path in tmp_path.iterdir()] == ["files"]  # nothing was unpacked
+    assert [path.name for path in tmp_path.iterdir()] == ["files"]  # Nothing was unpacked.
     return str(error.value)
 
 
@@ -126,7 +127,7 @@ def load_published_as(tiny, tmp_path, content):
         lambda content: b"",
         lambda content: b"no archive" * 100,
         lambda content: content[: len(content) // 2],
-        lambda content: b"\x80\x04K\x00." * 100,  # a pickle is not unpickled
+        lambda content: b"\x80\x04K\x00." * 100,  # A pickle must not be unpickled.
     ],
 )
 def test_archive_that_does_not_unpack_is_named(tiny, tmp_path, damage):
@@ -198,7 +199,7 @@ def test_member_that_is_no_file_is_refused(tiny, tmp_path, member_type, target):
     assert f"{TEST} in it has 0 bytes and type {member_type!r}" in text
 
 
-# It is not there.
+# Missing archives ---------------------------------------------------------------------------------
 
 
 def test_missing_data_set_is_named_with_folders_file_and_size(tmp_path):
@@ -217,7 +218,7 @@ def test_missing_data_set_is_named_with_folders_file_and_size(tmp_path):
         "--data-dir",
     ):
         assert wanted in text
-    assert list(tmp_path.iterdir()) == []  # looking leaves nothing behind
+    assert list(tmp_path.iterdir()) == []  # The search has made no folder.
 
 
 def test_unpacked_files_are_not_accepted_and_the_text_says_why(tiny, tmp_path):
@@ -234,7 +235,7 @@ def test_without_a_network_loading_fails_at_once(tiny, tmp_path, no_proxy):
         tiny.load(tmp_path, download=True)
 
 
-# Downloading, through tfds's own download manager.
+# Downloads, by the download manager of tfds -------------------------------------------------------
 
 
 def test_download_is_read_and_found_again_without_a_network(tmp_path, no_proxy):
@@ -244,7 +245,7 @@ def test_download_is_read_and_found_again_without_a_network(tmp_path, no_proxy):
         dataset = tiny.load(tmp_path / "own", download=True)
     check_is_tiny(dataset, tiny)
     assert dataset.source == f"downloaded now, to {tmp_path / 'own' / 'downloads'}"
-    again = tiny.load(tmp_path / "own", download=True)  # the server is gone by now
+    again = tiny.load(tmp_path / "own", download=True)  # The server has stopped.
     check_same_examples(again, dataset)
     assert again.source == f"downloaded before, to {tmp_path / 'own' / 'downloads'}"
 
@@ -257,10 +258,11 @@ def test_download_with_the_wrong_checksum_is_refused(tmp_path, no_proxy):
             tiny.load(tmp_path / "own", download=True)
 
 
-# A copy that was prepared with tensorflow-datasets.
+# Copies prepared with tensorflow-datasets ---------------------------------------------------------
 
 
 def row_id(split_name: str, number: int) -> str:
+    """The feature "id" of an example, as in tensorflow-datasets."""
     return f"{split_name}_{number:05d}"
 
 
@@ -281,7 +283,7 @@ def test_prepared_copy_that_lost_rows_is_refused(tiny, tmp_path):
         tiny.load(folder)
 
 
-# The real CIFAR-10, where it is on this machine.
+# The real CIFAR-10, if this machine has it --------------------------------------------------------
 
 
 def test_real_cifar10_has_its_sizes_and_as_many_images_of_every_class():

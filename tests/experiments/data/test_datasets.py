@@ -1,4 +1,4 @@
-"""Tests of experiments.data, with the real digits and with tiny archives in the original format."""
+"""What all data sets share, the digits, and FashionMNIST from tiny files and from the real ones."""
 
 import struct
 import subprocess
@@ -20,7 +20,7 @@ from tests.experiments.data.fashion_files import (
 )
 from tests.experiments.data.source_files import NUM_TRAIN, check_is_tiny
 
-# What every data set has in common.
+# All data sets ------------------------------------------------------------------------------------
 
 
 def test_unknown_name_lists_the_choices():
@@ -33,7 +33,7 @@ def test_unknown_name_lists_the_choices():
 @pytest.mark.parametrize("name", sorted(data.DATASETS))
 @pytest.mark.parametrize("seed", [-1, 2**31, 2**32])
 def test_a_seed_out_of_range_is_refused(name, seed):
-    """Of 2^32, jax makes the key of 0."""
+    """Without this, a seed of ``2^32`` would draw what the seed 0 draws."""
     with pytest.raises(ValueError, match=rf"seed must be between 0 and .* got {seed}\."):
         data.load(name, seed=seed)
 
@@ -74,7 +74,7 @@ def test_global_random_state_is_left_alone():
     np.testing.assert_array_equal(key_after, key_before)
 
 
-# The real digits.
+# The digits ---------------------------------------------------------------------------------------
 
 
 def test_digits_shapes_types_and_range():
@@ -101,7 +101,7 @@ def test_digits_train_and_test_are_disjoint_and_together_everything():
     np.testing.assert_array_equal(rows(digits.train), originals[digits.train_indices])
     rest = np.setdiff1d(np.arange(1797), digits.train_indices)
     assert len(rest) == 797
-    # Sorted, since the order within the test set means nothing.
+    # Both are sorted, since the order of test images has no meaning.
     assert sorted(map(tuple, rows(digits.test))) == sorted(map(tuple, originals[rest]))
 
 
@@ -118,12 +118,12 @@ def test_digits_split_depends_on_the_seed_and_on_nothing_else():
     np.testing.assert_array_equal(first.train_indices, again.train_indices)
     np.testing.assert_array_equal(first.train.image, again.train.image)
     np.testing.assert_array_equal(first.test.image, again.test.image)
-    # Two independent draws share 1000 * 1000 / 1797 = 556 of their examples, give or take 10.
+    # Two independent draws share 1000 * 1000 / 1797 = 556 examples, with a standard error of 10.
     shared = np.intersect1d(first.train_indices, other.train_indices)
     assert 500 < len(shared) < 610
 
 
-# FashionMNIST's original files, through the real parser.
+# The original files of FashionMNIST ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("subfolder", [".", "fashion_mnist"])
@@ -178,11 +178,12 @@ def test_number_of_training_images_out_of_range_is_refused(tiny, tmp_path, num_t
         tiny.load(folder, num_train=num_train)
 
 
-# The real FashionMNIST, where it is on this machine.
+# The real FashionMNIST, if this machine has it ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def real_fashion() -> data.Dataset:
+    """The real data set; without it, the tests that use it are skipped."""
     try:
         return data.load("fashion_mnist", seed=0, download=False)
     except data.DatasetNotFoundError:
@@ -200,10 +201,10 @@ def test_real_fashion_mnist_has_the_sizes_of_the_paper(real_fashion):
 
 
 def test_real_fashion_mnist_has_the_right_pixels(real_fashion):
-    # 72.9404 / 255 = 0.2860 is the mean by which this data set is usually centred.
+    # The mean by which this data set is usually centred is 0.2860 = 72.9404 / 255.
     assert real_fashion.test.image.mean() == pytest.approx(72.9404, abs=5e-5)
     assert (real_fashion.test.image.min(), real_fashion.test.image.max()) == (0, 255)
-    # An image's mean has a standard deviation of 32, so the mean over 1,000 images has one of 1.
+    # The mean of an image has a standard deviation of 32, so that of 1,000 images has one of 1.
     assert real_fashion.train.image.mean() == pytest.approx(73.1466, abs=4)
 
 
@@ -214,7 +215,7 @@ def test_real_fashion_mnist_is_drawn_without_replacement(real_fashion):
     assert indices.min() >= 0
     assert indices.max() < 10000
     assert indices[:4].tolist() == PINNED_FASHION
-    # Every class has 1,000 of the 10,000 images; 100 +- 9 of each are expected among the drawn.
+    # Each class has 1,000 of the 10,000 images: 100 are drawn, with a standard error of 9.
     counts = np.bincount(real_fashion.train.label, minlength=10)
     assert counts.sum() == 1000
     assert np.all(np.abs(counts - 100) < 45)

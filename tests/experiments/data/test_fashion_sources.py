@@ -1,4 +1,4 @@
-"""Where FashionMNIST comes from: damaged, missing, downloaded and prepared copies."""
+"""The sources of FashionMNIST: damaged, missing, downloaded and prepared copies."""
 
 import dataclasses
 import json
@@ -29,6 +29,7 @@ from tests.experiments.data.source_files import (
 
 
 def damage_crc(packed: bytes) -> bytes:
+    """A gzip file with a wrong bit in the checksum of its contents."""
     return packed[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:]
 
 
@@ -42,7 +43,7 @@ def damage_crc(packed: bytes) -> bytes:
         (lambda packed: b"", "0 bytes end before"),
         (lambda packed: b"<html>404 Not Found</html>", "incorrect header check"),
         (lambda packed: zlib.compress(packed), "incorrect header check"),
-        (flip_middle_byte, "is damaged"),  # zlib says one of several things
+        (flip_middle_byte, "is damaged"),  # zlib has several messages for this.
         (damage_crc, "incorrect data check"),
         (lambda packed: packed + b"more", "4 bytes follow the compressed data"),
     ],
@@ -66,7 +67,7 @@ def test_damaged_gzip_file_is_named(tiny, tmp_path, name, damage, complaint):
         (idx_file(np.zeros(10**6, np.uint8)), r"shape \(1000000,\), expected \(12,\)"),
         (idx_file(np.zeros(12, np.uint8)) + b"more", "longer or shorter"),
         (idx_file(np.zeros(12, np.uint8))[:-1], "longer or shorter"),
-        # The right shape but other labels, as MNIST's own files would have: only a checksum tells.
+        # Other labels of the right shape, such as those of MNIST: only a checksum finds them.
         (idx_file(np.zeros(12, np.uint8)), "other images or labels .* sha256"),
     ],
 )
@@ -104,7 +105,7 @@ def test_damaged_file_is_not_passed_over_for_a_good_copy_elsewhere(tiny, tmp_pat
         tiny.load(bad, debian_folder=good)
 
 
-# FashionMNIST is not there.
+# Missing files ------------------------------------------------------------------------------------
 
 
 def test_missing_data_set_is_named_with_folders_files_sizes_and_package(tmp_path):
@@ -129,9 +130,9 @@ def test_missing_data_set_is_named_with_folders_files_sizes_and_package(tmp_path
         "--data-dir",
     ):
         assert wanted in text
-    assert text.count("the network:") == 1  # it was not asked
+    assert text.count("the network:") == 1  # No server was asked.
     assert isinstance(error.value, FileNotFoundError)
-    assert list(tmp_path.iterdir()) == []  # looking leaves nothing behind
+    assert list(tmp_path.iterdir()) == []  # The search has made no folder.
 
 
 def test_files_that_are_missing_among_others_are_named(tiny, tmp_path):
@@ -148,7 +149,7 @@ def test_without_a_network_loading_fails_at_once(tiny, tmp_path, no_proxy):
         tiny.load(tmp_path, download=True)
 
 
-# Downloading, from a server on this machine, through tfds's own download manager.
+# Downloads from a server on this machine, by the download manager of tfds -------------------------
 
 
 def test_download_is_read_and_found_again_without_a_network(tmp_path, no_proxy):
@@ -160,7 +161,7 @@ def test_download_is_read_and_found_again_without_a_network(tmp_path, no_proxy):
         dataset = tiny.load(tmp_path / "own", download=True)
     check_is_tiny(dataset, tiny)
     assert dataset.source == f"downloaded now, to {tmp_path / 'own' / 'downloads'}"
-    for download in (False, True):  # the server is gone by now
+    for download in (False, True):  # The server has stopped.
         again = tiny.load(tmp_path / "own", download=download)
         check_is_tiny(again, tiny)
         assert again.source == f"downloaded before, to {tmp_path / 'own' / 'downloads'}"
@@ -180,7 +181,7 @@ def test_download_with_the_wrong_checksum_is_refused(tmp_path, no_proxy):
             (tmp_path / "served" / name).write_bytes(published_gzip(name, content))
         with pytest.raises(data.DamagedDatasetError, match=f"{url}.*has wrong checksum"):
             tiny.load(tmp_path / "own", download=True)
-    # No other download is left under way: it could go on for minutes, and Python waits for it.
+    # No other download has begun. It could take minutes, for which Python would wait.
     assert asked_for == ["/train-images-idx3-ubyte.gz"]
 
 
@@ -192,15 +193,17 @@ def test_server_without_the_files_counts_as_not_found(tmp_path, no_proxy):
             tiny.load(tmp_path / "own", download=True)
 
 
-# A copy that was prepared with tensorflow-datasets.
+# Copies prepared with tensorflow-datasets ---------------------------------------------------------
 
 
 def prepare(tiny: TinyFashion, folder: Path, shuffled: bool) -> Path:
+    """Prepares the tiny data set in a folder."""
     return source_files.prepare(folder, "fashion_mnist", "3.0.1", tiny.splits, shuffled=shuffled)
 
 
 @pytest.fixture(scope="module")
 def prepared(tiny, tmp_path_factory) -> Path:
+    """The folder of a prepared copy."""
     return prepare(tiny, tmp_path_factory.mktemp("prepared"), shuffled=True)
 
 
@@ -253,7 +256,7 @@ def test_prepared_copy_of_other_images_is_refused(prepared):
 
 
 def test_prepared_copy_in_an_order_that_it_does_not_tell_is_refused(tiny, prepared, tmp_path):
-    # It says that it was not shuffled, but it was.
+    # The copy says that it was not shuffled, which is not true.
     folder = copy_with_other_information(prepared, tmp_path / "copy", disableShuffling=True)
     with pytest.raises(data.DamagedDatasetError, match="in an order"):
         tiny.load(folder)

@@ -1,4 +1,4 @@
-"""Data sets of the user's own, from the file to a trained net, through the real command line."""
+"""The user's own data sets, from the file to a trained net by the command line."""
 
 import json
 import shlex
@@ -17,6 +17,7 @@ TRAIN = shlex.split(
 
 
 def arrays(num_train=12, num_test=6, shape=(16, 18, 3), num_classes=3, seed=0):
+    """The four arrays of a file, with random images."""
     random = np.random.default_rng(seed)
 
     def split(name, count):
@@ -27,6 +28,7 @@ def arrays(num_train=12, num_test=6, shape=(16, 18, 3), num_classes=3, seed=0):
 
 
 def write(path, **held):
+    """Writes arrays to a file, and returns its path."""
     np.savez(path, **held)
     return path
 
@@ -50,7 +52,7 @@ def test_a_file_is_trained_on_with_a_net_that_fits(tmp_path, shape, net, capsys)
 def test_pixels_and_labels_arrive_as_they_are(tmp_path):
     held = arrays()
     wide = {name: array.astype(np.int64) for name, array in held.items()}
-    wide["y_train"] = wide["y_train"][:, None]  # as Keras has those of CIFAR-10
+    wide["y_train"] = wide["y_train"][:, None]  # Labels of CIFAR-10 in Keras have this shape.
     dataset = data.load(str(write(tmp_path / "a.npz", **wide)))
     np.testing.assert_array_equal(dataset.train.image, held["x_train"])
     np.testing.assert_array_equal(dataset.test.image, held["x_test"])
@@ -61,7 +63,8 @@ def test_pixels_and_labels_arrive_as_they_are(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_is_told_apart_by_what_the_file_holds_and_not_by_its_path(tmp_path):
+def test_a_run_is_known_by_the_contents_of_the_file_and_not_by_its_path(tmp_path):
+    """A finished run is shown for a moved copy, and refused for a file with other pixels."""
     held = arrays()
     one = write(tmp_path / "one.npz", **held)
     np.savez_compressed(tmp_path / "moved.npz", **held)
@@ -76,7 +79,7 @@ def test_a_run_is_told_apart_by_what_the_file_holds_and_not_by_its_path(tmp_path
     out = tmp_path / "run"
     main([*TRAIN, "--dataset", str(one), "--out", str(out)])
     before = (out / "metrics.jsonl").read_bytes()
-    main([*TRAIN, "--dataset", str(tmp_path / "moved.npz"), "--out", str(out)])  # only shown
+    main([*TRAIN, "--dataset", str(tmp_path / "moved.npz"), "--out", str(out)])
     assert (out / "metrics.jsonl").read_bytes() == before
     with pytest.raises(SystemExit, match="differs in dataset_sha256"):
         main([*TRAIN, "--dataset", str(tmp_path / "changed.npz"), "--out", str(out)])
@@ -85,7 +88,8 @@ def test_a_run_is_told_apart_by_what_the_file_holds_and_not_by_its_path(tmp_path
         loop.load(plans[0])
 
 
-def test_runs_of_data_sets_with_names_are_called_as_before():
+def test_settings_of_data_sets_with_names_have_no_checksum():
+    """A checksum would tell old runs from new ones of the same data set."""
     assert "dataset_sha256" not in runs.settings(TrainConfig())
     assert runs.settings(TrainConfig())["dataset"] == "fashion_mnist"
 
@@ -114,6 +118,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("changes", "words"), WRONG)
 def test_a_wrong_array_is_named_before_anything_is_trained(tmp_path, changes, words):
+    """With the longest path that a message may have to quote, it has at most 400 characters."""
     held = {k: v for k, v in (arrays() | changes).items() if v is not None}
     path = write(tmp_path / ("long-" * 30 + ".npz"), **held)
     with pytest.raises(SystemExit, match=words) as stopped:
@@ -123,7 +128,7 @@ def test_a_wrong_array_is_named_before_anything_is_trained(tmp_path, changes, wo
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_no_archive_is_refused(tmp_path):
+def test_a_file_that_is_no_archive_is_refused(tmp_path):
     one = tmp_path / "one.npz"
     with open(one, "wb") as file:
         np.save(file, np.zeros(3))

@@ -1,4 +1,4 @@
-"""SVHN, with tiny files in the original format: its draw, its pixels, damaged and missing files."""
+"""SVHN from tiny files in the original format: its draw, its pixels, damaged and missing files."""
 
 import shutil
 
@@ -34,7 +34,7 @@ def tiny() -> TinySvhn:
     return make_tiny_svhn()
 
 
-# The original files, through the real parser.
+# The original files -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("subfolder", [".", "svhn"])
@@ -59,6 +59,7 @@ def test_load_by_name_finds_the_published_files(monkeypatch, tmp_path):
 
 
 def test_every_axis_of_the_file_is_where_it_belongs():
+    """Each pixel has a value that is computed from its row, column, colour and image."""
     row, column, colour, number = np.indices((32, 32, 3, 2))
     stored = (row + 40 * colour + 100 * number + 3 * (column % 7)).astype(np.uint8)
     images, _ = svhn.parse(mat_file({"X": stored, "y": [[1], [2]]}), 2)
@@ -89,7 +90,9 @@ def test_seed_decides_which_test_images_are_trained_on(tiny, tmp_path):
     check_is_tiny(other, tiny)
 
 
-def test_papers_number_of_images_is_drawn_without_replacement(monkeypatch):
+def test_the_papers_number_of_images_is_drawn_without_replacement(monkeypatch):
+    """The images are blank, and random labels tell which of them were drawn."""
+
     def blank(num_examples: int, seed: int) -> Split:
         labels = np.random.default_rng(seed).integers(0, 10, num_examples, dtype=np.uint8)
         return Split(np.broadcast_to(np.uint8(0), (num_examples, 1, 1, 1)), labels)
@@ -128,7 +131,7 @@ def test_published_files_are_those_that_tfds_registers():
     }
 
 
-# Damaged files.
+# Damaged files ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["train_32x32.mat", "test_32x32.mat"])
@@ -151,7 +154,7 @@ BLANK = np.moveaxis(ZEROS, -1, 0)
     ("content", "complaint"),
     [
         (b"", "no MATLAB file of version 5"),
-        (b"\x80\x04K\x00." * 100, "no MATLAB file of version 5"),  # a pickle is not unpickled
+        (b"\x80\x04K\x00." * 100, "no MATLAB file of version 5"),  # A pickle: never loaded.
         (mat_file({"X": ZEROS, "y": ONES})[:-20], "no MATLAB file of version 5"),
         (mat_file({"X": ZEROS}), "no array 'y'"),
         (mat_file({"x": ZEROS, "y": ONES}), "no array 'X'"),
@@ -169,7 +172,7 @@ BLANK = np.moveaxis(ZEROS, -1, 0)
 def test_file_with_wrong_contents_is_named(tiny, tmp_path, content, complaint):
     path = tiny.write(tmp_path / "files") / "train_32x32.mat"
     path.write_bytes(content)
-    # As if these were the published bytes; otherwise the checksum would tell first.
+    # The checksum of these contents is taken for the published one, or it would be the error.
     published = tiny.published | {"train": published_as(tiny.published["train"], content)}
     with pytest.raises(data.DamagedDatasetError, match=complaint) as error:
         tiny.load(tmp_path / "files", published=published)
@@ -192,7 +195,7 @@ def test_damaged_file_is_not_passed_over_for_a_download(tiny, tmp_path):
         tiny.load(folder, download=True)
 
 
-# It is not there.
+# Missing files ------------------------------------------------------------------------------------
 
 
 def test_missing_data_set_is_named_with_folders_files_and_sizes(tmp_path):
@@ -214,7 +217,7 @@ def test_missing_data_set_is_named_with_folders_files_and_sizes(tmp_path):
         assert wanted in text
     assert "extra" not in text
     assert "Debian" not in text
-    assert list(tmp_path.iterdir()) == []  # looking leaves nothing behind
+    assert list(tmp_path.iterdir()) == []  # The search has made no folder.
 
 
 def test_file_that_is_missing_beside_the_other_is_named(tiny, tmp_path):
@@ -229,7 +232,7 @@ def test_without_a_network_loading_fails_at_once(tiny, tmp_path, no_proxy):
         tiny.load(tmp_path, download=True)
 
 
-# Downloading, through tfds's own download manager.
+# Downloads, by the download manager of tfds -------------------------------------------------------
 
 
 def test_download_is_read_and_found_again_without_a_network(tmp_path, no_proxy):
@@ -242,8 +245,9 @@ def test_download_is_read_and_found_again_without_a_network(tmp_path, no_proxy):
         dataset = tiny.load(tmp_path / "own", download=True)
     check_is_tiny(dataset, tiny)
     assert dataset.source == f"downloaded now, to {tmp_path / 'own' / 'downloads'}"
-    assert asked_for == ["/train_32x32.mat", "/test_32x32.mat"]  # and not the 1.3 GB of "extra"
-    again = tiny.load(tmp_path / "own", download=True)  # the server is gone by now
+    # The 1.3 GB of the split "extra" were not asked for.
+    assert asked_for == ["/train_32x32.mat", "/test_32x32.mat"]
+    again = tiny.load(tmp_path / "own", download=True)  # The server has stopped.
     check_same_examples(again, dataset)
     assert again.source == f"downloaded before, to {tmp_path / 'own' / 'downloads'}"
 
@@ -258,20 +262,23 @@ def test_download_with_the_wrong_checksum_is_refused(tmp_path, no_proxy):
             tiny.load(tmp_path / "own", download=True)
 
 
-# A copy that was prepared with tensorflow-datasets.
+# Copies prepared with tensorflow-datasets ---------------------------------------------------------
 
 
 def row_id(split_name: str, number: int) -> str:
+    """The feature "id" of an example, as in tensorflow-datasets."""
     return f"{split_name}_{number:06d}"
 
 
 def prepare(folder, splits, **kwargs):
+    """Prepares splits in a folder, as an SVHN of tensorflow-datasets."""
     kwargs = {"row_id": row_id, **kwargs}
     return source_files.prepare(folder, "svhn_cropped", "3.1.0", splits, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def prepared(tiny, tmp_path_factory):
+    """The folder of a prepared copy."""
     return prepare(tmp_path_factory.mktemp("prepared"), tiny.splits)
 
 
@@ -330,7 +337,7 @@ def test_prepared_copy_with_a_damaged_file_is_refused(tiny, prepared, tmp_path):
         tiny.load(folder)
 
 
-# The real SVHN, where it is on this machine.
+# The real SVHN, if this machine has it ------------------------------------------------------------
 
 
 def test_real_svhn_has_its_sizes():

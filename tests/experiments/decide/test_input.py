@@ -1,4 +1,4 @@
-"""The study's declarations, and what it says to wrong input."""
+"""The declared settings of the study, and its messages for bad input."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from tests.experiments.decide.test_study import TINY
 
 
 def npz_of(path: pathlib.Path, **changed: np.ndarray) -> pathlib.Path:
+    """Writes a file with random images and labels, some of its arrays changed."""
     rng = np.random.default_rng(0)
     arrays = {
         "x_train": rng.integers(0, 256, (30, 32, 32, 3), np.uint8),
@@ -24,6 +25,7 @@ def npz_of(path: pathlib.Path, **changed: np.ndarray) -> pathlib.Path:
 
 
 def test_the_declared_settings_use_seeds_that_the_pilot_did_not():
+    """The pilot used the seeds up to 31. Main and tuning seeds are different as well."""
     for setting in settings.SETTINGS.values():
         main, tuning = (
             set(study.main_seeds(setting)),
@@ -40,7 +42,7 @@ def test_the_declared_settings_use_seeds_that_the_pilot_did_not():
     assert len(study.main_seeds(settings.SVHN)) >= 20
 
 
-def test_images_of_a_file_are_taken_the_way_round_that_is_declared(tmp_path):
+def test_the_declared_part_of_a_file_is_trained_on(tmp_path):
     path = npz_of(tmp_path / "images.npz")
     for part, sizes in (("train", (10, 40)), ("test", (10, 30))):
         setting = dataclasses.replace(
@@ -63,7 +65,7 @@ def test_images_of_a_file_are_taken_the_way_round_that_is_declared(tmp_path):
             },
             "x_train of shape",
         ),
-        ({"y_train": np.full(30, 10)}, "not so y_train"),
+        ({"y_train": np.full(30, 10)}, "got 10 in y_train"),
         ({"y_train": np.zeros(29, int)}, "as many images as labels"),
         ({"x_test": np.zeros((5, 32, 32, 3), np.uint8), "y_test": np.zeros(5, int)}, "at least"),
     ],
@@ -120,7 +122,7 @@ def test_a_report_without_records_says_what_is_missing(tmp_path):
         command.run(command.DecideConfig(report=True, out=tmp_path))
 
 
-def test_what_is_no_record_is_refused(tmp_path):
+def test_a_line_that_is_no_record_is_refused(tmp_path):
     path = _records.path_of(tmp_path, TINY)
     path.write_text(json.dumps({"some": "thing"}) + "\n")
     with pytest.raises(ValueError, match="line 1, is no record"):

@@ -1,4 +1,4 @@
-"""The study on tiny settings: what is drawn, what is computed, what is recorded."""
+"""The study on tiny settings: its draws, its computations, and its records."""
 
 import dataclasses
 import pathlib
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from experiments import models
 from experiments.decide import (
@@ -20,6 +21,7 @@ from experiments.decide import (
     study,
 )
 from msgd_jax import loss
+from tests.support.statistics import FALSE_ALARMS
 
 TINY = dataclasses.replace(
     settings.DIGITS,
@@ -42,19 +44,22 @@ TINY = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def images() -> _datasets.Images:
+    """The images of the tiny setting."""
     return _datasets.load(TINY)
 
 
 @pytest.fixture(scope="module")
 def runner(images) -> _runs.Runner:
+    """The runner that all tests share, with its compiled programs."""
     return _runs.Runner(TINY, images, _runs.Options())
 
 
 def quiet(runner, images, folder: pathlib.Path, seeds_at_once: int = 2) -> study.Study:
+    """A study with records in a folder, which prints nothing."""
     return study.Study(runner, images, folder, seeds_at_once=seeds_at_once, told=lambda text: None)
 
 
-# What is drawn.
+# Draws --------------------------------------------------------------------------------------------
 
 
 def test_the_stated_share_of_labels_is_of_another_class(images):
@@ -67,12 +72,12 @@ def test_the_stated_share_of_labels_is_of_another_class(images):
 
 
 def test_every_other_class_is_as_likely():
-    # 9 counts with mean 1,000: chi-square with 8 degrees of freedom, above 37.3 with p = 1e-5.
+    """Nine counts with mean 1,000 have a chi-square with 8 degrees of freedom."""
     many = dataclasses.replace(TINY, num_train=9_000, pool=9_000, label_noise=1.0)
     sample = _datasets.draw(many, jax.random.key(2), jnp.zeros(9_000, jnp.int32))
     counts = np.bincount(sample.labels, minlength=10)
     assert counts[0] == 0
-    assert ((counts[1:] - 1_000) ** 2 / 1_000).sum() < 37.3
+    assert ((counts[1:] - 1_000) ** 2 / 1_000).sum() < scipy.stats.chi2.isf(FALSE_ALARMS, 8)
 
 
 @pytest.mark.slow
@@ -89,10 +94,11 @@ def test_contestants_share_data_and_weights_but_no_noise_key(runner):
         assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
     assert (jax.random.key_data(one.noise_keys) != jax.random.key_data(other.noise_keys)).any()
     numbers = {_runs.noise_number(c.key) for c in settings.CONTESTANTS.values()}
-    assert len(numbers) == len(settings.CONTESTANTS) - 2  # GD draws nothing, in three variants
+    # The three variants of GD, which draw nothing, share one number.
+    assert len(numbers) == len(settings.CONTESTANTS) - 2
 
 
-# What is computed.
+# Computations -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -106,13 +112,14 @@ def test_contestants_share_data_and_weights_but_no_noise_key(runner):
     ],
 )
 def test_the_nets_are_those_of_the_models(net, convolution, groups):
+    """Logits and their derivatives are those of `experiments.models`, whose code is another."""
     setting = dataclasses.replace(TINY, net=net, width=2)
     kwargs = {"width": 2} if net == "vgg11" else {}
     model = models.functional(models.MODELS[net], **kwargs)
     made, rng = _nets.make(setting, convolution, groups), np.random.default_rng(0)
     shapes = jax.eval_shape(made.init, jax.random.key(0))
     assert shapes == jax.eval_shape(model.init, jax.random.key(0))
-    # Of a size that eight layers neither forget nor blow up.
+    # With these variances, eight layers neither shrink nor enlarge what passes through them.
     params = jax.tree.map(
         lambda x: (rng.normal(size=x.shape) * (2 / max(x.size // x.shape[-1], 1)) ** 0.5).astype(
             np.float32
@@ -133,6 +140,7 @@ def test_the_nets_are_those_of_the_models(net, convolution, groups):
 
 
 def test_the_diagonal_of_s_is_that_of_the_dense_matrix():
+    """The reference is the variance over all gradients, by numpy in float64."""
     losses = loss.per_example(lambda theta, example: (theta @ example.image) ** 2 + example.label)
     theta = jnp.asarray([1.0, -2.0])
     x = jax.random.normal(jax.random.key(0), (250, 2))
@@ -156,6 +164,10 @@ def test_isotropic_noise_has_the_trace_of_the_diagonal_one(runner):
 
 
 def test_gd_is_gradient_descent_with_the_decay(runner):
+    """The reference descends the mean loss by a loop of its own, with the rate doubled.
+
+    Parameters of size one agree up to the rounding of twelve float32 steps.
+    """
     state, advance = runner._started("gd", [100, 101], [2.0, 1.0])
     params, examples = (
         jax.tree.map(lambda x: x[0], part) for part in (state.params, state.examples)
@@ -170,12 +182,12 @@ def test_gd_is_gradient_descent_with_the_decay(runner):
         lambda p, rate: jax.tree.map(lambda x, g: x - rate * g, p, jax.grad(mean_loss)(p))
     )
     for step in range(12):
-        params = descend(params, 0.2 if step < 8 else 0.02)  # 70 % of 12 steps are 8
+        params = descend(params, 0.2 if step < 8 else 0.02)  # It decays after 70 % of 12 steps.
     final = advance(state, 0, 12).params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, atol=2e-5), final, params)
 
 
-def test_a_seed_does_not_depend_on_its_chunk(runner):
+def test_a_seed_does_not_depend_on_the_seeds_beside_it(runner):
     losses = [runner.run("cov", seeds).scores.train_loss for seeds in ([100, 101], [101, 102])]
     np.testing.assert_allclose(losses[0][:, 1], losses[1][:, 0], rtol=1e-4)
     assert not np.allclose(losses[0][-1, 0], losses[0][-1, 1], rtol=1e-3)
@@ -210,7 +222,7 @@ def test_svag_makes_more_and_smaller_steps():
     assert settings.CONTESTANTS["gd-longer"].evaluation_steps(TINY) == [8, 16, 24]
 
 
-# What is recorded.
+# Records ------------------------------------------------------------------------------------------
 
 
 def test_a_study_end_to_end_is_recorded_resumed_and_reported(runner, images, tmp_path, monkeypatch):
@@ -218,12 +230,12 @@ def test_a_study_end_to_end_is_recorded_resumed_and_reported(runner, images, tmp
     seeds = study.main_seeds(TINY)
     assert study.run_setting(one, TINY.contestants, seeds, shows_progress=False) == []
     before = one.path.read_text()
-    # 7 contestants with 4 seeds, and 2 learning rates on 2 seeds; 2 runs at once.
+    # There are 7 contestants with 4 seeds, and 2 learning rates with 2 seeds; a line has 2 runs.
     assert len(one.runs()) == 7 * 4 + 4
     assert len(before.splitlines()) == 7 * 2 + 2
     assert str(tmp_path) not in before
 
-    monkeypatch.setattr(_runs.Runner, "run", None)  # nothing is run again
+    monkeypatch.setattr(_runs.Runner, "run", None)  # A call would fail.
     again = quiet(runner, images, tmp_path)
     assert study.run_setting(again, TINY.contestants, seeds, shows_progress=False) == []
     assert one.path.read_text() == before
@@ -251,7 +263,7 @@ def test_nothing_is_started_after_the_deadline(runner, images, tmp_path):
     one = quiet(runner, images, tmp_path)
     assert study.run_setting(one, ["gd"], [100], deadline=0.0, shows_progress=False) == ["gd"]
     assert not one.path.exists()
-    assert one.run(one.job("gd", [100, 101]))  # from which it knows how long one takes
+    assert one.run(one.job("gd", [100, 101]))  # Now the study knows how long a job takes.
     assert not one.run(one.job("gd", [102, 103]), latest_end=0.0)
 
 
@@ -261,7 +273,7 @@ def test_records_of_another_setting_are_refused(runner, images, tmp_path):
     other = dataclasses.replace(TINY, learning_rate=0.2)
     with pytest.raises(ValueError, match="records of another setting"):
         quiet(_runs.Runner(other, images, _runs.Options()), images, tmp_path)
-    # Seeds, margin and family are about the analysis alone.
+    # Seeds, margin and family belong to the analysis, and may change.
     same = dataclasses.replace(TINY, seeds=(0, 7), margin=0.5, family=("cov",))
     assert same.fingerprint == TINY.fingerprint
     moved = images._replace(test_labels=np.roll(images.test_labels, 1))
@@ -270,6 +282,8 @@ def test_records_of_another_setting_are_refused(runner, images, tmp_path):
 
 
 def test_gds_own_rate_is_the_best_on_the_tuning_seeds_alone():
+    """The main seed 100 would choose another factor. Without all tuning runs there is no choice."""
+
     def curve(accuracy):
         return _records.Curve(np.asarray([12]), *(np.asarray([accuracy]) for _ in range(4)))
 
@@ -292,6 +306,10 @@ def test_gds_own_rate_is_the_best_on_the_tuning_seeds_alone():
 
 
 def test_gd_is_stopped_where_its_loss_is_sgds():
+    """Between evaluations the log loss is interpolated: -1.5 is a quarter of the way to -3.
+
+    A loss that GD never has gives its last evaluation, and one that it always has its first.
+    """
     steps = np.asarray([1, 2, 3])
     accuracy = np.asarray([0.1, 0.2, 0.4])
     gd = _records.Curve(steps, np.exp([0.0, -1.0, -3.0]), accuracy, accuracy, accuracy)
@@ -315,7 +333,7 @@ def test_the_report_adjusts_over_the_declared_family():
     notes = report._notes(setting, rows, [])
     assert "2 of 5 contestants" in notes
     assert "Not run: SGD, another key, GD + diagonal noise, GD at its best rate." in notes
-    # The gap is 10 points.
+    # The gap between GD and SGD is 10 points, which the declared margin is far below.
     assert "GD may be equivalent to SGD too" not in notes
     wide = dataclasses.replace(setting, margin=0.06)
     assert "GD may be equivalent to SGD too" in report._notes(wide, rows, [])
@@ -324,7 +342,7 @@ def test_the_report_adjusts_over_the_declared_family():
     assert cov.share
     assert isotropic.to_sgd
     assert isotropic.share
-    # Five contestants were declared, so the smallest of ten p-values counts ten times.
+    # With five declared contestants there are ten p-values: the smallest is multiplied by ten.
     smallest = min(cov.to_gd.p_value, isotropic.to_sgd.p_value)
     assert min(cov.adjusted_to_gd, isotropic.adjusted_to_sgd) == pytest.approx(10 * smallest)
     assert cov.share.low < 1 < cov.share.high

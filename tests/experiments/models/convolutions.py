@@ -1,4 +1,4 @@
-"""A reference for convolutions."""
+"""The reference for convolutions and their derivatives."""
 
 import functools
 
@@ -8,7 +8,17 @@ import numpy as np
 
 
 def assert_equal_to_float64(conv, images_shape, kernel_shape, stride):
-    """Compares values and derivatives in float32 with those of XLA's convolution in float64."""
+    """Asserts that values and derivatives in float32 are those of XLA's convolution in float64.
+
+    The longest sums have 3,200 products and round by about ``sqrt(3200) 2^-24 = 3e-6`` of their
+    size, and derivatives of derivatives have some sums in a row: 2e-5 is six times that.
+
+    Args:
+        conv: a function of images, a kernel and ``stride=``.
+        images_shape: [B, H, W, C].
+        kernel_shape: [h, w, C, O], with odd h and w.
+        stride: the same stride along height and width.
+    """
     random = np.random.default_rng(0)
     images, kernel = random.normal(size=images_shape), random.normal(size=kernel_shape)
     padding = [(size // 2, size // 2) for size in kernel_shape[:2]]
@@ -20,7 +30,7 @@ def assert_equal_to_float64(conv, images_shape, kernel_shape, stride):
         )
 
     def derivatives(f, images, kernel, cotangent):
-        """Values, tangents in forward mode, gradients, and products with the Hessian."""
+        """Values, forward-mode derivatives, gradients, and products with the Hessian."""
 
         def gradients(images, kernel):
             return jax.grad(lambda *args: (jnp.tanh(f(*args)) * cotangent).sum(), (0, 1))(

@@ -1,4 +1,4 @@
-"""The convolutions of wide nets and their derivatives, against XLA's own in float64."""
+"""The convolutions of wide nets and their derivatives, compared with XLA's own in float64."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 from experiments.models._conv_same import conv_same
 from tests.experiments.models.convolutions import assert_equal_to_float64
 
-# Each way that `conv_same` may go: (images, kernel, stride).
+# Shapes of images and kernel and the stride, for each way in which `conv_same` may compute.
 SIZES_OF_CONV = {
     "a single image": ((1, 7, 6, 3), (3, 3, 3, 4), 1),
     "two by two": ((2, 2, 2, 3), (3, 3, 3, 4), 1),
@@ -43,7 +43,10 @@ def test_conv_same_under_vmap_over_kernels(name):
 
 
 def test_in_a_loop_the_gradients_are_convolutions_that_the_cpu_is_fast_with():
-    """XLA changes layouts outside of loops only, and training steps are loops of micro-batches."""
+    """All three convolutions have the layout with which XLA calls its fast routines.
+
+    XLA changes layouts outside of loops alone, and training steps are loops of micro-batches.
+    """
     images, kernel = jnp.ones((2, 4, 8, 8, 8)), jnp.ones((3, 3, 8, 8))
 
     def gradients(kernel, images):

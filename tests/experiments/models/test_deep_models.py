@@ -1,4 +1,4 @@
-"""VGG-11, ResNet-18 and ghost batch norm, against float64 numpy and XLA's own convolutions."""
+"""VGG-11, ResNet-18 and ghost batch norm, compared with float64 numpy and XLA's convolutions."""
 
 import functools
 
@@ -13,14 +13,14 @@ from experiments import models
 from experiments.models import conv, layers, resnet
 from msgd_jax import loss
 from msgd_jax.noise import Weights
-from tests.support.statistics import assert_agree
+from tests.support.statistics import assert_agree, assert_rejected
 
-SIZES = {"vgg11": 9_225_610, "resnet18": 11_173_962}
+SIZES = {"vgg11": 9_225_610, "resnet18": 11_173_962}  # Numbers of parameters.
 each_net = pytest.mark.parametrize("name", SIZES)
 
 
 class OneBlock(layers.Net):
-    """The parts of ResNet-18 with the shortcut that projects, quick to compile."""
+    """One block of ResNet-18, with a projection in its shortcut, which is quick to compile."""
 
     image_shape = (32, 32, 3)
     full_width = 64
@@ -40,11 +40,12 @@ each_normalised = pytest.mark.parametrize("name", ["one_block", "resnet18"])
 
 @functools.cache
 def narrow(name: str):
+    """The functions of a net of width 2."""
     return models.functional({**models.MODELS, "one_block": OneBlock}[name], width=2)
 
 
 def params_of(model, seed: int = 0):
-    """Parameters of the right shapes and sizes from numpy: JAX's own take long to compile."""
+    """Parameters with the usual variances, drawn by numpy, since jax's draws compile slowly."""
     random = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -55,11 +56,12 @@ def params_of(model, seed: int = 0):
 
 
 def some_images(count: int = 6, seed: int = 3):
+    """Random images, [count, 32, 32, 3]."""
     return jnp.asarray(np.random.default_rng(seed).uniform(size=(count, 32, 32, 3)), jnp.float32)
 
 
 @each_net
-def test_parameters_of_the_nets_in_full(name):
+def test_the_nets_in_full_width_have_their_number_of_parameters(name):
     model = models.functional(models.MODELS[name])
     params = jax.eval_shape(model.init, jax.random.key(0))
     assert models.num_parameters(params) == SIZES[name]
@@ -68,7 +70,7 @@ def test_parameters_of_the_nets_in_full(name):
 def test_resnet_has_statistics_and_vgg_has_none():
     stats = narrow("resnet18").init_stats()
     means = [x for path, x in jax.tree.leaves_with_path(stats) if "mean" in str(path[-1])]
-    assert len(means) == 20  # one after each convolution, shortcuts included
+    assert len(means) == 20  # There is a norm after each convolution, shortcuts included.
     assert all((leaf == 0).all() for leaf in means)
     assert narrow("vgg11").init_stats() == {}
 
@@ -83,7 +85,7 @@ def test_max_pool_drops_an_odd_edge():
 
 
 class Normalised(nnx.Module):
-    """Batch norm alone, as a net."""
+    """A net that is batch norm alone."""
 
     def __init__(self, *, rngs, **kwargs):
         del rngs
@@ -97,16 +99,18 @@ NORM = models.functional(Normalised)
 
 
 def features(seed: int = 0, mean: float = 30.0):
-    """Channels far from zero, where E[x^2] - E[x]^2 would cancel in float32."""
+    """Random channels [5, 3, 2, 4] far from zero, where ``E[x^2] - E[x]^2`` cancels in float32."""
     values = np.random.default_rng(seed).normal(mean, 0.5, size=(5, 3, 2, 4))
     return jnp.asarray(values, jnp.float32)
 
 
 def norm_params():
+    """Parameters of the batch norm that are not its initial ones."""
     return {"norm": {"scale": jnp.array([1.0, 2.0, -1.0, 0.5]), "bias": jnp.arange(4.0)}}
 
 
 def reference_norm(images, params):
+    """Normalised images, means and unbiased variances by float64 numpy."""
     values = np.asarray(images, np.float64)
     mean, variance = values.mean((0, 1, 2)), values.var((0, 1, 2))
     scale, bias = (np.asarray(params["norm"][k], np.float64) for k in ("scale", "bias"))
@@ -123,7 +127,7 @@ def test_batch_norm_in_training_is_the_reference():
 
 
 def test_gradient_of_batch_norm_is_the_references():
-    """Against central differences in float64 along random directions."""
+    """The reference's gradient is by central differences in float64 along random directions."""
     random = np.random.default_rng(5)
     images, params = features(mean=1.0), norm_params()
     cotangent = random.normal(size=images.shape)
@@ -144,6 +148,7 @@ def test_gradient_of_batch_norm_is_the_references():
 
 
 def test_running_statistics_follow_pytorchs_recursion():
+    """The recursion is written out in float64, and evaluation uses the statistics unchanged."""
     stats, params = NORM.init_stats(), norm_params()
     mean, variance = np.zeros(4), np.ones(4)
     for seed in range(3):
@@ -188,7 +193,7 @@ def test_images_that_are_not_whole_ghost_batches_are_refused():
     pairs.apply(norm_params(), pairs.init_stats(), features())  # the running statistics need none
 
 
-def test_one_value_a_channel_has_no_variance():
+def test_one_value_per_channel_is_refused_since_it_has_no_variance():
     with pytest.raises(ValueError, match="choose a larger microbatch_size"):
         NORM.apply(norm_params(), NORM.init_stats(), features()[:1, :1, :1], training=True)
 
@@ -210,7 +215,10 @@ def test_statistics_are_float32_when_the_net_is_narrower():
 @pytest.mark.slow
 @each_normalised
 def test_a_step_over_ghost_batches_is_one_over_each(name):
-    """Micro-batches of the library are ghost batches: gradients add up, statistics in order."""
+    """Gradients are the sum over the ghost batches, and statistics follow them in order.
+
+    The reference computes the two micro-batches one after the other, without the library's walker.
+    """
     model = narrow(name)
     params = params_of(model)
 
@@ -245,7 +253,7 @@ def test_a_step_over_ghost_batches_is_one_over_each(name):
 
 
 @each_normalised
-def test_evaluation_does_not_depend_on_the_company_and_training_does(name):
+def test_other_images_of_the_batch_count_in_training_and_not_in_evaluation(name):
     model = narrow(name)
     params = params_of(model)
     images, stats = some_images(4), model.init_stats()
@@ -257,7 +265,7 @@ def test_evaluation_does_not_depend_on_the_company_and_training_does(name):
 
 
 @pytest.mark.parametrize("name", ["one_block", *SIZES])
-def test_seeds_side_by_side(name):
+def test_seeds_side_by_side_have_the_logits_of_each_alone(name):
     model = narrow(name)
     params = jax.tree.map(lambda *x: jnp.stack(x), *(params_of(model, seed) for seed in (1, 2)))
     stats = jax.tree.map(lambda x: jnp.stack([x, x]), model.init_stats())
@@ -272,7 +280,10 @@ def test_seeds_side_by_side(name):
 
 
 def test_resnet_is_the_reference_in_evaluation():
-    """Written out with XLA's convolutions, in NHWC; initial statistics subtract nothing."""
+    """The reference is the net written out with XLA's convolutions, in NHWC.
+
+    In evaluation with the initial statistics, batch norm subtracts nothing and divides by about 1.
+    """
     model = narrow("resnet18")
     params = params_of(model)
     images = some_images(2)
@@ -308,6 +319,7 @@ def test_resnet_is_the_reference_in_evaluation():
 
 
 def test_vgg_is_the_reference():
+    """The reference is the net written out with XLA's convolutions, in NHWC."""
     model = narrow("vgg11")
     params = params_of(model)
     images = some_images(2)
@@ -335,23 +347,30 @@ def test_vgg_is_the_reference():
     np.testing.assert_allclose(logits, reference(params, images), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow  # drawing eight kernels takes long to compile
+@pytest.mark.slow  # The draws of eight kernels take long to compile.
 def test_images_are_not_forgotten_on_the_way_through_vgg():
-    """Logits of the initial net vary between images as much as its last layer allows."""
+    """Logits of the initial net vary between images by about 0.04, whatever its depth.
+
+    Kernels with half of the variance would give 0.002, and with twice the variance 0.8.
+    """
     model = models.functional(models.VGG11, width=16)
     params = jax.jit(model.init)(jax.random.key(3))
     logits, _ = jax.jit(model.apply)(params, {}, some_images(20))
     spread = np.asarray(logits).std(0).mean()
-    assert 0.01 < spread < 10
+    assert 0.01 < spread < 0.2
 
 
 def test_kernels_are_drawn_with_variance_two_over_fan_in():
-    """4,608 draws: the mean square's error by truncated normals' kurtosis, at most 3."""
+    """The 4,608 draws are truncated normals, whose kurtosis, below 3, bounds the standard error.
+
+    The near miss has 0.774 of the variance, since truncation at two deviations was forgotten.
+    """
     layer = layers.Conv(32, 16, 3, rngs=nnx.Rngs(4))
     kernel = np.asarray(layer.kernel[...], np.float64)
     fan_in = 9 * 32
     ratio, error = (kernel**2).mean() * fan_in / 2, np.sqrt(2 / kernel.size)
     assert_agree(ratio, 1, error, comparisons=2)
+    assert_rejected(ratio, 0.774, error, comparisons=2)
     assert_agree(kernel.mean(), 0, np.sqrt(2 / fan_in / kernel.size), comparisons=2)
     assert (layer.bias[...] == 0).all()
 

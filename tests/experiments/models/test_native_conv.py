@@ -1,4 +1,4 @@
-"""The compiled convolutions: values and derivatives, where they are used, how they are made."""
+"""The compiled convolutions: values and derivatives, where they are used, and how they are made."""
 
 import functools
 import os
@@ -20,7 +20,8 @@ needs_library = pytest.mark.skipif(
     not native.is_compiled(), reason="no C++ compiler: `python -m experiments.models` says more"
 )
 
-# (images, kernel, stride): what fills tiles, vectors, groups of images, and what does not.
+# Shapes of images and kernel and the stride. Some sizes fill the tiles, vectors and groups of
+# images of the compiled code, and some do not.
 SIZES = {
     "a single image": ((1, 7, 6, 3), (3, 3, 3, 4), 1),
     "a larger kernel than the images": ((2, 1, 3, 3), (5, 5, 3, 4), 1),
@@ -66,12 +67,13 @@ def test_mapped_over_images_kernels_or_both(mapped):
 
 
 def uses_the_library(function, *arguments):
+    """Whether the compiled program of a function calls the compiled convolutions."""
     return "msgd_conv_Forward" in str(jax.jit(function).lower(*arguments).compile().as_text())
 
 
 @needs_library
 def test_several_devices_use_it_on_what_each_of_them_holds():
-    """XLA would send all images to all devices: it knows nothing of a call's inside."""
+    """Without `shard_map`, XLA would send all images to all devices, since the call is opaque."""
     images, kernel = jnp.ones((16, 6, 6, 4)), jnp.ones((3, 3, 4, 8))
     convolution = functools.partial(conv_same, stride=1)
     assert jax.device_count() == 8
@@ -85,6 +87,7 @@ def test_several_devices_use_it_on_what_each_of_them_holds():
     np.testing.assert_allclose(jax.jit(local)(images, kernel), convolution(images, kernel), 1e-6)
 
 
+# Prints the gradients as they are on so many cores of this machine, for a check of their bits.
 ON_CPUS = """
 import os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
@@ -117,7 +120,8 @@ def test_one_device_uses_it_and_any_number_of_cores_gives_the_same_bits():
     assert outputs[0] == outputs[1]
 
 
-def test_what_is_compiled_is_kept_and_found(tmp_path, monkeypatch):
+def test_the_library_is_compiled_once_and_found_again(tmp_path, monkeypatch):
+    """The compiler is a script that notes its calls and makes an empty file."""
     monkeypatch.setattr(native, "library", lambda: tmp_path / "made" / "conv.so")
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\necho "$@" >> "$0.log"\nfor last; do :; done\ntouch "$last"\n')
@@ -135,7 +139,7 @@ def test_without_a_compiler_the_command_says_so(tmp_path, monkeypatch, capsys):
     assert "Without a C++ compiler, convolutions will be slower" in capsys.readouterr().out
 
 
-def test_a_compiler_that_fails_is_heard(tmp_path, monkeypatch, capsys):
+def test_the_message_of_a_compiler_that_fails_is_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(native, "library", lambda: tmp_path / "conv.so")
     compiler = tmp_path / "compiler"
     compiler.write_text("#!/bin/sh\necho a line is wrong >&2\nexit 1\n")

@@ -1,4 +1,4 @@
-"""VGG-11 and ResNet-18 as wholes: every batch norm in training, names, shapes and types."""
+"""VGG-11 and ResNet-18 as a whole: every batch norm in training, names, shapes and types."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ from experiments import models
 from experiments.models import layers
 
 STAGES = ((1, 1, 1), (2, 1, 1), (3, 1, 2), (4, 2, 1), (5, 2, 2), (6, 4, 1), (7, 4, 2), (8, 8, 1))
-"""Of ResNet-18's blocks: number, input channels in widths, stride."""
+"""The number, the input channels as a multiple of the width, and the stride of each block."""
 
 each_net = pytest.mark.parametrize("name", ["vgg11", "resnet18"])
 
 
 def convolve(images, kernel, stride=1):
-    """Correlation in NHWC, zero-padded by half the kernel: a sum over the kernel's places."""
+    """The convolution in NHWC, padded by half the kernel, as a sum over the kernel's places."""
     size, rows, columns = len(kernel), *images.shape[1:3]
     padded = np.pad(images, ((0, 0), *((size // 2, size // 2),) * 2, (0, 0)))
     return sum(
@@ -25,7 +25,10 @@ def convolve(images, kernel, stride=1):
 
 
 def resnet_in_training(params, stats, images):
-    """Logits and running statistics of ResNet-18 in float64, every norm over these images."""
+    """Logits and new statistics of ResNet-18 in float64, by numpy.
+
+    Every norm uses the means and variances of these images.
+    """
 
     def norm(values, layer, running):
         mean, variance = values.mean((0, 1, 2)), values.var((0, 1, 2))
@@ -55,7 +58,7 @@ def resnet_in_training(params, stats, images):
 
 
 def test_resnet_in_training_is_a_network_in_numpy():
-    """Logits, and the running statistics of each of the 20 norms."""
+    """Logits and the running statistics of each of the 20 norms are those of the reference."""
     model = models.functional(models.ResNet18, width=2)
     rng = np.random.default_rng(0)
 
@@ -63,7 +66,7 @@ def test_resnet_in_training_is_a_network_in_numpy():
         return rng.normal(size=leaf.shape) * np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1))
 
     params = jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0)))
-    # Not the initial ones, so that what they were counts too.
+    # These differ from the initial statistics, so that the test sees whether they are used.
     stats = jax.tree.map(lambda leaf: rng.uniform(1, 2, leaf.shape), model.init_stats())
     images = rng.uniform(size=(4, 32, 32, 3))
     expected, moved = resnet_in_training(params, stats, images)
@@ -72,13 +75,14 @@ def test_resnet_in_training_is_a_network_in_numpy():
     apply = jax.jit(model.apply, static_argnames="training")
     logits, new = apply(*narrow, jnp.asarray(images, jnp.float32), training=True)
     assert len(jax.tree.leaves(new)) == 40
-    # Twenty norms in a row enlarge rounding: the last see 4 images of 4x4 pixels.
+    # Twenty norms in a row enlarge rounding, and the last ones see 4 images of 4 x 4 pixels alone.
     np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * abs(expected).max())
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)  # noqa: E731
     jax.tree.map(close, new, moved)
 
 
 def shapes_of_vgg():
+    """The shapes of all parameters of VGG-11, from its table of channels."""
     channels = (3, 64, 128, 256, 256, 512, 512, 512, 512)
     shapes = {
         f"conv{number}": {"kernel": (3, 3, *channels[number - 1 : number + 1]), "bias": (last,)}
@@ -88,6 +92,8 @@ def shapes_of_vgg():
 
 
 def shapes_of_resnet():
+    """The shapes of all parameters of ResNet-18, from its table of blocks."""
+
     def kernel(size, *channels):
         return {"kernel": (size, size, *channels)}
 
@@ -141,7 +147,7 @@ def test_types_of_parameters_logits_statistics_and_gradients(name):
 
 @each_net
 def test_the_type_to_compute_in_reaches_every_convolution(name):
-    """The last layer alone would make the logits narrow."""
+    """Logits of the right dtype are not enough, since the last layer alone decides theirs."""
     model = models.functional(models.MODELS[name], width=2, dtype=jnp.bfloat16)
     params = jax.eval_shape(model.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((3, 32, 32, 3), jnp.float32)

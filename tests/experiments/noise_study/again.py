@@ -1,11 +1,17 @@
-"""What each study promises of its folder."""
+"""The promise of each study that its table and picture can be made again from its records."""
 
 from experiments import records
 from experiments.__main__ import main
 
 
 def assert_made_again(study, folder, capsys):
-    """The table is that of the summary, and the lost picture is drawn again, from the records."""
+    """Asserts that ``--report`` prints the summary's table and draws a lost picture again.
+
+    Args:
+        study: the study.
+        folder: its finished folder, whose picture this deletes.
+        capsys: pytest's fixture.
+    """
     from matplotlib import image
 
     rows = records.read_object(folder / "summary.json")[study.name]

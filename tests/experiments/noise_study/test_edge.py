@@ -1,4 +1,7 @@
-"""``python -m experiments noise-study edge``: a tiny study, its table from records, bad input."""
+"""``python -m experiments noise-study edge``: a tiny study, its table from records, bad input.
+
+Expected numbers of the report are computed here by hand, from made-up records.
+"""
 
 import json
 import math
@@ -27,6 +30,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """The folder of the finished tiny study."""
     out = tmp_path_factory.mktemp("study") / "out"
     assert edge.STUDY.run(EdgeConfig(**TINY, out=out)) == out
     return out
@@ -46,12 +50,12 @@ def test_runs_start_at_the_same_place_and_part(folder):
     for name in ("loss", "eigenvalue", "sgd_sharpness"):
         assert np.shape(sgd[name]) == (3, 2)
         assert sgd[name][0] == other[name][0]
-        assert sgd[name][0][0] != sgd[name][0][1]  # seeds have images and weights of their own
+        assert sgd[name][0][0] != sgd[name][0][1]  # Each seed has its own images and parameters.
     assert sgd["loss"][2] != other["loss"][2]
 
 
-def test_what_is_there_is_not_overwritten(folder, capsys, monkeypatch):
-    monkeypatch.setattr(edge, "train", None)  # which would fail
+def test_a_finished_study_is_not_overwritten(folder, capsys, monkeypatch):
+    monkeypatch.setattr(edge, "train", None)  # A call would fail.
     edge.STUDY.run(EdgeConfig(**TINY, out=folder))
     assert "has finished before" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match=r"differs in learning_rate.*choose another --out"):
@@ -89,7 +93,7 @@ AT = {"learning_rate": 0.5, "margin": 0.1}
 
 
 def line_of(noise, values, rate=0.5):
-    """Four measurements of three seeds, of which those after step 4 of 8 count: the last two."""
+    """A record of four measurements of three seeds, of which those in the second half count."""
     every = [[9.0] * 3, [9.0] * 3, values, values]
     return {
         "step": 8,
@@ -104,7 +108,7 @@ def line_of(noise, values, rate=0.5):
 def test_the_endpoint_and_the_paired_difference_by_hand():
     sgd, cov = line_of("sgd", [3.0, 4.0, 5.0]), line_of("cov", [3.4, 4.8, 5.6])
     row = _edge_report.rows([sgd, cov], AT)[1]
-    # Times eta / 2 = 1/4; the t quantile of 2 degrees of freedom is 4.303.
+    # Values are multiplied by eta / 2 = 1/4. The t quantile of 2 degrees of freedom is 4.303.
     mean, half = row["eigenvalue"]
     assert mean == pytest.approx(1.15)
     assert half == pytest.approx(4.302653 * np.std([0.85, 1.2, 1.4], ddof=1) / math.sqrt(3))
@@ -112,7 +116,7 @@ def test_the_endpoint_and_the_paired_difference_by_hand():
     assert compared["mean"] == pytest.approx(0.15)
     spread = 4.302653 * np.std([0.1, 0.2, 0.15], ddof=1) / math.sqrt(3)
     assert compared["high"] == pytest.approx(0.15 + spread)
-    # Three equal comparisons of a declared family of 12, p = 0.035 each.
+    # There are three equal comparisons of a declared family of 12, each with p = 0.035.
     assert compared["p_value"] == pytest.approx(12 * 0.03509, rel=1e-3)
     assert compared["p_equivalent"] == 1
 
@@ -130,6 +134,7 @@ def test_a_seed_that_diverged_is_counted_and_left_out():
 
 
 def test_isotropic_noise_has_the_trace_of_sgd_noise():
+    """The trace is that of all gradients by numpy, and the normals have variance one."""
     params = _problem.initial(jax.random.key(0), 5, 3)
     examples = {"x": jnp.linspace(-1, 1, 35).reshape(7, 5), "y": jnp.arange(7)}
     variance = float(jax.jit(_problem.isotropic_variance, static_argnums=2)(params, examples, 4))

@@ -1,4 +1,4 @@
-"""``python -m experiments noise-study scale``: a tiny study, its fits by hand, bad input."""
+"""``python -m experiments noise-study scale``: a tiny study, its fits by hand, and bad input."""
 
 import json
 import math
@@ -42,6 +42,7 @@ def made_up(seeds, num_examples):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """The folder of the finished tiny study, on made-up examples."""
     out = tmp_path_factory.mktemp("study") / "out"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_fashion, "images", made_up)
@@ -55,6 +56,10 @@ def test_the_table_and_the_picture_are_made_again_from_the_records(folder, capsy
 
 
 def test_estimators_agree_with_the_exact_values(folder):
+    """The library's tests hold the estimators; this holds which of them is recorded where.
+
+    Traces of two draws scatter, and a factor of 3 is enough to tell a trace from other quantities.
+    """
     (line,) = (one for one in scale.STUDY.recorded(folder) if one["kind"] == "reference")
     assert line["steps"] == [0, 2, 6]
     found = {name: np.asarray(values) for name, values in line["measured"].items()}
@@ -63,7 +68,7 @@ def test_estimators_agree_with_the_exact_values(folder):
     assert all(found[name].shape == (3, 2, 5) for name in names)
     exact = found["exact"]
     assert np.allclose(exact[..., 0], exact[..., 1] / exact[..., 2], rtol=1e-3)
-    # |grad L|^2 of the draws is exact, and the trace is within a factor of 3.
+    # The squared gradient is exact, also where the trace is estimated from draws.
     assert np.allclose(found["2 draws"][..., 2], exact[..., 2], rtol=1e-3)
     for name in names[1:]:
         assert np.all(np.abs(np.log(found[name][1:, :, 1] / exact[1:, :, 1])) < math.log(3))
@@ -73,7 +78,7 @@ def test_estimators_agree_with_the_exact_values(folder):
 
 
 def test_a_monitor_sees_the_mean_of_its_micro_batches():
-    """Four gradients 1, 3, 6, 10 in two groups: means 2 and 8, whose variance is 18."""
+    """The gradients 1, 3, 6 and 10 in two groups have the means 2 and 8, with a variance of 18."""
     _, each = scale.monitors(ScaleConfig(**TINY))["2 micro-batches, 2 steps"]
     gradients = jnp.asarray([[1.0], [3.0], [6.0], [10.0]])
     state = scale._shown_to(each, each.init(jnp.zeros(1)), gradients, 2)
@@ -83,6 +88,10 @@ def test_a_monitor_sees_the_mean_of_its_micro_batches():
 
 
 def test_steps_to_a_target_are_those_of_a_loop_by_hand():
+    """The loop takes each step by itself, and interpolates between the losses around the target.
+
+    With a growth of nearly zero, the loss of the first 20 examples is evaluated at every step.
+    """
     config = ScaleConfig(**TINY | {"growth": 1e-6})
     examples = made_up(config.all_seeds, 40)
     keys, start = scale._start(config, examples)
@@ -151,7 +160,8 @@ def test_a_curve_without_noise_is_fitted_exactly():
 
 
 def test_the_prediction_is_the_mean_until_the_target():
-    # The loss passes 2 at step 3; the values rise from 10 to 30 in 4 steps, to 25 at step 3.
+    # The loss passes 2 at step 3, where the values have risen from 10 to 25. Their means are 15
+    # over the first two steps and 22.5 over the third.
     steps, loss = np.array([0.0, 2.0, 4.0]), np.array([4.0, 3.0, 1.0])
     values = np.array([10.0, 20.0, 30.0])
     assert _scale_report._mean_until(steps, loss, values, 2.0) == pytest.approx(
@@ -235,16 +245,18 @@ def test_images_are_pooled_and_differ_between_seeds(monkeypatch):
     assert np.allclose(found["x"].mean((1, 2)), 0, atol=1e-6)
     assert np.allclose(found["x"].std((1, 2)), 1, rtol=1e-6)
     assert not np.array_equal(found["y"][0], found["y"][1])
-    # One pixel is the mean of a square: its differences are those of the squares' means.
-    own = np.flatnonzero([(_squares(image) == 0).all() for image in pool.image])
-    assert not own.size
+    # Pixels are means over squares of four, up to a shift and a scale: their correlation with the
+    # means of one of the images is 1. Blank images would have no correlation.
     squares = np.stack([_squares(image) for image in pool.image])
+    assert squares.any(1).all()
     first = np.asarray(found["x"][0, 0])
-    distances = [np.corrcoef(first, one)[0, 1] for one in squares]
-    assert max(distances) == pytest.approx(1, abs=1e-5)
+    correlations = sorted(np.corrcoef(first, one)[0, 1] for one in squares)
+    assert correlations[-1] == pytest.approx(1, abs=1e-5)
+    assert correlations[-2] < 0.9
 
 
 def _squares(image):
+    """The means over squares of 2 x 2 pixels, as one vector."""
     grey = image[..., 0].astype(float)
     return (grey[::2, ::2] + grey[1::2, ::2] + grey[::2, 1::2] + grey[1::2, 1::2]).ravel() / 4
 

@@ -1,4 +1,7 @@
-"""``python -m experiments noise-study tails``: noises of known tails, a tiny study, bad input."""
+"""``python -m experiments noise-study tails``: noises of known tails, a tiny study, bad input.
+
+Expected numbers of the report are computed here by numpy and scipy, from made-up records.
+"""
 
 import json
 import math
@@ -28,7 +31,7 @@ TINY = {
 
 
 def test_stable_numbers_have_their_characteristic_function():
-    """E cos(2 x) = exp(-2^1.5) for the index 1.5, and not that of 1.7."""
+    """For the index 1.5, the mean of cos(2 x) is ``exp(-2^1.5)``; that of 1.7 is rejected."""
     x = tails.stable(jax.random.key(0), (200_000,), 1.5)
     cosines = jnp.cos(2 * x)
     mean, error = float(cosines.mean()), float(cosines.std()) / math.sqrt(200_000)
@@ -38,6 +41,7 @@ def test_stable_numbers_have_their_characteristic_function():
 
 @pytest.mark.parametrize("name", ["isotropic", "cov", "sgd"])
 def test_the_noise_has_the_trace_of_sgds_covariance(name):
+    """The near miss has uncentred gradients and a batch of 3."""
     config = TailsConfig(num_examples=20, batch_size=4, num_draws=6_400)
     gradients = jnp.sin(jnp.arange(60.0)).reshape(20, 3) * jnp.array([[1.0, 2.0, 4.0]])
     drawn = tails.draws(config, name, tails._laws(config), jax.random.key(3), gradients)
@@ -47,7 +51,7 @@ def test_the_noise_has_the_trace_of_sgds_covariance(name):
     assert_rejected(float(squares.mean()), float(jnp.square(gradients).mean(0).sum()) / 3, error)
 
 
-def test_the_relu_net_against_numpy():
+def test_the_relu_net_is_the_one_in_numpy():
     params = tails.initial("relu", jax.random.key(0), 5, 4)
     x, y = np.sin(np.arange(15.0)).reshape(3, 5), np.array([1, 0, 9])
     p = {name: np.asarray(leaf, float) for name, leaf in params.items()}
@@ -59,11 +63,13 @@ def test_the_relu_net_against_numpy():
 
 
 def test_weights_of_the_relu_net_have_variance_2_over_inputs():
+    """The near miss has the variance 1.5 over inputs."""
     params = tails.initial("relu", jax.random.key(0), 64, 200)
     for name, inputs in (("w1", 64), ("w2", 200), ("w3", 200)):
         size = params[name].size
         squares = float(jnp.square(params[name]).mean()) * inputs
-        assert_agree(squares, 2.0, 2 * math.sqrt(2 / size))
+        assert_agree(squares, 2.0, 2 * math.sqrt(2 / size), comparisons=3)
+        assert_rejected(squares, 1.5, 1.5 * math.sqrt(2 / size), comparisons=3)
 
 
 # The study ----------------------------------------------------------------------------------------
@@ -71,6 +77,7 @@ def test_weights_of_the_relu_net_have_variance_2_over_inputs():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """The folder of the finished tiny study."""
     out = tmp_path_factory.mktemp("study") / "out"
     assert tails.STUDY.run(TailsConfig(**TINY, out=out)) == out
     return out
@@ -88,7 +95,7 @@ def test_a_record_has_every_quantity_of_every_noise_at_every_point(folder):
     for quantity in _tails_report.QUANTITIES:
         assert list(one[quantity]) == list(_tails_report.LABELS)
         assert all(np.shape(values) == (2,) for values in one[quantity].values())
-        if quantity != "gaussian_p":  # of few values
+        if quantity != "gaussian_p":  # Its few values may be equal by chance.
             assert one[quantity] != other[quantity]
     assert one["loss"][1] != one["loss"][0] != other["loss"][0]
 
@@ -139,7 +146,8 @@ def test_comparisons_by_hand():
     assert rows["sgd"]["pooled"][0] == pytest.approx(sgd.mean())
     assert rows["sgd"]["rejected"] == 2
     assert rows["sgd"]["to_cov"]["mean"] == pytest.approx((sgd - cov).mean())
-    # Families of two: of Gaussian noises, and of those that are compared with them.
+    # There are two families of two comparisons: Gaussian noises with the index 2, and other noises
+    # with the Gaussian one.
     raw = stats.ttest_1samp(cov - 2, 0).pvalue
     assert rows["cov"]["to_two"]["p_value"] == pytest.approx(2 * raw)
     own = [stats.ttest_rel(one, cov).pvalue for one in (sgd, [2.0, 2.01, 2.04])]

@@ -1,4 +1,4 @@
-"""Intervals and tests of equivalence, against Student's t integrated by quadrature."""
+"""Intervals and tests of equivalence, compared with Student's t integrated by quadrature."""
 
 import csv
 
@@ -10,16 +10,17 @@ from experiments.paper.accuracies import Result
 
 
 def t_above(statistic: float, freedom: int) -> float:
-    """P(T > statistic) of Student's t, by integrating its density in float64."""
+    """``P(T > statistic)`` of Student's t, by integrating its density in float64."""
     from math import gamma, pi, sqrt
 
     scale = gamma((freedom + 1) / 2) / (sqrt(freedom * pi) * gamma(freedom / 2))
     angles = np.linspace(np.arctan(statistic / sqrt(freedom)), pi / 2, 200_001)
-    # With t = sqrt(n) tan(a), the density becomes a power of the cosine.
+    # With t = sqrt(freedom) tan(a), the density becomes a power of the cosine.
     return float(np.trapezoid(scale * sqrt(freedom) * np.cos(angles) ** (freedom - 1), angles))
 
 
 def result(label: str, final: list[float]) -> Result:
+    """A run of two evaluations whose last accuracies are these, one per seed."""
     accuracy = np.stack([np.full(len(final), 0.1), np.array(final)])
     return Result(label, np.array([0, 10]), 1 - accuracy, accuracy, accuracy, 1.0)
 
@@ -30,14 +31,14 @@ WORSE = result("worse", [0.751, 0.759, 0.757, 0.764, 0.760])
 SPREAD = result("spread", [0.760, 0.815, 0.770, 0.820, 0.780])
 
 
-def test_two_one_sided_tests():
+def test_equivalence_is_by_two_one_sided_tests():
     differences = CLOSE.test_accuracy[-1] - REFERENCE.test_accuracy[-1]
     error = differences.std(ddof=1) / np.sqrt(5)
     above = t_above((differences.mean() + 0.01) / error, 4)
     below = t_above((0.01 - differences.mean()) / error, 4)
     found = accuracies.equivalence(differences, 0.01)
     assert found == pytest.approx(max(above, below), rel=1e-5)
-    # At the edge of the margin nothing is shown either way.
+    # A mean at the edge of the margin is as likely on either side of it.
     assert accuracies.equivalence(differences - differences.mean() + 0.01, 0.01) == pytest.approx(
         0.5
     )
@@ -51,7 +52,7 @@ def test_intervals_cover_95_percent_of_students_t():
     assert np.isnan(accuracies.half_width(np.array([0.5])))
 
 
-def test_verdicts():
+def test_verdicts_say_what_the_tests_have_shown():
     rows = accuracies.compare([CLOSE, REFERENCE, WORSE, SPREAD], "SGD-50")
     verdicts = {row.label: row.verdict for row in rows}
     assert verdicts == {
@@ -95,7 +96,7 @@ def test_p_values_are_adjusted_over_the_comparisons_of_a_table():
     assert rows["apart"].verdict == "undecided"
 
 
-def test_tables(tmp_path):
+def test_tables_have_the_means_and_differences(tmp_path):
     rows = accuracies.compare([REFERENCE, WORSE], "SGD-50")
     table = accuracies.markdown_table(rows).splitlines()
     assert table[0].startswith("| algorithm | train loss | test accuracy % | minus SGD-50 |")
@@ -138,7 +139,7 @@ def test_bad_input():
 
 
 def test_averages_over_the_last_evaluations():
-    """A spike at the very end, of one seed, hides what the average shows."""
+    """A spike of one seed in the last evaluation widens its interval, and hardly the average's."""
     rng = np.random.default_rng(0)
     steady = 0.785 + 0.001 * rng.normal(size=(12, 5))
     spiked = steady + 0.001 * rng.normal(size=(12, 5))

@@ -1,4 +1,4 @@
-"""`list` and `report` read whatever lies in a folder of runs, and say what is wrong with it."""
+"""`list` and `report` read any folder of runs, and say what is wrong in it."""
 
 import dataclasses
 import json
@@ -23,6 +23,7 @@ LOSSES = {"step": 2, "seconds": 4.0, "devices": 8, "losses": [2.3, 2.2]}
 
 
 def write(folder, plan=PLAN, records=(EVALUATION,), command="train", ended=None):
+    """Writes the folder of a run with these records, finished if `ended` is its summary."""
     run = runs.RunFolder(folder, plan, command)
     for record in records:
         run.log(record)
@@ -32,7 +33,7 @@ def write(folder, plan=PLAN, records=(EVALUATION,), command="train", ended=None)
 
 
 def damage(root):
-    """Folders that are wrong, each in its own way, with the words of the message."""
+    """Writes folders that are each damaged in another way, and returns words of their messages."""
     write(root / "whole", ended={"seconds_per_1000_steps": 500.0})
 
     asked = json.loads((root / "whole" / "config.json").read_text())
@@ -97,6 +98,7 @@ def damage(root):
 
 
 def lines_of(text):
+    """The lines of a table by their first words."""
     return {line.split()[0]: line for line in text.splitlines() if line.strip()}
 
 
@@ -104,7 +106,7 @@ def test_every_kind_of_damage_is_listed_and_left_out_of_the_report(tmp_path, cap
     wrong = damage(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     main(["list", "--runs", str(tmp_path)])
-    assert sorted(tmp_path.rglob("*")) == before  # nothing is written
+    assert sorted(tmp_path.rglob("*")) == before  # `list` writes nothing.
     listed = lines_of(capsys.readouterr().out)
     assert {"run", "whole", *wrong} <= set(listed)
     assert len(listed) == 3 + len(wrong)
@@ -124,7 +126,7 @@ def test_every_kind_of_damage_is_listed_and_left_out_of_the_report(tmp_path, cap
 
 
 def test_runs_of_every_command_are_listed_and_those_with_curves_reported(tmp_path, capsys):
-    """`distributed` has the folder of `train`, so it is reported with it."""
+    """A run of `distributed` has the folder of one of `train`, and is reported with it."""
     alone = dataclasses.replace(PLAN, seeds=1, out=tmp_path / "many")
     ended = {"seconds_per_1000_steps": 4000.0}
     write(tmp_path / "many", alone, [ALONE | {"step": 1}, ALONE], "distributed", ended)
@@ -147,7 +149,7 @@ def test_runs_of_every_command_are_listed_and_those_with_curves_reported(tmp_pat
 
 @pytest.mark.slow
 def test_a_real_distributed_run_is_listed(tmp_path, capsys):
-    """Ten steps on the digits over the tests' eight devices; then what it did is shown again."""
+    """After ten steps on eight devices, the run is listed, and shown by the same command."""
     out = tmp_path / "runs" / "many"
     plan = "distributed --dataset digits --algorithm m-sgd-cov --steps 10"
     every = "--eval-every 5 --checkpoint-every 5 --microbatch-size None"
@@ -171,7 +173,7 @@ def test_a_real_distributed_run_is_listed(tmp_path, capsys):
 def test_a_run_below_a_folder_named_checkpoints_is_found(tmp_path):
     write(tmp_path / "checkpoints" / "one")
     assert [e.path.name for e in listing.read(tmp_path / "checkpoints")] == ["one"]
-    # But what a run keeps there itself is none.
+    # A folder of that name in a run has checkpoints, and no runs.
     (tmp_path / "checkpoints" / "one" / "checkpoints" / "3").mkdir(parents=True)
     (tmp_path / "checkpoints" / "one" / "checkpoints" / "3" / "config.json").write_text("{}")
     assert len(listing.read(tmp_path / "checkpoints")) == 1
@@ -191,7 +193,8 @@ def test_a_report_counts_a_seed_once_and_pairs_like_with_like(tmp_path, capsys):
     main(["report", "--runs", str(tmp_path)])
     text = (tmp_path / "report" / "report.md").read_text()
     assert "* repeated: seeds that another run has as well" in text
-    # Seeds 0 to 3 of GD; 1 and 2 of SGD, which are others; and SGD with the draws of before.
+    # Three sections have these runs: seeds 0 to 3 of GD, seeds 1 and 2 of SGD, and SGD with older
+    # draws. The fourth has the runs that are left out.
     assert text.count("## ") == 4
     assert "4 seeds" in text
 

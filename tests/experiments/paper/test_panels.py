@@ -1,4 +1,4 @@
-"""The panels: the paper's numbers, and that every run of them can be made."""
+"""The panels have the paper's numbers, and every run of them can be made."""
 
 import dataclasses
 import typing
@@ -20,7 +20,7 @@ EVERY = [
 ]
 
 
-def test_names_on_the_command_line_are_those_of_the_registry():
+def test_names_on_the_command_line_are_those_of_the_panels():
     assert typing.get_args(paper_config.PanelName) == tuple(panels.PANELS)
 
 
@@ -35,7 +35,7 @@ DECAYS = (40_000, 60_000)
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        # Appendix B.1, B.2, B.3, in the order of RECIPE.
+        # These are the numbers of Appendices B.1, B.2 and B.3, in the order of RECIPE.
         ("1a 1b", ("fashion_mnist", "lenet", 0.01, 50, 0, (), False, 0)),
         ("1d 1e 1f", ("svhn", "vgg11", 0.05, 100, 0, (), False, 0)),
         ("2a 2b", ("cifar10", "vgg11", 0.01, 100, 0.9, DECAYS, False, 0)),
@@ -67,7 +67,8 @@ def test_every_run_can_be_made(run: TrainConfig):
 
 
 @pytest.mark.parametrize("scale", typing.get_args(panels.Scale))
-def test_a_panel_compares_like_with_like(scale):
+def test_the_runs_of_a_panel_differ_in_their_algorithm_alone(scale):
+    """What belongs to an algorithm are its noise and how its learning rate is scaled."""
     own = {"algorithm", "noise", "noise_draw", "learning_rate_scaling"}
     for panel in panels.PANELS.values():
         runs = panel.at_scale(scale)
@@ -98,7 +99,7 @@ def test_a_scale_that_is_to_show_something_can_tell(scale):
 
 
 def test_medium_panels_of_one_data_set_share_runs():
-    """Those with batch b in 1(d), 1(e) and 1(f) are the same, and so are made once."""
+    """The runs of SGD in 1(d), 1(e) and 1(f) are the same, so that they are made once."""
     first, *others = (panels.PANELS[name].at_scale("medium") for name in ("1d", "1e", "1f"))
     for runs in others:
         assert next(run for run in runs if run.algorithm == "sgd") in [

@@ -1,4 +1,4 @@
-"""Panels, the list of runs and the report, end to end on the digits."""
+"""Panels, the list of runs and the report, from end to end on the digits."""
 
 import csv
 import dataclasses
@@ -33,11 +33,13 @@ PANEL = Panel(
 
 @pytest.fixture
 def small_panel(monkeypatch):
+    """Replaces the panel 1a by one of two algorithms on the digits."""
     monkeypatch.setattr(report, "PANELS", {**panels.PANELS, "1a": PANEL})
 
 
 def never(*_, **__):
-    raise AssertionError("nothing should be trained")
+    """Stands for a function that must not be called."""
+    raise AssertionError("nothing should be loaded or trained")
 
 
 def test_a_panel_is_run_drawn_listed_and_reported(tmp_path, small_panel, monkeypatch, capsys):
@@ -46,7 +48,7 @@ def test_a_panel_is_run_drawn_listed_and_reported(tmp_path, small_panel, monkeyp
     root = tmp_path / "runs"
     main(["figure", "1a", "--runs", str(root), "--seeds-at-once", "2"])
     folders = list(runs.find(root))
-    assert len(folders) == 4  # two algorithms, seeds 0 to 1 and seed 2
+    assert len(folders) == 4  # Two algorithms, each with seeds 0 and 1 and with seed 2.
     assert all(runs.state(path) == "finished" for path in folders)
     page = (root / "figure-1a" / "README.md").read_text()
     assert "two of them" in page
@@ -66,7 +68,7 @@ def test_a_panel_is_run_drawn_listed_and_reported(tmp_path, small_panel, monkeyp
     assert len(finals) == 3
     assert float(rows["[M-SGD-Cov]-100"]["test_accuracy"]) == pytest.approx(np.mean(finals))
 
-    # Drawn again, nothing is trained again, by whatever panel.
+    # Another panel with the same runs is drawn without training.
     monkeypatch.setattr("experiments.training.trainer.make_trainer", never)
     before = {path: (path / "metrics.jsonl").read_bytes() for path in folders}
     other = dataclasses.replace(PANEL, runs=PANEL.runs[:1], title="one of them")
@@ -97,7 +99,7 @@ def test_a_panel_is_run_drawn_listed_and_reported(tmp_path, small_panel, monkeyp
 
 
 def test_the_recorded_figures_are_drawn_again_from_their_runs(tmp_path, monkeypatch):
-    """Without training, by the command of their page, to the recorded numbers."""
+    """The command of their page gives the recorded numbers, without training."""
     results = pathlib.Path(experiments.__file__).parent / "results"
     monkeypatch.setattr(loop, "load", never)
     for panel in ("1a", "1b-converged"):
@@ -113,7 +115,7 @@ def test_the_recorded_figures_are_drawn_again_from_their_runs(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
+def test_the_small_scale_changes_the_settings_that_it_names(tmp_path, small_panel):
     root = tmp_path / "runs"
     main(["figure", "1a", "--scale", "small", "--runs", str(root)])
     for path in runs.find(root):
@@ -122,7 +124,7 @@ def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
         assert asked["noise"]["batch_size"] == 20
         drawn = records.read_json(path / "train_images.json")["train_indices"]
         assert len(set(drawn)) == 200
-        # Fractions of 50 test images.
+        # Accuracies are multiples of one in 50, the number of test images.
         last = np.array(records.read_lines(path / "metrics.jsonl")[-1]["test_accuracy"]) * 50
         np.testing.assert_allclose(last, np.round(last), atol=1e-3)
     assert "(small scale)" in (root / "figure-1a-small" / "README.md").read_text()
@@ -130,7 +132,7 @@ def test_the_small_scale_changes_what_it_says(tmp_path, small_panel):
 
 @pytest.mark.slow
 def test_a_panel_of_a_file_is_drawn_again_without_the_file(tmp_path, monkeypatch):
-    """At medium scale, where each seed has its own images; and which part is trained on."""
+    """At medium scale each seed has its own images, which the records know without the file."""
     root, file = tmp_path / "runs", tmp_path / "mine.npz"
     (x_train, y_train), (x_test, y_test) = data.load("digits").train, data.load("digits").test
     np.savez(file, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
@@ -164,7 +166,7 @@ def test_a_panel_of_a_file_is_drawn_again_without_the_file(tmp_path, monkeypatch
 
 
 def test_seeds_that_drew_something_else_are_not_mixed_into_a_figure(tmp_path, small_panel):
-    """All of before are drawn again as they are; some of before, with new ones, are refused."""
+    """A figure of older runs alone is drawn as it is; one of older and new runs is refused."""
     root = tmp_path / "runs"
     values = {
         f"{images}_{what}": [0.5] * 3
@@ -176,7 +178,7 @@ def test_seeds_that_drew_something_else_are_not_mixed_into_a_figure(tmp_path, sm
         folder.log({"step": 20, "seconds": 1.0} | values)
         folder.finish({})
         record = records.read_json(folder.path / "config.json")
-        del record["draws"]  # as of before they were written down
+        del record["draws"]  # Older records do not have this entry.
         records.replace_text(folder.path / "config.json", json.dumps(record))
         folder.close()
     main(["figure", "1a", "--runs", str(root)])
@@ -187,11 +189,12 @@ def test_seeds_that_drew_something_else_are_not_mixed_into_a_figure(tmp_path, sm
 
 
 def test_a_folder_is_named_after_what_is_computed(tmp_path):
+    """Where and how often a run writes does not count, nor does a net that is named or not."""
     name = report.run_folder(tmp_path, BASE).name
     assert name.startswith("digits-digits_net-sgd-seeds0-2-")
     free = dataclasses.replace(BASE, out=tmp_path, data_dir=tmp_path, checkpoint_every=7)
     assert report.run_folder(tmp_path, free).name == name
-    named = dataclasses.replace(BASE, model="digits_net")  # the net that fits, in as many words
+    named = dataclasses.replace(BASE, model="digits_net")  # This is the net if none is named.
     assert report.run_folder(tmp_path, named).name == name
     for change in ({"learning_rate": 0.2}, {"augment": True}, {"seeds": 1}, {"data_seed": 1}):
         assert report.run_folder(tmp_path, dataclasses.replace(BASE, **change)).name != name

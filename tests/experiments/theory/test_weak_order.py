@@ -1,4 +1,4 @@
-"""The exact weak orders, and what they are computed from."""
+"""The exact weak orders, and the matrices from which they are computed."""
 
 import itertools
 
@@ -12,11 +12,15 @@ from msgd_jax import noise
 
 @pytest.fixture(scope="module")
 def rows():
+    """The rows of the table of weak orders."""
     return weak_order.table()
 
 
 def test_every_order_is_as_expected(rows):
-    """Within 0.1: order 2 needs the right noise; order 1 is passed by a flow without noise too."""
+    """Slopes over finite learning rates are within 0.1 of the orders, which differ by 1.
+
+    Order 2 needs the right noise, while a flow without noise has order 1 too.
+    """
     for row in rows:
         assert abs(row["order"] - row["expected"]) < 0.1, row["label"]
         assert (np.diff(row["errors"]) < 0).all(), row["label"]
@@ -25,8 +29,8 @@ def test_every_order_is_as_expected(rows):
     assert expected.count(1) == 9
 
 
-def test_the_table_knows_right_from_wrong_noise(rows):
-    """Where the order is lost, so is the size: 10 times the error at the smallest learning rate."""
+def test_the_table_tells_the_right_noise_from_the_wrong_one(rows):
+    """With the wrong noise, the error at the smallest learning rate is over ten times as large."""
     last = {(row["group"], row["label"]): row["errors"][-1] for row in rows}
     for group, right, wrong in (
         ("linear", "SGD, modified SDE", "SGD, modified flow without noise"),
@@ -37,10 +41,13 @@ def test_the_table_knows_right_from_wrong_noise(rows):
 
 
 class TestLinearRegression:
+    """Moments of the iteration and of the SDE, compared with enumeration and closed forms."""
+
     problem = LinearRegression.random(num_examples=3, dim=2, seed=1)
 
     @pytest.mark.parametrize("replace", [True, False])
     def test_iteration_is_the_mean_over_all_batches(self, replace):
+        """The reference enumerates all pairs of batches of two steps."""
         eta, draws = 0.1, weak_order.batches(3, 2, replace=replace)
         law = noise.sgd(3, 2, replace=replace).covariance
         x, y = self.problem.features, self.problem.labels
@@ -63,7 +70,7 @@ class TestLinearRegression:
         np.testing.assert_allclose(self.problem.sde(STILL, 0.1, 1.0), fine, rtol=1e-4)
 
     def test_one_dimension_with_labels_alone_is_an_ornstein_uhlenbeck_process(self):
-        """Features 1, labels +-s: gradients theta -+ s, so that the noise is constant."""
+        """With the feature 1 and labels +-s, gradients are theta -+ s: the noise is constant."""
         s, eta, time, b = 0.7, 0.3, 1.5, 4
         problem = LinearRegression(np.ones((2, 1)), np.array([s, -s]), np.array([2.0]))
         got = problem.sde(noise.Exchangeable(1 / (4 * b), -1 / (4 * b)), eta, time)
@@ -75,10 +82,12 @@ class TestLinearRegression:
 
 
 class TestPeriodicLosses:
+    """Operators on the grid, compared with enumeration, quadrature and closed forms."""
+
     problem = PeriodicLosses.random()
     law = noise.fisher(5, 2).covariance
 
-    def test_derivatives(self):
+    def test_derivatives_are_those_of_finite_differences(self):
         step = 1e-5
         moved = PeriodicLosses(
             self.problem.amplitudes, self.problem.phases, self.problem.grid + step
@@ -108,11 +117,11 @@ class TestPeriodicLosses:
         np.testing.assert_allclose(self.problem.variance(law), outcomes.var(0), atol=1e-12)
 
     def test_generator_without_drift_is_the_heat_equation(self):
-        """Four losses that cancel: L = 0, and sum g_i^2 = 2 sin^2 + 2 cos^2 is constant."""
+        """Four losses cancel: L is 0, and the sum of g_i^2, 2 sin^2 + 2 cos^2, is constant."""
         amplitudes = np.array([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
         phases = np.array([[0, np.pi, np.pi / 2, -np.pi / 2], [0.0, 0.0, 0.0, 0.0]])
         problem = PeriodicLosses(amplitudes, phases, self.problem.grid)
-        law = noise.Exchangeable(0.3, 0.0)  # variance 0.3 * (2 sin^2 + 2 cos^2) everywhere
+        law = noise.Exchangeable(0.3, 0.0)  # The variance is 0.3 * 2 = 0.6 everywhere.
         got = problem.sde(law, 0.5, 2.0) @ np.cos(3 * problem.grid)
         decay = np.exp(-0.5 * 0.5 * 0.6 * 9 * 2.0)
         np.testing.assert_allclose(got, decay * np.cos(3 * problem.grid), atol=1e-10)

@@ -1,4 +1,4 @@
-"""Crops and flips against numpy, and their law."""
+"""Crops and flips are those of numpy, and uniform."""
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ KEY = jax.random.key(5)
 
 
 def test_crops_and_flips_are_numpys():
+    """The images are those of `np.pad` and of slices at the drawn shifts."""
     batch = _augmentation.draw(KEY, 3, EXAMPLES)
     images = np.asarray(jax.jit(_augmentation.apply)(batch))
     assert images.dtype == np.uint8
@@ -28,7 +29,10 @@ def test_crops_and_flips_are_numpys():
 
 
 def test_draws_are_uniform_and_independent_of_the_axis():
-    """5,000 draws a place: each of the 9 shifts 1/9, flips 1/2."""
+    """Each of the 9 shifts has the probability 1/9 along both axes, and a flip has 1/2.
+
+    The 20 comparisons are 9 shifts for each of two axes, their correlation, and the flips.
+    """
     many = data.Examples(np.zeros((5_000, 1, 1, 1), np.uint8), np.zeros(5_000, np.int32))
     batch = _augmentation.draw(KEY, 0, many)
     shifts = np.asarray(batch.shift)

@@ -1,4 +1,4 @@
-"""``python -m experiments distributed``: two processes of four devices each, on this machine."""
+"""``python -m experiments distributed`` in two processes of four devices each, on this machine."""
 
 import json
 import signal
@@ -13,6 +13,7 @@ from tests.support.processes import PATIENCE, free_address, processes
 
 
 def training(out, *arguments: str) -> list[str]:
+    """The command of a run of 40 steps with nine evaluations, as arguments of ``python -m``."""
     plan = "--dataset digits --algorithm m-sgd-cov --learning-rate 0.1 --steps 40 --num-train 203"
     more = "--checkpoint-every 5 --microbatch-size 13 --noise.batch-size 20 --num-test 100"
     every = ["--eval-every", "5"]
@@ -21,6 +22,7 @@ def training(out, *arguments: str) -> list[str]:
 
 
 def of_two(out) -> list[list[str]]:
+    """The commands of two processes that share a run."""
     shared = ["--coordinator", free_address(), "--num-processes", "2", "--heartbeat-timeout", "10"]
     return [training(out, *shared, "--process-id", str(i)) for i in range(2)]
 
@@ -31,15 +33,20 @@ def losses(out) -> np.ndarray:
 
 
 def wait_for_lines(path, number: int) -> None:
+    """Waits until a file has so many lines."""
     deadline = time.monotonic() + PATIENCE
     while not path.exists() or len(path.read_text().splitlines()) < number:
-        assert time.monotonic() < deadline, f"{path} has not got {number} lines"
+        assert time.monotonic() < deadline, f"{path} has fewer than {number} lines"
         time.sleep(0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_is_killed_the_other_stops_and_another_number_of_devices_goes_on(tmp_path, victim):
+    """A run of two processes, one of them killed, is finished by one process with two devices.
+
+    It ends as a run of one process with one device that was never stopped, up to rounding.
+    """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     with processes(training(whole), devices=1) as (process,):
         output, _ = process.communicate(timeout=PATIENCE)
@@ -47,24 +54,25 @@ def test_one_is_killed_the_other_stops_and_another_number_of_devices_goes_on(tmp
     with processes(*of_two(broken)) as started:
         wait_for_lines(broken / "metrics.jsonl", 2)
         started[victim].send_signal(signal.SIGKILL)
-        output, _ = started[1 - victim].communicate(timeout=PATIENCE)  # it does not hang
+        output, _ = started[1 - victim].communicate(timeout=PATIENCE)  # The other one ends too.
         assert started[1 - victim].returncode not in (0, None)
         assert "another task died" in output or "Gloo" in output
     assert len(losses(broken)) < 9
     with processes(training(broken), devices=2) as (process,):
         output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, output
-    # The same weight vectors at every step: other ones would change losses by some 10 %.
+    # Sums over devices round differently. Other weights at a step change losses by about 10 %.
     np.testing.assert_allclose(losses(broken), losses(whole), rtol=1e-4)
     steps = [record["step"] for record in records.read_lines(broken / "metrics.jsonl")]
     assert steps == list(range(0, 41, 5))
     ends = [json.loads((out / "summary.json").read_text()) for out in (whole, broken)]
+    # Rounding may change the class of two of the 100 test images.
     assert ends[0]["test_accuracy"] == pytest.approx(ends[1]["test_accuracy"], abs=0.02)
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(tmp_path):
-    """As `train`, it writes a checkpoint, exits with the code of the signal, and loses no work."""
+    """Both processes write a checkpoint and exit with the code of the signal, as `train` does."""
     out = tmp_path / "run"
     endless = ["--steps", "100000"]
     with processes(*[[*command, *endless] for command in of_two(out)]) as started:
@@ -91,7 +99,7 @@ def test_bad_input(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["distributed", "--dataset", "digits", *arguments])
-        # Older versions of tyro print in a box what newer ones leave to the exit code.
+        # Older versions of tyro print the message in a frame; with newer ones it is the exit code.
         said = str(stopped.value.code) + "".join(capsys.readouterr()).replace("│", "")
         assert message in " ".join(said.split())
     assert not (tmp_path / "x").exists()

@@ -37,7 +37,7 @@ OPTIONS = shlex.split(
 
 
 class Progress(terminal.Silent):
-    """Progress that does something at a step."""
+    """Progress that calls a function once it has counted so many steps."""
 
     def __init__(self, step=None, act=None):
         self.count, self.step, self.act = 0, step, act
@@ -49,7 +49,7 @@ class Progress(terminal.Silent):
 
 
 class Killed(BaseException):
-    pass
+    """Stands for the end of the process: nothing in the library catches it."""
 
 
 def kill():
@@ -57,12 +57,13 @@ def kill():
 
 
 def metrics(path):
-    """All that was logged, without the times."""
+    """The records of all evaluations, without their times."""
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
 def final_params(path):
+    """The bytes of all parameters in the last checkpoint."""
     with ocp.CheckpointManager(path / "checkpoints") as manager:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())["state"]
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state["params"])]
@@ -75,7 +76,7 @@ def digits():
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(digits):
-    """Every run here computes the same, so one compilation is enough for all."""
+    """All runs of this file have the same plan, and share one compiled trainer."""
     trainer, make = training.make_trainer(PLAN, digits), training.make_trainer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("experiments.training.trainer.make_trainer", lambda *_, **__: trainer)
@@ -85,13 +86,14 @@ def compiled_once(digits):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, digits):
-    """The run that is not interrupted."""
+    """The folder of the run that is not interrupted."""
     path = tmp_path_factory.mktemp("straight") / "run"
     loop.run(PLAN, digits, path, Progress())
     return path
 
 
 def check_same(path, straight):
+    """Asserts that a run has ended as the one that was not interrupted, to the last bit."""
     assert metrics(path) == metrics(straight)
     assert [record["step"] for record in metrics(path)] == [0, 20, 40, 60]
     assert final_params(path) == final_params(straight)
@@ -111,13 +113,13 @@ def test_a_run_learns_and_keeps_its_record(straight, digits):
 
 @pytest.mark.parametrize("step", [1, 27, 40])
 def test_interrupted_anywhere_it_ends_the_same(step, tmp_path, straight, digits):
-    """Without the last checkpoint, the steps after the one before it are made again."""
+    """The steps after the last checkpoint are taken again, and half a line is ignored."""
     path = tmp_path / "run"
     with pytest.raises(Killed):
         loop.run(PLAN, digits, path, Progress(step, kill))
     assert runs.state(path) == "stopped"
     with open(path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 59, "train_loss": [0.1')  # half a line
+        file.write('{"step": 59, "train_loss": [0.1')
     loop.run(PLAN, digits, path, Progress())
     check_same(path, straight)
 
@@ -140,7 +142,7 @@ def test_a_signal_writes_a_checkpoint_between_evaluations(number, tmp_path, stra
 
 
 def test_killed_as_a_process_it_goes_on_with_the_same_command(tmp_path, straight):
-    """A SIGKILL, which no process can catch."""
+    """The process gets SIGKILL, which it cannot catch."""
     path = tmp_path / "run"
     command = [sys.executable, "-m", "experiments", *OPTIONS, "--out", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -156,12 +158,16 @@ def test_killed_as_a_process_it_goes_on_with_the_same_command(tmp_path, straight
 
 
 def test_tensorboard_has_every_evaluation_once(tmp_path, digits, monkeypatch):
-    """This also holds for a run that goes on within a second, the unit of the files' names."""
+    """This also holds for a run that goes on within a second, which is the unit of file names.
+
+    The events are read here by TensorBoard's rule: a start deletes what was logged from its step
+    on.
+    """
     from tensorboardX import event_file_writer
     from tensorboardX.proto import event_pb2
 
     stopped_clock = types.SimpleNamespace(time=lambda: 1.7e9)
-    monkeypatch.setattr(event_file_writer, "time", stopped_clock)  # for this module alone
+    monkeypatch.setattr(event_file_writer, "time", stopped_clock)  # Other modules keep theirs.
     path = tmp_path / "run"
     with pytest.raises(Killed):
         loop.run(PLAN, digits, path, Progress(47, kill))
@@ -169,7 +175,7 @@ def test_tensorboard_has_every_evaluation_once(tmp_path, digits, monkeypatch):
     scalars = {}
     for file in sorted((path / "tensorboard").iterdir()):
         content = file.read_bytes()
-        while content:
+        while content:  # Length, its checksum (8 + 4 bytes), the event, and its checksum (4 bytes).
             length = int.from_bytes(content[:8], "little")
             event = event_pb2.Event.FromString(content[12 : 12 + length])
             content = content[16 + length :]
@@ -178,7 +184,7 @@ def test_tensorboard_has_every_evaluation_once(tmp_path, digits, monkeypatch):
             for value in event.summary.value:
                 scalars[value.tag, event.step] = value.simple_value
     evaluations = metrics(path)
-    assert len(scalars) == 4 * 2 * len(evaluations)
+    assert len(scalars) == 4 * 2 * len(evaluations)  # Four quantities of two seeds.
     for record in evaluations:
         for seed in range(2):
             found = scalars[f"test_accuracy/seed_{seed}", record["step"]]
@@ -188,6 +194,7 @@ def test_tensorboard_has_every_evaluation_once(tmp_path, digits, monkeypatch):
 def test_divergence_names_step_and_seeds_and_keeps_the_last_good_checkpoint(
     tmp_path, digits, monkeypatch
 ):
+    """Seed 1 is given a loss that is not a number in its step 33."""
     make = training.make_trainer
 
     def poisoned(*args, **_):
@@ -196,7 +203,7 @@ def test_divergence_names_step_and_seeds_and_keeps_the_last_good_checkpoint(
         def advance(state, num_steps):
             state, metrics = trainer.advance(state, num_steps)
             loss = metrics.loss
-            if int(state.step[0]) > 33:  # the loss before step 33 of seed 1
+            if int(state.step[0]) > 33:
                 row = 33 - (int(state.step[0]) - num_steps)
                 loss = loss.at[max(row, 0), 1].set(np.nan)
             return state, metrics._replace(loss=loss)
@@ -225,14 +232,14 @@ def test_a_finished_run_is_never_written_to(straight, digits):
     assert all(p.read_bytes() == content for p, content in before.items())
 
 
-def test_another_run_is_not_mixed_in(tmp_path):
+def test_a_run_of_another_plan_is_not_mixed_in(tmp_path):
     runs.RunFolder(tmp_path / "run", PLAN).close()
     other = TrainConfig.of_record(records.read_json(tmp_path / "run" / "config.json") | {"seed": 5})
     with pytest.raises(FileExistsError, match="differs in seed, and results are never overwritten"):
         runs.RunFolder(tmp_path / "run", other)
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
     folder = runs.RunFolder(tmp_path / "run", PLAN)
     assert runs.state(tmp_path / "run") == "running"
     with pytest.raises(FileExistsError, match="being written by another process"):
@@ -264,7 +271,7 @@ def test_a_run_begun_with_other_draws_does_not_go_on(tmp_path, monkeypatch):
         runs.RunFolder(tmp_path / "run", PLAN)
 
 
-def test_nor_does_one_of_another_command(tmp_path):
+def test_a_run_of_another_command_does_not_go_on(tmp_path):
     runs.RunFolder(tmp_path / "run", PLAN, "distributed").close()
     with pytest.raises(FileExistsError, match="a run of `distributed`, not of `train`"):
         runs.RunFolder(tmp_path / "run", PLAN)

@@ -1,4 +1,4 @@
-"""Schedules, weight decay, and the baselines with additive noise against numpy."""
+"""Schedules, weight decay and the baselines with additive noise, compared with numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ PROBLEM = problems.regression()
 
 
 def gradients():
+    """The gradient of each loss, [N, *leaf], by hand in float64."""
     return PROBLEM.gradient_matrix()
 
 
@@ -36,6 +37,7 @@ def test_the_rate_of_a_large_batch(scaling, factor):
 
 
 def test_without_regime_adaptation_epochs_are_kept():
+    """Batches that are four times as large take a quarter of the steps, and decay as early."""
     settings = NoiseSettings(batch_size=25, support_size=100)
     plan = TrainConfig(
         algorithm="sgd-b",
@@ -51,6 +53,7 @@ def test_without_regime_adaptation_epochs_are_kept():
 
 
 def test_momentum_and_weight_decay_follow_pytorchs_recursion():
+    """The recursion is written out in numpy: weight decay is added to the gradient."""
     plan = TrainConfig(learning_rate=0.1, momentum=0.9, weight_decay=0.01)
     optimizer = _optimizers.make(plan)
     params, expected, velocity = jnp.array([1.0, -2.0]), np.array([1.0, -2.0]), np.zeros(2)
@@ -64,12 +67,14 @@ def test_momentum_and_weight_decay_follow_pytorchs_recursion():
 
 
 def additive(kind="diagonal-fisher", refresh_every=3):
+    """The transformation that adds noise of batches of 10."""
     return _optimizers.additive_noise(
         jax.random.key(8), kind, batch_size=10, refresh_every=refresh_every, microbatch_size=40
     )
 
 
 def update(transform, state, params):
+    """The update of a gradient of zero, which is the noise alone, and the next state."""
     zeros = optax.tree.zeros_like(params)
     return transform.update(
         zeros, state, params, loss_vector_fn=problems.loss_vector_fn, data=PROBLEM.data
@@ -78,7 +83,11 @@ def update(transform, state, params):
 
 @pytest.mark.parametrize("kind", ["diagonal-fisher", "isotropic"])
 def test_additive_noise_has_the_stated_variances(kind):
-    """2,000 draws: means of 0, variances of diag(F)/b or all trace(S)/(b d), no correlation."""
+    """Means are 0, variances are ``diag(F) / b`` or all ``trace(S) / (b d)``, correlations are 0.
+
+    F and S are computed in numpy from gradients by hand. The comparisons are d means, d variances
+    and d (d - 1) / 2 correlations of 2,000 draws.
+    """
     transform = additive(kind, refresh_every=10_000)
     _, state = update(transform, transform.init(PROBLEM.params), PROBLEM.params)
 
@@ -101,6 +110,7 @@ def test_additive_noise_has_the_stated_variances(kind):
 
 
 def test_the_two_kinds_draw_different_normals():
+    """Divided by their standard deviations, no two of their numbers are alike."""
     drawn = []
     for kind in ("diagonal-fisher", "isotropic"):
         transform = additive(kind)
@@ -120,8 +130,9 @@ def test_variances_are_kept_between_refreshes():
     for step in range(5):
         _, state = update(transform, state, far if step else PROBLEM.params)
         kept.append(jax.tree.leaves(state.variances)[0])
-    np.testing.assert_array_equal(kept[0], kept[2])  # computed at step 0, at the first point
-    assert (np.asarray(kept[3]) != np.asarray(kept[2])).any()  # and again at step 3
+    # They are computed at step 0, where the parameters are others, and again at step 3.
+    np.testing.assert_array_equal(kept[0], kept[2])
+    assert (np.asarray(kept[3]) != np.asarray(kept[2])).any()
     np.testing.assert_array_equal(kept[3], kept[4])
 
 

@@ -1,4 +1,4 @@
-"""Every draw of the experiments is from a stream of its own of the run's key."""
+"""Each draw of the experiments has a stream of its own, derived from the key of the run."""
 
 import ast
 import pathlib
@@ -18,17 +18,18 @@ from msgd_jax._streams import Stream, derive
 from tests.support.statistics import assert_agree
 
 FILES = sorted(pathlib.Path(experiments.__file__).parent.rglob("*.py"))
-# Make a key of a seed, copy one, or look at it: nothing is drawn.
+# These make a key from a seed, copy a key, or look at it, and draw nothing.
 NOT_DRAWN = {"key", "clone", "key_data", "key_impl", "wrap_key_data"}
-# An initialiser of flax, which gives it a key made of the parameters' own.
+# This file has an initialiser for flax, which calls it with a key derived from the parameters' key.
 OF_FLAX = {"layers.py"}
-# The recorded study splits a key of a stream in two, and draws from keys of a stream in a loop.
+# The recorded studies split the key of a stream, and draw from the keys of a stream in a loop.
 INSIDE_A_STREAM = {"split", "normal", "permutation", "randint", "choice", "uniform", "exponential"}
 
 
 def key_calls(source):
-    """Calls of jax.random in a source: name, and whether the key is one that `derive` made."""
+    """Calls of `jax.random` in a source: their names, and whether `derive` made their keys."""
     tree = ast.parse(source)
+    # First the names that are assigned from an expression with a call of `derive`.
     derived = set()
     for node in ast.walk(tree):
         targets, value = [], None
@@ -43,6 +44,7 @@ def key_calls(source):
             for part in ast.walk(value)
         ):
             derived |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    # Then the calls, whose first argument must be such a name.
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("jax.random."):
             key = node.args[0] if node.args else None
@@ -50,9 +52,9 @@ def key_calls(source):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_nothing_is_drawn_or_made_of_a_key_but_by_derive(path):
+def test_keys_that_are_drawn_with_are_made_by_derive_alone(path):
     source = path.read_text(encoding="utf-8")
-    # No other way in: `from jax.random import split`, `random as jr`, reserved numbers.
+    # Other ways to import `jax.random` would hide its calls.
     assert "jax.random import" not in source
     assert "jax import random" not in source
     for name, from_derive in key_calls(source):
@@ -71,7 +73,7 @@ def test_the_reader_of_sources_sees_a_draw_with_the_runs_own_key():
 
 
 def test_what_a_run_draws_is_not_what_its_user_draws():
-    """The keys of the streams, and all that split and fold_in make of the run's: no two alike."""
+    """No key of a stream is the run's key, or one that `split` or `fold_in` makes from it."""
     key = jax.random.key(3)
     with jax.debug_key_reuse(False):
         keys = [key, *jax.random.split(key, 50), *jax.random.split(key, 3)]
@@ -89,7 +91,7 @@ def test_what_a_run_draws_is_not_what_its_user_draws():
 
 
 def test_a_run_has_the_key_of_its_seed_and_streams_of_it():
-    """Initial weights and the regulariser's key of two seeds, each as if it were alone."""
+    """Initial parameters and the regulariser's key of two seeds are those of each seed alone."""
 
     def keeps_its_key(key):
         return optax.GradientTransformation(
@@ -110,7 +112,7 @@ def test_a_run_has_the_key_of_its_seed_and_streams_of_it():
 
 
 def test_langevin_noise_is_not_the_runs_other_draws():
-    """The noise of step 0, and normals drawn with the keys that used to be its."""
+    """The noise of step 0 shares no number with normals from the run's key or keys made from it."""
     key, params = jax.random.key(0), {"a": jnp.zeros(5), "b": jnp.zeros(5)}
     transform = _optimizers.additive_noise(key, "diagonal-fisher", batch_size=1)
     losses = lambda params, data: data @ (params["a"] + params["b"])  # noqa: E731
@@ -161,13 +163,16 @@ def test_draws_are_the_same_with_64_bit_types(kind):
 
 
 def test_a_subset_is_not_the_order_that_the_split_was_drawn_in():
-    """An order is used once: images drawn of drawn images are not those that come first."""
+    """A subset of images that were drawn is uniform among them, and not those drawn first.
+
+    The number among the first 500 of 1,000 is hypergeometric, with a standard error of 6.3.
+    """
     assert (_draws.permutation(1_000, 0, 0) != _draws.permutation(1_000, 0, 1)).mean() > 0.9
     whole = data.load("digits", seed=4)
     train = data.subset(whole, 300, 300, seed=4)
     other_test = data.subset(whole, 300, 300, seed=5)
     np.testing.assert_array_equal(train.test.image, other_test.test.image)
-    # Uniform: as many of the first 500 of the 1,000 drawn as of the others.
+    # The images of the subset, counted by their places in the order in which the split was drawn.
     drawn = np.searchsorted(np.sort(whole.train_indices), train.train_indices)
     assert len(set(drawn)) == 300
     order = {index: place for place, index in enumerate(whole.train_indices)}
