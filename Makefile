@@ -4,12 +4,13 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo docs check-site test test-slow test-oldest test-pods test-pages package benchmark benchmark-pods lint format clean help
+.PHONY: demo docs check-site test test-slow test-oldest coverage test-pods test-pages package benchmark benchmark-pods lint format clean help
 
 help:
 	@echo "make demo         train on real images, print who beats whom, draw demo.png (90 seconds)"
 	@echo "make test         lint, types and the test suite (under 12 minutes)"
 	@echo "make test-slow    the tests that take long: every benchmark, more orders of the SDE"
+	@echo "make coverage     the share of the library's lines that its tests run, per file"
 	@echo "make test-oldest  the tests with the oldest versions allowed"
 	@echo "make test-pods    what compilers make of our steps for TPU pods and H100s; no chip needed"
 	@echo "make test-pages   the code of each page, run with what its first line installs (15 minutes)"
@@ -32,6 +33,10 @@ test: lint
 # Whatever takes long and is tested more quickly, if less broadly, above.
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# Which lines of the library the tests of the library run, those of `make test`.
+coverage: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/library msgd_jax --cov=msgd_jax
 
 # The same tests with the oldest versions that pyproject.toml allows, in an environment of its own.
 test-oldest:

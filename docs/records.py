@@ -90,20 +90,23 @@ def theorem1(settings: list[dict[str, Any]]) -> Any:
 
 
 def comparison(panel: str, averaged: bool = False) -> Any:
-    """The table of a panel: accuracies, differences from SGD-50, tests of equivalence."""
+    """The table of a panel: accuracies, differences from SGD-50, p-values by Holm's method."""
     suffix = "-averaged" if averaged else ""
     with (RESULTS / panel / f"figure-{panel}{suffix}.csv").open() as lines:
         records = list(csv.DictReader(lines))
     rows = []
     for row in records:
         test, width = 100 * float(row["test_accuracy"]), 100 * float(row["half_width"])
-        difference = ["", ""]
+        difference = ["", "", ""]
         if row["verdict"] != "the reference":
             minus, around = (100 * float(row[k]) for k in ("difference", "difference_half_width"))
-            difference = [f"{minus:+.2f} ± {around:.2f}", f"{float(row['equivalence_p']):.2g}"]
+            names = ("adjusted_difference_p", "adjusted_equivalence_p")
+            p_values = [f"{float(row[name]):.2g}" for name in names]
+            difference = [f"{minus:+.2f} ± {around:.2f}", *p_values]
         loss = f"{float(row['train_loss']):.4f}"
         rows.append([row["label"], loss, f"{test:.2f} ± {width:.2f}", *difference, row["verdict"]])
-    header = ["algorithm", "training loss", "test %", "minus SGD-50", "p", ""]
+    header = ["algorithm", "training loss", "test %", "minus SGD-50", "p (different)"]
+    header += ["p (equivalent)", ""]
     return table(header, rows)
 
 

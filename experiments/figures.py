@@ -50,7 +50,7 @@ def plot_curves(curves: list[Curve], path: pathlib.Path, title: str) -> None:
             axes.set_ylabel("test accuracy (%)")
         end.set_xlabel("iteration")
         last = np.concatenate(
-            [100 * curve.accuracy[len(curve.accuracy) // 4 :] for curve in curves]
+            [100 * curve.accuracy[2 * len(curve.accuracy) // 3 :] for curve in curves]
         )
         end.set_ylim(np.floor(last.min()) - 0.5, np.ceil(last.max()) + 0.5)
         end.set_title("the same, closer")

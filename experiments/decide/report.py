@@ -216,7 +216,7 @@ def described(setting: Setting) -> str:
         f"{noise}b = {setting.batch_size}, learning rate {setting.learning_rate:g} x "
         f"{setting.decay_factor:g} at {100 * setting.decay_at:g} % of {setting.steps:,} steps; one "
         "evaluation after the last step decides. Subset, labels, initial weights and noise are "
-        "drawn anew per seed; intervals are 95 %, paired by seed."
+        "drawn anew per seed; intervals are 95 %, paired by seed, each by itself."
     )
 
 

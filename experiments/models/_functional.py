@@ -21,7 +21,7 @@ class Model(NamedTuple):
             the same for every key; {} for a network without batch norm.
         apply: ``apply(params, stats, images, *, training=False) -> (logits, stats)`` maps images
             [B, H, W, C] to logits [B, num_classes]. In training, batch norm normalises with the
-            statistics of these images, which are one ghost batch, and moves the running ones;
+            statistics of these images, by ghost batches, and moves the running ones;
             otherwise it uses the running ones and leaves them. Raises ValueError if parameters or
             statistics do not have the names and shapes of the initial ones.
     """

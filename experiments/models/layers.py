@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -168,7 +169,7 @@ class Conv(nnx.Module):
 
 
 class GhostBatchNorm(nnx.Module):
-    """Batch norm over the images it is given, which are one ghost batch (Hoffer et al. 2017).
+    """Batch norm over ghost batches (Hoffer et al. 2017): the images it is given, or parts of them.
 
     The running statistics move by a tenth of the difference with every ghost batch, in order, and
     the variance has Bessel's correction: this is the convention of PyTorch, which the paper used.
@@ -183,6 +184,7 @@ class GhostBatchNorm(nnx.Module):
         self,
         channels: int,
         *,
+        ghost_size: int | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
     ):
@@ -190,6 +192,8 @@ class GhostBatchNorm(nnx.Module):
 
         Args:
             channels: channels of the images.
+            ghost_size: the images in one ghost batch: every so many images, in order, of those that
+                the layer is given in training; None for all of them.
             dtype: type of the output; None for the type that images and parameters promote to.
             param_dtype: type of the parameters.
         """
@@ -197,7 +201,7 @@ class GhostBatchNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((channels,), param_dtype))
         self.mean = nnx.BatchStat(jnp.zeros((channels,), jnp.float32))
         self.variance = nnx.BatchStat(jnp.ones((channels,), jnp.float32))
-        self.dtype = dtype
+        self.ghost_size, self.dtype = ghost_size, dtype
 
     def __call__(self, images: Features, *, training: bool) -> Features:
         """Normalises every channel.
@@ -211,34 +215,51 @@ class GhostBatchNorm(nnx.Module):
             Array of shape [B, H, W, C].
 
         Raises:
-            ValueError: in training, if there is one value per channel, which has no variance.
+            ValueError: in training, if there is one value per channel, which has no variance, or
+                the images cannot be divided into whole ghost batches.
         """
         scale, bias = self.scale[...], self.bias[...]
         dtype = jnp.result_type(images, scale, bias) if self.dtype is None else self.dtype
         values = images.astype(jnp.promote_types(images.dtype, jnp.float32))
-        values = values.reshape(-1, images.shape[3])
+        ghosts = self._num_ghosts(images.shape[0]) if training else 1
+        values = values.reshape(ghosts, -1, images.shape[3])
         if training:
             mean, variance = self._statistics(values)
         else:
-            mean, variance = self.mean[...], self.variance[...]
-        factor = scale * jax.lax.rsqrt(variance + self.epsilon)
-        normal = (values - mean[None]) * factor[None] + bias[None]
+            mean, variance = self.mean[...][None], self.variance[...][None]
+        factor = scale[None] * jax.lax.rsqrt(variance + self.epsilon)
+        normal = (values - mean[:, None]) * factor[:, None] + bias[None, None]
         return normal.reshape(images.shape).astype(dtype)
 
+    def _num_ghosts(self, num_images: int) -> int:
+        if self.ghost_size is None or num_images <= self.ghost_size:
+            return 1
+        if num_images % self.ghost_size:
+            raise ValueError(
+                f"images must be divisible into ghost batches of {self.ghost_size}, got "
+                f"{num_images} of them."
+            )
+        return num_images // self.ghost_size
+
     def _statistics(
-        self, values: Float[Array, "values channels"]
-    ) -> tuple[Float[Array, " channels"], Float[Array, " channels"]]:
-        count = values.shape[0]
+        self, values: Float[Array, "ghosts values channels"]
+    ) -> tuple[Float[Array, "ghosts channels"], Float[Array, "ghosts channels"]]:
+        """Mean and variance of every ghost batch; moves the running ones by each, in order."""
+        ghosts, count, _ = values.shape
         if count == 1:
             raise ValueError(
                 "a ghost batch must have more than one value per channel, got one image of one "
                 "pixel: choose a larger microbatch_size."
             )
-        mean = values.mean(0)
-        variance = jnp.square(values - mean[None]).mean(0)
+        mean = values.mean(1)
+        variance = jnp.square(values - mean[:, None]).mean(1)
         unbiased = variance * (count / (count - 1))
+        # The share of a ghost batch shrinks with every one that comes after it.
+        after = np.arange(ghosts - 1, -1, -1)
+        shares = jnp.asarray(self.momentum * (1 - self.momentum) ** after, jnp.float32)
         for running, now in ((self.mean, mean), (self.variance, unbiased)):
-            moved = (1 - self.momentum) * running[...] + self.momentum * jax.lax.stop_gradient(now)
+            added = (shares[:, None] * jax.lax.stop_gradient(now)).sum(0)
+            moved = (1 - self.momentum) ** ghosts * running[...] + added
             running[...] = moved.astype(jnp.float32)
         return mean, variance
 

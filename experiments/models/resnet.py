@@ -24,7 +24,7 @@ class ResidualBlock(nnx.Module):
     def __init__(self, in_channels: int, out_channels: int, *, stride: int, **kwargs: Any):
         """Draws the parameters; the shortcut is a 1x1 convolution where sizes differ."""
         norm = {k: v for k, v in kwargs.items() if k != "rngs"}
-        conv = {"use_bias": False, **kwargs}
+        conv = {"use_bias": False, **{k: v for k, v in kwargs.items() if k != "ghost_size"}}
         self.conv1 = Conv(in_channels, out_channels, 3, stride=stride, **conv)
         self.norm1 = GhostBatchNorm(out_channels, **norm)
         self.conv2 = Conv(out_channels, out_channels, 3, **conv)
@@ -65,6 +65,7 @@ class ResNet18(Net):
         image_shape: ImageShape = (32, 32, 3),
         num_classes: int = 10,
         width: int = 64,
+        ghost_size: int | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
     ):
@@ -75,6 +76,8 @@ class ResNet18(Net):
             image_shape: height and width (pixels) and channels of the images.
             num_classes: number of logits.
             width: channels of the first stage; those of the others are in proportion.
+            ghost_size: the images in one ghost batch, if the net is given several of them at once
+                in training; None for all the images that it is given.
             dtype: type to compute in, and of the logits; None for the type that images and
                 parameters promote to.
             param_dtype: type of the parameters.
@@ -82,15 +85,17 @@ class ResNet18(Net):
         self.image_shape, self.num_classes = image_shape, num_classes
         kwargs = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.conv = Conv(image_shape[2], width, 3, use_bias=False, **kwargs)
-        self.norm = GhostBatchNorm(width, dtype=dtype, param_dtype=param_dtype)
-        self.block1 = ResidualBlock(width, width, stride=1, **kwargs)
-        self.block2 = ResidualBlock(width, width, stride=1, **kwargs)
-        self.block3 = ResidualBlock(width, 2 * width, stride=2, **kwargs)
-        self.block4 = ResidualBlock(2 * width, 2 * width, stride=1, **kwargs)
-        self.block5 = ResidualBlock(2 * width, 4 * width, stride=2, **kwargs)
-        self.block6 = ResidualBlock(4 * width, 4 * width, stride=1, **kwargs)
-        self.block7 = ResidualBlock(4 * width, 8 * width, stride=2, **kwargs)
-        self.block8 = ResidualBlock(8 * width, 8 * width, stride=1, **kwargs)
+        norm = {"ghost_size": ghost_size, "dtype": dtype, "param_dtype": param_dtype}
+        self.norm = GhostBatchNorm(width, **norm)
+        block = {"ghost_size": ghost_size, **kwargs}
+        self.block1 = ResidualBlock(width, width, stride=1, **block)
+        self.block2 = ResidualBlock(width, width, stride=1, **block)
+        self.block3 = ResidualBlock(width, 2 * width, stride=2, **block)
+        self.block4 = ResidualBlock(2 * width, 2 * width, stride=1, **block)
+        self.block5 = ResidualBlock(2 * width, 4 * width, stride=2, **block)
+        self.block6 = ResidualBlock(4 * width, 4 * width, stride=1, **block)
+        self.block7 = ResidualBlock(4 * width, 8 * width, stride=2, **block)
+        self.block8 = ResidualBlock(8 * width, 8 * width, stride=1, **block)
         self.fc = linear(8 * width, self.num_classes, **kwargs)
 
     def __call__(self, images: Images, *, training: bool = False) -> Logits:
@@ -98,8 +103,8 @@ class ResNet18(Net):
 
         Args:
             images: floating-point array of shape [B, H, W, C], pixels in [0, 1].
-            training: whether batch norm takes the statistics of these images, which are one ghost
-                batch, and moves its running statistics.
+            training: whether batch norm takes the statistics of these images, by ghost batches, and
+                moves its running statistics.
 
         Returns:
             Array of shape [B, num_classes].

@@ -138,8 +138,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     if differences:
         texts += [
-            "\nMinus SGD, seed by seed, in units of 2 / eta. p by Holm's method over the declared "
-            "family of covariance laws, not adjusted for the others:",
+            "\nMinus SGD, seed by seed, in units of 2 / eta, each interval by itself. p by Holm's "
+            "method over the declared family of covariance laws, not adjusted for the others:",
             tables.text_table(
                 ["noise", "quantity", "difference", "p", "p of equivalence"], differences, left=2
             ),

@@ -174,8 +174,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             tables.text_table(["path of", "shape", "alignment", "cosine"], alignment, left=2),
             "\nFrom GD's minimum on, with 95 % intervals over seeds:",
             tables.text_table(header, means),
-            "\nRatios to SGD, seed by seed. p by Holm's method over the declared family, not "
-            "adjusted for GD and SGD with another key:",
+            "\nRatios to SGD, seed by seed, each interval by itself. p by Holm's method over the "
+            "declared family, not adjusted for GD and SGD with another key:",
             tables.text_table(["noise", "quantity", "ratio to SGD", "p"], ratios, left=2),
         ]
     )

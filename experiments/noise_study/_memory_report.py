@@ -164,8 +164,8 @@ def table(rows: list[Record]) -> str:
     return "\n".join(
         (
             "Variance between paths, measured / predicted, by eigenvalue of the Hessian, with 95 % "
-            "intervals over seeds; p by Holm's method over the noises and groups of one model, at "
-            "the learning rate of both:",
+            "intervals over seeds, each by itself; p by Holm's method over the noises and groups "
+            "of one model, at the learning rate of both:",
             tables.text_table([*where, *tests], predictions, left=2),
             "\nVariance between paths, divided by that of independent batches:",
             tables.text_table([*where, "predicted", "measured"], effects, left=2),

@@ -214,7 +214,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             "measurement, and how many 95 % intervals contain the exact noise scale:",
             tables.text_table(header, estimators),
             "\nThe critical batch size of each loss, and its prediction (geometric means over "
-            "seeds; p of equality within a factor of 2 by Holm's method):",
+            "seeds, each interval by itself; p of equality within a factor of 2 by Holm's method):",
             tables.text_table(
                 ["loss", "critical", "predictor", "predicted", "critical / predicted", "p"],
                 predicted,

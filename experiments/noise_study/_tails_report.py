@@ -150,8 +150,8 @@ def table(rows: list[Record]) -> str:
             "Tail indices, with 95 % intervals over seeds (published: all coordinates of all draws "
             "in one sample):",
             tables.text_table(header, means, left=2),
-            "\nThe published estimate, minus 2 or minus that of M-SGD-Cov, seed by seed; p by "
-            "Holm's method over each of the two families:",
+            "\nThe published estimate, minus 2 or minus that of M-SGD-Cov, seed by seed, "
+            "each interval by itself; p by Holm's method over each of the two families:",
             tables.text_table(
                 ["noise", "net", "step", "minus", "difference", "p"], comparisons, left=2
             ),

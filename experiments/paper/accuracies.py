@@ -99,9 +99,12 @@ class Row(NamedTuple):
             one seed.
         difference: the mean of `test_accuracy` minus the reference's, seed by seed; NaN for the
             reference.
-        difference_half_width: half the width of the 95 % interval of `difference`.
-        equivalence_p: the p-value of the two one-sided tests; if it is below 0.05, the two are
-            equivalent within `MARGIN`.
+        difference_half_width: half the width of the 95 % interval of `difference`, by itself.
+        difference_p: the two-sided p-value of the hypothesis that the mean difference is 0.
+        equivalence_p: the p-value of the two one-sided tests that the mean difference is within
+            `MARGIN`.
+        adjusted_difference_p, adjusted_equivalence_p: the same by Holm's method, each over all
+            comparisons with the reference that were made together.
     """
 
     label: str
@@ -113,15 +116,18 @@ class Row(NamedTuple):
     half_width: float
     difference: float
     difference_half_width: float
+    difference_p: float
     equivalence_p: float
+    adjusted_difference_p: float
+    adjusted_equivalence_p: float
 
     @property
     def verdict(self) -> str:
-        """The result of the tests at the 5 % level, as text."""
+        """The result of the tests at the 5 % level, adjusted by Holm's method, as text."""
         if np.isnan(self.difference):
             return "the reference"
-        apart = abs(self.difference) > self.difference_half_width
-        if self.equivalence_p < 1 - CONFIDENCE:
+        apart = self.adjusted_difference_p < 1 - CONFIDENCE
+        if self.adjusted_equivalence_p < 1 - CONFIDENCE:
             return "equivalent, though different" if apart else "equivalent"
         return "different" if apart else "undecided"
 
@@ -158,6 +164,7 @@ def compare(results: list[Result], reference: str, last: int = 1) -> list[Row]:
             )
         itself = result.label == reference
         differences = np.full(2, np.nan) if itself else final - against
+        p_values = difference(differences), equivalence(differences, MARGIN)
         rows.append(
             Row(
                 label=result.label,
@@ -169,10 +176,26 @@ def compare(results: list[Result], reference: str, last: int = 1) -> list[Row]:
                 half_width=half_width(final),
                 difference=float(differences.mean()),
                 difference_half_width=np.nan if itself else half_width(differences),
-                equivalence_p=equivalence(differences, MARGIN),
+                difference_p=p_values[0],
+                equivalence_p=p_values[1],
+                adjusted_difference_p=np.nan,
+                adjusted_equivalence_p=np.nan,
             )
         )
-    return rows
+    return _adjusted(rows)
+
+
+def _adjusted(rows: list[Row]) -> list[Row]:
+    """Applies Holm's method over all comparisons, apart for differences and for equivalence."""
+    tested = [i for i, row in enumerate(rows) if not np.isnan(row.difference_p)]
+    apart = statistics.holm([rows[i].difference_p for i in tested])
+    within = statistics.holm([rows[i].equivalence_p for i in tested])
+    adjusted = list(rows)
+    for i, different, equivalent in zip(tested, apart, within, strict=True):
+        adjusted[i] = rows[i]._replace(
+            adjusted_difference_p=different, adjusted_equivalence_p=equivalent
+        )
+    return adjusted
 
 
 def half_width(values: np.ndarray) -> float:
@@ -181,6 +204,13 @@ def half_width(values: np.ndarray) -> float:
         return float("nan")
     quantile = stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1)
     return float(quantile * values.std(ddof=1) / np.sqrt(values.size))
+
+
+def difference(differences: np.ndarray) -> float:
+    """The p-value of a paired two-sided t test that the mean is 0; NaN for a single difference."""
+    if differences.size < 2 or np.isnan(differences).any():
+        return float("nan")
+    return statistics.difference(differences, np.zeros_like(differences)).p_value
 
 
 def equivalence(differences: np.ndarray, margin: float) -> float:
@@ -209,12 +239,13 @@ def write_csv(rows: list[Row], path: pathlib.Path) -> None:
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """The rows as a table, accuracies in percent."""
+    """The rows as a table, accuracies in percent, p-values adjusted."""
     header = [
         "algorithm",
         "train loss",
         "test accuracy %",
         f"minus {reference_of(rows)}",
+        "p (different)",
         f"p (equivalent within {100 * MARGIN:g} %)",
         "",
     ]
@@ -222,18 +253,22 @@ def markdown_table(rows: list[Row]) -> str:
     for row in rows:
         accuracy = _with_interval(row.test_accuracy, row.half_width)
         if np.isnan(row.difference):
-            difference, p = "", ""
+            minus = ""
         else:
-            difference = _with_interval(row.difference, row.difference_half_width, sign="+")
-            p = "" if np.isnan(row.equivalence_p) else f"{row.equivalence_p:.2g}"
+            minus = _with_interval(row.difference, row.difference_half_width, sign="+")
+        p_values = [_p_value(row.adjusted_difference_p), _p_value(row.adjusted_equivalence_p)]
         verdict = row.verdict if row.seeds > 1 else ""
-        lines.append([row.label, f"{row.train_loss:.4f}", accuracy, difference, p, verdict])
+        lines.append([row.label, f"{row.train_loss:.4f}", accuracy, minus, *p_values, verdict])
     return tables.markdown_table(header, lines)
 
 
 def reference_of(rows: list[Row]) -> str:
     """The label of the row that the others are compared with."""
     return next(row.label for row in rows if np.isnan(row.difference))
+
+
+def _p_value(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.2g}"
 
 
 def _with_interval(value: float, width: float, sign: str = "") -> str:

@@ -1,7 +1,8 @@
 """The panels of the paper's Figures 1, 2 and 3, and three of ours, with all their numbers.
 
-Each has three scales: the paper's own, and two that two cores can compute. "medium" is meant to
-show what the panel shows, in one to five hours; "small" shows that the panel can be made.
+Each has four scales: the paper's own, one for a single graphics card, and two that two cores can
+compute. "large" and "medium" are meant to show what the panel shows, in a few minutes on a card or
+in one to five hours on two cores; "small" shows that the panel can be made.
 
 A comment names the section of the paper that a number is from. Numbers that the paper does not give
 are our choice; they are listed in `assumptions`, which the pages of the figures print.
@@ -9,26 +10,13 @@ are our choice; they are listed in `assumptions`, which the pages of the figures
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from experiments.paper import _scales
 from experiments.training.algorithms import NoiseSettings
 from experiments.training.config import AlgorithmName, TrainConfig
 
-Scale = Literal["paper", "medium", "small"]
-
-
-class Reduction(NamedTuple):
-    """What a smaller scale changes.
-
-    Attributes:
-        changes: the new values by the name of the setting. Learning rates decay at the same
-            fraction of the steps, unless `decay_at` is among them; the sizes of batches are upper
-            bounds.
-        why: the choices in words, for the page.
-    """
-
-    changes: Mapping[str, Any]
-    why: tuple[str, ...] = ()
+Scale = Literal["paper", "large", "medium", "small"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +27,7 @@ class Panel:
         title: the title of the figure.
         runs: the training runs, in the order of the legend; the others are compared with the first
             one whose algorithm is "sgd".
+        large: the changes that `--scale large` makes to each run.
         medium: the changes that `--scale medium` makes to each run.
         small: the changes that `--scale small` makes to each run.
         assumptions: our choices where the paper does not give a number.
@@ -46,37 +35,27 @@ class Panel:
 
     title: str
     runs: tuple[TrainConfig, ...]
-    medium: Reduction
-    small: Reduction
+    large: _scales.Reduction
+    medium: _scales.Reduction
+    small: _scales.Reduction
     assumptions: tuple[str, ...]
 
     def at_scale(self, scale: Scale) -> tuple[TrainConfig, ...]:
-        """The runs in full, or reduced so that two cores can make them."""
-        if scale == "paper":
-            return self.runs
-        reduction = self.medium if scale == "medium" else self.small
-        return tuple(_reduced(run, reduction.changes) for run in self.runs)
+        """The runs in full, or reduced so that one card, or two cores, can make them."""
+        reduction = self._reduction(scale)
+        runs = [_scales.reduced(run, reduction.changes) for run in self.runs]
+        if reduction.noise_floor:
+            (sgd,) = (run for run in runs if run.algorithm == "sgd")
+            runs.append(dataclasses.replace(sgd, noise_draw=1))
+        return tuple(runs)
 
     def choices(self, scale: Scale) -> tuple[str, ...]:
         """What is our choice at a scale."""
-        reductions = {"medium": self.medium, "small": self.small}
-        return self.assumptions + (reductions[scale].why if scale in reductions else ())
+        return self.assumptions + self._reduction(scale).why
 
-
-def _reduced(run: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """A run with fewer steps, images and channels."""
-    steps = changes.get("steps", run.steps)
-    decay_at = tuple(round(at * steps / run.steps) for at in run.decay_at)
-    settings = dataclasses.replace(run.noise, **_sizes(run.noise, changes))
-    kept = {k: v for k, v in changes.items() if k not in _SIZES}
-    return dataclasses.replace(run, **{"decay_at": decay_at, "noise": settings, **kept})
-
-
-_SIZES = ("batch_size", "estimate_size", "support_size")
-
-
-def _sizes(settings: NoiseSettings, changes: Mapping[str, Any]) -> dict[str, int]:
-    return {k: min(getattr(settings, k), changes[k]) for k in _SIZES if k in changes}
+    def _reduction(self, scale: Scale) -> _scales.Reduction:
+        scales = {"large": self.large, "medium": self.medium, "small": self.small}
+        return scales.get(scale, _scales.AS_PUBLISHED)
 
 
 def _each(base: TrainConfig, *algorithms: AlgorithmName, **changes: Any) -> tuple[TrainConfig, ...]:
@@ -126,19 +105,6 @@ _LENET = TrainConfig(
 _LENET_CONVERGED = dataclasses.replace(  # ours
     _LENET, learning_rate=0.1, steps=3_000, eval_every=150
 )
-_LENET_SMALL = Reduction(
-    {"learning_rate": 0.1, "steps": 600, "eval_every": 60, "num_test": 5_000, "seeds": 3}
-)
-_OWN_SUBSETS = (
-    "each seed draws training images of its own, so that intervals are not about one subset"
-)
-_END = "the learning rate is multiplied by 0.1 after 70 % of the steps, for a quiet end"
-_LENET_MEDIUM = Reduction(
-    {"steps": 5_000, "decay_at": (3_500,), "subset_per_seed": True}, (_OWN_SUBSETS, _END)
-)
-_LENET_CONVERGED_MEDIUM = Reduction(
-    {"decay_at": (2_100,), "subset_per_seed": True}, (_OWN_SUBSETS, _END)
-)
 
 _SVHN = TrainConfig(
     dataset="svhn",  # B.2: 25,000 original test images to train, 73,257 to test
@@ -171,68 +137,6 @@ _CIFAR_RESNET_BEST = dataclasses.replace(
     augment=True,  # B.3
     weight_decay=5e-4,  # B.3
 )
-_COLOUR_SMALL = Reduction(
-    {
-        "num_train": 500,
-        "num_test": 1_000,
-        "width": 8,
-        "steps": 200,
-        "eval_every": 50,
-        "seeds": 2,
-        "batch_size": 50,
-        "estimate_size": 50,
-        "support_size": 250,
-        "microbatch_size": 50,
-        "checkpoint_every": 50,
-    }
-)
-_SVHN_MEDIUM = Reduction(
-    {
-        "num_train": 1_000,
-        "subset_per_seed": True,
-        "width": 8,
-        "steps": 1_500,
-        "decay_at": (1_050,),
-        "eval_every": 150,
-        "seeds": 5,
-        "batch_size": 50,
-        "estimate_size": 50,
-        "support_size": 250,
-        "microbatch_size": 50,
-        "checkpoint_every": 300,
-    },
-    (
-        "width 8 and N = 1,000: a full gradient takes a quarter of a second on two cores",
-        "1,500 steps, as in the experiment that decides: all labels are fitted at their end",
-        "b = 50 and a large batch of 250: N is divided by 25, but a b of 4 would be another regime",
-        _OWN_SUBSETS,
-        _END,
-    ),
-)
-_CIFAR_VGG_MEDIUM = Reduction(
-    {
-        **{k: v for k, v in _SVHN_MEDIUM.changes.items() if k != "decay_at"},
-        "num_test": 5_000,
-    },
-    (*_SVHN_MEDIUM.why[:-1], "5,000 of the test images, the same ones for all"),
-)
-_CIFAR_RESNET_MEDIUM = Reduction(
-    {
-        **_CIFAR_VGG_MEDIUM.changes,
-        "num_test": 2_000,
-        "width": 4,
-        "steps": 300,
-        "eval_every": 50,
-        "checkpoint_every": 100,
-    },
-    (
-        "width 4, N = 1,000 and 300 steps: a full gradient takes a second on two cores",
-        "ghost batches of 50, as large as the batches of SGD",
-        _SVHN_MEDIUM.why[2],
-        _OWN_SUBSETS,
-        "2,000 of the test images, the same ones for all",
-    ),
-)
 
 _ALL = (
     "number of iterations and of seeds",
@@ -258,57 +162,65 @@ PANELS: Mapping[str, Panel] = {
     "1a": Panel(
         "FashionMNIST, LeNet: which noises regularise as SGD's",
         _regularisation(_LENET),
-        _LENET_MEDIUM,
-        _LENET_SMALL,
+        _scales.LENET_LARGE,
+        _scales.LENET_MEDIUM,
+        _scales.LENET_SMALL,
         (*_ALL, _INITIAL_LENET),
     ),
     "1b": Panel(
         "FashionMNIST, LeNet: covariances estimated from b examples",
         _estimation(_LENET),
-        _LENET_MEDIUM,
-        _LENET_SMALL,
+        _scales.LENET_LARGE,
+        _scales.LENET_MEDIUM,
+        _scales.LENET_SMALL,
         (*_ALL, _INITIAL_LENET),
     ),
     "1c": Panel(
         "CIFAR-10, ResNet-18, augmentation and weight decay: large batches",
         _large_batch(_CIFAR_RESNET_BEST, 5_000),
-        _CIFAR_RESNET_MEDIUM,
-        _COLOUR_SMALL,
+        _scales.CIFAR_RESNET_LARGE,
+        _scales.CIFAR_RESNET_MEDIUM,
+        _scales.COLOUR_SMALL,
         (*_ALL, *_LARGE, _GHOST, _AUGMENTED),
     ),
     "1d": Panel(
         "SVHN, VGG-11: which noises regularise as SGD's",
         (*_regularisation(_SVHN), *_each(_SVHN, "gd-isotropic")),
-        _SVHN_MEDIUM,
-        _COLOUR_SMALL,
+        _scales.SVHN_LARGE,
+        _scales.SVHN_MEDIUM,
+        _scales.COLOUR_SMALL,
         (*_ALL, _INITIAL_VGG),
     ),
     "1e": Panel(
         "SVHN, VGG-11: covariances estimated from b examples",
         _estimation(_SVHN),
-        _SVHN_MEDIUM,
-        _COLOUR_SMALL,
+        _scales.SVHN_LARGE,
+        _scales.SVHN_MEDIUM,
+        _scales.COLOUR_SMALL,
         (*_ALL, _INITIAL_VGG),
     ),
     "1f": Panel(
         "SVHN, VGG-11: large batches",
         _large_batch(_SVHN, 2_000),
-        _SVHN_MEDIUM,
-        _COLOUR_SMALL,
+        _scales.SVHN_LARGE,
+        _scales.SVHN_MEDIUM,
+        _scales.COLOUR_SMALL,
         (*_ALL, *_LARGE, _INITIAL_VGG),
     ),
     "2a": Panel(
         "CIFAR-10, VGG-11: which noises regularise as SGD's",
         (*_regularisation(_CIFAR_VGG), *_each(_CIFAR_VGG, "gd-isotropic")),
-        _CIFAR_VGG_MEDIUM,
-        _COLOUR_SMALL,
+        _scales.CIFAR_VGG_LARGE,
+        _scales.CIFAR_VGG_MEDIUM,
+        _scales.COLOUR_SMALL,
         (*_ALL, _INITIAL_VGG),
     ),
     "2b": Panel(
         "CIFAR-10, VGG-11: large batches",
         _large_batch(_CIFAR_VGG, 2_000),
-        _CIFAR_VGG_MEDIUM,
-        _COLOUR_SMALL,
+        _scales.CIFAR_VGG_LARGE,
+        _scales.CIFAR_VGG_MEDIUM,
+        _scales.COLOUR_SMALL,
         (*_ALL, *_LARGE, _INITIAL_VGG),
     ),
     "3a": Panel(
@@ -318,29 +230,33 @@ PANELS: Mapping[str, Panel] = {
             for run in _regularisation(_CIFAR_RESNET)
             if run.algorithm != "langevin-diagonal-fisher"
         ),
-        _CIFAR_RESNET_MEDIUM,
-        _COLOUR_SMALL,
+        _scales.CIFAR_RESNET_LARGE,
+        _scales.CIFAR_RESNET_MEDIUM,
+        _scales.COLOUR_SMALL,
         (*_ALL, _GHOST, "no additive noise: batch norm has no losses of single examples"),
     ),
     "3b": Panel(
         "CIFAR-10, ResNet-18: large batches",
         _large_batch(_CIFAR_RESNET, 2_000),
-        _CIFAR_RESNET_MEDIUM,
-        _COLOUR_SMALL,
+        _scales.CIFAR_RESNET_LARGE,
+        _scales.CIFAR_RESNET_MEDIUM,
+        _scales.COLOUR_SMALL,
         (*_ALL, *_LARGE, _GHOST),
     ),
     "1a-converged": Panel(
         "FashionMNIST, LeNet, to convergence: which noises regularise as SGD's",
         _regularisation(_LENET_CONVERGED),
-        _LENET_CONVERGED_MEDIUM,
-        _LENET_SMALL,
+        _scales.LENET_LARGE,
+        _scales.LENET_CONVERGED_MEDIUM,
+        _scales.LENET_SMALL,
         (*_ALL, _INITIAL_LENET, _CONVERGED),
     ),
     "1b-converged": Panel(
         "FashionMNIST, LeNet, to convergence: covariances estimated from b",
         _estimation(_LENET_CONVERGED),
-        _LENET_CONVERGED_MEDIUM,
-        _LENET_SMALL,
+        _scales.LENET_LARGE,
+        _scales.LENET_CONVERGED_MEDIUM,
+        _scales.LENET_SMALL,
         (*_ALL, _INITIAL_LENET, _CONVERGED),
     ),
     "large-batch": Panel(
@@ -349,8 +265,9 @@ PANELS: Mapping[str, Panel] = {
             *_large_batch(_LENET_CONVERGED, 500),
             *_each(_LENET_CONVERGED, "gd", "m-sgd-fisher", "m-sgd-cov"),
         ),
-        _LENET_CONVERGED_MEDIUM,
-        _LENET_SMALL,
+        _scales.LENET_LARGE,
+        _scales.LENET_CONVERGED_MEDIUM,
+        _scales.LENET_SMALL,
         (*_ALL, _INITIAL_LENET, _CONVERGED, "the panel itself"),
     ),
 }

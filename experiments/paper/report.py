@@ -54,11 +54,21 @@ def figure(config: FigureConfig) -> pathlib.Path:
     smaller = " or the scale is smaller" if reduced else ""
     text += f"\nOur choices, where the paper is silent{smaller}:\n\n{choices}\n"
     parts = [part for plan in plans for part in _groups(plan, config.seeds_at_once)]
+    text += f"\nComputed on {_devices(run_folder(config.runs, part) for part in parts)}.\n"
     if any(runs.draws(run_folder(config.runs, part)) != runs.DRAWS for part in parts):
         text += f"\n{_OLD_DRAWS}\n"
     records.replace_text(folder / "README.md", text)
     print(text)
     return folder
+
+
+def _devices(paths: Iterable[pathlib.Path]) -> str:
+    """The devices that runs were made on, as jax names them, with its versions."""
+    configs = [records.read_object(path / "config.json") for path in paths]
+    found = (
+        f"{one.get('device')} with jax {one.get('versions', {}).get('jax')}" for one in configs
+    )
+    return ", ".join(dict.fromkeys(found))
 
 
 def _of_file(plans: list[TrainConfig], path: pathlib.Path, root: pathlib.Path) -> list[TrainConfig]:
@@ -156,13 +166,17 @@ def write_section(
     plan: TrainConfig,
     results: list[accuracies.Result],
 ) -> str:
-    """Writes NAME.png and NAME.csv, for long runs NAME-averaged.csv; returns the Markdown page."""
+    """Writes NAME.png and NAME.csv; returns the Markdown page.
+
+    Long runs whose learning rate does not change towards the end have NAME-averaged.csv as well.
+    """
     labels = [result.label for result in results]
     reference = next((label for label in labels if label.startswith("SGD")), labels[0])
     rows = accuracies.compare(results, reference)
     accuracies.write_csv(rows, folder / f"{name}.csv")
     averaged = ""
-    if min(len(result.steps) for result in results) > 2 * accuracies.AVERAGED:
+    is_long = min(len(result.steps) for result in results) > 2 * accuracies.AVERAGED
+    if is_long and not plan.decay_at:
         means = accuracies.compare(results, reference, accuracies.AVERAGED)
         accuracies.write_csv(means, folder / f"{name}-averaged.csv")
         averaged = (
@@ -184,7 +198,9 @@ def write_section(
         f"![{_alternative(curves)}]({name}.png)\n\n"
         f"The last evaluation:\n\n{accuracies.markdown_table(rows)}\n\n"
         f"{averaged}"
-        "±: 95 % intervals over seeds (Student's t); differences are paired, seed by seed.\n"
+        "±: 95 % intervals over seeds (Student's t), each by itself; differences are paired, seed "
+        "by seed. The p-values, and with them the last column, are adjusted by Holm's method over "
+        "all comparisons of a table, apart for differences and for equivalence.\n"
     )
 
 
@@ -225,7 +241,7 @@ def report(config: ReportConfig) -> pathlib.Path:
             continue
         assert entry.plan is not None
         settings = runs.settings(entry.plan)
-        algorithm = json.dumps([settings[name] for name in _OWN])
+        algorithm = json.dumps([settings.get(name) for name in _OWN])
         groups.setdefault(_problem(entry), {}).setdefault(algorithm, []).append(entry)
     if not groups:
         found = f"; {len(left_out)} other folders (see `list`)" if left_out else ""
@@ -257,7 +273,7 @@ def report(config: ReportConfig) -> pathlib.Path:
 
 
 _HOW_TO_MAKE_ONE = "One is made by: python -m experiments train --dataset digits"
-_OWN = ("algorithm", "noise", "learning_rate_scaling", "regime_adaptation")
+_OWN = ("algorithm", "noise", "noise_draw", "learning_rate_scaling", "regime_adaptation")
 _ORDER = (
     "gd",
     "sgd",

@@ -74,6 +74,8 @@ class TrainConfig:
         noise: The numbers that the noise is built from.
         seeds: The number of runs side by side, each with its own initial weights and noise.
         seed: The seed of the first run; those of the other runs count up from it.
+        noise_draw: Which of many independent draws of the noise is made; runs that differ in it
+            alone have the same images and initial weights.
         data_seed: The seed of the draw of the images to train on, and of wrong labels.
         subset_per_seed: Whether each seed draws images and wrong labels of its own, as data_seed =
             seed would: num_train of all images of the part that is trained on. If not, all seeds
@@ -88,8 +90,9 @@ class TrainConfig:
             images.
         checkpoint_every: The number of iterations after which the next evaluation writes a
             checkpoint; the last evaluation always does.
-        microbatch_size: The number of examples in one pass, and in one ghost batch of a net with
-            batch norm; None stands for all of them at once.
+        microbatch_size: The number of examples in one pass; None stands for all of them at once.
+        ghost_batch_size: The number of examples in one ghost batch of a net with batch norm, of
+            which a pass may hold several; None stands for those of one pass.
         data_dir: The folder in which data sets are looked for, and to which they are downloaded.
         out: The folder of the run, which must be new or that of the same run, which is then
             continued; None stands for one named after the run.
@@ -126,6 +129,8 @@ class TrainConfig:
     subset_per_seed: bool = dataclasses.field(default=False, metadata=LATER)
     label_noise: float = dataclasses.field(default=0.0, metadata=LATER)
     train_part: data.Part = dataclasses.field(default="train", metadata=LATER)
+    noise_draw: int = dataclasses.field(default=0, metadata=LATER)
+    ghost_batch_size: int | None = dataclasses.field(default=None, metadata=LATER)
     dataset_sha256: Annotated[str | None, tyro.conf.Suppress] = dataclasses.field(
         default=None, metadata=LATER
     )
@@ -140,7 +145,7 @@ class TrainConfig:
         for name in ("steps", "seeds", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("width", "num_train", "num_test", "microbatch_size"):
+        for name in ("width", "num_train", "num_test", "microbatch_size", "ghost_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {value}.")
@@ -154,6 +159,7 @@ class TrainConfig:
             raise ValueError(f"label_noise must be between 0 and 1, got {self.label_noise}.")
         check_seeds("seed", self.seed, self.seeds)
         check_seeds("data_seed", self.data_seed)
+        check_seeds("noise_draw", self.noise_draw)
         for name in ("learning_rate", "weight_decay", "decay_factor"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -231,8 +237,9 @@ class TrainConfig:
     def label(self) -> str:
         """The algorithm's name in figures, with its numbers."""
         name = ALGORITHMS[self.algorithm].name(self.noise)
+        drawn = ", another key" if self.noise_draw else ""
         scaled = {"none": "", "sqrt": ", rate x root", "linear": ", rate x batch"}
-        return name + scaled[self.learning_rate_scaling]
+        return name + scaled[self.learning_rate_scaling] + drawn
 
     @property
     def batch_ratio(self) -> float:

@@ -63,7 +63,7 @@ def check(config: TrainConfig) -> None:
     algorithm = ALGORITHMS[config.algorithm]
     law = algorithm.make(sizes(config)[0], config.noise)
     if models.MODELS[config.model_name].has_batch_norm:
-        trainer.check_ghost_batches(law, config.microbatch_size)
+        trainer.check_ghost_batches(law, config.microbatch_size, config.ghost_batch_size)
         if algorithm.additive != "none":
             raise ValueError(
                 "algorithm must not be a baseline with additive noise with "

@@ -111,7 +111,7 @@ def make_trainer(
     stats = functions.init_stats()
     has_stats = bool(jax.tree.leaves(stats))
     if has_stats:
-        check_ghost_batches(law, config.microbatch_size)
+        check_ghost_batches(law, config.microbatch_size, config.ghost_batch_size)
 
     def optimizer(key: Key[Array, ""]) -> optax.GradientTransformation:
         before = []
@@ -133,6 +133,8 @@ def make_trainer(
         seeds = jnp.arange(config.seed, config.seed + config.seeds)
         keys = jax.vmap(jax.random.key)(seeds)
         params = functions.init_params(jax.vmap(lambda k: derive(k, Stream.PARAMETERS))(keys))
+        if config.noise_draw:
+            keys = jax.vmap(lambda k: derive(k, Stream.CASES, config.noise_draw))(keys)
         state = jax.vmap(lambda p, key: train.init(p, optimizer(key), key, stats))(params, keys)
         if over is None:
             return state
@@ -189,14 +191,20 @@ def make_trainer(
     return Trainer(start, lambda state, num_steps: loop(state, train_set, num_steps), evaluate)
 
 
-def check_ghost_batches(law: Law, microbatch_size: int | None) -> None:
+def check_ghost_batches(
+    law: Law, microbatch_size: int | None, ghost_batch_size: int | None = None
+) -> None:
     """Raises ValueError unless the examples of a step can be divided into whole ghost batches."""
     support = law.support_size
-    size = support if microbatch_size is None else microbatch_size
-    if support % size and size < support:
+    size = min(support, microbatch_size or support)
+    if support % size:
         raise ValueError(
-            f"microbatch_size must divide the {support} examples of a step, since it is the ghost "
-            f"batch whose statistics batch norm takes, got {size}."
+            f"microbatch_size must divide the {support} examples of a step, since batch norm takes "
+            f"the statistics of what is in a pass, got {size}."
+        )
+    if size % min(size, ghost_batch_size or size):
+        raise ValueError(
+            f"ghost_batch_size must divide the {size} examples of a pass, got {ghost_batch_size}."
         )
 
 
@@ -278,6 +286,7 @@ def functions_of(config: TrainConfig, dataset: data.Dataset) -> "ModelFunctions"
         config.width,
         None if shape == net.image_shape else shape,
         None if classes == net.num_classes else classes,
+        config.ghost_batch_size if net.has_batch_norm else None,
     )
 
 
@@ -310,6 +319,7 @@ def model_functions(
     width: int | None = None,
     image_shape: ImageShape | None = None,
     num_classes: int | None = None,
+    ghost_size: int | None = None,
 ) -> ModelFunctions:
     """The functions of a net that takes images with pixels from 0 to `max_value`.
 
@@ -319,9 +329,11 @@ def model_functions(
         width: the channels of the net's first layer; None for the net's default.
         image_shape: height, width and channels of the images; None for the net's default.
         num_classes: the number of logits; None for the net's default.
+        ghost_size: the images in one ghost batch; None for all those of a pass.
     """
     net = models.MODELS[model_name]
-    asked = {"width": width, "image_shape": image_shape, "num_classes": num_classes}
+    asked: dict[str, Any] = {"width": width, "image_shape": image_shape}
+    asked |= {"num_classes": num_classes, "ghost_size": ghost_size}
     model = models.functional(net, **{k: v for k, v in asked.items() if v is not None})
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 

@@ -133,6 +133,10 @@ def test_the_papers_nets_from_the_command_line(dataset, model, files, tmp_path):
     ("changes", "message"),
     [
         ({"microbatch_size": 3}, "microbatch_size must divide the 10 examples of a step"),
+        (
+            {"microbatch_size": None, "ghost_batch_size": 3},
+            "ghost_batch_size must divide the 10 examples of a pass, got 3",
+        ),
         ({"algorithm": "langevin-diagonal-fisher"}, "needs loss_vector_fn"),
         ({"num_train": 16}, "num_train must be between 1 and 15, or None, got 16"),
         ({"num_test": 4}, "num_test must be between 1 and 3, or None, got 4"),

@@ -5,6 +5,7 @@ about two digits agree, which is enough to tell a record from one of another noi
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import records
+from experiments import records, training
 from experiments.decide import _datasets, _records, _runs, settings
 from experiments.noise_study import EdgeConfig, _problem, edge
-from experiments.training import runs
+from experiments.paper import accuracies, panels, report
+from experiments.training import loop, runs
 
 RESULTS = pathlib.Path(experiments.__file__).parent / "results"
 
@@ -75,6 +77,29 @@ def test_the_part_of_svhn():
         settings.SVHN, images, "sgd", "sgd-other-key", range(100, 104)
     )
     assert own < other / 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("SVHN_PART" not in os.environ, reason="SVHN_PART must name svhn_part.npz")
+def test_a_panel_on_the_part_of_svhn():
+    """SGD before the first step, and after 150: losses agree with those of another device.
+
+    The near miss is SGD with another key, which has the same start.
+    """
+    plans = panels.PANELS["1d"].at_scale("large")
+    own, other = (plan for plan in plans if plan.algorithm == "sgd")
+    given = pathlib.Path(os.environ["SVHN_PART"])
+    (plan, near) = report._of_file([own, other], given, RESULTS / "runs")
+    recorded = [
+        accuracies.of_finished(report.run_folder(RESULTS / "runs", one)) for one in (plan, near)
+    ]
+    found = itertools.islice(training.train_seeds(plan, loop.load(plan)), 2)
+    start, first = (evaluation for _, evaluation in found)
+    np.testing.assert_allclose(start.train_loss, recorded[0][0].train_loss, rtol=1e-3)
+    np.testing.assert_allclose(start.test_accuracy, recorded[0][0].test_accuracy, atol=1e-3)
+    apart = [np.abs(np.log(first.train_loss / run[1].train_loss)).mean() for run in recorded]
+    assert first.step == recorded[0][1].step == 150
+    assert apart[0] < apart[1] / 2, apart
 
 
 @pytest.mark.slow

@@ -26,8 +26,8 @@ class OneBlock(layers.Net):
     full_width = 64
     has_batch_norm = True
 
-    def __init__(self, *, rngs, width):
-        self.block = resnet.ResidualBlock(3, width, stride=2, rngs=rngs)
+    def __init__(self, *, rngs, width, ghost_size=None):
+        self.block = resnet.ResidualBlock(3, width, stride=2, ghost_size=ghost_size, rngs=rngs)
         self.fc = layers.linear(width, 10, rngs=rngs)
 
     def __call__(self, images, *, training=False):
@@ -166,6 +166,31 @@ def test_running_statistics_follow_pytorchs_recursion():
     normal = (np.asarray(images) - mean.reshape(shape)) / np.sqrt(variance.reshape(shape) + 1e-5)
     scale, bias = (np.asarray(params["norm"][k]).reshape(shape) for k in ("scale", "bias"))
     np.testing.assert_allclose(found, normal * scale + bias, rtol=1e-3, atol=1e-3)
+
+
+def test_ghost_batches_side_by_side_are_those_in_turn():
+    """Each part has statistics of its own, and the running ones move by each part, in order."""
+    together = models.functional(Normalised, ghost_size=5)
+    images, params = (
+        jnp.concatenate([features(seed, 10.0 * seed) for seed in range(3)]),
+        norm_params(),
+    )
+    found, stats = together.apply(params, together.init_stats(), images, training=True)
+    mean, variance = np.zeros(4), np.ones(4)
+    for i in range(3):
+        part = slice(5 * i, 5 * i + 5)
+        expected, own_mean, unbiased = reference_norm(images[part], params)
+        np.testing.assert_allclose(found[part], expected, atol=2e-5)
+        mean, variance = 0.9 * mean + 0.1 * own_mean, 0.9 * variance + 0.1 * unbiased
+    np.testing.assert_allclose(stats["norm"]["mean"], mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stats["norm"]["variance"], variance, rtol=1e-4)
+
+
+def test_images_that_are_not_whole_ghost_batches_are_refused():
+    pairs = models.functional(Normalised, ghost_size=2)
+    with pytest.raises(ValueError, match="divisible into ghost batches of 2, got 5"):
+        pairs.apply(norm_params(), pairs.init_stats(), features(), training=True)
+    pairs.apply(norm_params(), pairs.init_stats(), features())  # the running statistics need none
 
 
 def test_one_value_per_channel_is_refused_since_it_has_no_variance():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from scipy import stats
 
 from experiments import records
 from experiments.noise_study import EscapeConfig, _escape_report, _problem, _shapes, escape
@@ -157,6 +158,10 @@ def test_additive_noise_has_the_trace_of_sgds(name):
         )
 
 
+# Noises of a made-up study, and the size of their quantities.
+SIZES = {"sgd": 1.0, "sgd-other-key": 1.3, "cov": 1.1, "isotropic": 0.5}
+
+
 def run_of(noise, value, seeds=3):
     """A record of a run from the minimum, whose quantities are `value` times 1, 2, 3 by seed."""
     by_seed = [value * (1 + i) for i in range(seeds)]
@@ -204,6 +209,38 @@ def test_endpoints_and_ratios_by_hand():
     # The prediction is 0.5 in the second half, and the rises are 3, 6 and 9: the geometric mean.
     assert cov["rise_to_predicted"]["mean"] == pytest.approx((3 * 6 * 9) ** (1 / 3) / 0.5)
     assert "M-SGD-Cov" in _escape_report.table(rows)
+
+
+def test_p_values_are_adjusted_over_the_declared_family_alone():
+    """By hand: 12 comparisons are declared, of which 6 were made; a key and GD are not in them."""
+    draws = np.random.default_rng(0)
+
+    def varied(noise, size):
+        eigenvalue, trace, rise = size * draws.uniform(1, 1.2, (3, 3))
+        return run_of(noise, 1.0) | {
+            "eigenvalue": [[1.0] * 3, [1.0] * 3, eigenvalue.tolist()],
+            "trace_h": [[1.0] * 3, [1.0] * 3, trace.tolist()],
+            "short_loss": [[9.0, 9.0, 9.0 + x, 9.0 + x] for x in rise.tolist()],
+        }
+
+    gd = varied("gd", 1.0) | {"short_loss": [[9.0] * 4] * 3}
+    runs = {name: varied(name, size) for name, size in SIZES.items()}
+    rows = _escape_report.rows([path_of("gd"), path_of("sgd"), gd, *runs.values()], {})
+    found = {row["noise"]: row for row in rows if "noise" in row}
+
+    def alone(noise, quantity):
+        ends = [_escape_report.endpoint(runs[name], quantity, gd) for name in (noise, "sgd")]
+        return stats.ttest_rel(*np.log(ends)).pvalue
+
+    family = [(noise, name) for noise in ("cov", "isotropic") for name in _escape_report.QUANTITIES]
+    expected = 0.0
+    for times, (noise, name) in zip(
+        (12, 11, 10, 9, 8, 7), sorted(family, key=lambda x: alone(*x)), strict=True
+    ):
+        expected = max(expected, min(1.0, times * alone(noise, name)))
+        assert found[noise][f"{name}_to_sgd"]["p_value"] == pytest.approx(expected)
+    own = found["sgd-other-key"]["rise_to_sgd"]["p_value"]
+    assert own == pytest.approx(alone("sgd-other-key", "rise"))
 
 
 def test_records_without_sgd_are_named(folder):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments import records
 from experiments.noise_study import ScaleConfig, _fashion, _scale_report, scale
@@ -168,6 +169,59 @@ def test_the_prediction_is_the_mean_until_the_target():
     )
     assert math.isnan(_scale_report._mean_until(steps, loss, values, 0.5))
     assert math.isnan(_scale_report._mean_until(steps, loss, values, 5.0))
+
+
+def test_p_values_are_adjusted_over_all_targets_and_predictors():
+    """By hand: 2 targets by 3 predictors are declared, reached or not."""
+    seeds, sizes = 4, (4, 16, 64)
+    draws = np.random.default_rng(0)
+    critical = 10 * draws.uniform(1, 1.2, (2, seeds))
+    batches = [
+        {
+            "kind": "batch",
+            "batch_size": size,
+            "rates": [0.1],
+            "reached": [(50 * (1 + critical.T / size)).tolist()],
+        }
+        for size in sizes
+    ]
+    # Constant along the reference run, which passes the losses 2 and 1.8 and not 1.
+    simple, trace, along = draws.uniform(9, 14, (3, seeds))
+    exact = np.stack([simple, trace, np.ones(seeds), simple, simple], -1)
+    reference = {
+        "kind": "reference",
+        "steps": [0, 2, 4],
+        "measured": {
+            "exact": [exact.tolist()] * 3,
+            "loss": [[3.0] * seeds, [2.5] * seeds, [1.5] * seeds],
+            "trace_hs": [along.tolist()] * 3,
+            "along": [[1.0] * seeds] * 3,
+        },
+        "cost": {"exact": [1, 1.0]},
+    }
+    rows = _scale_report.rows([reference, *batches], {"targets": (2.0, 1.8)})
+    predicted = {"simple": simple, "pooled": trace, "curvature": along}
+
+    def alone(place, name):
+        logs = np.log(critical[place]) - np.log(predicted[name])
+        tests = ((-math.log(2), "greater"), (math.log(2), "less"))
+        return max(stats.ttest_1samp(logs, at, alternative=side).pvalue for at, side in tests)
+
+    targets = [row for row in rows if "target" in row]
+    family = [(place, name) for place in range(2) for name in predicted]
+    expected = 0.0
+    for times, (place, name) in zip(
+        (6, 5, 4, 3, 2, 1), sorted(family, key=lambda x: alone(*x)), strict=True
+    ):
+        expected = max(expected, min(1.0, times * alone(place, name)))
+        assert targets[place][name]["p_equivalent"] == pytest.approx(expected, rel=1e-4)
+    # The comparisons of a loss that the reference run does not reach count as if p were 1.
+    fewer = _scale_report.rows([reference, *batches], {"targets": (2.0, 1.0)})
+    smallest = min(alone(0, name) for name in predicted)
+    kept = next(row for row in fewer if row.get("target") == 2.0)
+    assert min(kept[name]["p_equivalent"] for name in predicted) == pytest.approx(
+        6 * smallest, rel=1e-4
+    )
 
 
 @pytest.mark.slow

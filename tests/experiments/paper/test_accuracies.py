@@ -68,6 +68,34 @@ def test_verdicts_say_what_the_tests_have_shown():
     )
 
 
+def test_p_values_are_adjusted_over_the_comparisons_of_a_table():
+    """By hand: the smallest of three counts three times, the next twice; what is adjusted decides.
+
+    "Apart" is different by itself, with p = 0.023, and not as one of three.
+    """
+    apart = (0.002, 0.011, 0.004, 0.013, 0.007)
+    shifted = [x + y for x, y in zip(REFERENCE.test_accuracy[-1], apart, strict=True)]
+    others = [CLOSE, result("apart", shifted), SPREAD]
+    rows = {row.label: row for row in accuracies.compare([REFERENCE, *others], "SGD-50")}
+    alone = {}
+    for other in others:
+        differences = other.test_accuracy[-1] - REFERENCE.test_accuracy[-1]
+        error = differences.std(ddof=1) / np.sqrt(5)
+        sides = [t_above((0.01 + sign * differences.mean()) / error, 4) for sign in (-1, 1)]
+        two_sided = 2 * t_above(abs(differences.mean()) / error, 4)
+        alone[other.label] = (two_sided, max(sides))
+    for which, name in enumerate(("adjusted_difference_p", "adjusted_equivalence_p")):
+        expected = 0.0
+        order = sorted(alone, key=lambda label: alone[label][which])
+        for times, label in zip((3, 2, 1), order, strict=True):
+            expected = max(expected, min(1.0, times * alone[label][which]))
+            assert getattr(rows[label], name) == pytest.approx(expected, rel=1e-4)
+    assert np.isnan(rows["SGD-50"].adjusted_difference_p)
+    assert alone["apart"][0] < 0.05 < rows["apart"].adjusted_difference_p
+    assert abs(rows["apart"].difference) > rows["apart"].difference_half_width
+    assert rows["apart"].verdict == "undecided"
+
+
 def test_tables_have_the_means_and_differences(tmp_path):
     rows = accuracies.compare([REFERENCE, WORSE], "SGD-50")
     table = accuracies.markdown_table(rows).splitlines()
@@ -75,6 +103,8 @@ def test_tables_have_the_means_and_differences(tmp_path):
     assert "| 78.76 ± " in table[2]
     assert "the reference" in table[2]
     assert "| -2.94 ± " in table[3]
+    p_values = rows[1].adjusted_difference_p, rows[1].adjusted_equivalence_p
+    assert table[3].endswith(f"| {p_values[0]:.2g} | {p_values[1]:.2g} | different |")
     accuracies.write_csv(rows, tmp_path / "table.csv")
     with open(tmp_path / "table.csv", newline="") as file:
         reference, worse = csv.DictReader(file)

@@ -13,7 +13,8 @@ import experiments
 from experiments import data, records
 from experiments.__main__ import main
 from experiments.paper import panels, report
-from experiments.paper.panels import Panel, Reduction
+from experiments.paper._scales import AS_PUBLISHED, Reduction
+from experiments.paper.panels import Panel
 from experiments.training import loop, runs
 from experiments.training.config import TrainConfig
 
@@ -23,6 +24,7 @@ BASE = TrainConfig(
 PANEL = Panel(
     "two of them",
     tuple(dataclasses.replace(BASE, algorithm=name) for name in ("sgd", "m-sgd-sparse-cov")),
+    AS_PUBLISHED,
     Reduction({"steps": 10, "subset_per_seed": True, "num_train": 500}, ("each its own",)),
     Reduction({"steps": 10, "seeds": 2, "num_train": 200, "num_test": 50, "batch_size": 20}),
     ("everything",),

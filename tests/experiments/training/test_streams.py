@@ -12,7 +12,7 @@ import pytest
 import experiments
 from experiments import data, training
 from experiments.data import _draws
-from experiments.training import _augmentation, _optimizers
+from experiments.training import _augmentation, _optimizers, loop
 from experiments.training.config import TrainConfig
 from msgd_jax._streams import Stream, derive
 from tests.support.statistics import assert_agree
@@ -178,3 +178,17 @@ def test_a_subset_is_not_the_order_that_the_split_was_drawn_in():
     order = {index: place for place, index in enumerate(whole.train_indices)}
     first = sum(order[index] < 500 for index in train.train_indices)
     assert_agree(first, 150, np.sqrt(300 * 0.25 * 700 / 999))
+
+
+def test_another_draw_of_the_noise_starts_from_the_same_weights_and_images():
+    """SGD with another key, the noise floor of the figures: two of its draws differ as well."""
+    plans = [
+        TrainConfig(dataset="digits", steps=1, seeds=2, subset_per_seed=True, noise_draw=draw)
+        for draw in range(3)
+    ]
+    runs = [list(training.train_seeds(plan, loop.load(plan))) for plan in plans]
+    starts, ends = ([run[i][1].train_loss for run in runs] for i in (0, 1))
+    for start in starts[1:]:
+        np.testing.assert_array_equal(start, starts[0])
+    assert len({float(end[0]) for end in ends}) == len({float(end[1]) for end in ends}) == 3
+    assert plans[1].label == "SGD-50, another key"

@@ -1,4 +1,4 @@
-"""Bad input to the local complexities: the messages, and when they are raised."""
+"""Bad input to the local complexities is refused with a clear message."""
 
 import math
 
@@ -36,7 +36,7 @@ class TestBadInput:
             ({"l": np.nan}, "not finite at params"),
         ],
     )
-    def test_values(self, wrong, message):
+    def test_bad_values_are_refused(self, wrong, message):
         law = wrong.pop("law", complexity.gaussian(7))
         data = {**examples(7), "l": examples(7)["l"] * wrong.pop("l", 1.0)}
         options = {"radius": 1.0, "num_draws": 2, "key": KEY, **EXACT, **wrong}
@@ -50,7 +50,7 @@ class TestBadInput:
                 **options,
             )
 
-    def test_types(self):
+    def test_wrong_types_are_refused(self):
         options = {"radius": 1.0, "num_draws": 2, "key": KEY}
         data, law = on_device(examples(7)), complexity.gaussian(7)
         for changed, message in (
@@ -69,7 +69,7 @@ class TestBadInput:
             complexity.from_noise(law)
 
     @pytest.mark.slow
-    def test_losses_that_are_not_finite_in_the_ball(self):
+    def test_losses_must_be_finite_in_the_ball(self):
         def log_losses(params, batch):
             return jnp.log(1 + affine_losses(params, batch))
 
@@ -85,7 +85,7 @@ class TestBadInput:
                 num_draws=None,
             )
 
-    def test_data_that_are_drawn_cannot_be_enumerated(self):
+    def test_enumeration_needs_data_that_are_not_drawn(self):
         with pytest.raises(ValueError, match=r"losses must be a loss\.LossVector, not"):
             of_problem(
                 complexity.local_complexity,

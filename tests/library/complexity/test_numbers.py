@@ -1,4 +1,8 @@
-"""Local complexities: draws of their own, large constants, few draws, starts at critical points."""
+"""The numbers of local complexities where they are delicate.
+
+Held are draws that are independent of the user's, losses with a large constant, starts at critical
+points, and intervals from few draws.
+"""
 
 import math
 
@@ -34,7 +38,7 @@ def test_multipliers_are_uncorrelated_with_what_a_user_draws(name, impl, size, n
 
 
 def test_multipliers_are_uncorrelated_with_the_noise_of_the_same_key():
-    """So the key of the run may be given to the regulariser."""
+    """This is why the key of the run may be given to the regulariser."""
     size = 5000
     ours = complexity.from_noise(noise.fisher(size, 10)).sample(KEY, 0).values
     other = noise.fisher(size, 10).sample(KEY, 0).values
@@ -71,7 +75,7 @@ DATA = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
 
 
 def affine(offset):
-    """Losses x . theta + y + offset: the supremum over a ball is known."""
+    """The losses x . theta + y + offset, whose supremum over a ball is known: `suprema`."""
 
     def losses(theta, batch):
         return batch[:, :5] @ theta + batch[:, 5] + offset
@@ -80,9 +84,10 @@ def affine(offset):
 
 
 def suprema(law, num_draws, offset=0.0, radius=0.5):
+    """The suprema of `affine` losses for the draws of a law, in float64: [num_draws]."""
     v = np.asarray(jax.vmap(law.sample, (None, 0))(KEY, jnp.arange(num_draws)).dense(), np.float64)
     if law != complexity.rademacher(32):
-        v = v - v.mean(1, keepdims=True)  # centred laws, without their rounding
+        v = v - v.mean(1, keepdims=True)  # the law is centred, and its draws up to rounding
     x = DATA.astype(np.float64)
     inside = np.abs(v @ (x[:, 5] + offset))
     return (inside + radius * np.linalg.norm(v @ x[:, :5], axis=1)) / 32
@@ -105,10 +110,11 @@ CENTRED = {
 @pytest.mark.parametrize("microbatch_size", [None, 5])
 @pytest.mark.parametrize("name", CENTRED)
 def test_a_constant_in_all_losses_changes_nothing(name, microbatch_size):
-    """The losses have rounded to a sixteenth by then; their sum over examples adds nothing."""
+    """With 1e6 added, losses are rounded to a sixteenth; nothing else may change."""
     law = CENTRED[name]
     found = measured(affine(1e6), law, microbatch_size=microbatch_size)
-    # Rounding of each loss by at most 1/32, times v / N: two standard deviations of that.
+    # Each loss is rounded by at most 1/32, and multiplied by v / N. The standard deviation of the
+    # sum is that of uniform errors.
     v = jax.vmap(law.sample, (None, 0))(KEY, jnp.arange(6)).dense()
     rounding = 2 / 32 / np.sqrt(12) * np.linalg.norm(v, axis=1) / 32
     difference = np.abs(np.asarray(found.draws) - suprema(law, 6))
@@ -121,20 +127,23 @@ def test_a_constant_counts_where_the_multipliers_do_not_add_up_to_zero():
     np.testing.assert_allclose(found.draws, suprema(law, 6, 1e3), rtol=1e-4)
 
 
-def test_a_constant_in_the_penalty():
+def test_a_constant_in_all_losses_does_not_change_the_penalty():
     law = CENTRED["cov"]
     plain, large = (
         penalty_of(affine(offset), radius=0.5)(jnp.zeros(5), jnp.asarray(DATA), law.sample(KEY, 0))
         for offset in (0.0, 1e6)
     )
     np.testing.assert_allclose(plain, suprema(law, 1), rtol=1e-5)
-    np.testing.assert_allclose(large, plain, rtol=0.1)  # of losses that are rounded to a sixteenth
+    np.testing.assert_allclose(large, plain, rtol=0.1)  # these losses are rounded to a sixteenth
 
 
 @pytest.mark.parametrize("size", [1, 5, 31, 32])
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_constant_that_rounds_no_loss_changes_nothing_at_all(size, replace):
-    """Eighths and 2^20 add up exactly. Of large batches v is small, and the more so its sum's 0."""
+    """Multiples of 1/8 and 2^20 add up exactly, so that only v could be off.
+
+    For large batches v is small, and the sum of v, which should be 0, must be much smaller.
+    """
     y = jnp.asarray(np.round(DATA[:, 5] * 8) / 8)
     law = complexity.sgd(32, size, replace=replace)
     plain, large = (
@@ -158,7 +167,7 @@ def test_a_constant_that_rounds_no_loss_changes_nothing_at_all(size, replace):
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 @pytest.mark.slow
 def test_small_multipliers_have_small_complexities(scale):
-    """R of c V is c R of V, however small c: what is no rounding counts."""
+    """The complexity for c v is c times that for v: small sums are not taken for rounding."""
 
     def law(scale):
         return complexity.Multipliers(
@@ -177,7 +186,7 @@ def test_small_multipliers_have_small_complexities(scale):
 
 
 @pytest.mark.parametrize("name", CENTRED)
-def test_laws_say_whether_they_are_centred(name):
+def test_laws_state_whether_they_are_centred(name):
     assert CENTRED[name].centred
     for law in (complexity.rademacher(32), complexity.gaussian(32), noise.fisher(32, 6)):
         law = complexity.from_noise(law) if isinstance(law, noise.MNoise) else law
@@ -185,7 +194,7 @@ def test_laws_say_whether_they_are_centred(name):
 
 
 @pytest.mark.parametrize("losses", [lambda theta, batch: 0 * batch[:, 0] * theta[0]])
-def test_where_nothing_is_found_the_gap_is_nothing(losses):
+def test_gaps_of_losses_that_are_zero_are_zero(losses):
     found = measured(losses, complexity.rademacher(32))
     np.testing.assert_array_equal(found.draws, 0)
     np.testing.assert_array_equal(found.gap, 0)
@@ -196,7 +205,7 @@ def test_where_nothing_is_found_the_gap_is_nothing(losses):
 
 
 def quadratic(theta, batch):
-    """No slope at 0 for any weights; the supremum over the ball is |v . x| radius^2 / N."""
+    """Losses that have no slope at 0. The supremum over the ball is ``|v . x| radius^2 / N``."""
     return batch * jnp.sum(theta**2)
 
 
@@ -232,7 +241,10 @@ def test_the_penalty_leaves_a_critical_point():
 
 
 def coverages(num_draws, num_keys=200):
-    """The number of stated 95 % intervals that hold the truth, of a complexity and a ratio."""
+    """The fractions of the stated 95 % intervals, of a complexity and of a ratio, that are right.
+
+    The true values are means over 400,000 draws of numpy's.
+    """
     x = jnp.asarray(DATA)
     losses, theta, radius = affine(0.0), jnp.zeros(5), 0.5
     options = {"radius": radius, "num_draws": num_draws, "num_steps": 0, "num_starts": 1}
@@ -270,19 +282,23 @@ def coverages(num_draws, num_keys=200):
         (complexity.Estimate(2.0, math.inf, 5, True), (0.0, math.inf)),
     ],
 )
-def test_infinite_numbers_have_intervals_too(estimate, interval):
+def test_intervals_of_infinite_numbers(estimate, interval):
     assert estimate.interval == interval
 
 
 @pytest.mark.parametrize("num_draws", [2, 4, 10, 66])
-def test_intervals_cover_what_they_say(num_draws):
-    """95 % of 200 intervals, give or take 1.5 %: between 92 and 98 % as documented."""
+def test_intervals_cover_as_stated(num_draws):
+    """Of 200 intervals, 92 to 98 % must hold the truth, as documented.
+
+    If the coverage were 95 % exactly, a fraction would be below with a probability of 0.024, and
+    above with one of 0.009.
+    """
     found = coverages(num_draws)
     assert ((found >= 0.92) & (found <= 0.98)).all(), found
 
 
-def test_a_normal_quantile_would_not_cover():
-    """With two draws, the interval holds the truth in 69 % of the cases."""
+def test_intervals_from_two_draws_are_wider_than_by_a_normal_quantile():
+    """With two draws, an interval by the normal quantile would cover 69 %."""
     estimate = complexity.Estimate(1.0, 0.1, 1)
     low, high = complexity.Estimate(1.0, 0.1).interval
     assert estimate.interval[1] - estimate.interval[0] > 6 * (high - low)
@@ -305,7 +321,7 @@ def test_a_changed_global_is_seen_at_the_next_call():
 
 
 @pytest.mark.parametrize("under_jit", [False, True])
-def test_losses_with_one_loss_that_is_not_finite_are_named(under_jit):
+def test_one_loss_that_is_not_finite_is_reported(under_jit):
     def losses(theta, batch):
         return affine(0.0)(theta, batch).at[3].set(jnp.nan)
 
@@ -317,8 +333,8 @@ def test_losses_with_one_loss_that_is_not_finite_are_named(under_jit):
             measured(losses, complexity.rademacher(32))
 
 
-def test_per_example_losses_go_through():
-    """The constant is taken out of what any loss vector function returns."""
+def test_losses_per_example_are_taken_too():
+    """The constant is taken out of the losses of any loss vector function."""
     losses = loss.per_example(lambda theta, x: x[:5] @ theta + x[5])
     np.testing.assert_allclose(
         measured(losses, CENTRED["cov"]).draws, suprema(CENTRED["cov"], 6), rtol=1e-5

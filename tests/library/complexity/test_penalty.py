@@ -1,4 +1,4 @@
-"""The regulariser in training: its gradient, its place in chains, and what users get wrong."""
+"""The regulariser in training: its gradient, its place in chains, and bad input."""
 
 import functools
 
@@ -24,8 +24,8 @@ PROBLEM = regression(12)
 LAW = complexity.rademacher(12)
 
 
-def test_value_and_gradient_for_affine_losses():
-    """|v . (l + G theta)| + radius ||G v||, over N: only the first term moves with theta."""
+def test_value_and_gradient_for_affine_losses_are_those_by_hand():
+    """The value is ``(|v . (l + G theta)| + radius ||G v||) / N``, by hand in float64."""
     data, theta = examples(9), np.array([0.3, -0.2, 0.5, 0.1])
     v = np.random.default_rng(1).normal(size=9)
     weights = noise.Weights(jnp.asarray(v, jnp.float32), None, 9)
@@ -42,9 +42,9 @@ def test_value_and_gradient_for_affine_losses():
 
 @pytest.mark.slow
 def test_the_gradient_is_that_of_the_supremum(x64):
-    """Danskin: central differences of the supremum, quadratic losses, float64, rtol 1e-5.
+    """By Danskin's theorem; the reference is central differences of the supremum.
 
-    The supremum itself is found to 1e-12, so that a step of 1e-5 leaves 1e-7 of it.
+    The supremum is found to 1e-12, so that differences over 1e-5 are right to 1e-7.
     """
     weights = noise.Weights(jnp.asarray(np.random.default_rng(2).normal(size=6)), None, 6)
     penalty = penalty_of(quadratic_losses, radius=0.4, num_steps=60)
@@ -56,7 +56,7 @@ def test_the_gradient_is_that_of_the_supremum(x64):
     at_centre = jax.grad(
         lambda p: jnp.abs(jnp.vdot(weights.values, quadratic_losses(p, data))) / 6
     )(theta)
-    assert np.abs(gradient - at_centre).max() > 0.01  # the ball matters
+    assert np.abs(gradient - at_centre).max() > 0.01, "the gradient is that at the centre"
 
 
 def chain(scale=0.5, **options):
@@ -67,7 +67,7 @@ def chain(scale=0.5, **options):
 
 
 def expected_update(params, step, scale=0.5):
-    """By `penalty` and the mean loss, with the v of this step."""
+    """The update of one step, from the mean loss and `penalty` with the v of this step."""
     penalty = penalty_of(loss_vector_fn, radius=0.1)
     weights = LAW.sample(KEY, step)
 
@@ -78,8 +78,8 @@ def expected_update(params, step, scale=0.5):
     return jax.tree.map(lambda g: -0.1 * g, jax.grad(objective)(params))
 
 
-def test_in_a_train_step_it_is_eq_8():
-    """Two steps of `train` behind `noise.gd`: those of mean loss plus scale times the penalty."""
+def test_training_with_the_regulariser_minimises_eq_8():
+    """Two steps of `train` with `noise.gd` are those of the mean loss plus the scaled penalty."""
     step = jax.jit(train.make_step(loss_vector_fn, chain(), noise.gd(12)))
     state = train.init(PROBLEM.params, chain(), jax.random.key(0))
     for i in range(2):
@@ -93,14 +93,13 @@ def test_in_a_train_step_it_is_eq_8():
     penalty_state = state.opt_state[0]
     assert penalty_state.step == 2
     assert 0 < penalty_state.value < 1
-    np.testing.assert_array_equal(  # the key is kept, and every step draws anew from it
-        jax.random.key_data(penalty_state.key), jax.random.key_data(KEY)
-    )
+    # Every step draws with the same key, and its own number.
+    np.testing.assert_array_equal(jax.random.key_data(penalty_state.key), jax.random.key_data(KEY))
 
 
 @pytest.mark.slow
-def test_behind_multiplicative_noise_in_a_chain():
-    """Mini-batches, the regulariser of b examples with random starts, micro-batches, momentum."""
+def test_the_regulariser_works_behind_multiplicative_noise_in_a_chain():
+    """The chain has mini-batches, random starts of the ascents, micro-batches and momentum."""
     optimizer = optax.chain(
         transform.multiplicative_noise(noise.sgd(12, 4), jax.random.key(1)),
         complexity.add_local_complexity(
@@ -144,13 +143,13 @@ class TestBadInput:
             ({"ascent": 3}, TypeError, "ascent must be a complexity.Ascent, got 3"),
         ],
     )
-    def test_at_construction(self, wrong, error, message):
+    def test_bad_arguments_are_refused_at_construction(self, wrong, error, message):
         arguments = {"multipliers": LAW, "key": KEY, "radius": 0.1, **wrong}
         with pytest.raises(error, match=message):
             complexity.add_local_complexity(**arguments)
 
     @pytest.mark.slow
-    def test_in_update(self):
+    def test_bad_arguments_of_update_are_refused(self):
         added = complexity.add_local_complexity(LAW, KEY, radius=0.1)
         params, zeros = PROBLEM.params, jax.tree.map(jnp.zeros_like, PROBLEM.params)
         state = added.init(params)
@@ -171,7 +170,7 @@ class TestBadInput:
                 data=PROBLEM.data,
             )
 
-    def test_in_the_penalty(self):
+    def test_bad_arguments_of_the_penalty_are_refused(self):
         penalty = penalty_of(loss_vector_fn, radius=0.1, num_starts=2)
         weights = LAW.sample(KEY, 0)
         with pytest.raises(ValueError, match="key is needed for the random starts"):

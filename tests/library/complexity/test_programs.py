@@ -1,4 +1,4 @@
-"""Complexities leave nothing behind, compile no more than they need, and see what has changed."""
+"""Calls leave nothing behind, compile no more than they need, and see what has changed."""
 
 import weakref
 
@@ -46,13 +46,13 @@ def penalised(losses):
 
 
 def differentiated(losses):
-    """Without jit around it."""
+    """The gradient of the penalty, without `jax.jit` around it."""
     v = complexity.gaussian(N).sample(KEY, 0)
     return jax.grad(penalty_of(losses, radius=0.5))(THETA, data(), v)
 
 
 def drawn_by(losses):
-    """The losses are a part of a law: its program holds them, and is freed with it."""
+    """Draws from a law whose function holds the array of the losses, and must be freed."""
     held = losses.held
 
     def draw(key):
@@ -66,7 +66,7 @@ def drawn_by(losses):
 
 
 def drawn_data(losses):
-    """A function that draws the data, and holds the losses."""
+    """A complexity whose data are drawn by a function that holds the array of the losses."""
     return of_problem(
         complexity.local_complexity,
         lambda theta, batch: batch @ theta,
@@ -106,8 +106,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_losses_and_what_they_hold_go_when_the_call_returns(name):
-    """They are freed at once: no cycle holds them until the garbage collector runs."""
+def test_losses_and_their_arrays_are_freed_when_the_call_returns(name):
+    """They are freed at once: no cycle of references holds them until they are collected."""
     losses = Losses()
     gone = weakref.ref(losses), weakref.ref(losses.held)
     CALLS[name](losses)
@@ -117,8 +117,8 @@ def test_losses_and_what_they_hold_go_when_the_call_returns(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["penalty", "its gradient", "add_local_complexity"])
-def test_programs_go_as_well(name):
-    """Of loops outside of jit jax keeps the program: some hundred memory maps a call."""
+def test_programs_are_freed(name):
+    """If a loop ran outside of `jax.jit`, jax would keep its program: a hundred maps per call."""
     CALLS[name](Losses())
     _, before = resources()
     for _ in range(3):
@@ -128,10 +128,10 @@ def test_programs_go_as_well(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
-def test_a_hundred_calls_take_no_more_than_ten(name):
-    """Fresh losses, laws and data: memory and memory maps are flat from the tenth call on.
+def test_a_hundred_calls_take_no_more_memory_than_ten(name):
+    """Each call has fresh losses, with 4 MB, and a fresh law and data.
 
-    A program takes some ten maps, losses here hold 4 MB: kept, they were 900 maps and 360 MB.
+    A program takes some ten memory maps: if they were kept, 90 calls would add 900 maps and 360 MB.
     """
     memory, maps = growth(lambda i: CALLS[name](Losses(size=1 << 20)))
     assert memory < 40
@@ -143,8 +143,8 @@ def test_a_hundred_calls_take_no_more_than_ten(name):
     [("local_complexity", 1), ("gaussian_inequalities", 1), ("sgd_inequality", 2), ("theorem1", 2)],
 )
 def test_laws_over_the_same_examples_share_a_program(measure, programs):
-    """Four complexities in `theorem1`, of which three are over all examples."""
-    CALLS[measure](Losses())  # what is small and of a shape alone, jax compiles once
+    """`theorem1` has four complexities, three of which are over all examples."""
+    CALLS[measure](Losses())  # jax compiles small programs of a shape once and for all
     with compilations() as compiled:
         CALLS[measure](Losses())
     assert len(compiled) == programs
@@ -152,7 +152,7 @@ def test_laws_over_the_same_examples_share_a_program(measure, programs):
 
 @pytest.mark.slow
 def test_laws_that_share_a_program_have_their_own_draws():
-    """`theorem1` against the complexities by themselves."""
+    """The complexities in `theorem1` agree with the same ones by themselves."""
     options = QUICK | {"num_draws": 5}
     found = of_problem(complexity.theorem1, Losses(), THETA, data(), batch_size=2, **options)
     for side, law in (
@@ -165,8 +165,8 @@ def test_laws_that_share_a_program_have_their_own_draws():
         np.testing.assert_allclose(side.first_order, alone.first_order, rtol=1e-5)
 
 
-def test_data_that_come_to_be_more_are_seen():
-    """The function that draws the data is the same object."""
+def test_a_changed_number_of_examples_is_seen():
+    """The function that draws the data is the same object in both calls."""
     size = [5]
 
     def sample(key):

@@ -1,4 +1,4 @@
-"""Theorem 1: constants, both inequalities by enumeration and sampled, and the counterexample."""
+"""Theorem 1: its constants, both inequalities, enumerated and sampled, and the counterexample."""
 
 import itertools
 import math
@@ -24,13 +24,13 @@ ALL = {"radius": 1.0, "num_draws": None, **EXACT}
 
 
 def spike(n):
-    """All losses 0 but one, which is 1: the class on which the bounds are attained."""
+    """All losses are 0 except one, which is 1: the class for which the bounds are attained."""
     return (lambda p, batch: batch + 0 * p), jnp.zeros(()), jnp.zeros(n).at[0].set(1.0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 64, 1000, 60_000])
-def test_the_constant_of_the_gaussian_bound(n):
-    """Against scipy's quadrature, and below sqrt(2 ln 2N)."""
+def test_the_constant_of_the_gaussian_bound_is_the_mean_maximum(n):
+    """The reference is SciPy's quadrature. The paper's constant sqrt(2 ln 2N) is above it."""
     beyond = lambda x: -math.expm1(n * math.log1p(-special.erfc(x / math.sqrt(2))))  # noqa: E731
     expected, _ = integrate.quad(beyond, 1e-12, 12, limit=500)
     found = complexity.expected_max_normal(n)
@@ -42,8 +42,11 @@ def test_the_constant_of_the_gaussian_bound(n):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("b", [1, 2, 4])
-def test_the_counterexample_with_replacement(b):
-    """(1 - 1/N)^b / (1 - b/N): 1.0208 and 1.1724 at N = 8. Without replacement equality."""
+def test_the_counterexample_violates_the_bound_with_replacement(b):
+    """With replacement, the ratio is ``(1 - 1/N)^b / (1 - b/N)``, above 1 for b = 2 and 4.
+
+    Without replacement there is equality, and the corrected bound holds.
+    """
     ratios, violated = {}, {}
     for replace, bound in itertools.product((False, True), ("paper", "corrected")):
         found = of_problem(
@@ -55,17 +58,17 @@ def test_the_counterexample_with_replacement(b):
     assert ratios[True, "paper"] == pytest.approx((7 / 8) ** b / (1 - b / 8), rel=1e-5)
     assert ratios[False, "paper"] == ratios[False, "corrected"] == pytest.approx(1, rel=1e-5)
     assert ratios[True, "corrected"] <= 1 + 1e-5
-    if b == 1:  # sampling once is sampling once
+    if b == 1:  # one example is drawn alike with and without replacement
         assert ratios[True, "corrected"] == pytest.approx(1, rel=1e-5)
     assert violated == {key: key == (True, "paper") and b > 1 for key in ratios}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("b", [1, 2, 3, 4, 5])
-def test_the_sgd_bounds_on_random_losses(b):
-    """N = 6, every b, all draws, both samplings: no corrected bound is exceeded.
+def test_the_corrected_sgd_bounds_hold_for_random_losses(b):
+    """All draws are enumerated, for N = 6 and every b, with and without replacement.
 
-    Also where b does not divide N, and beyond N/2, where the other N - b examples bound.
+    Some b do not divide N. Beyond N/2, the bound is that of the other N - b examples.
     """
     for replace in (False, True):
         found = of_problem(
@@ -94,7 +97,7 @@ def test_the_sgd_bounds_on_random_losses(b):
 
 
 def test_one_loss_attains_the_left_gaussian_bound():
-    """500 draws."""
+    """Of 500 draws, the ratio of the left bound is 1 within its standard error."""
     lower, upper = of_problem(
         complexity.gaussian_inequalities, *spike(8), radius=1.0, key=KEY, num_draws=500, **EXACT
     )
@@ -104,7 +107,7 @@ def test_one_loss_attains_the_left_gaussian_bound():
 
 @pytest.mark.slow
 def test_separate_losses_attain_the_right_gaussian_bound():
-    """Sup |sum v_i theta_i^2| over the unit ball is max |v_i|. 500 draws."""
+    """For losses theta_i^2, the supremum over the unit ball is max |v_i|, here of 500 draws."""
     n = 8
     lower, upper = of_problem(
         complexity.gaussian_inequalities,
@@ -117,16 +120,17 @@ def test_separate_losses_attain_the_right_gaussian_bound():
         num_starts=8,
         num_steps=30,
     )
-    np.testing.assert_allclose(n * lower.left.draws, 1, atol=0.03)  # of signs the largest is 1
-    assert_agree(upper.ratio.value, 1, upper.ratio.standard_error, slack=0.02)  # the ascents'
+    np.testing.assert_allclose(n * lower.left.draws, 1, atol=0.03)  # max |v_i| of signs is 1
+    # The ascents may end up to 2 % below the supremum.
+    assert_agree(upper.ratio.value, 1, upper.ratio.standard_error, slack=0.02)
     assert lower.ratio.value < 0.6
 
 
 @pytest.mark.slow
-def test_a_measured_ratio_and_its_error():
-    """Standard normal losses and slopes, N = 32, b = 8: (1/2) sqrt(k / (k - 1)) with k = N/b.
+def test_a_sampled_ratio_and_its_standard_error():
+    """For standard normal losses and slopes, it is (1/2) sqrt(k / (k - 1)) with k = N/b = 4.
 
-    200 draws; the standard error by the jackknife.
+    The standard error from 200 draws agrees with the jackknife.
     """
     found = of_problem(
         complexity.sgd_inequality,
@@ -149,8 +153,12 @@ def test_a_measured_ratio_and_its_error():
 
 
 @pytest.mark.slow
-def test_both_parts_together():
-    """The same draws as each part by itself; R(G) / R(A) is near 1 for affine losses."""
+def test_theorem1_has_the_draws_of_its_parts():
+    """The ratio of the lower Gaussian bound is known: suprema are proportional to ||v||.
+
+    The data are standard normal and drawn anew, so that nothing else of v counts. ||v|| is
+    sqrt(32) for signs, and a chi with 32 degrees of freedom for normals.
+    """
     problem = (affine_losses, jnp.zeros(4), sample_data)
     options = {"radius": 1.0, "key": KEY, "num_draws": 200, **EXACT}
     found = of_problem(complexity.theorem1, *problem, batch_size=8, **options)
@@ -160,11 +168,14 @@ def test_both_parts_together():
         == of_problem(complexity.sgd_inequality, *problem, batch_size=8, **options).ratio
     )
     lower = found.gaussian_lower.ratio
-    assert_agree(lower.value, math.sqrt(2 / math.pi), lower.standard_error, slack=0.0225)
+    chi = math.sqrt(2) * math.gamma(16.5) / math.gamma(16)
+    expected = math.sqrt(2 / math.pi) * math.sqrt(32) / chi
+    assert_agree(lower.value, expected, lower.standard_error)
+    assert lower.standard_error < 0.05
     assert found.gaussian_lower.left.estimate == found.gaussian_upper.right.estimate
 
 
-def test_a_violation_is_shown():
+def test_a_violation_is_reported():
     left, right = (complexity.Estimate(1.2, 0.05), complexity.Estimate(1.05, 0.05))
     shown = [complexity.Inequality("x <= y", None, None, 1.0, ratio) for ratio in (left, right)]
     assert [inequality.violated for inequality in shown] == [True, False]
@@ -185,7 +196,7 @@ def test_a_violation_is_shown():
         ({"bound": "mine"}, "bound must be one of 'corrected', 'paper', got 'mine'"),
     ],
 )
-def test_bad_input(wrong, message):
+def test_bad_arguments_are_refused(wrong, message):
     arguments = {"batch_size": 2, **ALL, **wrong}
     with pytest.raises(ValueError, match=message):
         of_problem(
@@ -197,7 +208,7 @@ def test_bad_input(wrong, message):
         )
 
 
-def test_no_ratio_of_zeros():
+def test_a_ratio_of_zeros_is_refused():
     with pytest.raises(ValueError, match="The complexities are 0"):
         of_problem(
             complexity.sgd_inequality,

@@ -1,4 +1,4 @@
-"""Gradient matrix, covariances, spectrum and conversions, against numpy in float64."""
+"""Gradient matrix, covariances, spectrum and conversions of noise, against numpy in float64."""
 
 import functools
 
@@ -20,13 +20,14 @@ LAWS = ["fisher", "sgd_covariance", noise.Exchangeable(0.3, 0.1), noise.Exchange
 
 @functools.cache
 def by_hand(num_examples: int, dim: int = 5) -> np.ndarray:
-    """The gradient matrix in numpy, [N, D], in the order of ravel_pytree ("b" before "w")."""
+    """The gradient matrix by numpy, [N, D], in the order of `ravel_pytree`: "b" before "w"."""
     with jax.enable_x64(True):
         leaves = problems.regression(num_examples, dim, jnp.float64).gradient_matrix()
     return np.concatenate([leaves["b"][:, None], leaves["w"]], axis=1)
 
 
 def moments(law, num_examples: int) -> tuple[float, float]:
+    """Alpha and beta of a law, or of a covariance by name."""
     if law == "fisher":
         return 1 / num_examples, 0.0
     if law == "sgd_covariance":
@@ -36,7 +37,7 @@ def moments(law, num_examples: int) -> tuple[float, float]:
 
 
 def dense(law, rows: np.ndarray) -> np.ndarray:
-    """The definition, alpha G^T G + beta (G^T 1)(G^T 1)^T."""
+    """The definition of the covariance, ``alpha G^T G + beta (G^T 1)(G^T 1)^T``."""
     alpha, beta = moments(law, len(rows))
     total = rows.sum(0)
     return alpha * rows.T @ rows + beta * np.outer(total, total)
@@ -48,7 +49,7 @@ def close(got, wanted, tolerance=1e-12):
 
 @pytest.mark.parametrize("microbatch_size", [None, 1, 3, 100])
 @pytest.mark.usefixtures("x64", "strict_dtypes")
-def test_gradient_matrix_is_every_examples_gradient(microbatch_size):
+def test_the_gradient_matrix_has_the_gradient_of_every_example(microbatch_size):
     problem = problems.regression(10, dtype=jnp.float64)
     losses = loss.LossVector(problems.loss_vector_fn, problem.data, microbatch_size=microbatch_size)
     gradients = losses.gradient_matrix(problem.params)
@@ -61,14 +62,14 @@ def test_gradient_matrix_is_every_examples_gradient(microbatch_size):
 
 
 @pytest.mark.usefixtures("x64", "strict_dtypes")
-def test_both_forms_of_the_gradient_covariance_agree_and_equal_numpys():
+def test_both_forms_of_the_gradient_covariance_are_that_of_numpy():
     rows = by_hand(40)
     wanted = np.cov(rows.T, bias=True)
     centred, definition = (
         jax.jit(functools.partial(covariance.sgd_covariance, form=form))(*linear(rows))
         for form in ("centred", "definition")
     )
-    close(centred, definition)  # Eq. 15 and the definition, to 1e-12
+    close(centred, definition)
     close(centred, wanted)
     close(covariance.fisher(*linear(rows)), rows.T @ rows / 40)
     close(centred, centred.T)
@@ -77,7 +78,7 @@ def test_both_forms_of_the_gradient_covariance_agree_and_equal_numpys():
 @pytest.mark.parametrize("num_examples", [1, 3, 40])
 @pytest.mark.parametrize("law", LAWS, ids=str)
 @pytest.mark.usefixtures("x64", "strict_dtypes")
-def test_covariance_diagonal_and_spectrum_of_any_law(law, num_examples):
+def test_covariance_diagonal_and_spectrum_agree_with_numpy(law, num_examples):
     rows = by_hand(num_examples)
     wanted = dense(law, rows)
     scale = max(np.abs(wanted).max(), 1e-3)
@@ -99,13 +100,14 @@ def test_covariance_diagonal_and_spectrum_of_any_law(law, num_examples):
 
 
 @pytest.mark.usefixtures("x64", "strict_dtypes")
-def test_gram_spectrum_of_many_parameters_equals_the_dense_one():
+def test_the_spectrum_by_the_gram_matrix_is_the_dense_one():
     rows = np.random.default_rng(0).normal(size=(12, 60)) + 1
     found = covariance.spectrum(*linear(rows), "sgd_covariance")
     assert found.eigenvalues.shape == (12,)
     values, vectors = np.linalg.eigh(np.cov(rows.T, bias=True))
     np.testing.assert_allclose(found.eigenvalues, values[::-1][:12], atol=1e-13 * values[-1])
-    assert (np.asarray(found.eigenvectors[-1]) == 0).all()  # centred: one direction fewer
+    # Centred gradients span one direction fewer than there are examples.
+    assert (np.asarray(found.eigenvectors[-1]) == 0).all()
     overlaps = np.abs(np.sum(found.eigenvectors[:11] * vectors.T[::-1][:11], axis=1))
     np.testing.assert_allclose(overlaps, 1, atol=1e-10)
 
@@ -121,7 +123,8 @@ def test_any_covariance_of_weights_gives_a_positive_covariance(n, d, along, acro
     assert np.linalg.eigvalsh(matrix).min() >= -1e-5 * scale
 
 
-# The conversions see the weights alone: every law once, extreme sizes with one of each kind.
+# The conversions depend on nothing of a law but its weights: every law is taken at one size, and
+# extreme sizes are taken with a sparse and a dense law.
 @pytest.mark.parametrize(
     ("name", "n", "b"),
     [
@@ -130,8 +133,8 @@ def test_any_covariance_of_weights_gives_a_positive_covariance(n, d, along, acro
     ],
 )
 @pytest.mark.usefixtures("x64", "strict_dtypes")
-def test_weights_to_additive_noise_and_back(name, n, b):
-    rows = np.random.default_rng(3).normal(size=(n, 20))  # independent gradients: N <= D
+def test_weights_become_additive_noise_and_back(name, n, b):
+    rows = np.random.default_rng(3).normal(size=(n, 20))  # gradients are independent: N <= D
     weights = ROWS[name].make(n, b, dtype=jnp.float64).sample(jax.random.key(0), 0)
     additive = covariance.to_additive(*linear(rows), weights)
     wanted = rows.T @ (np.asarray(weights.dense()) - 1 / n)
@@ -142,16 +145,18 @@ def test_weights_to_additive_noise_and_back(name, n, b):
 
 
 @pytest.mark.usefixtures("x64", "strict_dtypes")
-def test_back_from_additive_noise_where_it_is_not_unique_or_not_possible():
+def test_weights_for_additive_noise_are_those_of_least_norm_and_nearest():
     rng = np.random.default_rng(4)
-    rows = rng.normal(size=(20, 7))  # dependent gradients: the weights of least norm
+    # Dependent gradients have many such weights, of which those of least norm are returned.
+    rows = rng.normal(size=(20, 7))
     additive = jnp.asarray(rng.normal(size=7))
     found = covariance.to_multiplicative(*linear(rows), additive)
     close(covariance.to_additive(*linear(rows), found.weights), additive)
     assert found.residual < 1e-12
     deviations = np.asarray(found.weights.dense()) - 1 / 20
     close(deviations, np.linalg.pinv(rows.T) @ additive)
-    few = rng.normal(size=(3, 7))  # three gradients do not span seven dimensions
+    # Three gradients do not span seven dimensions: the residual is what they cannot make.
+    few = rng.normal(size=(3, 7))
     found = covariance.to_multiplicative(*linear(few), additive)
     outside = additive - few.T @ np.linalg.pinv(few.T) @ additive
     close(found.residual, np.linalg.norm(outside) / np.linalg.norm(additive))
@@ -161,7 +166,7 @@ def test_back_from_additive_noise_where_it_is_not_unique_or_not_possible():
 def test_narrow_gradients_are_multiplied_in_float32():
     losses = loss.LossVector(lambda p, g: g @ p["w"] + p["b"], jnp.ones((300, 4), jnp.bfloat16))
     params = {"w": jnp.zeros(4, jnp.bfloat16), "b": jnp.zeros((), jnp.bfloat16)}
-    matrix = covariance.fisher(losses, params)  # in bfloat16 the sum would stop at 256
+    matrix = covariance.fisher(losses, params)  # in bfloat16, the sum of 300 would stop at 256
     diagonal = covariance.diagonal(losses, params, "fisher")
     assert {leaf.dtype for leaf in jax.tree.leaves(diagonal)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(diagonal["w"], 1, rtol=1e-6)
@@ -169,7 +174,7 @@ def test_narrow_gradients_are_multiplied_in_float32():
     np.testing.assert_allclose(matrix, np.ones((5, 5)), rtol=1e-6)
 
 
-def test_under_vmap_over_gradients_and_over_draws():
+def test_gradients_and_draws_may_be_mapped():
     rows = jnp.asarray(by_hand(7), jnp.float32)
     law = noise.sgd(7, 3)
     scaled = jnp.arange(1.0, 4.0)[:, None, None] * rows[None]
@@ -182,7 +187,7 @@ def test_under_vmap_over_gradients_and_over_draws():
     close(additive, (weights - 1 / 7) @ np.asarray(rows, np.float64), 1e-5)
 
 
-# Every function of a loss vector, with all else that it takes.
+# The functions of a loss vector, with their other arguments.
 WEIGHTS = noise.sgd(4, 2).sample(jax.random.key(0), 0)
 FUNCTIONS = {
     "fisher": (covariance.fisher,),
@@ -200,7 +205,7 @@ OF_A_LAW = [name for name, (_, *rest) in FUNCTIONS.items() if rest == ["fisher"]
 
 @pytest.mark.usefixtures("user_errors")
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_is_no_loss_vector_or_no_parameter_is_refused(name):
+def test_wrong_losses_and_parameters_are_refused(name):
     function, *rest = FUNCTIONS[name]
     losses, params = linear(jnp.ones((4, 3)))
     for wrong in (losses.loss_vector_fn, jnp.ones((4, 3)), "x" * 1000, None):
@@ -215,7 +220,7 @@ def test_what_is_no_loss_vector_or_no_parameter_is_refused(name):
 
 @pytest.mark.usefixtures("user_errors")
 @pytest.mark.parametrize("name", OF_A_LAW)
-def test_what_is_no_law_is_refused(name):
+def test_wrong_laws_are_refused(name):
     function, problem = FUNCTIONS[name][0], linear(jnp.ones((4, 3)))
     for value in (1.0, problem[0], WEIGHTS):
         with pytest.raises(TypeError, match=r"law must be a noise\.MNoise.* or 'sgd_covariance'"):
@@ -255,8 +260,8 @@ def test_bad_input_is_refused():
 @pytest.mark.parametrize("microbatch_size", [None, 3, 4])
 @pytest.mark.parametrize("law", ["fisher", "sgd_covariance", noise.sgd(10, 3)], ids=str)
 @pytest.mark.usefixtures("x64", "strict_dtypes")
-def test_the_diagonal_in_micro_batches(law, microbatch_size):
-    """Far from zero, where a difference of squares would have lost ten of its digits."""
+def test_the_diagonal_is_accurate_far_from_zero(law, microbatch_size):
+    """Gradients near 1e5 have variances near 1: a difference of squares would lose ten digits."""
     rows = by_hand(10) + 1e5
     losses, params = linear(rows)
     losses = loss.LossVector(losses.loss_vector_fn, losses.data, microbatch_size=microbatch_size)
@@ -268,7 +273,7 @@ def test_the_diagonal_in_micro_batches(law, microbatch_size):
 
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_of_examples_that_are_spread_over_devices(microbatch_size, kind):
+def test_examples_may_be_spread_over_devices(microbatch_size, kind):
     problem, types = problems.regression(10), (getattr(jax.sharding.AxisType, kind),)
     spread = jax.NamedSharding(jax.make_mesh((4,), ("data",), axis_types=types), jax.P("data"))
     options = {"microbatch_size": microbatch_size, "sharding": spread}
@@ -285,7 +290,7 @@ def test_of_examples_that_are_spread_over_devices(microbatch_size, kind):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_an_example_may_use_a_parameter_many_times(dtype):
-    """A text of one word: in bfloat16 its gradient would be 256 or so instead of 2,000."""
+    """In a text of 2,000 equal words, a gradient in bfloat16 would count about 256 of them."""
 
     def losses(params, tokens):
         looked_up = params.astype(dtype)[tokens, 0] / 2000
@@ -299,12 +304,13 @@ def test_an_example_may_use_a_parameter_many_times(dtype):
 
 
 @pytest.mark.usefixtures("x64", "strict_dtypes")
-def test_correlated_steps_have_the_covariance_of_one_step():
+def test_laws_of_dependent_steps_have_the_covariance_of_one_step():
     rows, law = by_hand(12), noise.random_reshuffling(12, 3)
     close(covariance.noise_covariance(*linear(rows), law), dense(law, rows))
-    steps = jnp.arange(0, 8000, 5)  # each of an epoch of its own
+    steps = jnp.arange(0, 8000, 5)  # epochs have 4 steps: these are independent
     draws = jax.jit(jax.vmap(law.sample, in_axes=(None, 0)))(jax.random.key(0), steps)
     weights = np.asarray(draws.dense())
     found = np.cov(rows.T @ weights.T)
     wanted = dense(law, rows)
+    # The largest standard error that an entry has, if the draws are nearly Gaussian.
     assert_agree(found, wanted, np.abs(wanted).max() * np.sqrt(2 / len(weights)))

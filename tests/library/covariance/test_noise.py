@@ -1,4 +1,4 @@
-"""The covariance of grad(L . W) over many draws, entry by entry, and that of the samplers."""
+"""The covariance of grad(L . W) over many draws, and that of the samplers, entry by entry."""
 
 import functools
 
@@ -14,12 +14,12 @@ from tests.support.statistics import bound
 
 DRAWS = 20_000
 N, B = 12, 4
-Z = bound(300)  # the entries of a mean of 23 and of its covariance
+Z = bound(300)  # 23 entries of the mean and 23 * 24 / 2 = 276 of the covariance
 
 
 @functools.cache
 def small_net():
-    """Two layers, tanh, squared error: D = 23 parameters, N = 12 examples; and its G in float64."""
+    """Two layers with tanh and squared errors: 23 parameters and 12 examples."""
     rng = np.random.default_rng(0)
     shapes = {"w1": (3, 4), "b1": (4,), "w2": (4,), "b2": (3,)}
     params = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
@@ -35,7 +35,7 @@ def small_net():
 
 
 def by_hand() -> np.ndarray:
-    """The gradient matrix of the small net by the chain rule in numpy, [N, D]."""
+    """The gradient matrix of the small net by the chain rule, in numpy's float64: [N, D]."""
     _, params, data = small_net()
     p, d = (jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in (params, data))
     inputs = d["x"] + p["b2"]
@@ -47,14 +47,16 @@ def by_hand() -> np.ndarray:
 
 
 def z_scores(draws: np.ndarray, mean: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """Largest |z| of the mean's and of the covariance's entries; errors from the draws themselves.
+    """The largest distances of mean and covariance from the wanted ones, in standard errors.
 
-    Entries that the noise does not move must be right to rounding.
+    The standard errors come from the draws. Entries that are the same in all draws must be right
+    to rounding.
     """
     deviations = np.asarray(draws, np.float64) - mean
     squares, count = deviations**2, len(deviations)
     covariance_found = deviations.T @ deviations / count
-    # Var(d_i d_j) = E d_i^2 d_j^2 - (E d_i d_j)^2, without the [draws, D, D] array of products.
+    # This needs no array of all products, [draws, D, D]:
+    # Var(d_i d_j) = E d_i^2 d_j^2 - (E d_i d_j)^2.
     variance = np.maximum(squares.T @ squares / count - covariance_found**2, 0)
     rounding = 2e-6 * np.abs(mean).max()
     scores = []
@@ -75,7 +77,7 @@ def z_scores(draws: np.ndarray, mean: np.ndarray, wanted: np.ndarray) -> tuple[f
 
 @functools.cache
 def noisy_gradients(name: str) -> np.ndarray:
-    """20,000 draws of grad(L . W), [draws, D]."""
+    """20,000 draws of grad(L . W): [draws, D]."""
     loss_vector_fn, params, data = small_net()
     law = ROWS[name].make(N, B)
 
@@ -90,13 +92,13 @@ def noisy_gradients(name: str) -> np.ndarray:
 
 
 def target(law) -> np.ndarray:
-    """The closed form alpha G^T G + beta (G^T 1)(G^T 1)^T, in numpy."""
+    """The closed form, ``alpha G^T G + beta (G^T 1)(G^T 1)^T``, in numpy's float64."""
     rows, moments = by_hand(), law.covariance
     total = rows.sum(0)
     return moments.alpha * rows.T @ rows + moments.beta * np.outer(total, total)
 
 
-def test_closed_form_by_the_library_is_that_by_hand():
+def test_noise_covariance_is_the_closed_form_by_hand():
     loss_vector_fn, params, data = small_net()
     losses = loss.LossVector(loss_vector_fn, data)
     gradients = losses.gradient_matrix(params)
@@ -110,7 +112,7 @@ def test_closed_form_by_the_library_is_that_by_hand():
 
 
 @pytest.mark.parametrize("name", list(ROWS))
-def test_covariance_of_the_noisy_gradient_is_the_closed_form_entry_by_entry(name):
+def test_noisy_gradients_have_the_closed_form_as_covariance(name):
     law = ROWS[name].make(N, B)
     mean, wanted = by_hand().mean(0), target(law)
     of_mean, of_covariance = z_scores(noisy_gradients(name), mean, wanted)
@@ -119,11 +121,12 @@ def test_covariance_of_the_noisy_gradient_is_the_closed_form_entry_by_entry(name
 
 
 @pytest.mark.parametrize("name", ["sgd", "fisher", "cov", "sparse_cov"])
-def test_a_covariance_a_little_off_is_rejected(name):
+def test_near_misses_of_the_covariance_are_rejected(name):
     rows, law = by_hand(), ROWS[name].make(N, B)
     mean, draws = rows.mean(0), noisy_gradients(name)
     total = rows.sum(0)
-    # 8 % in scale, or the empirical Fisher in place of the gradient covariance and the reverse.
+    # One near miss is 8 % too large. The other is the empirical Fisher in place of the gradient
+    # covariance, or the reverse.
     beta = -law.covariance.alpha / N if law.covariance.beta == 0 else 0.0
     swapped = law.covariance.alpha * rows.T @ rows + beta * np.outer(total, total)
     for wrong in (1.08 * target(law), swapped):
@@ -142,8 +145,8 @@ SAMPLERS = {
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers_have_the_covariance_that_cov_noise_has(name):
-    """`noise.cov` and the SVD sampler have the same target, S/b."""
+def test_samplers_have_the_covariance_of_the_cov_law(name):
+    """Gradients with weights from `noise.cov` and draws of the samplers have the same, S/b."""
     rows = by_hand()
     wanted = np.cov(rows.T, bias=True) / B
     if name == "diagonal":

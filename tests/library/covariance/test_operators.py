@@ -1,4 +1,4 @@
-"""Matrix-free operators: products and solves, against dense numpy in float64."""
+"""Operators that need no matrices: products and solves, against dense algebra in float64."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def test_products_are_those_of_the_dense_matrix(name, microbatch_size):
 
 
 @pytest.mark.usefixtures("x64")
-def test_damped_solves_by_conjugate_gradients():
+def test_damped_solves_by_conjugate_gradients_are_dense_solves():
     problem = problems.regression(N, dtype=jnp.float64)
     right = {"w": jnp.ones(5), "b": jnp.asarray(1.0)}
 
@@ -68,7 +68,7 @@ def test_damped_solves_by_conjugate_gradients():
     close(found, np.linalg.solve(wanted("sgd_covariance") + 0.1 * np.eye(6), np.ones(6)), 1e-9)
 
 
-def test_operators_are_symmetric_positive_and_keep_narrow_types():
+def test_operators_are_symmetric_and_positive_and_keep_narrow_types():
     problem = problems.regression(N, dtype=jnp.bfloat16)
     losses = loss.LossVector(problems.loss_vector_fn, problem.data)
     operator = covariance.fisher_operator(losses, problem.params)
@@ -130,7 +130,7 @@ def test_parameters_of_several_types_have_a_matrix(first, second, tolerance, wid
 @pytest.mark.parametrize("microbatch_size", [None, 700])
 @pytest.mark.parametrize("name", ["fisher", "rademacher"])
 def test_sums_of_narrow_models_are_in_float32(name, microbatch_size, dtype):
-    """An embedding that 2,000 examples look up: in bfloat16 the sum would stop at 256 terms."""
+    """Of 2,000 examples that look up an embedding, a sum in bfloat16 would count about 256."""
     size = 2000
     rng = np.random.default_rng(0)
     x = rng.uniform(0.5, 1.5, size)
@@ -159,7 +159,7 @@ PARAMS = {"w": jnp.ones(5), "b": jnp.ones(())}
 
 
 def fresh(seed):
-    """A loss with its own array and its own data."""
+    """A loss vector function that holds an array of its own, and data for it."""
     held = jnp.full(CAPTURED // 4, seed, jnp.float32)
     data = problems.regression(60).data
     data = {**data, "x": data["x"] + seed}
@@ -197,13 +197,16 @@ USES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", USES)
-def test_arrays_of_earlier_losses_are_gone(name):
+def test_arrays_of_dropped_losses_are_freed(name):
     assert_arrays_go(lambda seed: USES[name](*fresh(float(seed))), CAPTURED)
 
 
 @pytest.mark.parametrize("name", ["gradient matrix", "operator"])
-def test_programs_of_earlier_losses_are_gone(name):
-    """Those of loops outside of jit would stay, ten memory maps each: lineax keeps some of its."""
+def test_programs_of_dropped_losses_are_freed(name):
+    """A loop outside of `jax.jit` would leave its program behind, with ten memory maps per call.
+
+    The bound leaves room for programs of lineax, which keeps some of its own.
+    """
     USES[name](*fresh(0.0))
     _, before = resources()
     for seed in range(1, 5):
@@ -224,7 +227,7 @@ def test_a_second_eager_product_compiles_nothing(microbatch_size):
     assert not compiled
 
 
-def test_without_lineax_the_error_says_what_to_install():
+def test_without_lineax_the_error_states_what_to_install():
     script = (
         "import sys; sys.modules['lineax'] = None\n"
         "from msgd_jax import covariance\n"

@@ -1,4 +1,4 @@
-"""Samplers of additive noise: their streams, and matrices that are not covariances."""
+"""Samplers of additive noise: independent draws, and matrices that are not covariances."""
 
 import functools
 
@@ -31,7 +31,7 @@ def test_draws_are_uncorrelated_with_what_a_user_draws(size, num_keys, impl):
 
 
 def test_draws_are_uncorrelated_with_the_weights_of_the_same_step():
-    """Both draws are Gaussian, with the same key and step."""
+    """Both are Gaussian, and drawn with the same key and step."""
     sampler, law = covariance.diagonal_sampler(jnp.ones(5000)), noise.fisher(5000, 10)
     pair = sampler.sample(KEY, 2), law.sample(jax.random.key(0), 2).values
     assert abs(np.corrcoef(*pair)[0, 1]) < bound() / np.sqrt(5000)
@@ -62,12 +62,12 @@ def test_a_step_of_any_integer_type_is_that_step(dtype):
 
 @pytest.mark.usefixtures("user_errors")
 @pytest.mark.parametrize("step", [-1, np.int8(-1), 2**31, np.int64(2**32)], ids=repr)
-def test_what_is_no_step_is_refused(step):
+def test_steps_out_of_range_are_refused(step):
     with pytest.raises(ValueError, match="step must be between 0 and"):
         covariance.diagonal_sampler(jnp.ones(2)).sample(KEY, step)
 
 
-# What is no covariance ----------------------------------------------------------------------------
+# Matrices that are not covariances ----------------------------------------------------------------
 
 
 def rotated(eigenvalues, dtype=jnp.float32):
@@ -80,7 +80,7 @@ def rotated(eigenvalues, dtype=jnp.float32):
 INDEFINITE = {
     "negative": -jnp.eye(3),
     "one below 0": jnp.diag(jnp.asarray([1.0, 2.0, -0.5])),
-    # Both have the singular value 1, so that U and V are mixtures.
+    # The eigenvalues 1 and -1 have the same singular value, so that U and V mix their vectors.
     "opposite": jnp.asarray([[0.0, 1.0], [1.0, 0.0]]),
     "a little": rotated([*np.linspace(0, 1, 19), -0.001]),
     "a little, of many": rotated([*np.linspace(0, 1, 299), -0.001]),
@@ -104,14 +104,14 @@ def test_asymmetric_matrices_are_refused(name):
     matrix = jnp.eye(3).at[0, 2].set(0.01)
     with pytest.raises(ValueError, match=r"symmetric .*got 0.00\d+ at \(0, 2\) and 0.0 at \(2, 0"):
         DENSE[name](matrix)
-    # Of a covariance a symmetric part alone would be another covariance.
+    # The symmetric part of this matrix is a covariance, but not the one that was asked for.
     with pytest.raises(ValueError, match="matrix must be symmetric"):
         DENSE[name](jnp.asarray([[1.0, 1e-4], [0.0, 1.0]]))
 
 
 @pytest.mark.usefixtures("user_errors")
 @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
-def test_what_is_not_finite_is_refused(value):
+def test_covariances_must_be_finite(value):
     for make in DENSE.values():
         with pytest.raises(ValueError, match="matrix must be finite, got 1 entries that are not"):
             make(jnp.eye(3).at[1, 1].set(value))
@@ -131,41 +131,41 @@ def test_negative_variances_are_refused():
 
 @pytest.mark.parametrize("size", [(7, 300), (300, 7), (4000, 40)], ids=str)
 @pytest.mark.parametrize("name", DENSE)
-def test_computed_covariances_are_taken(name, size):
-    """Singular or regular, of any of the ways to compute them; the mean is as large as the rest."""
+def test_computed_covariances_are_accepted_and_factored(name, size):
+    """They are singular or regular, and computed in several ways, from gradients of mean 1."""
     rows = np.random.default_rng(0).normal(size=size).astype(np.float32) + 1
     found = [
         covariance.noise_covariance(*linear(rows), noise.cov(size[0], 5)),
         covariance.sgd_covariance(*linear(rows)),
         covariance.fisher(*linear(rows)),
     ]
-    if name != "cholesky":  # which needs matrices that are regular with its jitter
+    if name != "cholesky":  # which needs a matrix that its jitter makes regular
         found.append(covariance.fisher(*linear(rows)).astype(jnp.bfloat16))
         found.append(covariance.sgd_covariance(*linear(rows), form="definition"))
     for matrix in found:
         wanted = np.asarray(matrix, np.float64)
         factor = np.asarray(DENSE[name](matrix).factor, np.float64)
-        # Rounding to bfloat16 makes small eigenvalues negative; they count as 0.
+        # Rounding to bfloat16 makes small eigenvalues negative, and the samplers take them as 0.
         tolerance = 0.1 if matrix.dtype == jnp.bfloat16 else 2e-3
         assert np.linalg.norm(factor @ factor.T - wanted, 2) < tolerance * np.linalg.norm(wanted, 2)
 
 
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("through", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_the_covariance_0_is_no_noise(name, through):
+def test_a_covariance_of_zero_gives_no_noise(name, through):
     sampler = through(DENSE[name])(jnp.zeros((3, 3)))
     np.testing.assert_array_equal(sampler.factor, np.zeros((3, 3)))
     np.testing.assert_array_equal(sampler.sample(KEY, 0), np.zeros(3))
 
 
-def test_a_singular_matrix_needs_jitter():
+def test_singular_matrices_need_jitter_for_cholesky():
     matrix = jnp.ones((3, 3))
     assert jnp.isfinite(covariance.cholesky_sampler(matrix).factor).all()
     with pytest.raises(ValueError, match=r"singular .* jitter = 0.0 of its trace: raise jitter"):
         covariance.cholesky_sampler(matrix - 1e-7 * jnp.eye(3), jitter=0.0)
 
 
-def test_under_jit_what_the_docstrings_say():
+def test_indefinite_matrices_under_jit_give_what_the_docstrings_state():
     matrix = jnp.diag(jnp.asarray([4.0, -1.0]))
     squares = {
         name: np.asarray(factor @ factor.T)

@@ -1,4 +1,4 @@
-"""`loss.check`: each mistake is found and named, and good losses pass."""
+"""`loss.check` finds and names each mistake of a loss vector function, and good ones pass."""
 
 import itertools
 
@@ -157,7 +157,7 @@ def at_outputs():
         (lambda p, b, keys: dropped(p, b, keys).mean(), "one number for 24"),
     ],
 )
-def test_losses_that_take_keys(fn, what):
+def test_mistakes_with_keys_are_found_and_named(fn, what):
     with pytest.raises(ValueError, match=what) as caught:
         loss.check(fn, PARAMS, DATA, KEY, has_keys=True)
     assert len(str(caught.value)) <= 400
@@ -180,7 +180,11 @@ def test_all_findings_are_told_at_once():
 
 
 def test_a_few_coupled_examples_are_found():
-    """The first example leaks into the last: they are in different parts for some key."""
+    """The first example leaks into the last, and into no other.
+
+    `check` compares with a part of the examples, drawn with the key. Where the two are in the same
+    part, the leak is found as a dependence on the position.
+    """
 
     def leaking(params, batch):
         return good(params, batch).at[-1].add(batch["x"][0, 0])
@@ -191,10 +195,10 @@ def test_a_few_coupled_examples_are_found():
             loss.check(leaking, PARAMS, DATA, jax.random.key(seed))
         except ValueError as error:
             found += "examples" in str(error)
-    assert found == 6  # as a dependence on the position, where the two are in one part
+    assert found == 6
 
 
-def test_losses_that_ignore_the_parameters_are_a_warning():
+def test_losses_that_ignore_the_parameters_are_warned_of():
     with pytest.warns(UserWarning, match="exactly zero"):
         loss.check(lambda p, b: good(PARAMS, b) + 0 * p["w"].sum(), PARAMS, DATA, KEY)
 
@@ -268,7 +272,7 @@ def test_batch_norm_in_training_mode_is_found_in_bfloat16_too():
             loss.check(*linen(dtype, train=True), KEY)
 
 
-def test_in_float64(x64):
+def test_small_dependences_are_found_in_float64_and_the_tolerance_allows_them(x64):
     params = {"w": PARAMS["w"].astype(jnp.float64)}
     data = DATA | {"x": DATA["x"].astype(np.float64)}
     loss.check(good, params, data, KEY)
@@ -284,14 +288,22 @@ def test_in_float64(x64):
 MISTAKES = {
     "function": (lambda: loss.check(3, PARAMS, DATA, KEY), "loss_vector_fn", "function"),
     "keys": (lambda: loss.check(dropped, PARAMS, DATA, KEY), "loss_vector_fn", "has_keys = False"),
-    "no keys": (lambda: loss.check(good, PARAMS, DATA, KEY, has_keys=True), "loss", "keys"),
+    "no keys": (
+        lambda: loss.check(good, PARAMS, DATA, KEY, has_keys=True),
+        "loss_vector_fn",
+        "has_keys = True say, got a function of (params, batch)",
+    ),
     "key": (lambda: loss.check(good, PARAMS, DATA, 0), "key", "typed PRNG key"),
     "one example": (
         lambda: loss.check(good, PARAMS, jax.tree.map(lambda x: x[:1], DATA), KEY),
         "data",
         "at least 2",
     ),
-    "tolerance": (lambda: loss.check(good, PARAMS, DATA, KEY, tolerance=0.0), "tolerance", "0"),
+    "tolerance": (
+        lambda: loss.check(good, PARAMS, DATA, KEY, tolerance=0.0),
+        "tolerance",
+        "above 0, got 0.0",
+    ),
     "params": (lambda: loss.check(good, {"w": 1}, DATA, KEY), "params['w']", "floating point"),
 }
 

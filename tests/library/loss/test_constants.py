@@ -1,4 +1,7 @@
-"""Constants in the state of a loss: they are arguments of the program and keep their bits."""
+"""Constants in the state of a loss vector function.
+
+They are arguments of the program, keep their bits, and make no ghost batches.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,8 @@ from msgd_jax import loss, noise, train, transform
 KEY = jax.random.key(31)
 N = 12
 X = jax.random.normal(jax.random.key(1), (N, 3))
-# A mean of equal numbers over 3 devices need not be that number: 3 x is rounded, and x / 3.
+# Of statistics, the mean over devices is taken. Over 3 devices the mean of three equal numbers x
+# need not be x, because 3 x is rounded: constants must not go through it.
 FROZEN = {
     "w": jax.random.normal(jax.random.key(2), (3, 4)),
     "table": jnp.asarray([7, -3, 2]),
@@ -34,7 +38,7 @@ def losses_at(params, batch, frozen):
 def frozen_losses(params, batch, state):
     losses = losses_at(params, batch, state.arrays)
     changed = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), state.arrays)
-    return losses, loss.Constants(changed)  # what comes back in their place is not looked at
+    return losses, loss.Constants(changed)  # the library must ignore what comes back
 
 
 def bits(tree):
@@ -50,12 +54,13 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_they_stay_bit_for_bit_and_the_gradients_are_those_of_a_loss_that_reads_them(settings):
+def test_constants_keep_their_bits_and_gradients_are_those_of_a_loss_that_reads_them(settings):
     law, params, state = noise.cov(N, 3), jnp.ones(4), loss.Constants(FROZEN)
     found = loss.noisy_value_and_grad(frozen_losses, law, has_state=True, **settings)
     (value, after), grads = found(params, X, KEY, 3, state)
     read = loss.noisy_value_and_grad(lambda p, b: losses_at(p, b, FROZEN), law, **settings)
-    # The same order of the examples too: a state of constants alone makes no ghost batches.
+    # The values agree only if the examples have the same order: constants alone make no ghost
+    # batches.
     expected, expected_grads = read(params, X, KEY, 3)
     np.testing.assert_allclose(grads, expected_grads, rtol=1e-6)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -63,7 +68,7 @@ def test_they_stay_bit_for_bit_and_the_gradients_are_those_of_a_loss_that_reads_
     assert isinstance(after, loss.Constants)
 
 
-def test_alone_they_make_no_ghost_batches():
+def test_constants_alone_make_no_ghost_batches():
     def program(state, losses):
         law = noise.gd(2000)
         found = loss.noisy_value_and_grad(losses, law, has_state=True, microbatch_size=100)
@@ -75,7 +80,7 @@ def test_alone_they_make_no_ghost_batches():
     assert "_permute" in program(both, lambda p, x, state: (p * x, state))
 
 
-def test_beside_statistics_that_move():
+def test_constants_keep_their_bits_beside_statistics():
     def losses(params, batch, state):
         frozen = state["frozen"].arrays
         after = {"frozen": state["frozen"], "count": state["count"] + batch.shape[0]}
@@ -97,7 +102,7 @@ def test_beside_statistics_that_move():
     assert bits(kept[0].model_state["frozen"]) == bits(FROZEN)
 
 
-def test_they_are_no_constants_of_the_program():
+def test_constants_are_arguments_of_the_program():
     big = {"w": jnp.ones((400, 400))}
 
     def losses(params, batch, state):
@@ -116,7 +121,7 @@ def test_they_are_no_constants_of_the_program():
     assert as_argument.argument_size_in_bytes - read.argument_size_in_bytes == 4 * 400 * 400
 
 
-def test_another_structure_is_refused_by_name():
+def test_a_state_of_another_structure_is_refused():
     found = loss.noisy_value_and_grad(
         lambda p, b, s: (losses_at(p, b, s.arrays), s.arrays), noise.gd(N), has_state=True
     )

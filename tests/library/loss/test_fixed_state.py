@@ -1,4 +1,8 @@
-"""Loss vectors at fixed statistics: batch norm in evaluation mode, for all that takes one."""
+"""Loss vectors at fixed statistics, as batch norm has in evaluation mode.
+
+Every method and every function that takes a loss vector must use them. The reference is a loss
+vector function that reads the same statistics from outside.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +32,19 @@ def spread(kind=jax.sharding.AxisType.Auto):
 
 
 def normalised(params, batch, state):
-    """Evaluation mode: the given statistics are used and returned."""
+    """In evaluation mode, the given statistics are used and returned."""
     return ((batch - state["mean"][None]) / state["scale"] @ params) ** 2, state
 
 
 def in_training_mode(params, batch, state):
-    """The statistics of the batch are used, and move the running ones."""
+    """In training mode, the statistics of the batch are used, and move the running ones."""
     mean = batch.mean(0)
     new = {**state, "mean": 0.9 * state["mean"] + 0.1 * mean}
     return ((batch - mean[None]) / state["scale"] @ params) ** 2, new
 
 
 def closed(state=STATE):
-    """The reference: the same losses, with the statistics read from outside."""
+    """The reference, which computes the same losses and reads the statistics from outside."""
     return loss.LossVector(lambda params, batch: normalised(params, batch, state)[0], X)
 
 
@@ -69,7 +73,7 @@ def close(got, wanted):
 def test_every_method_uses_the_given_statistics(name, way):
     options, state = WAYS[way](), STATE
     if sharding := options.get("sharding"):
-        # As training on this mesh leaves them.
+        # Training on this mesh leaves statistics that are replicated over it.
         state = jax.device_put(STATE, jax.NamedSharding(sharding.mesh, jax.P()))
     losses = loss.LossVector(normalised, X, model_state=state, **options)
     close(METHODS[name](losses), METHODS[name](closed()))
@@ -89,14 +93,14 @@ def test_other_statistics_run_the_same_program():
     close(losses.replace(lambda params, batch: batch @ params)(PARAMS), X @ PARAMS)
 
 
-def test_traced_statistics():
+def test_statistics_may_be_traced_and_mapped():
     mean = jax.jit(lambda s: loss.LossVector(normalised, X, model_state=s).mean(PARAMS))
     close(mean(STATE), closed().mean(PARAMS))
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1]), STATE)
     close(jax.vmap(mean)(stacked)[1], closed(jax.tree.map(lambda x: x + 1, STATE)).mean(PARAMS))
 
 
-def test_statistics_and_keys():
+def test_a_loss_may_take_statistics_and_keys():
     def with_keys(params, batch, state, keys):
         dropped = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (3,)))(keys)
         return normalised(params, jnp.where(dropped, batch, 0.0), state)
@@ -133,7 +137,7 @@ TAKERS = {
 
 
 @pytest.mark.parametrize("name", TAKERS)
-def test_a_batch_norm_net_in_evaluation_mode_for_everything_that_takes_a_loss_vector(name):
+def test_functions_of_a_loss_vector_take_a_batch_norm_net_in_evaluation_mode(name):
     parts = net()
     losses = loss.LossVector(parts.loss_vector_fn, DATA, model_state=parts.model_state)
     by_hand = loss.LossVector(
@@ -142,7 +146,7 @@ def test_a_batch_norm_net_in_evaluation_mode_for_everything_that_takes_a_loss_ve
     close(TAKERS[name](losses, parts.params), TAKERS[name](by_hand, parts.params))
 
 
-def test_the_state_of_a_net_without_statistics_is_none():
+def test_the_state_of_a_net_without_statistics_is_empty():
     parts = flax_nnx.trainable(Net(nnx.Rngs(0)), cross_entropy)
     assert parts.model_state == ()
     losses = loss.LossVector(parts.loss_vector_fn, DATA, model_state=parts.model_state)
@@ -166,16 +170,16 @@ def told(call, message):
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
     @pytest.mark.parametrize("name", METHODS)
-    def test_training_mode(self, name):
+    def test_training_mode_is_refused_by_every_method(self, name):
         losses = loss.LossVector(in_training_mode, X, model_state=STATE)
         told(lambda: METHODS[name](losses), "must be in evaluation mode")
 
     @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
-    def test_training_mode_inside_of_other_functions(self, wrap):
+    def test_training_mode_is_seen_inside_jit_and_checkpoint(self, wrap):
         losses = loss.LossVector(wrap(in_training_mode), X, model_state=STATE, microbatch_size=5)
         told(lambda: losses.mean(PARAMS), "must be in evaluation mode")
 
-    def test_training_mode_of_a_net(self):
+    def test_a_net_in_training_mode_is_refused(self):
         parts = net(training=True)
         losses = loss.LossVector(parts.loss_vector_fn, DATA, model_state=parts.model_state)
         told(lambda: losses.mean(parts.params), "must be in evaluation mode")
@@ -214,5 +218,5 @@ class TestBadInput:
             ),
         ],
     )
-    def test_what_the_function_takes_and_returns(self, make, message):
+    def test_functions_of_another_signature_are_refused(self, make, message):
         told(make, message)

@@ -1,4 +1,4 @@
-"""Losses with statistics: micro-batches are ghost batches, with other examples at every step."""
+"""With statistics, micro-batches are ghost batches: every step puts other examples together."""
 
 import functools
 
@@ -29,7 +29,7 @@ def nothing_seen(size):
 
 
 def visited(law, num_steps):
-    """[steps, N]: the examples of each step in the order in which they are visited."""
+    """The examples of each step in the order in which they are visited: [steps, N]."""
     of_step = loss.noisy_value_and_grad(visits, law, has_state=True, microbatch_size=4)
     data = jnp.arange(law.num_examples, dtype=jnp.float32)
 
@@ -47,12 +47,12 @@ def test_a_dense_law_goes_through_the_examples_in_an_order_of_the_step(law):
     orders = visited(law, 20)
     assert (np.sort(orders) == np.arange(12)).all()
     assert len({tuple(order) for order in orders.tolist()}) == 20
-    # The order of `permute` in the stream for it.
+    # The order is that of `permute`, with a key of the stream of orders.
     key = jax.random.fold_in(derive(KEY, Stream.ORDER, 3), 0)
     np.testing.assert_array_equal(orders[3], noise.permute(key, np.arange(12), 12))
 
 
-def test_every_example_meets_every_other():
+def test_every_pair_of_examples_is_equally_often_in_one_ghost_batch():
     """Two examples share a ghost batch of 4 out of 12 with probability 3/11."""
     orders = visited(noise.gd(12), 150)
     batch_of = np.argsort(orders) // 4
@@ -72,7 +72,7 @@ def test_weights_stay_with_their_examples():
     of_step = loss.noisy_value_and_grad(losses, law, has_state=True, microbatch_size=7)
     (_, state), gradient = of_step(jnp.asarray(1.0), data, KEY, 2, jnp.zeros(()))
     np.testing.assert_allclose(gradient, law.sample(KEY, 2).values @ data, rtol=1e-5)
-    assert float(state) == 8  # ghost batches, the last one filled up
+    assert float(state) == 8  # of 7 examples each, the last one filled up
 
 
 def test_losses_without_statistics_keep_the_order_of_the_data():
@@ -105,7 +105,8 @@ def test_each_device_shuffles_its_own_examples(num_devices, explicit):
     of_step = loss.noisy_value_and_grad(
         positions, law, has_state=True, microbatch_size=2, sharding=sharding
     )
-    # Each device's examples are numbered alike: then the mean over devices is of like numbers.
+    # All devices number their examples from 0, so that the mean over devices of the recorded
+    # orders can be computed from the orders of the parts.
     data = jax.device_put(jnp.tile(jnp.arange(own, dtype=jnp.float32), num_devices), sharding)
     state = {"value": jnp.zeros(()), "factor": jnp.ones(())}
     (_, state), _ = of_step(jnp.ones(()), data, KEY, 1, state)
@@ -117,7 +118,7 @@ def test_each_device_shuffles_its_own_examples(num_devices, explicit):
     np.testing.assert_allclose(state["value"], expected, rtol=1e-6)
 
 
-def test_read_examples_come_in_the_same_order(tmp_path):
+def test_streamed_examples_come_in_the_same_order(tmp_path):
     """Streamed examples and examples on the device give the same bits."""
     x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 
@@ -179,7 +180,15 @@ def digits():
 
 
 def accuracies(losses_at, data, seeds=4, steps=150):
-    """Test accuracy of each seed, by ``losses_at(params, data, key, step, state)``."""
+    """The test accuracy of each seed, in per cent, after training on some data.
+
+    Args:
+        losses_at: ``losses_at(params, data, key, step, state)`` returns the value with the new
+            state, and the gradient.
+        data: images and labels.
+        seeds: how many runs there are.
+        steps: how many steps each run has.
+    """
     optimizer = optax.sgd(0.5)
 
     def run(seed):
@@ -211,7 +220,7 @@ LAWS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAWS)
 def test_sorted_data_are_as_good_as_shuffled_data(name):
-    """Accuracies agree within the standard error of the difference, and one per cent."""
+    """Mean accuracies agree within their standard error, and within one percentage point."""
     of_step = loss.noisy_value_and_grad(network, LAWS[name], has_state=True, microbatch_size=30)
     shuffled, by_class, _ = digits()
     first, second = accuracies(of_step, shuffled), accuracies(of_step, by_class)
@@ -222,8 +231,8 @@ def test_sorted_data_are_as_good_as_shuffled_data(name):
 
 
 @pytest.mark.slow
-def test_the_order_of_sorted_data_ruins_batch_norm():
-    """With the same weights in the order of the data, each ghost batch has one class only."""
+def test_ghost_batches_in_the_order_of_sorted_data_ruin_batch_norm():
+    """The control: in the order of sorted data, a ghost batch has one or two classes."""
     law = noise.cov(300, 30)
     of_weights = loss.weighted_value_and_grad(network, has_state=True, microbatch_size=30)
 

@@ -1,4 +1,8 @@
-"""Losses with keys: the covariance with dropout, the same keys wherever and whenever."""
+"""Losses with a key per example.
+
+An example has the same key on any device and in any micro-batch, and dropout adds the covariance
+that listing all masks gives.
+"""
 
 import itertools
 
@@ -27,17 +31,17 @@ def spread(num_devices: int, mode: AxisType = AxisType.Auto) -> NamedSharding:
 
 
 def number_of(key) -> jax.Array:
-    """A number in [0, 1) with few enough bits that products with powers of two are exact."""
+    """A number in [0, 1), whose product with a power of two is exact."""
     return jax.random.uniform(key)
 
 
 def reads_keys(theta, batch, keys):
-    """Losses whose gradients are ``W_i u(key_i)``, each in an entry of its own."""
+    """Losses whose gradient has the entries ``W_i u(key_i)``, one per example."""
     return theta[batch] * jax.vmap(number_of)(keys)
 
 
 def expected_numbers(step: int) -> np.ndarray:
-    """One example at a time, each from its own number alone."""
+    """The numbers of all examples, each from the example's own key: ``[N]``."""
     keys = [derive(KEY, Stream.LOSSES, step, i) for i in range(N)]
     return np.asarray([number_of(key) for key in keys])
 
@@ -62,7 +66,7 @@ LAWS = {
 )
 @pytest.mark.parametrize("name", LAWS)
 def test_an_example_has_one_key_wherever_it_is_computed(name, settings):
-    """Bit for bit: weights here are powers of two, and nothing else is added."""
+    """The gradients agree bit for bit, because the weights are powers of two."""
     law = LAWS[name]
     f = jax.jit(loss.noisy_value_and_grad(reads_keys, law, has_keys=True, **settings))
     for step in (0, 3):
@@ -83,7 +87,7 @@ def test_an_example_has_one_key_in_any_order_of_the_micro_batches():
     np.testing.assert_array_equal(found, expected_numbers(3) / N)
 
 
-def test_weights_that_are_given():
+def test_given_weights_take_the_key_and_the_step_of_the_call():
     weights = LAWS["sgd"].sample(KEY, 0)
     f = loss.weighted_value_and_grad(reads_keys, has_keys=True, microbatch_size=3)
     _, found = f(jnp.ones(N), jnp.arange(N), weights, key=KEY, step=5)
@@ -91,7 +95,7 @@ def test_weights_that_are_given():
 
 
 def test_an_example_that_a_loader_draws_twice_has_two_keys():
-    """In the batch of a loader, keys belong to the places in the batch."""
+    """In a loader's batch, keys belong to the positions in the batch."""
     law, batch = noise.batch_cov(N, 1), jnp.asarray([3, 3, 1, 0])
     f = loss.noisy_value_and_grad(reads_keys, law, has_keys=True, microbatch_size=2)
     _, found = f(jnp.ones(N), batch, KEY, 3)
@@ -101,7 +105,7 @@ def test_an_example_that_a_loader_draws_twice_has_two_keys():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_seeds_are_vmapped():
+def test_keys_may_be_mapped():
     f = loss.noisy_value_and_grad(reads_keys, noise.gd(N), has_keys=True, microbatch_size=3)
     keys = jnp.stack([jax.random.clone(KEY), jax.random.key(5)])
     _, found = jax.vmap(f, in_axes=(None, None, 0, None))(jnp.ones(N), jnp.arange(N), keys, 3)
@@ -139,7 +143,11 @@ def dropped_out(theta, example, key):
 
 
 def dropout_moments() -> tuple[np.ndarray, np.ndarray]:
-    """The mean gradient of each example, [N, 2], and Sigma-bar, by listing all masks."""
+    """Lists all masks: the mean gradient per example, [N, 2], and the mean covariance, [2, 2].
+
+    The second, Sigma-bar, is the mean over examples of the covariance that the gradient of an
+    example has by its mask alone.
+    """
     mean, second = np.zeros((6, 2)), np.zeros((2, 2))
     for mask in itertools.product([0.0, 1.0], repeat=2):
         p = np.prod([KEEP if kept else 1 - KEEP for kept in mask])
@@ -155,11 +163,11 @@ def dropout_moments() -> tuple[np.ndarray, np.ndarray]:
     [noise.sgd(6, 3), noise.cov(6, 3), noise.fisher(6, 3), noise.gd(6)],
     ids=["sgd", "cov", "fisher", "gd"],
 )
-def test_covariance_with_dropout(law):
-    """Alpha N F + beta N^2 g g' + (1/N + N (alpha + beta)) Sigma-bar, each entry.
+def test_dropout_adds_its_own_covariance(law):
+    """It is ``alpha N F + beta N^2 g g^T + (1/N + N (alpha + beta)) Sigma-bar``, in each entry.
 
-    Twelve comparisons, each wrong once in 150,000 if the law is right: a false alarm in 12,000
-    keys. Without the last term, as if the masks added no noise, the trace is off by 10 z and more.
+    Without the last term, as if the masks added no noise, the trace would be more than 10 standard
+    errors away.
     """
     draws = 20_000
     f = loss.noisy_value_and_grad(loss.per_example(dropped_out, has_keys=True), law, has_keys=True)
@@ -189,8 +197,8 @@ def test_covariance_with_dropout(law):
 @pytest.mark.parametrize(
     "settings", [{}, {"microbatch_size": 4}, {"sharding": spread(4), "microbatch_size": 1}]
 )
-def test_a_loss_vector_at_fixed_keys(settings):
-    """The keys of step 0, at each evaluation: L is a function of the parameters alone."""
+def test_a_loss_vector_has_the_keys_of_step_0(settings):
+    """L is a function of the parameters alone: the keys are the same at each evaluation."""
     losses = loss.LossVector(
         lambda theta, batch, keys: theta * jax.vmap(number_of)(keys) * batch,
         jnp.ones(13),
@@ -204,7 +212,7 @@ def test_a_loss_vector_at_fixed_keys(settings):
     np.testing.assert_array_equal(losses.gradient_matrix(jnp.asarray(1.0)), expected)
 
 
-def test_a_loss_vector_with_keys_is_an_argument():
+def test_the_key_of_a_loss_vector_is_an_argument_of_the_program():
     fn = loss.per_example(dropped_out, has_keys=True)
     data = (jnp.asarray(X, jnp.float32), jnp.asarray(Y, jnp.float32))
     losses = loss.LossVector(fn, data, key=KEY)
@@ -273,5 +281,5 @@ MISTAKES = [
 
 @pytest.mark.usefixtures("user_errors")
 @pytest.mark.parametrize(("name", "call", "wrong"), MISTAKES, ids=[m[2] for m in MISTAKES])
-def test_mistakes(name, call, wrong):
+def test_messages_name_the_argument_and_are_short(name, call, wrong):
     assert_told(call, name, wrong)

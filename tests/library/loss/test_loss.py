@@ -1,4 +1,4 @@
-"""The weighted loss: gradients against dense float64 algebra, micro-batches, statistics."""
+"""The weighted loss: its gradients against dense float64 algebra, statistics, and bad input."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
 def dense_gradient(problem: Regression, weights: noise.Weights) -> dict[str, np.ndarray]:
-    """The product G . W with the dense gradient matrix, in numpy's float64."""
+    """The product G . W with the dense gradient matrix, in float64."""
     w = np.zeros(weights.num_examples)
     indices = np.arange(weights.num_examples) if weights.indices is None else weights.indices
     np.add.at(w, np.asarray(indices), np.asarray(weights.values, np.float64))
@@ -46,14 +46,15 @@ def test_gradient_is_the_dense_product(name, microbatch_size, x64):
 @pytest.mark.slow
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(n=st.integers(1, 30), microbatch_size=st.integers(1, 35))
-def test_micro_batches_that_do_not_divide(n, microbatch_size):
+def test_gradients_of_micro_batches_that_do_not_divide_n(n, microbatch_size):
     problem = regression(n)
     weights = noise.fisher(n, 1).sample(jax.random.key(1), 0)
     f = loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=microbatch_size)
     _, grads = f(problem.params, problem.data, weights)
     expected = dense_gradient(problem, weights)
     bound = {k: np.abs(v).sum(0) for k, v in problem.gradient_matrix().items()}
-    for leaf in expected:  # n additions in float32, weights of order one
+    # Each of n additions in float32 is off by at most a unit of the sum of all terms' sizes.
+    for leaf in expected:
         tolerance = 2.0**-22 * n * np.abs(np.asarray(weights.values)).max() * bound[leaf] + 1e-7
         assert (np.abs(grads[leaf] - expected[leaf]) <= tolerance).all()
 
@@ -70,7 +71,7 @@ def test_gd_is_the_gradient_of_the_mean_loss(x64):
         np.testing.assert_allclose(grads[leaf], expected[leaf], rtol=1e-12)
 
 
-def test_sparse_weights_compute_only_their_examples():
+def test_only_examples_of_sparse_weights_are_evaluated():
     sizes = []
 
     def recording(params, batch):
@@ -84,7 +85,7 @@ def test_sparse_weights_compute_only_their_examples():
 
 
 def test_bfloat16_models_accumulate_in_float32():
-    """1,024 micro-batches that each add 1/1024: in bfloat16 the sum would stall at 1/4."""
+    """Each of 1,024 micro-batches adds 1/1024: in bfloat16, the sum would stall at 1/4."""
     n = 1024
     params, data = jnp.ones((), jnp.bfloat16), jnp.ones(n, jnp.bfloat16)
     f = loss.weighted_value_and_grad(lambda p, x: p * x, microbatch_size=1)
@@ -101,7 +102,7 @@ def test_bfloat16_models_accumulate_in_float32():
 
 
 def test_losses_are_summed_in_float32():
-    """4,096 losses of one, in bfloat16: their plain bfloat16 sum of 1/4096 would be far off."""
+    """The losses of 4,096 examples are one: the value is the sum of the weights, in float32."""
     n = 4096
     losses = lambda p, x: p * x  # noqa: E731
     weights = noise.fisher(n, 1).sample(jax.random.key(0), 0)
@@ -112,7 +113,11 @@ def test_losses_are_summed_in_float32():
 
 
 def test_statistics_go_through_the_ghost_batches_in_order():
-    """A running mean over ghost batches of 4, 4 and 2 + 2 (padded from the front), by hand."""
+    """The reference computes a running mean over three ghost batches by hand.
+
+    They have 4, 4 and 2 examples. The last one is filled up with the first 2 examples, which take
+    part in its statistics and not in the value.
+    """
     x = jnp.arange(10.0)
 
     def normalised(params, batch, running):
@@ -131,14 +136,14 @@ def test_statistics_go_through_the_ghost_batches_in_order():
     np.testing.assert_allclose([value, grads], [total, total], rtol=1e-6)
 
 
-def test_statistics_without_micro_batches():
+def test_statistics_of_one_pass_are_those_of_all_examples():
     f = loss.weighted_value_and_grad(lambda p, x, state: (p * x, state + x.sum()), has_state=True)
     weights = noise.gd(4).sample(jax.random.key(0), 0)
     (value, state), grads = f(jnp.ones(()), jnp.arange(4.0), weights, jnp.ones(()))
     assert (float(value), float(state), float(grads)) == (1.5, 7.0, 1.5)
 
 
-def test_under_vmap_and_scan():
+def test_gradients_may_be_mapped_and_scanned():
     problem = regression()
     law = noise.sparse_cov(100, 10, support_size=20)
     f = loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=8)
@@ -152,8 +157,8 @@ def test_under_vmap_and_scan():
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 24])
-def test_data_sharded_over_devices(microbatch_size):
-    """On eight devices it is the dense product up to float32 rounding."""
+def test_data_may_be_sharded_over_devices(microbatch_size):
+    """On eight devices, gradients are the dense product up to rounding in float32."""
     problem = regression(104)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     data = jax.device_put(problem.data, NamedSharding(mesh, PartitionSpec("data")))
@@ -180,53 +185,53 @@ class TestBadInput:
         return loss.weighted_value_and_grad(fn, **kwargs)(params, data, weights)
 
     @pytest.mark.parametrize("microbatch_size", [None, 5])
-    def test_scalar_loss(self, microbatch_size):
+    def test_a_scalar_loss_is_refused(self, microbatch_size):
         with pytest.raises(
             ValueError, match=r"one loss per example, shape \(\d+,\), got shape \(\)"
         ):
             self.call(lambda p, d: loss_vector_fn(p, d).mean(), microbatch_size=microbatch_size)
 
-    def test_matrix_of_losses(self):
+    def test_a_matrix_of_losses_is_refused(self):
         with pytest.raises(ValueError, match=r"shape \(10,\), got shape \(10, 1\)"):
             self.call(lambda p, d: loss_vector_fn(p, d)[:, None])
 
-    def test_integer_losses(self):
+    def test_integer_losses_are_refused(self):
         with pytest.raises(TypeError, match="floating-point losses, got int32"):
             self.call(lambda p, d: jnp.arange(10))
 
-    def test_a_tuple_without_has_state(self):
+    def test_a_tuple_needs_has_state(self):
         with pytest.raises(TypeError, match="array of losses, got tuple"):
             self.call(lambda p, d: (loss_vector_fn(p, d), 0))
 
-    def test_loss_of_one_example_that_is_no_scalar(self):
+    def test_the_loss_of_one_example_must_be_a_scalar(self):
         f = loss.per_example(lambda p, e: e["x"] * p["w"])
         with pytest.raises(ValueError, match=r"scalar for one example, got shape \(5,\)"):
             f(self.problem.params, self.problem.data)
 
-    def test_integer_params(self):
+    def test_integer_params_are_refused(self):
         params = {"w": jnp.ones(5), "b": jnp.ones((), jnp.int32)}
         with pytest.raises(TypeError, match=r"params\['b'\] must be floating point.*int32"):
             self.call(params=params)
 
-    def test_no_params(self):
+    def test_empty_params_are_refused(self):
         with pytest.raises(ValueError, match="params has no leaves"):
             self.call(params={})
 
-    def test_ragged_data(self):
+    def test_leaves_of_data_must_have_the_same_length(self):
         data = {"x": jnp.ones((10, 5)), "y": jnp.ones(9)}
         with pytest.raises(ValueError, match=r"share the leading axis.*10.*9"):
             self.call(data=data)
 
-    def test_scalar_data_leaf(self):
+    def test_leaves_of_data_must_have_an_axis(self):
         with pytest.raises(ValueError, match=r"data\['y'\] is a scalar"):
             self.call(data={"x": jnp.ones((10, 5)), "y": jnp.ones(())})
 
-    def test_weights_for_another_number_of_examples(self):
+    def test_weights_must_be_for_the_number_of_examples(self):
         for law in (noise.gd(11), noise.sgd(11, 3)):
             with pytest.raises(ValueError, match=r"num_examples = 11.*10 examples"):
                 self.call(weights=law.sample(jax.random.key(0), 0))
 
-    def test_weights_of_the_wrong_length(self):
+    def test_weights_must_have_the_right_length(self):
         with pytest.raises(ValueError, match=r"must have shape \(10,\).*got \(9,\)"):
             self.call(weights=noise.Weights(jnp.ones(9), None, 10))
         indices = jnp.arange(3)
@@ -236,24 +241,24 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "values", [jnp.ones(10, int), jnp.ones(10, bool), jnp.ones(10, complex), [0.1] * 10, None]
     )
-    def test_weights_that_are_not_floating_point(self, values):
+    def test_weights_must_be_floating_point(self, values):
         with pytest.raises(TypeError, match="values must be a floating-point array, got "):
             noise.Weights(values, None, 10)
 
-    def test_weights_that_are_a_plain_array(self):
+    def test_a_plain_array_is_no_weights(self):
         with pytest.raises(TypeError, match=r"noise\.Weights, got ndarray"):
             self.call(weights=np.ones(10))
 
     @pytest.mark.parametrize("size", [0, -3])
-    def test_microbatch_size(self, size):
+    def test_microbatch_size_must_be_at_least_one(self, size):
         with pytest.raises(ValueError, match=f"microbatch_size must be at least 1, got {size}"):
             self.call(microbatch_size=size)
 
-    def test_loss_vector_fn_that_is_no_function(self):
+    def test_loss_vector_fn_must_be_a_function(self):
         with pytest.raises(TypeError, match="loss_vector_fn must be a function"):
             loss.weighted_value_and_grad(None)
 
-    def test_statistics_that_change_their_shape(self):
+    def test_statistics_must_keep_their_shapes(self):
         f = loss.weighted_value_and_grad(
             lambda p, d, state: (loss_vector_fn(p, d), jnp.ones(2)), has_state=True
         )

@@ -1,4 +1,4 @@
-"""The loss vector as an object: what it computes, what it is for jax, and what it refuses."""
+"""The loss vector as an object: what it computes, how jax sees it, and what it refuses."""
 
 import functools
 import inspect
@@ -17,7 +17,7 @@ KEY = jax.random.key(0)
 N = 13
 MESH = jax.make_mesh((4,), ("data",))
 SPREAD = jax.NamedSharding(MESH, jax.P("data"))
-# In one pass, in micro-batches that divide N or do not, and spread over devices that do not.
+# The micro-batches divide N or do not; the devices do not.
 WAYS = {
     "one pass": {},
     "micro-batches": {"microbatch_size": 5},
@@ -59,7 +59,7 @@ def test_losses_slopes_and_gradients_are_those_by_hand(way):
 
 @ways
 @pytest.mark.parametrize("law", [noise.cov(N, 3), noise.sgd(N, 3)], ids=lambda law: law.name)
-def test_weighted_value_and_gradient(way, law):
+def test_weighted_values_and_gradients_are_those_by_hand(way, law):
     problem, losses = made(way)
     weights = law.sample(KEY, 0)
     dense = np.asarray(weights.dense(), np.float64)
@@ -76,7 +76,7 @@ def test_weighted_value_and_gradient(way, law):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("way", ["one pass", "micro-batches", "spread"])
-def test_hessian_product(way):
+def test_the_hessian_product_is_that_of_the_mean_loss(way):
     problem, losses = made(way, jnp.float64)
     direction = jax.tree.map(jnp.ones_like, problem.params)
     mean = lambda p: loss_vector_fn(p, problem.data).mean()  # noqa: E731
@@ -84,7 +84,7 @@ def test_hessian_product(way):
     close(losses.hessian_product(problem.params, direction), wanted, 1e-10)
 
 
-def test_data_that_were_filled_up_for_the_devices():
+def test_examples_that_fill_up_the_devices_are_left_out():
     problem = regression(N)
     placed = msgd_jax.sharding.shard_examples(problem.data, SPREAD)
     assert placed["x"].shape[0] == 16
@@ -107,10 +107,10 @@ def test_a_sum_over_examples_counts_each_once(way):
     assert (float(found["sum"]), float(found["count"])) == (N * (N + 1), N)
 
 
-# What it is for jax -------------------------------------------------------------------------------
+# How jax sees it ----------------------------------------------------------------------------------
 
 
-def test_data_are_leaves_and_all_else_is_static():
+def test_data_are_the_leaves_and_everything_else_is_static():
     problem, losses = made("micro-batches")
     leaves, structure = jax.tree.flatten(losses)
     assert [leaf.shape for leaf in leaves] == [(N, 5), (N,)]
@@ -121,7 +121,7 @@ def test_data_are_leaves_and_all_else_is_static():
         changed = loss.LossVector(loss_vector_fn, problem.data, **change)
         assert jax.tree.structure(changed) != structure
     assert jax.tree.structure(losses.replace(lambda p, b: b["y"])) != structure
-    # jax puts placeholders where the data were: nothing may be checked then.
+    # jax rebuilds the object with placeholders for the data, which must not be checked.
     empty = jax.tree.unflatten(structure, [object(), None])
     assert isinstance(empty, loss.LossVector)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(losses)]
@@ -180,7 +180,7 @@ def fresh_call(name, seed):
 
 
 @pytest.mark.parametrize("name", ["losses", "hessian_product"])
-def test_arrays_of_earlier_losses_are_gone(name):
+def test_arrays_of_dropped_loss_vectors_are_freed(name):
     assert_arrays_go(functools.partial(fresh_call, name), CAPTURED)
 
 
@@ -190,7 +190,7 @@ def test_a_hundred_loss_vectors_leave_nothing_behind(name):
     assert_nothing_stays(functools.partial(fresh_call, name))
 
 
-def test_under_vmap_over_parameters_and_over_data_and_in_a_scan():
+def test_parameters_and_data_may_be_mapped_and_scanned():
     problem, losses = made("micro-batches")
     many = jax.tree.map(lambda x: jnp.stack([x, x + 1]), problem.params)
     mapped = jax.vmap(losses)(many)
@@ -236,7 +236,7 @@ class TestBadInput:
         ],
         ids=str,
     )
-    def test_at_construction(self, change, error, message):
+    def test_bad_input_is_refused_at_construction(self, change, error, message):
         good = {"loss_vector_fn": loss_vector_fn, "data": jnp.ones((4, 3))}
         with pytest.raises(error, match=message) as caught:
             loss.LossVector(**{**good, **change})
@@ -260,12 +260,12 @@ class TestBadInput:
         ],
         ids=["N", "shape", "integers", "law"],
     )
-    def test_weights(self, weights, error, message):
+    def test_weights_of_another_kind_are_refused(self, weights, error, message):
         problem, losses = made()
         with pytest.raises(error, match=message):
             losses.value_and_grad(problem.params, weights)
 
-    def test_what_the_function_returns(self):
+    def test_the_function_must_return_one_loss_per_example(self):
         problem, losses = made("micro-batches")
         for fn, message in (
             (lambda p, b: b["x"], r"one loss per example, shape \(5,\), got shape \(5, 5\)"),
@@ -283,7 +283,7 @@ class TestBadInput:
 LAW = noise.cov(N, 3)
 SWEEP = sde.Sweep([0.1], 0.1, 4)
 BALL = {"radius": 0.1, "key": KEY, "num_draws": 2}
-# What takes a loss vector besides `covariance`, which has a test of its own.
+# The functions that take a loss vector. Those of `covariance` have a test of their own.
 TAKERS = {
     "drift": lambda losses, params: sde.drift(losses, params),
     "diffusion": lambda losses, params: sde.diffusion(losses, params, LAW, jnp.ones(N)),
@@ -322,7 +322,7 @@ TAKERS = {
 
 @pytest.mark.usefixtures("user_errors")
 @pytest.mark.parametrize("name", TAKERS)
-def test_what_is_no_loss_vector_is_refused(name):
+def test_functions_of_a_loss_vector_refuse_anything_else(name):
     problem, losses = made()
     for wrong in (problem.data, "x" * 1000, None):
         with pytest.raises(TypeError, match=r"losses must be a loss\.LossVector, such") as caught:
@@ -362,7 +362,7 @@ def test_what_is_no_loss_vector_is_refused(name):
         ),
     ],
 )
-def test_options_are_checked(make, error, message):
+def test_options_of_other_modules_are_checked(make, error, message):
     with pytest.raises(error, match=message):
         make()
 

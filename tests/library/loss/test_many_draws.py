@@ -1,4 +1,4 @@
-"""Many draws at one point give the separate gradients, with one forward pass."""
+"""Gradients of many draws at one point are those of each draw, with one forward pass."""
 
 import functools
 
@@ -29,7 +29,7 @@ def many(microbatch_size, draws_per_pass=1):
     )
 
 
-# Micro-batches that divide N and that do not, one alone, and more than there are examples.
+# The micro-batches divide N or do not, have one example, or have more than there are.
 @pytest.mark.parametrize(
     ("name", "microbatch_size"),
     [
@@ -53,12 +53,12 @@ def test_values_and_gradients_equal_dense_algebra_draw_by_draw(name, microbatch_
         np.testing.assert_allclose(grads[leaf], wanted, atol=rounding * scale)
 
 
-# Passes that divide the 5 draws and that do not, and more than there are draws.
+# The draws per pass divide the 5 draws or do not, or are more than there are.
 @pytest.mark.parametrize(
     ("microbatch_size", "draws_per_pass"), [(None, 2), (None, 5), (3, 2), (3, 100)]
 )
 @pytest.mark.usefixtures("strict_dtypes")
-def test_several_draws_in_a_pass_change_nothing_but_the_rounding(microbatch_size, draws_per_pass):
+def test_the_number_of_draws_per_pass_changes_only_the_rounding(microbatch_size, draws_per_pass):
     problem = problems.regression(N)
     weights = draws_of(noise.sgd(N, B))
     args = (problem.params, problem.data, weights)
@@ -68,8 +68,8 @@ def test_several_draws_in_a_pass_change_nothing_but_the_rounding(microbatch_size
 
 
 @pytest.mark.parametrize(("draws_per_pass", "passes"), [(1, 6), (2, 3), (3, 2)])
-def test_draws_in_a_pass_save_passes(draws_per_pass, passes):
-    """The length of the loop over backward passes, in the traced program."""
+def test_several_draws_per_pass_save_passes(draws_per_pass, passes):
+    """The passes are counted as the length of the loop in the traced program."""
     problem = problems.regression(N)
     weights = noise.Weights(jnp.ones((6, N)), None, N)
     run = loss.weighted_values_and_grads(problems.loss_vector_fn, draws_per_pass=draws_per_pass)
@@ -78,7 +78,7 @@ def test_draws_in_a_pass_save_passes(draws_per_pass, passes):
     assert [eqn.params["length"] for eqn in loops] == [passes]
 
 
-def test_under_vmap_over_parameters():
+def test_parameters_may_be_mapped():
     problem = problems.regression(N)
     weights = draws_of(noise.sgd(N, B))
     scales = jnp.asarray([0.5, 2.0])
@@ -108,7 +108,7 @@ def test_each_draw_is_the_separate_gradient():
 
 @pytest.mark.parametrize("microbatch_size", [None, 5])
 def test_the_forward_pass_is_made_once_for_all_draws(microbatch_size):
-    """A host callback in the losses counts one evaluation per example, whatever K is."""
+    """A callback in the losses counts one evaluation per micro-batch, however many draws."""
     calls = []
 
     @jax.custom_jvp
@@ -130,14 +130,15 @@ def test_the_forward_pass_is_made_once_for_all_draws(microbatch_size):
     assert len(calls) == (1 if microbatch_size is None else 2)
 
 
-def test_narrow_parameters_get_narrow_gradients_from_wide_sums():
+def test_gradients_of_narrow_parameters_are_narrow_and_summed_in_float32():
     params, data = jnp.ones(3, jnp.bfloat16), jnp.ones((512, 3), jnp.bfloat16)
     weights = noise.Weights(jnp.ones((2, 512)), None, 512)
     run = loss.weighted_values_and_grads(lambda p, b: b @ p, microbatch_size=1)
     values, grads = run(params, data, weights)
     assert (values.dtype, grads.dtype) == (jnp.float32, jnp.bfloat16)
     np.testing.assert_array_equal(values, 3 * 512.0)
-    np.testing.assert_array_equal(grads.astype(jnp.float32), 512.0)  # bfloat16 would stop at 256
+    # A sum of ones in bfloat16 would stall at 256.
+    np.testing.assert_array_equal(grads.astype(jnp.float32), 512.0)
 
 
 @pytest.mark.usefixtures("user_errors")

@@ -1,4 +1,4 @@
-"""Models in float16 and bfloat16: their gradients against float64, at any number of examples."""
+"""Models in float16 and bfloat16: their gradients against float64, up to 10,000,000 examples."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,10 @@ LAWS = {
 
 
 def linear_losses(dtype):
-    """Each parameter is used by every example, in its own way; all have the gradient W . x."""
+    """Losses that use each parameter once per example, in a way of its own.
+
+    One is looked up, one is added and one is multiplied. All of them have the gradient W . x.
+    """
 
     def losses(params, batch):
         token, x = batch["token"], batch["x"].astype(dtype)
@@ -52,8 +55,8 @@ def relative_errors(grads, weights, data):
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("size", [1_000, 60_000, 10_000_000])
-def test_error_against_number_of_examples(size, dtype, law):
-    """What README and docstrings state: at most 2 % at the library's defaults."""
+def test_errors_do_not_grow_with_the_number_of_examples(size, dtype, law):
+    """With the default options, errors are at most 2 %, as README and docstrings state."""
     weights = LAWS[law](size).sample(KEY, 0)
     data = linear_data(size)
     step = jax.jit(loss.weighted_value_and_grad(linear_losses(dtype)))
@@ -64,7 +67,7 @@ def test_error_against_number_of_examples(size, dtype, law):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_parameters_that_are_narrow_themselves(dtype):
+def test_narrow_parameters_have_narrow_gradients_of_the_same_accuracy(dtype):
     weights, data = noise.gd(60_000).sample(KEY, 0), linear_data(60_000)
     step = jax.jit(loss.weighted_value_and_grad(linear_losses(dtype)))
     _, grads = step(linear_params(dtype), data, weights)
@@ -73,7 +76,7 @@ def test_parameters_that_are_narrow_themselves(dtype):
 
 
 @pytest.mark.parametrize("options", [{"microbatch_size": 7_000}, {"sharded": True}], ids=str)
-def test_in_micro_batches_and_spread(options):
+def test_micro_batches_and_devices_have_the_same_accuracy(options):
     options = dict(options)
     if options.pop("sharded", False):
         mesh = jax.make_mesh((4,), ("data",))
@@ -85,7 +88,7 @@ def test_in_micro_batches_and_spread(options):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_many_draws(dtype):
+def test_gradients_of_many_draws_have_the_same_accuracy(dtype):
     size = 20_000
     data = linear_data(size)
     draws = jax.vmap(noise.cov(size, 10).sample, (None, 0))(KEY, jnp.arange(3))
@@ -96,7 +99,7 @@ def test_many_draws(dtype):
 
 
 @pytest.mark.usefixtures("x64", "strict_dtypes")
-def test_wide_weights_of_a_narrow_model_promote_nothing():
+def test_float64_weights_of_a_narrow_model_promote_nothing():
     weights = noise.cov(1000, 10, dtype=jnp.float64).sample(KEY, 0)
 
     def losses(params, batch):
@@ -109,8 +112,8 @@ def test_wide_weights_of_a_narrow_model_promote_nothing():
     assert max(relative_errors({"p": gradient}, weights, data).values()) < 0.01
 
 
-def test_a_text_classifier():
-    """Zipf tokens: the commonest word is in almost every example."""
+def test_gradients_of_a_text_classifier_are_accurate():
+    """Words have the law of Zipf, so that almost every example has the commonest one."""
     rng = np.random.default_rng(1)
     size, length, words = 10_000, 10, 1_000
     tokens = np.minimum(rng.zipf(1.3, (size, length)) - 1, words - 1)
@@ -189,8 +192,11 @@ PLACES = [looked_up, taken, rematerialised, mapped, looped, in_a_branch, scanned
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda f: f.__name__)
-def test_wherever_in_a_program(place):
-    """A thousand equal terms: 256 or so in bfloat16. XLA sums some of these well by itself."""
+def test_wide_sums_are_found_wherever_they_are_in_a_program(place):
+    """The gradient is a mean of a thousand ones, of which a sum in bfloat16 counts about 256.
+
+    XLA sums some of these programs well without being told.
+    """
 
     def mean(p):
         return place(p.astype(jnp.bfloat16)).astype(jnp.float32).sum() / 1000
@@ -201,20 +207,20 @@ def test_wherever_in_a_program(place):
     assert float(wide(p)) == float(mean(p))
     gradient = jax.jit(jax.grad(wide))
     np.testing.assert_allclose(gradient(p).sum(), 1, rtol=0.005)
-    # Any order and direction of differentiation, and vmap.
+    # Forward mode, forward over reverse mode, and vmap work too.
     np.testing.assert_allclose(jax.jvp(wide, (p,), (jnp.ones_like(p),))[1], 1, rtol=0.005)
     assert jax.jvp(gradient, (p,), (p,))[1].shape == p.shape
     np.testing.assert_array_equal(jax.vmap(gradient)(jnp.stack([p, p]))[1], gradient(p))
 
 
-def test_the_plain_sum_is_wrong():
+def test_a_plain_sum_in_bfloat16_is_wrong():
     def mean(p):
         return looked_up(p.astype(jnp.bfloat16)).astype(jnp.float32).sum() / 1000
 
     assert jax.grad(mean)(jnp.ones((3, 1))).sum() < 0.6
 
 
-def test_wide_models_are_left_alone():
+def test_functions_of_wide_models_are_returned_as_they_are():
     def losses(p):
         return p[INDICES, 0]
 

@@ -1,4 +1,4 @@
-"""Noise at the outputs: covariances against dense float64 algebra, and what label noise finds."""
+"""Noise at the outputs: its covariance against dense float64 algebra, and label noise at work."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def resample(key, logits, example):
 
 
 def jacobians():
-    """J_i, [N, C, D] in float64, by hand."""
+    """The Jacobian of each example's outputs by hand, in float64: [N, C, D]."""
     x, w = DATA["x"].astype(np.float64), np.asarray(PARAMS, np.float64)
     slopes = np.cos(x @ w)
     jacobians = np.zeros((N, OUTPUTS, 4, OUTPUTS))
@@ -48,7 +48,7 @@ def jacobians():
 
 
 def logit_fisher():
-    """diag(p) - p p^T for each example, in float64."""
+    """``diag(p) - p p^T`` per example, in float64: [N, C, C]."""
     logits = np.sin(DATA["x"].astype(np.float64) @ np.asarray(PARAMS, np.float64))
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     return p[:, :, None] * np.eye(OUTPUTS) - p[:, :, None] * p[:, None, :]
@@ -63,7 +63,10 @@ CASES = {
 
 
 def draws(loss_of_outputs, cotangents, law, count=30_000):
-    """Noisy gradients [K, D] and the same weights without noise at the outputs, in float64."""
+    """Draws of the gradient with noise at the outputs, and without it: [count, D] each.
+
+    Both use the same weights at the same step.
+    """
     losses = loss.with_output_noise(outputs_fn, loss_of_outputs, cotangents)
 
     def one(step):
@@ -93,18 +96,19 @@ def test_covariance_is_that_of_the_cotangents(name, law):
     for values, mean in (
         (added, 0),
         (products, expected[upper]),
-        (added * (plain - plain.mean(0)), 0),  # uncorrelated with the noise of the weights
+        (added * (plain - plain.mean(0)), 0),  # no correlation with the noise of the weights
     ):
         errors = values.std(0) / len(values) ** 0.5
         assert_agree(values.mean(0), mean, errors, comparisons=numbers, slack=1e-6)
-    # The near miss, cotangents that are a tenth too large, is rejected.
+    # A near miss, cotangents that are a tenth too large, is rejected, and would be with standard
+    # errors twice as large.
     size = products[:, upper[0] == upper[1]].sum(1)
     error = size.std() / len(size) ** 0.5
     assert_rejected(size.mean(), 1.21 * np.trace(expected), 2 * error)
 
 
 @pytest.mark.slow
-def test_the_losses_are_what_they_were():
+def test_noise_at_the_outputs_leaves_the_losses_as_they_are():
     for loss_of_outputs, cotangents, _ in CASES.values():
         noisy = loss.with_output_noise(outputs_fn, loss_of_outputs, cotangents)
         plain = loss.per_example(lambda p, e, of=loss_of_outputs: of(outputs_fn(p, e), e))
@@ -113,7 +117,7 @@ def test_the_losses_are_what_they_were():
 
 
 def test_label_noise_is_noise_of_the_labels():
-    """It is the gradient of squared errors at noisy labels, with the same draws."""
+    """The gradient is that of squared errors at noisy labels, with the same draws."""
     noisy = loss.with_output_noise(outputs_fn, square, loss.label_noise(0.3))
     drawn = jax.vmap(lambda key: 0.3 * jax.random.normal(key, (OUTPUTS,)))(keys_of_examples())
 
@@ -125,8 +129,8 @@ def test_label_noise_is_noise_of_the_labels():
     np.testing.assert_allclose(got, jax.grad(at_noisy_labels)(PARAMS), rtol=1e-4, atol=1e-5)
 
 
-def test_one_backward_pass_through_the_net():
-    """There are as many products of matrices as without the noise."""
+def test_noise_at_the_outputs_needs_one_backward_pass():
+    """The program has as many products of matrices as it has without the noise."""
     noisy = loss.with_output_noise(outputs_fn, square, loss.label_noise(0.3))
     plain = loss.per_example(lambda p, e: square(outputs_fn(p, e), e))
 
@@ -137,7 +141,7 @@ def test_one_backward_pass_through_the_net():
     assert products(noisy, keys_of_examples()) == products(plain) == 2
 
 
-def test_in_bfloat16():
+def test_gradients_in_bfloat16_are_finite():
     params, data = PARAMS.astype(jnp.bfloat16), DATA | {"x": DATA["x"].astype(jnp.bfloat16)}
     for loss_of_outputs, cotangents, _ in CASES.values():
         noisy = loss.with_output_noise(outputs_fn, loss_of_outputs, cotangents)
@@ -146,8 +150,8 @@ def test_in_bfloat16():
         assert jnp.isfinite(grads).all()
 
 
-def test_in_training_and_in_micro_batches():
-    """`train` gives each example its key: the noise of a step is that of any micro-batching."""
+def test_a_training_step_has_the_same_noise_in_any_micro_batches():
+    """Each example has its own key; and without the noise, training ends elsewhere."""
     noisy = loss.with_output_noise(outputs_fn, square, loss.label_noise(0.5))
     optimizer, found = optax.sgd(0.1), []
     for fn, options in (
@@ -167,17 +171,23 @@ def test_in_training_and_in_micro_batches():
     assert abs(found[0] - state.params).max() > 1e-3
 
 
-# HaoChen, Wei, Lee and Ma (2020): f(x) = <x, v * v>, fewer examples than coordinates, a sparse
-# truth, a start that is not small.
+# The experiment of HaoChen, Wei, Lee and Ma (2020): f(x) = <x, v * v>, with fewer examples than
+# coordinates, a sparse truth, and a start that is not small.
 COORDINATES, EXAMPLES, NONZERO, RATE = 60, 30, 3, 0.01
 
 
 def recovered(kind, noisy_steps=20_000, quiet_steps=10_000):
-    """The distance of v * v from the truth after training with noise, then without."""
+    """Trains with noise of a kind, then without it; returns the distance of v * v from the truth.
+
+    Args:
+        kind: "labels", "isotropic" (with the same trace of the covariance at every step) or "none".
+        noisy_steps: how many steps have noise.
+        quiet_steps: how many steps follow without it.
+    """
     x = jnp.asarray(np.random.default_rng(0).normal(size=(EXAMPLES, COORDINATES)), jnp.float32)
     truth = jnp.zeros(COORDINATES).at[:NONZERO].set(1.0)
     data = {"x": x, "y": x @ truth}
-    scale = EXAMPLES**0.5  # with weights 1/N the noise of SGD on one noisy label
+    scale = EXAMPLES**0.5  # with weights 1/N, this is the noise of SGD on one noisy label
     losses = loss.with_output_noise(
         lambda v, e: e["x"] @ (v * v), lambda f, e: (f - e["y"]) ** 2 / 2, loss.label_noise(scale)
     )
@@ -194,7 +204,7 @@ def recovered(kind, noisy_steps=20_000, quiet_steps=10_000):
         )
         if kind == "labels":
             added = noisy - plain
-        elif kind == "isotropic":  # the same trace of the covariance, at every step
+        elif kind == "isotropic":
             trace = jnp.mean(jnp.sum((2 * v[None] * data["x"]) ** 2, 1))
             added = jnp.sqrt(trace / COORDINATES) * jax.random.normal(key, v.shape)
         else:
@@ -206,7 +216,7 @@ def recovered(kind, noisy_steps=20_000, quiet_steps=10_000):
     return float(jnp.linalg.norm(v * v - truth))
 
 
-def test_label_noise_finds_the_sparse_truth():
+def test_label_noise_finds_the_sparse_truth_and_isotropic_noise_does_not():
     assert recovered("labels") < 0.02
     assert recovered("isotropic") > 0.1
     assert recovered("none") > 1

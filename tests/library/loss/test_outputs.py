@@ -1,4 +1,4 @@
-"""Extra outputs of the forward pass, against what a direct computation gives."""
+"""Extra outputs of the forward pass, against the same arrays computed by numpy."""
 
 import re
 from typing import Any
@@ -32,7 +32,7 @@ SETTINGS = {
     "4 devices and micro-batches": {"sharding": spread(4, AxisType.Explicit), "microbatch_size": 3},
 }
 LAWS = {
-    "fisher": noise.fisher(N, 4),  # weights all different: a weighted mean would be another
+    "fisher": noise.fisher(N, 4),  # all weights differ: a weighted mean would be another number
     "sgd": noise.sgd(N, 6),
     "sgd with replacement": noise.sgd(N, 9, replace=True),
 }
@@ -41,7 +41,10 @@ LAWS = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("name", LAWS)
 def test_per_example_arrays_are_averaged_over_the_examples_evaluated(name, settings):
-    """By numpy; 13, 6 and 9 are divided neither by 5 nor by 4 devices: the last part is short."""
+    """The reference is numpy's mean over the examples that the weights list.
+
+    The laws list 13, 6 and 9 examples, which neither micro-batches of 5 nor 4 devices divide.
+    """
     law, theta = LAWS[name], jnp.asarray([1.0, -2.0, 0.5])
     f = jax.jit(loss.noisy_value_and_grad(with_outputs, law, has_aux=True, **settings))
     (value, aux), grads = f(theta, DATA, KEY, 1)
@@ -70,7 +73,7 @@ def test_per_example_arrays_are_averaged_over_the_examples_evaluated(name, setti
         ),
     ],
 )
-def test_whole_arrays_are_stacked(settings, shape, numbers):
+def test_other_arrays_are_stacked_over_micro_batches_and_devices(settings, shape, numbers):
     f = loss.noisy_value_and_grad(with_outputs, noise.gd(N), has_aux=True, **SETTINGS[settings])
     (_, aux), _ = f(jnp.ones(3), DATA, KEY, 1)
     found, means = aux.stacked
@@ -80,7 +83,7 @@ def test_whole_arrays_are_stacked(settings, shape, numbers):
     np.testing.assert_allclose(means, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_state_comes_before_outputs_and_keys_behind_state():
+def test_the_function_takes_keys_last_and_returns_outputs_last():
     def everything(theta, batch, state, keys):
         assert keys.shape == batch["number"].shape
         losses, aux = with_outputs(theta, batch)
@@ -96,7 +99,7 @@ def test_state_comes_before_outputs_and_keys_behind_state():
 
 @pytest.mark.parametrize("microbatch_size", [None, 25])
 def test_keys_and_outputs_stay_on_their_devices(microbatch_size):
-    """There is one reduction, as without outputs; each device derives the keys of its part only."""
+    """The program has one reduction, as without outputs, and no keys for all examples."""
     size, rows = 1003, spread(8)
 
     def per_row(theta, x, keys):
@@ -119,7 +122,7 @@ def test_keys_and_outputs_stay_on_their_devices(microbatch_size):
     assert max(int(n) for n in re.findall(r"\b[fsu]32\[(\d+)", program)) < 2 * 126
 
 
-def test_outputs_of_one_example():
+def test_per_example_takes_a_function_with_outputs():
     def loss_fn(theta, x, key):
         return (theta - x) ** 2, {"x": x, "low": theta > x, "drawn": jax.random.uniform(key)}
 
@@ -131,7 +134,7 @@ def test_outputs_of_one_example():
     assert aux.stacked == ()
 
 
-def test_models_in_bfloat16():
+def test_outputs_in_bfloat16_are_averaged_in_float32():
     def losses(theta, x):
         return theta * x, loss.Outputs(averaged=theta * x)
 
@@ -186,5 +189,5 @@ MISTAKES = [
 
 @pytest.mark.usefixtures("user_errors")
 @pytest.mark.parametrize(("name", "call", "wrong"), MISTAKES, ids=[m[2] for m in MISTAKES])
-def test_mistakes(name, call, wrong):
+def test_messages_name_the_argument_and_are_short(name, call, wrong):
     assert_told(call, name, wrong, hides_frames=True)

@@ -1,4 +1,7 @@
-"""The walker: every law against dense algebra, and no example moves between devices."""
+"""The walker through micro-batches: every law against dense algebra, on any number of devices.
+
+No example may move between devices.
+"""
 
 import functools
 
@@ -14,7 +17,7 @@ from tests.support.problems import loss_vector_fn, regression
 from tests.support.spread import assert_is_dense_gradient, sent, spread
 
 KEY = jax.random.key(271)
-N = 1003  # divided by none of the numbers of devices
+N = 1003  # not divisible by any number of devices here
 SPARSE = (
     "sgd",
     "sgd_replace",
@@ -32,7 +35,7 @@ SPARSE = (
 
 
 @pytest.mark.parametrize("name", list(ROWS))
-def test_every_law_on_eight_devices_is_dense_algebra(name):
+def test_gradients_of_every_law_on_eight_devices_are_dense_algebra(name):
     problem, law, rows = regression(N), ROWS[name].make(N, 400), spread(8)
     f = loss.noisy_value_and_grad(loss_vector_fn, law, microbatch_size=30, sharding=rows)
     value, grads = f(problem.params, sharding.shard_examples(problem.data, rows), KEY, 2)
@@ -40,7 +43,7 @@ def test_every_law_on_eight_devices_is_dense_algebra(name):
 
 
 @pytest.mark.parametrize("size", [1, 7, 125, 126, 501, 1002])
-def test_the_last_run_starts_earlier_and_counts_nothing_twice(size):
+def test_the_last_micro_batch_counts_no_example_twice(size):
     problem, law = regression(N), noise.cov(N, 20)
     f = loss.noisy_value_and_grad(loss_vector_fn, law, microbatch_size=size)
     assert_is_dense_gradient(problem, law.sample(KEY, 0), *f(problem.params, problem.data, KEY, 0))
@@ -48,7 +51,7 @@ def test_the_last_run_starts_earlier_and_counts_nothing_twice(size):
     np.testing.assert_allclose(losses(problem.params), problem.losses(), rtol=1e-5)
 
 
-def test_more_entries_in_a_run_than_there_are_examples():
+def test_micro_batches_may_be_larger_than_the_number_of_examples():
     problem = regression(10)
     weights = noise.Weights(jnp.ones(50) / 50, jnp.arange(50, dtype=jnp.int32) % 10, 10)
     f = loss.weighted_value_and_grad(loss_vector_fn, microbatch_size=20)
@@ -56,16 +59,16 @@ def test_more_entries_in_a_run_than_there_are_examples():
 
 
 LISTS = {
-    "all on one device": np.arange(60) % 40,  # most runs that there can be, and none elsewhere
+    "all on one device": np.arange(60) % 40,  # the other devices have nothing to do
     "one": np.array([1002]),
     "spread": np.random.default_rng(0).permutation(N)[:300],
-    "the ends of parts": np.array([125, 126, 251, 252, 1002, 0]),
+    "the ends of parts": np.array([125, 126, 251, 252, 1002, 0]),  # each device has 126 examples
 }
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 7])
 @pytest.mark.parametrize("name", list(LISTS))
-def test_listed_examples_wherever_they_are(name, microbatch_size):
+def test_gradients_do_not_depend_on_where_listed_examples_are(name, microbatch_size):
     problem, indices = regression(N), jnp.asarray(LISTS[name], jnp.int32)
     values = jax.random.normal(KEY, indices.shape)
     weights = noise.Weights(values, indices, N)
@@ -81,7 +84,7 @@ def test_listed_examples_wherever_they_are(name, microbatch_size):
 
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ["sparse_cov", "sgd_replace"])
-def test_listed_examples_and_parameters_along_another_axis(name, mode):
+def test_parameters_may_be_sharded_along_another_axis(name, mode):
     rows = spread(4, mode, model=2)
     problem, law = regression(N, dim=6), ROWS[name].make(N, 40)
     layout = {"w": PartitionSpec("model"), "b": PartitionSpec()}
@@ -94,7 +97,7 @@ def test_listed_examples_and_parameters_along_another_axis(name, mode):
 
 @pytest.mark.parametrize("name", ["sparse_cov", "cov"])
 def test_keys_and_means_are_those_of_one_device(name):
-    """An example has its key wherever it is computed, and what fills up a run is not averaged."""
+    """An example has its key on any device, and what fills up a micro-batch is not averaged."""
     law = ROWS[name].make(N, 30)
     x = jax.random.normal(jax.random.key(0), (N,))
     fn = loss.per_example(
@@ -112,7 +115,7 @@ def test_keys_and_means_are_those_of_one_device(name):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
-def test_stacked_outputs_have_as_many_runs_as_are_known():
+def test_stacked_outputs_have_the_number_of_micro_batches_that_is_known_beforehand():
     law = noise.sgd(N, 64)
     fn = lambda p, x: (p * x, loss.Outputs(stacked={"most": x.max()}))  # noqa: E731
     f = loss.noisy_value_and_grad(fn, law, microbatch_size=4, has_aux=True, sharding=spread(8))
@@ -124,8 +127,8 @@ def test_stacked_outputs_have_as_many_runs_as_are_known():
 
 
 @pytest.mark.parametrize("name", ["sparse_cov", "cov"])
-def test_spread_gradients_are_differentiable_to_any_order_and_mode(name):
-    """Reverse and forward over reverse, also with respect to what a loss reads from outside."""
+def test_gradients_over_devices_are_differentiable_again(name):
+    """Reverse mode and forward over reverse mode, also in a number that the loss closes over."""
     problem, law, rows = regression(N), ROWS[name].make(N, 40), spread(8)
 
     def contracted(params, scale, where):
@@ -147,7 +150,7 @@ def test_spread_gradients_are_differentiable_to_any_order_and_mode(name):
     assert abs(found[0][0][1]) > 1e-3
 
 
-def test_many_seeds_at_once():
+def test_keys_may_be_mapped_over_devices():
     problem, law, rows = regression(N), noise.sparse_cov(N, 20, support_size=80), spread(8)
     f = loss.noisy_value_and_grad(loss_vector_fn, law, microbatch_size=6, sharding=rows)
     data = sharding.shard_examples(problem.data, rows)
@@ -163,8 +166,8 @@ def test_many_seeds_at_once():
 
 @pytest.mark.parametrize("microbatch_size", [None, 6])
 @pytest.mark.parametrize("name", list(ROWS))
-def test_no_example_moves(name, microbatch_size):
-    """Collectives carry the gradient in float32, and at most a few numbers per example of B."""
+def test_no_example_moves_between_devices(name, microbatch_size):
+    """Collectives carry the gradient in float32, and at most four numbers per listed example."""
     rows, size, batch = spread(8), 512, 40
     law = ROWS[name].make(1008, batch)
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=rows)  # noqa: E731
@@ -178,5 +181,5 @@ def test_no_example_moves(name, microbatch_size):
     listed = law.support_size if name in SPARSE else batch
     assert carried >= gradient
     assert carried <= gradient + 16 * max(listed, 1)
-    # An example has 2 KiB: a single one of each device would be more.
+    # An example has 2 KiB: if each device sent a single one, that would be more.
     assert 16 * listed < 8 * 4 * size

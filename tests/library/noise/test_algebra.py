@@ -1,4 +1,8 @@
-"""Laws made of laws: what they draw, exact covariances over steps too, and bad input."""
+"""Laws that are made of other laws: their draws, their exact covariances, and bad input.
+
+The covariances are held at one step and between two steps: estimates from independent keys
+against the stated numbers, and the stated numbers against algebra on those of the laws inside.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +22,7 @@ KEY = jax.random.key(7)
 
 
 def draws(law, steps, num_keys):
-    """Weight vectors of the given steps under many keys, [keys, steps, N], float64."""
+    """Draws the weights of the given steps under many keys: [keys, steps, N], float64."""
     keys = jax.random.split(jax.random.key(11), num_keys)
 
     def of_key(key):
@@ -28,20 +32,23 @@ def draws(law, steps, num_keys):
 
 
 def assert_covariance(law, step, other, num_keys=20_000):
-    """Both numbers of Cov(W_s, W_t), each over all its entries, by its standard error."""
+    """Asserts that the draws have the two numbers that the law states of Cov(W_s, W_t).
+
+    Each number is estimated by the mean over all its entries. Returns what the law states.
+    """
     w = draws(law, [step, other], num_keys) - 1 / N
     products = w[:, 0, :, None] * w[:, 1, None, :]
     same = np.eye(N, dtype=bool)
     exact = law.covariance_between(step, other)
     for entries, expected in ((same, exact.diagonal), (~same, exact.off_diagonal)):
-        means = products[:, entries].mean(1)  # of independent keys
+        means = products[:, entries].mean(1)  # one number per key, and keys are independent
         spread = means.std(ddof=1) / np.sqrt(num_keys)
         assert_agree(means.mean(), expected, spread, comparisons=2, slack=1e-12)
     return exact
 
 
 class TestScaled:
-    def test_weights_are_the_laws_own(self):
+    def test_deviations_of_the_weights_are_scaled(self):
         law = noise.scaled(COV, 0.5)
         own, base = law.sample(KEY, 3).values, COV.sample(KEY, 3).values
         np.testing.assert_allclose(own - 1 / N, 0.5 * (base - 1 / N), atol=2e-8)
@@ -50,12 +57,12 @@ class TestScaled:
             0.25 * COV.covariance.off_diagonal,
         )
 
-    def test_by_one_is_the_law_bit_for_bit(self):
+    def test_scaling_by_one_leaves_the_law_as_it_is(self):
         weights, expected = noise.scaled(SGD, 1.0).sample(KEY, 5), SGD.sample(KEY, 5)
         assert (weights.indices == expected.indices).all()
         assert noise.scaled(SGD, 1).support_size == B
 
-    def test_of_a_sparse_law_is_dense(self):
+    def test_a_scaled_sparse_law_is_dense(self):
         law = noise.scaled(SGD, 2.0)
         expected = 2 * SGD.sample(KEY, 1).dense() - 1 / N
         np.testing.assert_allclose(law.sample(KEY, 1).values, expected, atol=3e-8)
@@ -75,7 +82,7 @@ class TestScaled:
         np.testing.assert_array_equal(jax.vmap(weights)(scales), each)
         np.testing.assert_allclose(each[0], 1 / N, rtol=1e-6)
 
-    def test_schedule(self):
+    def test_the_scale_may_be_a_schedule(self):
         law = noise.scaled(COV, optax.linear_schedule(1.0, 0.0, 4))
         for step, factor in ((0, 1.0), (1, 0.75), (4, 0.0), (9, 0.0)):
             base = COV.sample(KEY, step).values
@@ -88,7 +95,7 @@ class TestScaled:
         assert law.moments is None
         assert law.covariance_between(0, 1).diagonal == 0
 
-    def test_schedule_of_dependent_steps(self):
+    def test_a_schedule_scales_covariances_between_dependent_steps(self):
         base = noise.random_reshuffling(N, B)
         law = noise.scaled(base, optax.exponential_decay(1.0, 1, 0.5))
         exact = assert_covariance(law, 0, 2)
@@ -103,12 +110,12 @@ class TestSums:
         expected = shuffled.covariance_between(0, 1).diagonal - COV.covariance.diagonal
         assert exact.diagonal == pytest.approx(expected)
 
-    def test_equal_laws_are_independent(self):
+    def test_equal_laws_in_a_sum_draw_independently(self):
         law = noise.sum_of(COV, COV)
         assert_covariance(law, 0, 0)
         assert law.covariance.diagonal == 2 * COV.covariance.diagonal
 
-    def test_mean_of_many(self):
+    def test_a_sum_of_full_gradients_is_the_full_gradient(self):
         weights = noise.sum_of(noise.gd(N), noise.gd(N), noise.gd(N)).sample(KEY, 0).values
         np.testing.assert_allclose(weights, 1 / N, rtol=1e-6)
 
@@ -119,24 +126,26 @@ class TestMixtures:
         assert_covariance(law, 0, 0)
         assert law.support_size == B
 
-    def test_shares(self):
+    def test_each_law_is_chosen_with_its_probability(self):
         law = noise.mixture([noise.gd(N), noise.sgd(N, 1)], [0.75, 0.25])
         chosen = (draws(law, [0], 4_000)[:, 0].max(1) > 0.5).mean()
         assert_agree(chosen, 0.25, np.sqrt(0.25 * 0.75 / 4_000))
 
-    def test_a_sure_law_is_that_law(self):
+    def test_a_law_of_probability_one_is_always_chosen(self):
         law = noise.mixture([SGD, COV], [0.0, 1.0])
         assert law.covariance == COV.covariance
-        assert np.unique(draws(law, [0], 50)).size > 100  # continuous
+        # The draws of SGD have two values; Gaussian weights are all different.
+        assert np.unique(draws(law, [0], 50)).size > 100
 
 
 class TestColoured:
     COEFFICIENTS = (1.0, 0.5, -0.25)
+    # The sum over i of c_i c_(i + lag), for lags 0 to 3.
     RHO = (1.3125, 0.375, -0.25, 0.0)
 
     @pytest.mark.parametrize("base", [COV, SGD], ids=["cov", "sgd"])
     @pytest.mark.parametrize("lag", [0, 1, 2, 3])
-    def test_lags(self, base, lag):
+    def test_covariances_per_lag(self, base, lag):
         law = noise.coloured(base, self.COEFFICIENTS)
         exact = assert_covariance(law, 1, 1 + lag)
         assert exact.diagonal == pytest.approx(self.RHO[lag] * base.covariance.diagonal)
@@ -145,7 +154,7 @@ class TestColoured:
         assert_covariance(noise.coloured(COV, self.COEFFICIENTS), 0, 0)
         assert_covariance(noise.coloured(COV, self.COEFFICIENTS), 0, 1)
 
-    def test_noises_are_the_laws_own(self):
+    def test_deviations_are_sums_over_the_law_inside(self):
         law = noise.coloured(COV, (1.0, -1.0))
         v = [COV.sample(KEY, step).values for step in range(4)]
         for step in (1, 2, 3):
@@ -158,14 +167,17 @@ class TestColoured:
         total = np.asarray(
             jax.vmap(lambda t: law.sample(KEY, t).values)(jnp.arange(200)), np.float64
         )
-        assert abs((total - 1 / N).sum(0)).max() < 10 * np.sqrt(COV.covariance.diagonal)
+        # The sum telescopes to the difference of two independent draws. With independent steps its
+        # variance would be 200 times as large.
+        standard_error = np.sqrt(2 * COV.covariance.diagonal)
+        assert_agree((total - 1 / N).sum(0), 0, standard_error, slack=1e-6)
 
-    def test_one_coefficient_is_the_law(self):
+    def test_with_one_coefficient_it_is_the_law_inside(self):
         weights, expected = noise.coloured(SGD, [1.0]).sample(KEY, 3), SGD.sample(KEY, 3)
         assert (weights.indices == expected.indices).all()
         assert (weights.values == expected.values).all()
 
-    def test_sparse_where_the_mean_is_made_up(self):
+    def test_it_is_sparse_if_the_coefficients_add_up_to_one(self):
         assert noise.coloured(SGD, (0.75, 0.25)).support_size == 2 * B
         assert noise.coloured(SGD, (1.0, -1.0)).support_size == N
 
@@ -181,13 +193,13 @@ class TestReweighted:
             np.testing.assert_allclose(own.sample(KEY, step).dense(), expected, rtol=1e-6)
         assert own.support_size == law.support_size
 
-    def test_curriculum(self):
+    def test_factors_may_depend_on_the_step(self):
         law = noise.reweighted(noise.gd(N), lambda indices, step: jnp.where(indices <= step, 2, 0))
         assert (law.sample(KEY, 2).values > 0).tolist() == [True] * 3 + [False] * 3
 
-    def test_trains(self):
+    def test_training_minimises_the_loss_of_the_examples_that_have_weights(self):
         n = jax.tree.leaves(PROBLEM.data)[0].shape[0]
-        factors = np.where(np.arange(n) < n // 2, 2 * n / (2 * (n // 2)), 0.0)
+        factors = np.where(np.arange(n) < n // 2, n / (n // 2), 0.0)
         step = train.make_step(
             loss_vector_fn, optax.sgd(0.1), noise.reweighted(noise.gd(n), factors)
         )

@@ -1,4 +1,7 @@
-"""Laws of loaded batches: total covariances by enumeration of all batches, and bad input."""
+"""Laws of weights for batches that a loader drew: their total covariances, and bad input.
+
+The total covariance includes the draw of the batch, over which the references enumerate.
+"""
 
 import itertools
 
@@ -15,7 +18,10 @@ KEY = jax.random.key(3)
 
 
 def total_moments(law, n, size):
-    """Mean and covariance of the full weight vector, over all batches of distinct examples."""
+    """Mean and covariance of the weights of all examples, over all batches of distinct ones.
+
+    Examples outside the batch have weight 0.
+    """
     inside = law.of(size).covariance.matrix(size)
     mean, second = np.zeros(n), np.zeros((n, n))
     batches = list(itertools.combinations(range(n), size))
@@ -27,14 +33,14 @@ def total_moments(law, n, size):
 
 
 @pytest.mark.parametrize(("n", "b", "size"), [(6, 2, 3), (6, 2, 6), (7, 1.5, 4), (5, 8, 5)])
-def test_cov_on_distinct_examples(n, b, size):
+def test_total_covariance_of_batch_cov_is_that_of_cov(n, b, size):
     mean, covariance = total_moments(noise.batch_cov(n, b), n, size)
     np.testing.assert_allclose(mean, 1 / n)
     np.testing.assert_allclose(covariance, noise.cov(n, b).covariance.matrix(n), atol=1e-15)
 
 
 @pytest.mark.parametrize(("n", "b", "size"), [(6, 2, 4), (6, 2, 6), (7, 1.5, 4), (5, 1, 4)])
-def test_fisher_on_distinct_examples(n, b, size):
+def test_total_covariance_of_batch_fisher_is_that_of_fisher(n, b, size):
     mean, covariance = total_moments(noise.batch_fisher(n, b), n, size)
     np.testing.assert_allclose(mean, 1 / n)
     np.testing.assert_allclose(covariance, noise.fisher(n, b).covariance.matrix(n), atol=1e-15)
@@ -43,8 +49,8 @@ def test_fisher_on_distinct_examples(n, b, size):
 @pytest.mark.parametrize(
     ("make", "target"), [(noise.batch_cov, noise.cov), (noise.batch_fisher, noise.fisher)]
 )
-def test_gaussian_part_alone(make, target):
-    """What comes on top of the draw of the batch, averaged over batches."""
+def test_matching_gaussian_adds_the_target_to_the_draw_of_the_batch(make, target):
+    """The total covariance less that of the batch's draw is the target's."""
     n, b, size = 6, 2, 3
     _, covariance = total_moments(make(n, b, matching="gaussian"), n, size)
     draw = noise.sgd(n, size).covariance.matrix(n)
@@ -53,8 +59,11 @@ def test_gaussian_part_alone(make, target):
 
 @pytest.mark.parametrize("make", [noise.batch_cov, noise.batch_fisher])
 @pytest.mark.parametrize("matching", ["total", "gaussian"])
-def test_streams_by_enumeration(make, matching):
-    """Three independent examples out of four: covariance of the gradient, exactly."""
+def test_covariance_of_the_gradient_on_independent_examples(make, matching):
+    """Enumerates all batches of three out of four examples, drawn with replacement.
+
+    The expected covariances are the S or F of the four gradients, over b.
+    """
     b, size = 1.5, 3
     gradients = np.array([[1.0, 0.0, 2.0], [-1.0, 0.5, 1.0], [0.0, 3.0, -1.0], [2.0, 1.0, 1.0]])
     law = make(None, b, matching=matching).of(size)
@@ -72,8 +81,8 @@ def test_streams_by_enumeration(make, matching):
     np.testing.assert_allclose(covariance, target / b + sampling, atol=1e-14)
 
 
-def test_worked_numbers():
-    """Scales worked out by hand for N = 40, b = 4: sigma^2, as the variance of B W."""
+def test_scales_agree_with_those_worked_out_by_hand():
+    """For N = 40 and b = 4, alpha and beta of the vector B W, B the size of the batch."""
 
     def squared(law, size):
         covariance = law.of(size).covariance
@@ -102,7 +111,7 @@ def test_draws_have_the_stated_moments(make):
     assert_agree(w.mean(0), 0, w.std(0) / np.sqrt(len(w)))
 
 
-def test_same_size_same_law():
+def test_laws_compare_by_value():
     assert noise.batch_cov(100, 5).of(20) == noise.batch_cov(100, 5.0).of(20)
     assert hash(noise.batch_cov(100, 5)) == hash(noise.batch_cov(100, 5))
     assert noise.batch_cov(100, 5) != noise.batch_fisher(100, 5)

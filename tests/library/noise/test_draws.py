@@ -1,4 +1,4 @@
-"""Draws of the M-noises: shapes, determinism on any number of devices, and bad input."""
+"""Draws of the laws: their shapes, the same draw on any number of devices, and bad input."""
 
 import dataclasses
 
@@ -56,17 +56,17 @@ def is_centred(name: str, n: int, b: int) -> bool:
     ("name", "n", "b"),
     [case for case in cases((1, 1), (7, 7), (1000, 10), (100_000, 100)) if is_centred(*case)],
 )
-def test_centred_noises_add_up_to_one(name, n, b):
+def test_weights_of_centred_laws_add_up_to_one(name, n, b):
     law = ROWS[name].make(n, b)
     weights = np.asarray(law.sample(KEY, 0).values, np.float64)
-    # Each weight is rounded to float32, and the mean in fixed point to 2^-23 sqrt(N).
+    # Each weight is rounded to float32, and the mean is rounded in fixed point to 2^-23 sqrt(N).
     tolerance = 2.0**-22 * np.abs(weights).sum() + 2.0**-23 * np.sqrt(law.covariance.diagonal * n)
     assert abs(weights.sum() - 1) < tolerance
 
 
 @pytest.mark.parametrize(("name", "refinement"), [("sgd", 2), ("sgd_replace", 100), ("cov", 3)])
 def test_svag_is_two_draws_of_its_base(name, refinement):
-    """The weights are p W1 + q W2, of the halves of the key."""
+    """The weights are p W1 + q W2, where W1 and W2 are drawn with the two halves of the key."""
     base = ROWS[name].make(7, 3)
     law = noise.svag(base, refinement)
     weights = law.draw(jax.random.key(5))
@@ -119,9 +119,9 @@ def test_float64_weights(x64):
 
 @pytest.mark.slow
 def test_small_bernoulli_probabilities_are_exact():
-    """At b/N = 2e-8 a 23-bit uniform chooses six times too many.
+    """At b/N = 2e-8, uniforms of 23 bits would choose six times as many examples.
 
-    The count over 4 draws is Poisson with mean 4: 18 or more have probability 3e-7.
+    The count over 4 draws is Poisson with mean 4: that it is 18 or more has probability 3e-7.
     """
     law = noise.bernoulli(50_000_000, 1)
     counts = [int((law.sample(KEY, step).values > 0).sum()) for step in range(4)]
@@ -132,7 +132,7 @@ def test_small_bernoulli_probabilities_are_exact():
 
 
 def ulps(a, b) -> int:
-    """The largest distance in units in the last place."""
+    """The largest distance between entries, in units in the last place."""
     a, b = (np.asarray(x, np.float32).view(np.int32).astype(np.int64) for x in (a, b))
     return int(np.abs(a - b).max())
 
@@ -180,7 +180,7 @@ def assert_bit_identical(law: noise.MNoise, num_devices: int) -> None:
 
 
 def test_a_plain_mean_would_not_be_bit_identical():
-    """Why the centred noises sum in fixed point: this is what they would do otherwise."""
+    """A mean in floating point depends on the number of devices: centred laws use fixed point."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
     sharded = NamedSharding(mesh, PartitionSpec("data"))
 
@@ -192,7 +192,7 @@ def test_a_plain_mean_would_not_be_bit_identical():
     assert any((np.asarray(one(s)) != np.asarray(many(s))).any() for s in range(5))
 
 
-def test_noise_is_a_static_argument():
+def test_a_law_is_a_static_argument_of_jit():
     traces = []
 
     @jax.jit
@@ -204,7 +204,8 @@ def test_noise_is_a_static_argument():
     np.testing.assert_array_equal(draw(law, KEY), draw(law, KEY))
     assert len(traces) == 1
     assert law == dataclasses.replace(law)
-    assert law != dataclasses.replace(law, draw=lambda key: law.draw(key))  # of the same name
+    # A law of the same name that has another function is another law.
+    assert law != dataclasses.replace(law, draw=lambda key: law.draw(key))
 
 
 # Bad input ----------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_noise_is_a_static_argument():
 
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
-    # Those whose batch size is but a scale take any number above 0.
+    # The laws whose batch size is only a scale take any number above 0.
     SCALED = (
         "fisher",
         "cov",
@@ -250,12 +251,12 @@ class TestBadInput:
         assert noise.fisher(np.int64(7), np.int32(2)).num_examples == 7
 
     @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
-    def test_scale(self, scale):
+    def test_scales_out_of_range(self, scale):
         with pytest.raises(ValueError, match="scale must be finite and at least 0"):
             noise.rademacher(7, scale)
 
     @pytest.mark.parametrize("size", [0, 8])
-    def test_subset_sizes(self, size):
+    def test_subset_sizes_out_of_range(self, size):
         with pytest.raises(ValueError, match="estimate_size must be between 1 and 7"):
             noise.estimated_fisher(7, 2, estimate_size=size)
         with pytest.raises(ValueError, match="support_size must be between 2 and 7"):
@@ -270,11 +271,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match="num_examples must be at least 2, got 1"):
             noise.sparse_cov(1, 1, support_size=1)
 
-    def test_matching(self):
+    def test_matching_must_be_one_of_two_words(self):
         with pytest.raises(ValueError, match="matching must be one of 'total', 'gaussian'"):
             noise.sparse_fisher(7, 2, support_size=4, matching="both")
 
-    def test_refinement(self):
+    def test_refinement_must_be_an_integer_of_at_least_one(self):
         for value in (0, -1):
             with pytest.raises(ValueError, match=f"refinement must be at least 1, got {value}"):
                 noise.svag(noise.sgd(7, 2), value)
@@ -284,12 +285,12 @@ class TestBadInput:
 
     @pytest.mark.parametrize("base", [None, 3, "sgd", noise.sgd, noise.Exchangeable(1.0, 0.0)])
     @pytest.mark.parametrize("refinement", [1, 3])
-    def test_base_of_svag(self, base, refinement):
+    def test_the_base_of_svag_must_be_a_law(self, base, refinement):
         with pytest.raises(TypeError, match=r"base must be a noise\.MNoise, got "):
             noise.svag(base, refinement)
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
-    def test_narrow_dtypes(self, dtype):
+    def test_narrow_dtypes_are_refused(self, dtype):
         with pytest.raises(ValueError, match="dtype must be float32 or float64"):
             noise.fisher(7, 2, dtype=dtype)
 
@@ -298,15 +299,15 @@ class TestBadInput:
             noise.fisher(7, 2, dtype=jnp.float64)
 
     @pytest.mark.parametrize("key", [None, 0, True, np.zeros(2, np.uint32)])
-    def test_untyped_keys(self, key):
+    def test_untyped_keys_are_refused(self, key):
         with pytest.raises(TypeError, match="key must be a typed PRNG key"):
             noise.fisher(7, 2).sample(key, 0)
 
-    def test_old_style_key(self):
+    def test_an_old_style_key_is_told_how_to_wrap_it(self):
         with pytest.raises(TypeError, match="wrap_key_data"):
             noise.fisher(7, 2).sample(jax.random.PRNGKey(0), 0)
 
-    def test_array_of_keys(self):
+    def test_an_array_of_keys_is_refused(self):
         with pytest.raises(ValueError, match="single key"):
             noise.fisher(7, 2).sample(jax.vmap(jax.random.key)(jnp.arange(2)), 0)
 
@@ -315,7 +316,7 @@ class TestBadInput:
         with pytest.raises(TypeError, match="step must be an integer"):
             noise.fisher(7, 2).sample(KEY, step)
 
-    def test_a_law_of_your_own(self):
+    def test_fields_of_a_law_of_the_users_own_are_checked(self):
         law = noise.fisher(7, 2)
         with pytest.raises(ValueError, match="support_size must be at least 1, got 0"):
             dataclasses.replace(law, support_size=0)
@@ -326,6 +327,6 @@ class TestBadInput:
         with pytest.raises(TypeError, match="draw must be a function"):
             dataclasses.replace(law, draw=None)
 
-    def test_negative_step(self):
+    def test_a_negative_step_is_refused(self):
         with pytest.raises(ValueError, match=r"step must be between 0 and .*, got -1"):
             noise.fisher(7, 2).sample(KEY, -1)

@@ -11,10 +11,11 @@ from msgd_jax import noise
 
 
 def subset_law(n: int, size: int, outside: Fraction, inside: Fraction, variance, centred: bool):
-    """Diagonal and off-diagonal covariance of: `inside` + Gaussian on a uniform subset.
+    """The two numbers of the covariance of a law that draws a subset, then Gaussian weights on it.
 
-    `variance` is that of one Gaussian entry before it is centred over the subset. Enumerates all
-    subsets; the Gaussian part is integrated by hand.
+    Weights are `outside` for examples that are not in the subset, and `inside` plus a Gaussian for
+    those that are. `variance` is that of one Gaussian before they are centred over the subset. All
+    subsets are enumerated, and the Gaussian part is integrated by hand.
     """
     subsets = list(itertools.combinations(range(n), size))
     second = {(0, 0): Fraction(0), (0, 1): Fraction(0)}
@@ -38,7 +39,7 @@ def agree(covariance: noise.Exchangeable, exact: tuple[Fraction, Fraction]) -> b
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_covariances_are_exact(n):
-    """Every stated covariance against enumeration over all subsets, N up to 7 and every b, m, B."""
+    """The covariances that laws state, for every b and m, against enumeration over all subsets."""
     for b in range(1, n + 1):
         zero, one_nth = Fraction(0), Fraction(1, n)
         unit = Fraction(1, b * n)
@@ -67,6 +68,11 @@ def test_covariances_are_exact(n):
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_sparse_covariances_are_exact(n):
+    """The same for the sparse laws, for every b and support size B.
+
+    Where the draw of the support alone varies too much, no Gaussian can match the total: the
+    scale by hand is negative, and the law must be refused.
+    """
     zero = Fraction(0)
     checked = 0
     for b, size in itertools.product(range(1, n + 1), repeat=2):
@@ -100,10 +106,11 @@ def test_sparse_covariances_are_exact(n):
     assert checked >= n
 
 
-@pytest.mark.parametrize("refinement", [1, 5, 13])  # where sqrt(2l-1) is rational: 1, 3, 5
+# The root of 2 l - 1 is rational here: 1, 3, 5.
+@pytest.mark.parametrize("refinement", [1, 5, 13])
 @pytest.mark.parametrize("n", range(1, 7))
 def test_covariances_of_svag_are_exact(n, refinement):
-    """Against enumeration over all pairs of subsets."""
+    """The reference enumerates all pairs of subsets."""
     root = {1: 1, 5: 3, 13: 5}[refinement]
     p, q = Fraction(1 + root, 2), Fraction(1 - root, 2)
     for b in range(1, n + 1):
@@ -125,8 +132,8 @@ def test_covariances_of_svag_are_exact(n, refinement):
 def test_svag_approaches_its_sde_in_law():
     """Fourth moments on losses c_i theta^2 / 2, whose SDE is geometric Brownian motion.
 
-    Every step multiplies theta by 1 - eta/l c . W, so the moments are powers of one expectation:
-    over all pairs of subsets, with the weights that the library draws.
+    Every step multiplies theta by 1 - (eta / l) c . W, so the moments are powers of one
+    expectation. It is enumerated over all pairs of subsets, with the weights of a draw.
     """
     c, b, eta, num_steps = np.array([0.2, 0.5, 1.1, 2.6]), 2, 0.4, 5
     subsets = np.array(list(itertools.combinations(range(4), b)))
@@ -150,7 +157,7 @@ def test_svag_approaches_its_sde_in_law():
     assert error(64, base) > 0.3
 
 
-def test_matching_scale():
+def test_matching_scale_gives_rademacher_the_variance_of_the_target():
     for target in (noise.fisher(50, 7), noise.cov(50, 7), noise.sgd(50, 7)):
         scale = noise.matching_scale(target)
         matched = noise.rademacher(50, scale).covariance

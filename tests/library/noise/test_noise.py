@@ -1,4 +1,4 @@
-"""The laws of the M-noises: Monte Carlo moments against the stated ones, and near misses."""
+"""Moments of the laws' draws against the stated ones, and near misses that must be seen."""
 
 import functools
 
@@ -20,7 +20,7 @@ Z = bound(3)  # the mean, the diagonal and the rest of the covariance
 
 @functools.cache
 def draws(name: str, n: int, b: int) -> np.ndarray:
-    """NUM_DRAWS weight vectors, [NUM_DRAWS, N] in float64, drawn in float32."""
+    """Draws NUM_DRAWS weights in float32, and returns them as float64: [NUM_DRAWS, N]."""
     law = ROWS[name].make(n, b)
     sample = jax.jit(jax.vmap(lambda step: law.sample(jax.random.fold_in(KEY, step), step).dense()))
     return np.asarray(sample(jnp.arange(NUM_DRAWS)), np.float64)
@@ -29,8 +29,8 @@ def draws(name: str, n: int, b: int) -> np.ndarray:
 def z_scores(w: np.ndarray, covariance: noise.Exchangeable) -> dict[str, float]:
     """How many standard errors the sample moments are from the stated ones.
 
-    Every draw gives one number for each moment (pooled over exchangeable entries); their standard
-    error comes from the spread over draws. Rounding of float32 weights is allowed for on top.
+    Every draw gives one number per moment, the mean over exchangeable entries. The standard error
+    is that of these numbers. Gaps that the rounding of float32 weights explains count as none.
     """
     n = w.shape[1]
     deviation = w - 1 / n
@@ -53,7 +53,7 @@ def z_scores(w: np.ndarray, covariance: noise.Exchangeable) -> dict[str, float]:
     ("name", "n", "b"),
     [
         *cases((1, 1), (100, 10)),
-        # Few enough examples to be enumerated, which other tests do.
+        # These are few enough examples to be enumerated, which `test_exact.py` does.
         *cases((7, 3)),
     ],
 )
@@ -64,7 +64,7 @@ def test_moments_agree_with_monte_carlo(name, n, b):
 
 @pytest.mark.parametrize(("name", "n", "b"), cases((7, 3), (100, 10)))
 def test_every_entry_has_its_moments(name, n, b):
-    """No entry and no pair of entries is special: entrywise z, Bonferroni over n^2 entries."""
+    """No entry and no pair of entries is special: each is within its own standard error."""
     w = draws(name, n, b)
     covariance = ROWS[name].make(n, b).covariance
     deviation = w - 1 / n
@@ -86,13 +86,13 @@ def test_wrong_variances_are_rejected(name):
 
 
 def test_near_misses_of_the_paper_are_rejected():
-    # Section 5.2 prints Bernoulli weights 1/N + 1/b and 1/N: their mean is 2/N.
+    # Section 5.2 prints the Bernoulli weights as 1/N + 1/b and 1/N, whose mean is 2/N.
     printed = draws("bernoulli", 100, 10) + 1 / 100
     assert z_scores(printed, noise.bernoulli(100, 10).covariance)["mean"] > Z
-    # Without Bessel's correction [Cov-m] is too small by (m-1)N/(m(N-1)).
+    # Without Bessel's correction, [Cov-m] would be (m - 1) N / (m (N - 1)) times what it should be.
     naive = noise.Exchangeable(*(x * 49 * 100 / (50 * 99) for x in _pair("estimated_cov")))
     assert z_scores(draws("estimated_cov", 100, 10), naive)["diagonal"] > Z
-    # Fisher is not centred, and cov is.
+    # The weights of cov add up to 1, and those of fisher do so only in the mean.
     assert z_scores(draws("fisher", 100, 10), noise.cov(100, 10).covariance)["off_diagonal"] > Z
     assert z_scores(draws("cov", 100, 10), noise.fisher(100, 10).covariance)["off_diagonal"] > Z
 

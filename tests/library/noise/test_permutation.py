@@ -1,4 +1,8 @@
-"""Keyed permutations and shuffled epochs: bijections, uniform, the same everywhere, flat in N."""
+"""Keyed permutations and the epochs that they shuffle.
+
+Permutations must be bijections, uniform over keys, the same on any number of devices, and need
+memory that does not grow with N. The reference is the same network in Python's integers.
+"""
 
 import itertools
 import math
@@ -29,9 +33,10 @@ def key() -> jax.Array:
 # Permutations -------------------------------------------------------------------------------------
 
 
-# Around the size up to which they are sorted, squares and their neighbours, a prime, a power of 2.
+# Sizes around the one up to which permutations are sorted, squares and their neighbours, a prime,
+# and a power of 2.
 @pytest.mark.parametrize("n", [1, 2, 1024, 1025, 1088, 1089, 1090, 10_007, 65_536])
-def test_whole_permutations(n):
+def test_permutations_are_bijections(n):
     values = np.asarray(noise.permute(key(), jnp.arange(n), n))
     assert values.dtype == np.int32
     np.testing.assert_array_equal(np.sort(values), np.arange(n))
@@ -40,7 +45,7 @@ def test_whole_permutations(n):
 
 
 def threefry2x32(key: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """Threefry-2x32 with 20 rounds, in Python integers (Salmon et al. 2011)."""
+    """Threefry-2x32 with 20 rounds, in Python's integers (Salmon et al., 2011)."""
     mask = 2**32 - 1
     schedule = [*key, key[0] ^ key[1] ^ 0x1BD11BDA]
     x = [(block[i] + schedule[i]) & mask for i in range(2)]
@@ -56,8 +61,12 @@ def threefry2x32(key: tuple[int, int], block: tuple[int, int]) -> tuple[int, int
 
 
 def reference(words: list[list[int]], position: int, n: int) -> int:
-    """The Feistel network of the docstring, in Python integers of any size."""
-    side = math.isqrt(n - 1) + 1  # the grid: fewest cells, at most 16 by 9, then nearest a square
+    """The network that the docstring of `permute` describes, in Python's integers.
+
+    `words` are two words of key per round.
+    """
+    # Of the grids at most 16 by 9, the one that has fewest cells, then the one nearest a square.
+    side = math.isqrt(n - 1) + 1
     rows = min(range(-(-3 * side // 4), side + 1), key=lambda r: (r * -(-n // r), -r))
     columns = -(-n // rows)
     while True:
@@ -75,8 +84,8 @@ def reference(words: list[list[int]], position: int, n: int) -> int:
             return position
 
 
-def test_the_key_of_a_stream_is_threefry_of_a_counter_that_is_nobody_elses():
-    """The high word spells msgd; jax's own counters have a small number there, as fold_in's 0."""
+def test_the_key_of_a_stream_is_threefry_of_a_counter_that_jax_does_not_use():
+    """The counter's high word spells msgd, where jax has a small number: fold_in has 0."""
     key = jax.random.key(2**40 + 5)
     words = tuple(map(int, jax.random.key_data(key)))
     for stream in Stream:
@@ -87,11 +96,12 @@ def test_the_key_of_a_stream_is_threefry_of_a_counter_that_is_nobody_elses():
 
 
 @pytest.mark.parametrize("n", [1025, 1090, LARGEST])
-def test_against_the_network_in_python_integers(n):
+def test_values_are_those_of_the_network_in_python_integers(n):
     own = derive(key(), Stream.PERMUTATION)
     words = np.asarray(jax.random.bits(own, (12, 2), jnp.uint32)).tolist()
     some = np.array([0, 1, 2, n // 3, n - 2, n - 1], np.int32)
-    positions = np.arange(n) if n < 2_000 else some  # all: some of them take a second turn
+    # All positions of a small N: some of them leave [0, N), and go through the network again.
+    positions = np.arange(n) if n < 2_000 else some
     expected = [reference(words, int(position), n) for position in positions]
     values = noise.permute(key(), jnp.asarray(positions), n)
     np.testing.assert_array_equal(values, expected)
@@ -99,10 +109,10 @@ def test_against_the_network_in_python_integers(n):
 
 @pytest.mark.parametrize("n", [10**6, LARGEST])
 def test_distinct_positions_have_distinct_values(n):
-    """100,000 of a large N: with replacement the chance of no repeat is below 1e-2 (n = 2^31)."""
-    start = n - 100_000
-    values = np.asarray(noise.permute(key(), start + jnp.arange(100_000), n))
-    assert np.unique(values).size == 100_000
+    """With replacement, 300,000 of 2^31 would have no repeat with a probability of 1e-9."""
+    start = n - 300_000
+    values = np.asarray(noise.permute(key(), start + jnp.arange(300_000), n))
+    assert np.unique(values).size == 300_000
     assert 0 <= values.min() <= values.max() < n
 
 
@@ -110,7 +120,7 @@ NUM_KEYS = 20_000
 
 
 def images(n: int, positions: list[int]) -> np.ndarray:
-    """What NUM_KEYS permutations have at some positions, [NUM_KEYS, positions]."""
+    """The values of NUM_KEYS permutations at some positions: [NUM_KEYS, positions]."""
     keys = jax.random.split(key(), NUM_KEYS)
     draw = jax.jit(jax.vmap(lambda k: noise.permute(k, jnp.array(positions), n)))
     return np.asarray(draw(keys))
@@ -118,7 +128,7 @@ def images(n: int, positions: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [50, 1025, 10**6, LARGEST])
 def test_singles_and_pairs_are_uniform(n):
-    """Chi-square over keys, on bins that split [0, N) evenly: 8 tests for each size."""
+    """Chi-square tests over keys, with bins that split [0, N) evenly: 8 tests per size."""
     positions = [0, 1, n // 2, n - 1]
     values = images(n, positions)
     for column in values.T:
@@ -127,35 +137,37 @@ def test_singles_and_pairs_are_uniform(n):
     shares = np.bincount(np.minimum(np.arange(n) * 5 // n, 4)) if n < 2000 else np.full(5, n / 5)
     for i, j in ((0, 1), (0, 3), (1, 2), (2, 3)):
         counts = np.bincount(bins[:, i] * 5 + bins[:, j], minlength=25)
-        pairs = np.outer(shares, shares) - np.diag(shares)  # without replacement
+        pairs = np.outer(shares, shares) - np.diag(shares)  # two values are never the same
         expected = (pairs / (n * (n - 1))).ravel() * NUM_KEYS
         assert scipy.stats.chisquare(counts, expected).pvalue > FALSE_ALARMS / 8
 
 
 def uniformity(values: np.ndarray, n: int, bins: int) -> float:
-    """The p-value of a chi-square test; bins as even as N allows."""
+    """The p-value of a chi-square test, whose bins are as even as N allows."""
     edges = np.arange(bins + 1) * n // bins
     counts = np.histogram(values, edges)[0]
     return scipy.stats.chisquare(counts, np.diff(edges) / n * len(values)).pvalue
 
 
 def test_neighbours_within_one_permutation_are_uniform():
-    """Chi-square on pairs of adjacent values of one long stretch: 2,500 bins, 200,000 pairs."""
+    """Chi-square test on 200,000 pairs of adjacent values of one permutation, in 2,500 bins."""
     n = 10**9
     values = np.asarray(noise.permute(key(), jnp.arange(400_000), n)).reshape(-1, 2)
     bins = values.astype(np.int64) * 50 // n
     counts = np.bincount(bins[:, 0] * 50 + bins[:, 1], minlength=2_500)
     assert scipy.stats.chisquare(counts).pvalue > FALSE_ALARMS / 2
-    steps = np.diff(values[:, 0].astype(np.int64)) % n  # of a counter in disguise: all the same
+    # Of a counter with a constant step, these differences would all be the same.
+    steps = np.diff(values[:, 0].astype(np.int64)) % n
     assert uniformity(steps, n, 100) > FALSE_ALARMS / 2
 
 
 def distance_from_uniform(rows: int, columns: int, rounds: int) -> float:
-    """Total variation between the law of two cells' difference and the uniform one, worst case.
+    """The total variation between the law of two cells' difference and the uniform law, at worst.
 
-    With random round functions the first cell is uniform after two rounds, and the difference of
-    two cells is a Markov chain: adding F to the rows makes their difference uniform where the
-    columns differ, and leaves it where they do not; then the other way round.
+    If the functions of the rounds are random, the first cell is uniform after two rounds, and the
+    difference of two cells is a Markov chain. A round that adds to the rows makes the difference of
+    the rows uniform where the columns differ, and leaves it where they do not. The next round does
+    the same with rows and columns exchanged.
     """
     worst = 0.0
     for start in ((0, 1), (1, 0), (1, 1)):
@@ -174,11 +186,15 @@ def distance_from_uniform(rows: int, columns: int, rounds: int) -> float:
 
 @pytest.mark.parametrize("n", [1025, 1089, 5000])
 def test_enough_rounds_for_pairs(n):
-    """The figure in the docstring; on grids of more cells than N the walk only forgets more."""
+    """The distance that the docstring of `permute` states, on the whole grid.
+
+    Grids that have more cells than N make some positions go through the network again, which only
+    brings them nearer to uniform.
+    """
     grid = _permutation._grid(n)
     assert grid.rows * grid.columns >= n
     assert distance_from_uniform(*grid, _permutation.ROUNDS) < 1e-7
-    assert distance_from_uniform(*grid, 4) > 1e-4  # four rounds would be too few
+    assert distance_from_uniform(*grid, 4) > 1e-4, "four rounds are too few"
 
 
 @pytest.mark.parametrize("n", [1000, 10**6])
@@ -199,7 +215,7 @@ def test_the_same_under_jit_vmap_and_on_eight_devices(n):
 
 
 def test_memory_does_not_grow_with_n():
-    """What the compiled draw of 100 indices needs, up to the largest N."""
+    """The scratch memory of the compiled draw of 100 indices, up to the largest N."""
 
     def temporaries(n: int) -> int:
         draw = jax.jit(noise.sgd(n, 100).sample)
@@ -209,7 +225,7 @@ def test_memory_does_not_grow_with_n():
 
     small = temporaries(2_000)
     assert temporaries(LARGEST) <= 1.1 * small
-    assert small < 100 * 4 * 200  # a few dozen words for each index
+    assert small < 100 * 4 * 200, "more than 200 words per index"
 
 
 # Shuffled epochs ----------------------------------------------------------------------------------
@@ -231,16 +247,17 @@ def test_batches_of_an_epoch_partition_the_examples(n, b):
         assert (first != second).any()
 
 
-def test_remainders_are_dropped_and_others_each_time():
+def test_every_epoch_drops_another_remainder():
     law = noise.random_reshuffling(10, 4, drop_remainder=True)
     left_out = set()
-    for batches in epoch(law, 0, 200).reshape(100, 8):  # one example in all: 10 * 0.8^100
+    # That an example is in all of 100 epochs has a probability of 10 * 0.8^100 = 2e-9.
+    for batches in epoch(law, 0, 200).reshape(100, 8):
         assert np.unique(batches).size == 8
         left_out |= set(range(10)) - set(batches.tolist())
     assert left_out == set(range(10))
 
 
-def test_steps_up_to_the_largest_integer():
+def test_steps_go_up_to_the_largest_integer():
     law = noise.random_reshuffling(10**9, 1000)
     indices = np.asarray(law.sample(key(), LARGEST).indices)
     assert np.unique(indices).size == 1000
@@ -249,7 +266,7 @@ def test_steps_up_to_the_largest_integer():
 
 @pytest.mark.parametrize(("n", "b"), [(1, 1), (2, 1), (4, 2), (5, 2), (6, 2)])
 def test_covariances_between_steps_are_exact(n, b):
-    """Against enumeration over all orders of N examples, in rational arithmetic."""
+    """The reference enumerates all orders of N examples, in rational arithmetic."""
     law = noise.random_reshuffling(n, b, drop_remainder=True)
     orders = list(itertools.permutations(range(n)))
     epoch_length = n // b
@@ -265,12 +282,12 @@ def test_covariances_between_steps_are_exact(n, b):
                 different += Fraction(one[0] * other[-1] if n > 1 else 0, b**2 * len(orders))
             exact = same - Fraction(1, n**2), different - Fraction(1, n**2) if n > 1 else different
         else:
-            exact = same, different  # epochs are independent
+            exact = same, different  # both are zero: epochs are independent
         assert agree(law.covariance_between(s, t), exact)
 
 
 def test_covariances_between_steps_are_those_of_the_draws():
-    """20,000 keys; entries pooled within each draw."""
+    """Each of 20,000 keys gives one number per moment, the mean over its entries."""
     n, b, num_keys = 12, 3, 20_000
     law = noise.random_reshuffling(n, b)
     sample = jax.jit(jax.vmap(lambda k: jnp.stack([law.sample(k, t).dense() for t in (0, 1, 5)])))
@@ -282,10 +299,10 @@ def test_covariances_between_steps_are_those_of_the_draws():
         diagonal, off_diagonal = products.mean(1), (both - products.sum(1)) / (n * (n - 1))
         for values, expected in ((diagonal, stated.diagonal), (off_diagonal, stated.off_diagonal)):
             error = values.std() / np.sqrt(num_keys)
-            assert_agree(values.mean(), expected, error, comparisons=20, slack=1e-9)
+            assert_agree(values.mean(), expected, error, comparisons=4, slack=1e-9)
 
 
-def test_noises_of_independent_steps_have_no_covariance_between_them():
+def test_independent_steps_have_no_covariance_between_them():
     law = noise.fisher(10, 2)
     assert law.covariance_between(3, 3) == law.covariance
     assert law.covariance_between(3, 4) == noise.Exchangeable(0.0, 0.0)
@@ -307,7 +324,7 @@ class TestBadInput:
                 make(2**31)
 
     @pytest.mark.parametrize("position", [-1, 10])
-    def test_positions_outside(self, position):
+    def test_positions_out_of_range(self, position):
         with pytest.raises(ValueError, match=rf"positions must be in \[0, 10\), got .*{position}"):
             noise.permute(key(), jnp.array([position, 3]), 10)
 
@@ -315,15 +332,15 @@ class TestBadInput:
         with pytest.raises(TypeError, match="positions must be an integer, got an array"):
             noise.permute(key(), jnp.ones(3), 10)
 
-    def test_untyped_key(self):
+    def test_an_untyped_key_is_refused(self):
         with pytest.raises(TypeError, match="key must be a typed PRNG key"):
             noise.permute(jnp.zeros(2, jnp.uint32), jnp.arange(3), 10)
 
-    def test_a_remainder_that_nobody_asked_to_drop(self):
+    def test_remainders_are_dropped_only_on_request(self):
         with pytest.raises(ValueError, match=r"must divide num_examples = 10, got 4, .* 2"):
             noise.random_reshuffling(10, 4)
 
-    def test_steps_of_covariances(self):
+    def test_covariances_of_negative_steps_are_refused(self):
         with pytest.raises(ValueError, match="other must be at least 0, got -1"):
             noise.gd(3).covariance_between(0, -1)
 

@@ -1,4 +1,8 @@
-"""The SDE of Adam and RMSprop: training's path, dense algebra, orders, scaling rule, bad input."""
+"""The SDE of Adam and RMSprop.
+
+Held are the path, against optax and against the equation in numpy, the strong and weak orders, the
+scaling rule, and bad input.
+"""
 
 import dataclasses
 import functools
@@ -26,7 +30,7 @@ RULES = {"adam": ADAM, "rmsprop": RMSPROP, "adam without mean": sde.Adam(0.2, b1
 
 @loss.per_example
 def quadratic(theta, pull):
-    """Curvatures differ between examples, so that the noise depends on the parameters."""
+    """Losses of different curvatures, so that the noise depends on the parameters."""
     hessian = jnp.asarray(HESSIAN, theta.dtype)
     return (1 + 0.3 * pull[0]) * theta @ hessian @ theta / 2 - 2 * pull @ theta
 
@@ -38,7 +42,7 @@ def problem(dtype=jnp.float64, microbatch_size=None):
 
 
 def trained(losses, start, law, rule, key, num_steps):
-    """The parameters after so many steps of optax, on the path of the key."""
+    """The parameters after some steps of optax, with weights from the path of the key."""
     optimizer = rule.optimizer()
 
     def advance(step, at):
@@ -52,7 +56,7 @@ def trained(losses, start, law, rule, key, num_steps):
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("schedule", [None, optax.cosine_decay_schedule(0.2, 15)])
-def test_without_noise_one_substep_is_optax(x64, name, schedule):
+def test_without_noise_one_substep_is_a_step_of_optax(x64, name, schedule):
     (losses, start), law, key = problem(), noise.gd(N, dtype=jnp.float64), jax.random.key(0)
     rule = RULES[name]
     if schedule is not None:
@@ -68,8 +72,12 @@ def test_without_noise_one_substep_is_optax(x64, name, schedule):
     np.testing.assert_allclose(path.times, [np.square(rates).sum()], rtol=1e-6)
 
 
-def test_training_with_noise_and_the_same_key_is_near():
-    """Through `transform.with_noise`: the squares of the noise are all that differs."""
+def test_training_with_the_same_key_is_nearer_than_with_another():
+    """Training by `transform.with_noise` differs only by the squares of the noise in the scale.
+
+    It must end clearly nearer to the path of its own key than to that of another, and the path must
+    be much longer than the distance.
+    """
     (losses, start), key = problem(jnp.float32), jax.random.key(1)
     law, rule, start = noise.cov(N, 0.05), sde.Adam(0.02, b1=0.9, b2=0.99, eps=1e-3), start / 2
     optimizer = transform.with_noise(rule.optimizer(), law, key)
@@ -89,8 +97,8 @@ def test_training_with_noise_and_the_same_key_is_near():
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_against_dense_algebra(x64, name):
-    """The equation itself, in numpy, with four substeps for each iteration."""
+def test_paths_are_those_of_the_equation_in_numpy(x64, name):
+    """The reference has dense matrices and four substeps per iteration."""
     (losses, start), key, substeps, rule = problem(), jax.random.key(2), 4, RULES[name]
     law = noise.cov(N, 2, dtype=jnp.float64)
     covariance = (np.eye(N) - 1 / N) / (2 * N)
@@ -132,9 +140,10 @@ def test_a_continued_path_is_the_same_and_micro_batches_change_nothing(name):
 
 @functools.cache
 def ends(name, refinement, power=0.5, paths=1000):
-    """Ends of training and of the SDE on its path, at the same time 0.48, [paths, D] each.
+    """Ends of training and of the SDE on the same paths, at the time 0.48: [paths, D] each.
 
-    The law has `refinement` times the covariance. The power of the scaling rule is 1/2 if right.
+    The law has `refinement` times the covariance, and the learning rate is divided by
+    `refinement` to the `power`, which is 1/2 by the scaling rule.
     """
     with jax.enable_x64(True):
         rule = RULES[name].scaled(1 / refinement)
@@ -156,6 +165,7 @@ def ends(name, refinement, power=0.5, paths=1000):
 
 
 def strong(name, refinement, **options):
+    """The root mean square distance of the ends, with its standard error."""
     one, other = ends(name, refinement, **options)
     squares = ((one - other) ** 2).sum(1)
     error = math.sqrt(squares.mean())
@@ -170,7 +180,7 @@ def weak(name, refinement, **options):
 
 
 def order(of, name, refinements):
-    """The order in eta, whose square is inverse to the refinement."""
+    """The order in eta, which is proportional to the inverse root of the refinement."""
     errors, spreads = np.array([of(name, each) for each in refinements]).T
     etas = 0.2 / np.sqrt(np.array(refinements))
     return sde.ErrorSweep(etas, errors, spreads, 999).order
@@ -178,8 +188,8 @@ def order(of, name, refinements):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adam", "rmsprop"])
-def test_strong_order_one_in_eta(name):
-    """To the 0.25 that the next order adds to it at these rates."""
+def test_the_strong_order_is_one_in_eta(name):
+    """At these rates, the next order adds up to 0.25 to it."""
     measured = order(strong, name, (2, 4, 8))
     assert measured.standard_error < 0.1
     assert_agree(measured.value, 1.0, measured.standard_error, slack=0.25)
@@ -187,8 +197,8 @@ def test_strong_order_one_in_eta(name):
 
 
 @pytest.mark.slow
-def test_weak_order_two_in_eta():
-    """Order 1 in eta^2, the unit of time, to the 0.2 that the next order adds at these rates."""
+def test_the_weak_order_is_two_in_eta():
+    """It is 1 in eta^2, the unit of time; at these rates, the next order adds up to 0.2."""
     measured = order(weak, "rmsprop", (1, 2, 4))
     assert measured.standard_error < 0.15
     assert_agree(measured.value, 2.0, measured.standard_error, slack=0.2)
@@ -197,7 +207,7 @@ def test_weak_order_two_in_eta():
 
 @pytest.mark.slow
 def test_the_weak_error_of_adam_is_of_higher_order_than_the_distance():
-    """At 48 steps: a tenth of the distance at most, where that of a wrong rule is as large."""
+    """At 48 steps it is at most a tenth of the distance, and above a half by the linear rule."""
     difference, spread = weak("adam", 4)
     distance, _ = strong("adam", 4)
     assert_agree(difference, 0.0, spread, slack=0.1 * distance)
@@ -207,7 +217,10 @@ def test_the_weak_error_of_adam_is_of_higher_order_than_the_distance():
 
 @pytest.mark.slow
 def test_the_error_shrinks_by_the_square_root_rule_and_not_by_the_linear_one():
-    """RMSprop from 12 to 48 steps; weak errors shrink by 4 (0.97 of it at these rates)."""
+    """From 12 to 48 steps of RMSprop, weak errors shrink by 4, of which 10 % are the next order's.
+
+    By the linear rule they do not vanish, and are more than four times as large.
+    """
     (first, first_spread), (second, second_spread) = weak("rmsprop", 1), weak("rmsprop", 4)
     assert_agree(4 * second, first, math.hypot(4 * second_spread, first_spread), slack=0.1 * first)
     linear, linear_spread = weak("rmsprop", 4, power=1.0)
@@ -216,7 +229,7 @@ def test_the_error_shrinks_by_the_square_root_rule_and_not_by_the_linear_one():
 
 
 class TestScalingRule:
-    def test_numbers(self):
+    def test_scaled_rules_have_the_numbers_worked_out_by_hand(self):
         scaled = sde.Adam(0.01, b1=0.9, b2=0.99, eps=1e-8).scaled(4)
         found = scaled.learning_rate, scaled.b1, scaled.b2, scaled.eps
         np.testing.assert_allclose(found, (0.02, 0.6, 0.96, 5e-9), rtol=1e-12)
@@ -225,7 +238,7 @@ class TestScalingRule:
         np.testing.assert_allclose(found, (0.005, 0.9975, 2e-8, 4.0), rtol=1e-12)
 
     @pytest.mark.parametrize("rule", [ADAM, RMSPROP], ids=["adam", "rmsprop"])
-    def test_back_and_forth(self, rule):
+    def test_scaling_back_and_forth_gives_the_same_rule(self, rule):
         back = rule.scaled(1 / 16).scaled(16)
         np.testing.assert_allclose(list(vars(back).values()), list(vars(rule).values()), rtol=1e-9)
 
@@ -253,7 +266,7 @@ class TestBadInput:
             ({"num_steps": 0}, ValueError, "num_steps must be"),
             ({"save_at": [2]}, ValueError, "save_at must be between 0 and 1, got 2"),
             ({"key": 0}, TypeError, "key must be a typed PRNG key"),
-            ({"law": noise.cov(N + 1, 2)}, ValueError, "law"),
+            ({"law": noise.cov(N + 1, 2)}, ValueError, "num_examples = 9, but the data have 8"),
             ({"law": noise.random_reshuffling(N, 2)}, ValueError, "law must have independent"),
             (
                 {"rule": sde.Adam(lambda k: 0.1 - k)},
@@ -272,7 +285,7 @@ class TestBadInput:
             ),
         ],
     )
-    def test_arguments(self, change, error, message):
+    def test_bad_arguments_are_refused(self, change, error, message):
         losses, start = problem(jnp.float32)
         good = {"rule": ADAM, "num_steps": 1, "key": jax.random.key(0)}
         good |= {"losses": losses, "params": start, "law": noise.cov(N, 2)}
@@ -302,12 +315,12 @@ class TestBadInput:
             (lambda: RMSPROP.scaled(6.0), ValueError, r"at most 1/\(1 - decay\) = 5, since"),
         ],
     )
-    def test_rules(self, make, error, message):
+    def test_bad_numbers_of_rules_are_refused(self, make, error, message):
         with pytest.raises(error, match=message) as refused:
             make()
         assert len(str(refused.value)) <= 400
 
-    def test_divergence_is_said(self):
+    def test_the_step_of_divergence_is_reported(self):
         losses, start = problem(jnp.float32)
         rule = sde.Adam(1e37, eps=0.0)
         options = {"num_steps": 200, "key": jax.random.key(0), "scheme": sde.Scheme(1)}

@@ -1,4 +1,4 @@
-"""Bad input to drift, diffusion and Euler-Maruyama, and their messages."""
+"""Bad input to drift, diffusion and `euler_maruyama` is refused with a clear message."""
 
 import math
 
@@ -31,7 +31,7 @@ class TestBadInput:
             ({"learning_rate": math.nan}, ValueError, "got nan"),
             ({"learning_rate": "0.1"}, TypeError, "learning_rate must be a number"),
             ({"learning_rate": jnp.ones(2)}, ValueError, "learning_rate must be a scalar"),
-            ({"num_steps": 0}, ValueError, "num_steps must be at least 1|between 1"),
+            ({"num_steps": 0}, ValueError, "num_steps must be between 1 and .*, got 0"),
             ({"num_steps": 2.0}, TypeError, "num_steps must be an integer"),
             ({"substeps": 3}, ValueError, "substeps must be a power of two, got 3"),
             ({"substeps": 0}, ValueError, "substeps must be between 1 and 65536, got 0"),
@@ -54,7 +54,7 @@ class TestBadInput:
             ({"microbatch_size": 0}, ValueError, "microbatch_size must be at least 1"),
         ],
     )
-    def test_arguments(self, change, error, message):
+    def test_bad_arguments_are_refused(self, change, error, message):
         with pytest.raises(error, match=message):
             of_sde(sde.euler_maruyama, *self.problem, noise.cov(N, B), **{**self.good, **change})
 
@@ -65,7 +65,7 @@ class TestBadInput:
             (jnp.ones(5, jnp.bfloat16), "must be float32 or float64, got bfloat16"),
         ],
     )
-    def test_parameters(self, params, message):
+    def test_parameters_must_be_float32_or_float64(self, params, message):
         with pytest.raises(TypeError, match=message):
             of_sde(
                 sde.euler_maruyama,
@@ -76,7 +76,7 @@ class TestBadInput:
                 **self.good,
             )
 
-    def test_noise(self):
+    def test_a_law_that_does_not_fit_is_refused(self):
         with pytest.raises(ValueError, match=r"num_examples = 7, but the data have 20"):
             of_sde(sde.euler_maruyama, *self.problem, noise.cov(7, 2), **self.good)
         with pytest.raises(TypeError, match=r"law must be a noise.MNoise or a noise.Exchangeable"):
@@ -89,7 +89,7 @@ class TestBadInput:
             of_sde(sde.euler_maruyama, *self.problem, impossible, **self.good)
 
     @pytest.mark.parametrize("where", ["array", "jax"])
-    def test_iterations_of_any_kind(self, where):
+    def test_iterations_may_be_integers_of_any_kind(self, where):
         save_at = np.array([1, 3], np.uint8) if where == "array" else jnp.array([1, 3])
         options = {**self.good, "num_steps": np.int64(3), "save_at": save_at}
         path = of_sde(sde.euler_maruyama, *self.problem, noise.cov(N, B), **options)
@@ -118,17 +118,17 @@ class TestBadInput:
         }.items(),
         ids=lambda item: item[0],
     )
-    def test_laws_of_correlated_steps(self, call):
-        """One step's covariance is not theirs; what is wanted can be given on purpose."""
+    def test_laws_of_dependent_steps_are_refused(self, call):
+        """The covariance of one step does not describe them, but may be given on purpose."""
         law = noise.random_reshuffling(N, B)
         message = r"independent steps, .* got random_reshuffling\(20, 4.* Use noise.sgd\(N, b\)"
         with pytest.raises(ValueError, match=message) as refused:
             call[1](self.problem, law)
         assert len(str(refused.value)) <= 400
-        if call[0] != "weak_error":  # which has to draw the iteration
+        if call[0] != "weak_error":  # which draws the iteration, and needs a law for that
             call[1](self.problem, law.covariance)
 
-    def test_diffusion_and_drift(self):
+    def test_bad_arguments_of_diffusion_and_drift_are_refused(self):
         with pytest.raises(ValueError, match=r"vector must have shape \(20,\)"):
             of_sde(sde.diffusion, *self.problem, noise.cov(N, B), jnp.ones(3))
         with pytest.raises(TypeError, match="learning_rate must be a number, got None"):

@@ -1,4 +1,8 @@
-"""The SDE through diffrax: the same increments, the same path; Itô and Stratonovich."""
+"""The SDE through diffrax.
+
+On the same increments, its path is that of `euler_maruyama`. Solvers of Itô's and of Stratonovich's
+kind find the same solution, and the terms for one kind are wrong for the other.
+"""
 
 import functools
 import inspect
@@ -15,7 +19,7 @@ from msgd_jax import covariance, loss, noise, sde
 from tests.support.problems import loss_vector_fn, of_sde, regression
 from tests.support.sde_problems import logistic
 
-# diffrax's tree of Brownian increments reads a key twice, on branches of which one is taken.
+# The tree of Brownian increments of diffrax reads a key on two branches, of which one is taken.
 pytestmark = pytest.mark.usefixtures("unchecked_key_reuse")
 
 N, B, ETA = 20, 4, 0.2
@@ -28,7 +32,7 @@ def motion():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [1, 2])
-def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
+def test_euler_gives_the_path_of_euler_maruyama_on_the_same_increments(x64, order):
     problem, key = logistic(N, dtype=jnp.float64), jax.random.key(0)
     law = noise.cov(N, B, dtype=jnp.float64)
     steps, substeps = 5, 4
@@ -66,7 +70,8 @@ def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
         save_at=range(steps + 1),
         order=order,
     )
-    # Of order 2 our drift is Heun's: the two agree up to the difference of the methods.
+    # At order 2, `euler_maruyama` takes Heun's method for the drift, and diffrax was given Euler's:
+    # the two differ, but only by the difference of the methods.
     tolerance = 1e-10 if order == 1 else 0.03
     np.testing.assert_allclose(solution.ys, ours.params, rtol=tolerance)
     if order == 2:
@@ -74,8 +79,8 @@ def test_euler_agrees_with_our_own_loop_on_the_same_increments(x64, order):
 
 
 @pytest.mark.parametrize(("solver", "order"), [(diffrax.Euler(), 1), (diffrax.Heun(), 2)])
-def test_a_schedule_is_in_iterations(x64, solver, order):
-    """With Euler, the path of `euler_maruyama`; with Heun near it, and not with a constant rate."""
+def test_schedules_are_functions_of_the_iteration(x64, solver, order):
+    """Euler's path is that of `euler_maruyama`, Heun's is near, that of a constant rate is far."""
     problem, key = logistic(N, dtype=jnp.float64), jax.random.key(0)
     losses, law = problem.losses, noise.fisher(N, B, dtype=jnp.float64)
     schedule = optax.cosine_decay_schedule(ETA, 5, alpha=0.1)
@@ -115,7 +120,7 @@ def test_a_schedule_is_checked_along_the_control():
 
 
 def every_solver():
-    """All solvers that diffrax exports and that can be made, also those that it will add."""
+    """All concrete solvers that diffrax exports, in whatever version, by name."""
     classes = [value for value in vars(diffrax).values() if inspect.isclass(value)]
     concrete = [
         value
@@ -143,7 +148,7 @@ STRATONOVICH = {
 
 
 def saddle(params, batch):
-    """Two parameters, noise that depends on them: Itô's and Stratonovich's solutions differ."""
+    """Losses whose noise depends on the parameters, so that Itô and Stratonovich differ."""
     a, b = params["a"], params["b"]
     return batch[:, 0] * jnp.tanh(a) * jnp.cos(b) + batch[:, 1] * jnp.sin(a + b)
 
@@ -160,7 +165,10 @@ def tree(key, size=4):
 
 
 def ends(solver, terms_for=None, paths=16):
-    """theta(T = 1) against the step, on the same paths for all solvers: [paths, 2]."""
+    """A function from the step size to theta(1), on the same paths for all solvers: [paths, 2].
+
+    `terms_for` is the solver that the terms are made for, None for the one that runs.
+    """
 
     def one(key, step):
         terms = sde.diffrax_terms(
@@ -191,17 +199,18 @@ def ito():
 
 
 def distance(one, other):
-    """Root mean square over paths."""
+    """The root mean square over paths."""
     return math.sqrt(((one - other) ** 2).sum(1).mean())
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error:.*not marked as converging")
 @pytest.mark.parametrize("name", sorted(ITO | STRATONOVICH))
-def test_every_solver_finds_the_solution_of_ito(name):
-    """With the terms made for it, the distance to a fine Euler path shrinks with the step.
+def test_every_solver_finds_the_solution_of_itos_equation(name):
+    """With the terms made for it, its distance from a fine path of Euler's shrinks with the step.
 
-    All are of strong order 1/2 or more; Euler's own error at 1/2048 is about 0.015.
+    All solvers are of strong order 1/2 or more. The error of Euler's method at 1/2048 is about
+    0.015, so that 0.07 at 1/128 leaves room for a solver whose error is as large as Euler's.
     """
     run = ends(SOLVERS[name])
     coarse, fine = distance(run(1 / 4), ito()), distance(run(1 / 128), ito())
@@ -211,14 +220,14 @@ def test_every_solver_finds_the_solution_of_ito(name):
 
 @pytest.mark.slow
 def test_terms_for_the_other_kind_have_another_solution():
-    """The near miss: however fine the steps, Heun with Euler's terms ends elsewhere."""
+    """The near miss: with terms for Euler's method, Heun's ends elsewhere at the finest step."""
     wrong = ends(diffrax.EulerHeun(), terms_for=diffrax.Euler())
     assert distance(wrong(1 / 128), ito()) > 0.2
 
 
 @pytest.mark.usefixtures("user_errors")
 @pytest.mark.parametrize("name", SOLVERS)
-def test_every_solver_works_or_is_refused_before_diffrax_does(name):
+def test_every_solver_works_or_is_refused_with_a_reason(name):
     make = functools.partial(
         sde.diffrax_terms,
         noise.fisher(4, 1),
@@ -236,8 +245,8 @@ def test_every_solver_works_or_is_refused_before_diffrax_does(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("law", [LAW, noise.fisher(N, B)], ids=["cov", "fisher"])
-def test_stratonovich_drift_against_dense_algebra(x64, law):
-    """-grad L - eta/4 grad tr(C C^T), the trace of a dense covariance differentiated by jax."""
+def test_the_stratonovich_drift_agrees_with_dense_algebra(x64, law):
+    """The reference is ``-grad L - eta/4 grad tr(C C^T)``, from a dense covariance."""
     problem = logistic(N, dtype=jnp.float64)
 
     def trace(params):
@@ -254,8 +263,8 @@ def test_stratonovich_drift_against_dense_algebra(x64, law):
         np.testing.assert_allclose(got, expected, rtol=1e-10)
 
 
-def test_adaptive_steps_and_saving():
-    """A pytree of parameters; `SaveAt` and step size control are diffrax's own."""
+def test_adaptive_steps_and_saved_points_work_with_pytrees():
+    """A smaller tolerance takes more steps, and ends near the same point."""
     problem = regression(N)
     terms = sde.diffrax_terms(LAW, motion(), diffrax.Heun(), learning_rate=ETA)
 
@@ -283,8 +292,8 @@ def test_adaptive_steps_and_saving():
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 7])
-def test_the_diffusion_as_a_product_and_as_a_matrix(x64, microbatch_size):
-    """Solvers take either: one backward pass, or C, a column for each example."""
+def test_the_diffusion_is_the_same_as_a_product_and_as_a_matrix(x64, microbatch_size):
+    """Solvers take either one backward pass, or the matrix C with a column per example."""
     problem = regression(N, dtype=jnp.float64)
     terms = sde.diffrax_terms(LAW, motion(), diffrax.Euler(), learning_rate=ETA)
     losses = loss.LossVector(loss_vector_fn, problem.data, microbatch_size=microbatch_size)
@@ -301,8 +310,8 @@ def test_the_diffusion_as_a_product_and_as_a_matrix(x64, microbatch_size):
             np.testing.assert_allclose(got[name], math.sqrt(ETA) * expected[name], rtol=1e-10)
 
 
-def test_learning_rates_share_a_program():
-    """The rate is an array of the terms: diffrax compiles once for a sweep."""
+def test_a_sweep_of_learning_rates_compiles_once():
+    """The learning rate is an array of the terms, and not a constant of the program."""
     traces = []
 
     def losses(params, batch):
@@ -348,7 +357,7 @@ def test_bad_input(change, error, message):
 
 
 @pytest.mark.usefixtures("user_errors")
-def test_a_control_of_another_size_is_named():
+def test_a_control_of_another_size_is_refused():
     problem = regression(N)
     terms = sde.diffrax_terms(LAW, tree(jax.random.key(0), 7), diffrax.Euler(), learning_rate=ETA)
     solve = functools.partial(

@@ -1,4 +1,4 @@
-"""Paths whose parameters become infinite or NaN."""
+"""Paths whose parameters become infinite or NaN say when, and keep what came before."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from tests.support.problems import of_sde
 
 
 class TestDivergence:
-    def test_where_a_path_leaves_the_finite_numbers_is_reported_and_the_rest_kept(self):
-        """With theta -> (1 - eta H) theta = -99 theta, 1e29 overflows float32 in step 5."""
+    def test_the_step_of_divergence_is_reported_and_earlier_points_are_kept(self):
+        """A step multiplies theta by 1 - eta H = -99: from 1e29, step 5 overflows float32."""
         losses, data = quadratic(np.eye(1), np.zeros((4, 1)))
         path = of_sde(
             sde.euler_maruyama,

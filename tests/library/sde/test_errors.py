@@ -1,4 +1,8 @@
-"""The orders of Theorems 2 and 3, measured: where they hold, where they are beaten, where not."""
+"""Measured orders of the strong and weak errors, for Theorems 2 and 3.
+
+Held are the orders, the constant of the strong error, and near misses of the coupling, whose order
+is lower.
+"""
 
 import functools
 import math
@@ -7,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from msgd_jax import loss, noise, sde
 from tests.support.problems import loss_vector_fn, of_sde, regression
@@ -27,6 +32,7 @@ def resting():
 
 @functools.cache
 def strong(law, iterate=None, *, at_rest=False, order=1, paths=256, substeps=8):
+    """The strong errors at `RATES`, started at the minimum if `at_rest`."""
     problem = resting() if at_rest else LOGISTIC
     return of_sde(
         sde.strong_error,
@@ -43,7 +49,10 @@ def strong(law, iterate=None, *, at_rest=False, order=1, paths=256, substeps=8):
 
 
 def euler_constant() -> float:
-    """|GD(eta) - GD(eta/8)| / eta as eta -> 0, by numpy: the error without any noise."""
+    """The limit of ``|GD(eta) - GD(eta/8)| / eta``, the error without noise, by numpy.
+
+    GD(h) is the end of gradient descent with steps h. Two small steps are extrapolated to zero.
+    """
     x, y = (np.asarray(leaf, np.float64) for leaf in LOGISTIC.data)
 
     def end(step):
@@ -57,10 +66,10 @@ def euler_constant() -> float:
 
 
 @pytest.mark.parametrize("law", [COV, FISHER], ids=["cov", "fisher"])
-def test_order_one_and_its_constant(law):
-    """The recommended configuration: order 1.00 +- 0.05, a within 2 % of the noise-free error.
+def test_the_strong_order_is_one_and_its_constant_that_of_gradient_descent(law):
+    """The order is within 0.05 of 1, and the constant a within 2 % of the error without noise.
 
-    The order's standard error is about 0.003 and that of a 0.3 %.
+    These allow for the next order: the standard errors are about 0.003, and 0.3 % of a.
     """
     sweep = strong(law)
     assert abs(sweep.order.value - 1) < 0.05
@@ -68,13 +77,13 @@ def test_order_one_and_its_constant(law):
     model = sweep.error_model
     assert model.deterministic.value == pytest.approx(euler_constant(), rel=0.02)
     assert model.deterministic.standard_error < 0.01 * model.deterministic.value
-    assert model.chi_square < 14  # 2 degrees of freedom: probability 0.001
+    assert model.chi_square < 14  # with 2 degrees of freedom, more has a probability of 0.001
     np.testing.assert_array_equal(sweep.learning_rates, RATES)
 
 
 @pytest.mark.slow
 def test_the_constant_is_that_of_gradient_descent_at_every_noise():
-    """In the model, a does not depend on b; c grows as b falls."""
+    """In the error model, a does not depend on the batch size b, and c grows as b falls."""
     large, small = (strong(noise.cov(N, b), paths=512).error_model for b in (32, 4))
     assert small.deterministic.value == pytest.approx(euler_constant(), rel=0.05)
     ratio = small.noise.value / large.noise.value
@@ -84,8 +93,8 @@ def test_the_constant_is_that_of_gradient_descent_at_every_noise():
     assert without.error_model.deterministic.value == pytest.approx(euler_constant(), rel=0.002)
 
 
-def test_order_three_halves_where_the_noise_dominates():
-    """At the minimum the drift has no Euler error to speak of; order 1.5 +- 0.05."""
+def test_the_strong_order_is_three_halves_where_the_noise_dominates():
+    """At the minimum, the drift adds almost no error: the order is within 0.05 of 3/2."""
     sweep = strong(COV, at_rest=True, paths=512)
     assert abs(sweep.order.value - 1.5) < 0.05
     assert sweep.order.standard_error < 0.02
@@ -93,7 +102,7 @@ def test_order_three_halves_where_the_noise_dominates():
 
 @pytest.mark.parametrize("b", [4, 32])
 def test_the_modified_drift_turns_order_one_into_three_halves(b):
-    """Drift of L + eta/4 |grad L|^2: what is left is the noise's part. Order 1.5 +- 0.05."""
+    """The drift of ``L + eta/4 |grad L|^2`` leaves the error of the noise, of order 3/2."""
     sweep = strong(noise.cov(N, b), order=2)
     assert abs(sweep.order.value - 1.5) < 0.05
     assert (sweep.errors < strong(noise.cov(N, b)).errors).all()
@@ -108,10 +117,10 @@ def test_the_modified_drift_turns_order_one_into_three_halves(b):
         pytest.param(noise.gd(N), id="no noise"),
     ],
 )
-def test_without_the_shared_path_there_is_no_order_one(iterate):
-    """True mini-batch noise, drawn by its own sampling, is no better than no noise: order 1/2.
+def test_without_the_shared_path_the_order_is_one_half(iterate):
+    """Mini-batches that are drawn by themselves are no better than no noise.
 
-    Around 0.5, and far from 1: the standard error is about 0.015.
+    The standard error of the order is about 0.015.
     """
     sweep = strong(COV, iterate, substeps=2)
     assert_agree(sweep.order.value, 0.5, sweep.order.standard_error, slack=0.01)
@@ -129,12 +138,17 @@ def test_without_the_shared_path_there_is_no_order_one(iterate):
     ],
 )
 def test_near_misses_of_the_coupling_lose_the_order(law, iterate, highest):
+    """The 95 % interval of the order ends below what is stated for each near miss."""
     sweep = strong(law, iterate, substeps=2)
     assert sweep.order.interval[1] < highest
 
 
-def test_standard_errors_are_the_scatter_over_keys():
-    """Of 24 errors, scatter and mean standard error agree: chi-square at 23 degrees, 0.1 %."""
+def test_standard_errors_are_the_scatter_of_the_errors():
+    """The scatter of 24 errors agrees with the standard errors that they state.
+
+    Their squared ratio is a chi-square with 23 degrees of freedom, over 23; a false alarm has a
+    probability of 0.001.
+    """
     sweep = of_sde(
         sde.strong_error,
         *LOGISTIC,
@@ -145,13 +159,14 @@ def test_standard_errors_are_the_scatter_over_keys():
         key=jax.random.key(0),
         substeps=2,
     )
-    scatter = np.std(sweep.errors, ddof=1)  # each has paths of its own
+    scatter = np.std(sweep.errors, ddof=1)  # each error has paths of its own
     expected = np.mean(sweep.standard_errors)
-    assert 7.5 / 23 < (scatter / expected) ** 2 < 49.7 / 23
+    low, high = scipy.stats.chi2.interval(0.999, 23)
+    assert low < 23 * (scatter / expected) ** 2 < high
 
 
 @pytest.mark.slow
-def test_passes_of_few_paths_change_nothing():
+def test_the_number_of_paths_at_once_changes_only_the_rounding():
     problem, law = regression(N), noise.cov(N, B)
     run = functools.partial(
         of_sde,
@@ -172,7 +187,10 @@ def test_passes_of_few_paths_change_nothing():
 
 
 def weak(law, iterate, *, order=2, rates=(0.4, 0.2, 0.1), paths=16_000, **options):
-    """Order 2 from the minimum to an early time, where little of the third order is mixed in."""
+    """The weak errors at some rates.
+
+    Order 2 is measured from the minimum to an early time, where the third order adds little.
+    """
     problem, horizon = (LOGISTIC, 1.6) if order == 1 else (resting(), 0.8)
     return of_sde(
         sde.weak_error,
@@ -192,27 +210,28 @@ class TestWeakError:
     sgd = noise.sgd(N, 4, replace=True)
 
     @pytest.mark.slow
-    def test_order_two_needs_the_right_noise(self):
-        """Order 2 with SGD's covariance, and 1 without noise."""
+    def test_the_weak_order_is_two_with_the_right_noise_only(self):
+        """It is 2 with the covariance of SGD, and 1 without noise."""
         right = weak(self.sgd, None).order
         assert_agree(right.value, 2, right.standard_error)
         assert right.standard_error < 0.15
         wrong = weak(noise.gd(N), self.sgd).order
-        # Three points on a curve: the interval has one degree of freedom, and excludes little.
+        # Three points lie on a curve: the interval of the slope has one degree of freedom, and
+        # excludes little. The standard error is small.
         assert wrong.value < 1.4
         assert_rejected(wrong.value, 2, wrong.standard_error)
 
     @pytest.mark.slow
-    def test_order_one_has_no_power(self):
-        """The noise-free flow is of weak order 1 as well, so that passing proves nothing."""
+    def test_a_weak_order_of_one_needs_no_noise(self):
+        """Gradient flow is of weak order 1 as well: this order shows nothing of the noise."""
         for law in (self.sgd, noise.gd(N)):
             order = weak(law, self.sgd, order=1, rates=(0.2, 0.1, 0.05), paths=2_000).order
             assert_agree(order.value, 1, order.standard_error, comparisons=2)
             assert order.standard_error < 0.15
 
     @pytest.mark.slow
-    def test_control_variate_is_unbiased_and_sharper(self):
-        """They agree, and one has a standard error at most half as large."""
+    def test_the_control_variate_changes_only_the_standard_error(self):
+        """With it, the standard error is at most half as large."""
         options = {"order": 1, "rates": (0.2,), "paths": 1_000}
         plain = weak(noise.gd(N), self.sgd, control_variate=False, **options)
         controlled = weak(noise.gd(N), self.sgd, **options)
@@ -220,8 +239,8 @@ class TestWeakError:
         assert_agree(plain.errors[0], controlled.errors[0], spread)
         assert controlled.standard_errors[0] < 0.5 * plain.standard_errors[0]
 
-    def test_against_exact_moments(self):
-        """Constant gradient noise: E |theta|^2 of both sides by recursion."""
+    def test_weak_errors_agree_with_exact_moments(self):
+        """If the gradient noise is constant, E |theta|^2 of both sides follows by recursion."""
         rng = np.random.default_rng(0)
         curvature, eta, steps, substeps, b = 1.3, 0.4, 5, 4, 2
         z = rng.normal(size=8)
@@ -252,8 +271,8 @@ class TestWeakError:
 
 class TestOverflow:
     @pytest.mark.parametrize("power", [-20, 0, 20])
-    def test_squares_that_overflow_or_vanish(self, power):
-        """Linear losses: distances scale with their size, also where their squares are no float."""
+    def test_errors_scale_with_the_losses_though_squares_overflow_or_vanish(self, power):
+        """Distances under linear losses are proportional to their size, 1e-20 or 1e20."""
         losses = loss.per_example(lambda theta, x: 10.0**power * (x @ theta))
         x = jnp.asarray(np.random.default_rng(0).normal(size=(N, 3)), jnp.float32)
         sweep = of_sde(
@@ -289,7 +308,7 @@ class TestOverflow:
         assert sweep.order.value == pytest.approx(unit.order.value, abs=1e-3)
         assert math.isfinite(sweep.order.standard_error)
 
-    def test_models_of_large_errors(self):
+    def test_error_models_scale_with_the_errors(self):
         rates = np.array(RATES)
         errors = np.sqrt(rates**2 + 3 * rates**3)
         unit = sde.ErrorSweep(rates, errors, 0.01 * errors).error_model
@@ -298,7 +317,7 @@ class TestOverflow:
             assert model.deterministic.value == pytest.approx(scale * unit.deterministic.value)
             assert model.chi_square == pytest.approx(unit.chi_square, abs=1e-6)
 
-    def test_a_mean_loss_that_overflows_is_named(self):
+    def test_a_mean_loss_that_overflows_is_reported(self):
         losses = loss.per_example(lambda theta, x: (1e-25 * (theta @ theta)) * x[0] + x.sum())
         with pytest.raises(ValueError, match=r"at 0\.1, all paths are finite, but the mean loss"):
             of_sde(
@@ -314,8 +333,8 @@ class TestOverflow:
                 control_variate=False,
             )
 
-    def test_distances_near_the_largest_number(self):
-        """The squares of 1e37 are no float32."""
+    def test_distances_near_the_largest_number_are_finite(self):
+        """The square of 1e37 overflows float32."""
         losses = loss.per_example(lambda theta, x: 1e37 * (x @ theta))
         x = jnp.asarray([[1.0, 1.0]] * (N // 2) + [[-1.0, -1.0]] * (N // 2))
         big = of_sde(
@@ -335,7 +354,7 @@ class TestOverflow:
 
     @pytest.mark.parametrize("measure", [sde.strong_error, sde.weak_error])
     def test_iterations_are_counted_from_one(self, measure):
-        """From 1e29, -99 theta overflows in iteration 5, as `euler_maruyama` says."""
+        """A step multiplies theta by -99: from 1e29, iteration 5 overflows for all functions."""
         losses = loss.per_example(lambda theta, x: 0.5 * (theta @ theta) + 0 * x[0])
         problem = losses, jnp.full(1, 1e29), jnp.ones((4, 1))
         law = noise.cov(4, 1)

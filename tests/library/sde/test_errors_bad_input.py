@@ -1,4 +1,4 @@
-"""Bad input to the errors of the SDE: what is said, and when."""
+"""Bad input to `strong_error` and `weak_error` is refused with a clear message."""
 
 import jax
 import pytest
@@ -53,9 +53,9 @@ class TestBadInput:
             ),
         ],
     )
-    def test_arguments(self, measure, change, error, message):
+    def test_bad_arguments_are_refused(self, measure, change, error, message):
         problem = LOGISTIC
-        if "horizon" in change and change["horizon"] > 1e6:  # a loss that can diverge
+        if "horizon" in change and change["horizon"] > 1e6:  # needs a loss that can diverge
             problem = problem._replace(
                 loss_vector_fn=loss.per_example(lambda theta, x: (theta @ theta - x[1]) ** 4)
             )
@@ -70,10 +70,10 @@ class TestBadInput:
             (lambda params, data: (params.sum(), 0), "tuple"),
         ],
     )
-    def test_test_functions(self, test_fn, got):
+    def test_test_functions_must_return_a_scalar(self, test_fn, got):
         with pytest.raises(ValueError, match=f"test_fn must return a scalar .*{got}"):
             of_sde(sde.weak_error, *LOGISTIC, COV, test_fn=test_fn, **self.good)
 
-    def test_the_iteration_of_a_weak_error_draws_by_itself(self):
+    def test_a_weak_error_needs_a_law_that_draws(self):
         with pytest.raises(TypeError, match=r"iterate must be the noise\.MNoise"):
             of_sde(sde.weak_error, *LOGISTIC, noise.Exchangeable(0.1, 0.0), **self.good)

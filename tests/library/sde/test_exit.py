@@ -1,4 +1,8 @@
-"""When paths leave: closed forms in one dimension, late barriers, two directions, bad regions."""
+"""When and where paths leave a region.
+
+Mean exit times are held against the closed form in one dimension, and the direction of the exit
+against theory in two.
+"""
 
 import functools
 import math
@@ -14,11 +18,13 @@ from msgd_jax import loss, noise, sde
 from msgd_jax._streams import Stream, derive
 from tests.support.statistics import assert_agree, assert_rejected
 
-LATE = 0.5826  # -zeta(1/2)/sqrt(2 pi): the shift of a barrier that is looked at every dt only
+# -zeta(1/2) / sqrt(2 pi): a barrier that is looked at only every dt acts as if it were this many
+# sqrt(dt) s further away (Broadie, Glasserman and Kou, 1997).
+LATE = 0.5826
 
 
 def mean_exit_time(low, high, start=0.0, h=1.0, s=1.0):
-    """E T of dX = -h X dt + s dW from (low, high), by its double integral."""
+    """The mean time at which dX = -h X dt + s dW leaves (low, high), by its double integral."""
     k = h / s**2
     S = lambda y: quad(lambda z: math.exp(k * z**2), low, y)[0]  # noqa: E731
     weight = lambda y: math.exp(-k * y**2)  # noqa: E731
@@ -29,7 +35,7 @@ def mean_exit_time(low, high, start=0.0, h=1.0, s=1.0):
 
 
 def bowl(eta):
-    """Of h = 1 and s = 1: noise of the variance 1/eta everywhere."""
+    """Losses with h = 1 and s = 1: their gradient noise has the variance 1/eta everywhere."""
     fn = loss.per_example(lambda theta, x: theta**2 / 2 - x * theta)
     return loss.LossVector(fn, jnp.asarray([-1.0, 1.0]) / math.sqrt(eta))
 
@@ -50,7 +56,7 @@ def leave(low=-1.0, high=1.0, *, eta=0.01, count=4000, steps=4000, **options):
     )
 
 
-def test_the_closed_form_itself():
+def test_the_closed_form_has_the_known_values():
     assert mean_exit_time(-1, 1) == pytest.approx(1.4452456133883471, rel=1e-9)
     assert mean_exit_time(-0.5, 1) == pytest.approx(0.5907040425765, rel=1e-9)
     assert mean_exit_time(-1, 1, s=0.5) == pytest.approx(27.43273915249977, rel=1e-9)
@@ -58,10 +64,10 @@ def test_the_closed_form_itself():
 
 @pytest.mark.parametrize(("low", "substeps"), [(-1.0, 1), (-0.5, 1), (-1.0, 4)])
 def test_mean_exit_times_are_the_closed_form_at_the_shifted_barrier(low, substeps):
-    """4000 paths: a standard error of about 1.5 %.
+    """Of 4,000 paths, the standard error is about 1.5 %.
 
-    What is left of the shift is O(dt), below 0.5 % here. The barrier itself, 9 to 25 % off, is
-    rejected.
+    The next term of the shift is O(dt), below 0.5 % here. The time at the barrier itself is 9 to
+    25 % off, and rejected.
     """
     eta = 0.01 * min(substeps, 2)
     exits = leave(low, 1.0, eta=eta, scheme=sde.Scheme(substeps))
@@ -75,16 +81,20 @@ def test_mean_exit_times_are_the_closed_form_at_the_shifted_barrier(low, substep
     assert_rejected(mean.value, mean_exit_time(low, 1), mean.standard_error)
 
 
-def test_the_iteration_can_be_asked_and_shares_the_path():
-    """With a Gaussian law and one substep the two are the same; in passes as well."""
+def test_exits_of_the_iteration_are_those_of_its_path():
+    """With a Gaussian law and one substep, the iteration and the SDE are the same.
+
+    Rounding can move an exit by an iteration, so that a few may differ. More paths than fit one
+    pass leave the first ones as they are.
+    """
     few = functools.partial(leave, count=50)
     one, other, passes = few(), few(scheme=None), leave(count=1050)
     for field in ("times", "iterations", "exited"):
         np.testing.assert_array_equal(getattr(one, field), getattr(passes, field)[:50])
-        assert (getattr(one, field) == getattr(other, field)).mean() > 0.95  # but for rounding
+        assert (getattr(one, field) == getattr(other, field)).mean() > 0.95
     np.testing.assert_allclose(one.times, 0.01 * one.iterations, rtol=1e-12)
     assert (np.abs(one.points) >= 1).all()
-    # Steps of +1/10 and -1/10 from mini-batches of one: the walk leaves at other times.
+    # Mini-batches of one make steps of +1/10 or -1/10: this walk leaves at other times.
     sgd = sde.exit_time(
         bowl(0.01),
         jnp.asarray(0.0),
@@ -100,7 +110,7 @@ def test_the_iteration_can_be_asked_and_shares_the_path():
     assert (sgd.times != other.times).any()
 
 
-def test_censoring_is_reported_and_shortens_nothing_else():
+def test_paths_that_have_not_left_are_reported_as_censored():
     whole, short = leave(count=400), leave(count=400, steps=100)
     assert short.limit == pytest.approx(1.0)
     np.testing.assert_allclose(short.times, np.minimum(whole.times, 1.0))
@@ -112,8 +122,8 @@ def test_censoring_is_reported_and_shortens_nothing_else():
     assert (np.abs(short.points[~short.exited]) < 1).all()
 
 
-def test_the_exponential_mean_takes_censored_paths_along():
-    """Of 2000 exponential times cut at their median. The mean of what left is far off."""
+def test_the_exponential_mean_counts_censored_paths():
+    """Of 2,000 exponential times cut at their median, the mean of those that left is far off."""
     times = np.random.default_rng(0).exponential(3.0, 2000)
     limit = 3 * math.log(2)
     cut, exited = np.minimum(times, limit), times < limit
@@ -127,7 +137,7 @@ def test_the_exponential_mean_takes_censored_paths_along():
         none.exponential_mean  # noqa: B018
 
 
-def test_a_schedule_gives_the_times():
+def test_times_are_sums_of_the_scheduled_learning_rates():
     schedule = optax.piecewise_constant_schedule(0.01, {50: 0.25})
     exits = leave(count=20, learning_rate=schedule, scheme=sde.Scheme(2))
     rates = np.where(np.arange(4000) < 50, 0.01, 0.0025)
@@ -141,7 +151,11 @@ def test_a_schedule_gives_the_times():
 @pytest.mark.slow
 @pytest.mark.parametrize("substeps", [1, 4])
 def test_exits_with_momentum_are_those_of_the_underdamped_path(substeps):
-    """On the same paths, seen at the ends of iterations; with one substep M-SGD's own."""
+    """The reference is `underdamped` on the same paths, seen at the ends of iterations.
+
+    With one substep the exits are the same, and almost all are those of the iteration: rounding
+    can move an exit.
+    """
     eta, mu, count, steps = 0.01, 0.8, 20, 400
     schedule = optax.piecewise_constant_schedule(eta, {30: 0.5})
     options = {"learning_rate": schedule, "momentum": mu, "count": count, "steps": steps}
@@ -171,16 +185,16 @@ def test_exits_with_momentum_are_those_of_the_underdamped_path(substeps):
         times = np.asarray(paths.times)[np.arange(count), first - 1]
         np.testing.assert_allclose(exits.times, times, rtol=1e-4)
         drawn = leave(scheme=None, **options)
-        assert (drawn.iterations == exits.iterations).mean() > 0.9  # but for rounding
+        assert (drawn.iterations == exits.iterations).mean() > 0.9
         light = leave(scheme=None, **{**options, "momentum": None})
         assert (light.iterations == exits.iterations).mean() < 0.5
 
 
 def direction(covariance):
-    """The fraction of paths that leave a well through the saddle in x; others leave in y.
+    """The fraction of paths that leave a well through its saddle in x, and not in y.
 
-    U = (x^2 - 1)^2 + (y^2 - 9/4)^2/9. At the minimum (-1, -3/2) the curvatures are 8 and 2; the
-    barriers are 1 in x and 9/16 in y.
+    The potential is ``(x^2 - 1)^2 + (y^2 - 9/4)^2 / 9``. At its minimum (-1, -3/2), the curvatures
+    are 8 and 2. The barriers are 1 in x and 9/16 in y.
     """
     eta, (cx, cy) = 0.02, covariance
     pulls = jnp.asarray([[-1.0, -1], [-1, 1], [1, -1], [1, 1]]) * jnp.sqrt(
@@ -203,12 +217,13 @@ def direction(covariance):
     return float((exits.points[exits.exited, 0] >= 0).mean())
 
 
-def test_which_way_out_depends_on_the_covariance():
+def test_the_direction_of_the_exit_depends_on_the_covariance():
     """Isotropic noise leaves over the low barrier, noise like the Hessian in the sharp direction.
 
-    The quasi-potential is 2 barrier/variance: 6.7 in x against 3.75 in y for the variance 0.3;
-    2.5 against 5.6 for the covariance 0.1 H. With the prefactors of Eyring and Kramers that
-    makes 18 % and 99 % through x, for small noise. Standard errors of 100 paths: up to 5 %.
+    The quasi-potential is 2 barrier / variance: 6.7 in x and 3.75 in y for the variance 0.3, and
+    2.5 and 5.6 for the covariance 0.1 H. With the prefactors of Eyring and Kramers, 18 % and 99 %
+    leave through x if the noise is small. The standard errors of 100 paths are up to 5 %, and the
+    bounds leave about three of them.
     """
     assert direction((0.3, 0.3)) < 0.4
     assert direction((0.8, 0.2)) > 0.85
@@ -240,7 +255,7 @@ class TestBadInput:
             ({"law": noise.random_reshuffling(2, 1)}, ValueError, "independent steps"),
         ],
     )
-    def test_arguments(self, change, error, message):
+    def test_bad_arguments_are_refused(self, change, error, message):
         good = {
             "losses": bowl(0.1),
             "params": jnp.asarray(0.0),
@@ -263,11 +278,11 @@ class TestBadInput:
             ((4, 5, 0), ValueError, "at_once must be at least 1, got 0"),
         ],
     )
-    def test_trials(self, options, error, message):
+    def test_bad_numbers_of_trials_are_refused(self, options, error, message):
         with pytest.raises(error, match=message):
             sde.Trials(*options)
 
-    def test_paths_that_blow_up_have_not_left(self):
+    def test_paths_that_diverge_are_an_error_and_no_exit(self):
         fn = loss.per_example(lambda theta, x: theta**4 - x * theta)
         with pytest.raises(ValueError, match=r"of 4 paths left the finite numbers.* iteration"):
             sde.exit_time(

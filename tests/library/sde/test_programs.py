@@ -1,4 +1,4 @@
-"""Who holds what is compiled: nobody but the caller; each call sees the loss as it is."""
+"""Calls keep nothing: no arrays, no functions, no programs; each one sees the loss as it is."""
 
 import gc
 import os
@@ -82,7 +82,8 @@ CALLS = {
             loss.LossVector(losses, problem.data),
             problem.params,
             law,
-            sde.Adam(0.1, b1=0.5, b2=0.5, eps=1.0),  # eps, since Adam does not see the loss' scale
+            # Without a large eps, Adam would not see that the loss has another scale.
+            sde.Adam(0.1, b1=0.5, b2=0.5, eps=1.0),
             num_steps=3,
             key=key,
         ).last.params
@@ -121,7 +122,7 @@ WITH_A_LOSS = sorted(CALLS.keys() - {"brownian_increments", "coupling"})
 
 
 def fresh(seed, size=1_000):
-    """A loss that captures an array, a problem, a law."""
+    """A loss that captures an array, a problem, a law, and that array."""
     captured = jnp.full(size, 1.0 + seed)
 
     def losses(params, batch):
@@ -133,7 +134,7 @@ def fresh(seed, size=1_000):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_nothing_is_kept_of_a_call(name):
+def test_calls_keep_no_reference_to_their_arguments(name):
     losses, problem, law, captured = fresh(0)
     CALLS[name](losses, problem, law, jax.random.key(0))
     held = [weakref.ref(x) for x in (losses, captured, problem.data["x"])]
@@ -156,7 +157,7 @@ def test_each_call_sees_the_loss_as_it_is(name, monkeypatch):
 
 
 def footprint():
-    """Memory in MB, memory maps, arrays alive."""
+    """The memory of the process in MiB, its memory maps, and the arrays that are alive."""
     trim()
     process = psutil.Process()
     with open(f"/proc/{os.getpid()}/maps") as maps:
@@ -166,7 +167,7 @@ def footprint():
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
 @pytest.mark.parametrize("name", CALLS)
 def test_a_hundred_calls_take_no_more_memory_than_ten(name):
-    """Fresh losses with 8 MB each, fresh data and laws. What is kept would be 720 MB."""
+    """Each call has a fresh loss with 8 MB, data and a law: if they were kept, 720 MB."""
     for call in range(100):
         losses, problem, law, captured = fresh(call, size=2_000_000)
         CALLS[name](losses, problem, law, jax.random.key(call))
@@ -180,8 +181,8 @@ def test_a_hundred_calls_take_no_more_memory_than_ten(name):
 
 
 @pytest.mark.slow
-def test_one_program_for_every_part_of_a_path():
-    """Under `jax.jit` with traced iterations: parts of a path are traced once."""
+def test_parts_of_a_path_share_a_program():
+    """Under `jax.jit`, with traced numbers of iterations, a path is traced once for all parts."""
     traces = []
 
     def losses(params, batch):

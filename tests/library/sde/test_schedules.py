@@ -1,4 +1,8 @@
-"""The SDE under schedules: training's path, moments in closed form, strong order, bad schedules."""
+"""The SDE under schedules of the learning rate.
+
+Held are the path, which is that of training, the variance in closed form, strong and weak orders,
+and that bad schedules are refused.
+"""
 
 import functools
 import math
@@ -19,7 +23,7 @@ DATA = jnp.asarray(np.random.default_rng(0).normal(size=(N, 2)), jnp.float32)
 
 @loss.per_example
 def quadratic(theta, example):
-    """The noise depends on the parameters: curvatures differ between examples."""
+    """Losses of different curvatures, so that the noise depends on the parameters."""
     return 0.5 * (1 + 0.5 * example[0]) * (theta[0] - example[1]) ** 2 + 0.1 * theta[1] ** 2
 
 
@@ -59,7 +63,7 @@ def test_one_substep_is_training_under_the_schedule_with_the_same_key(schedule):
     np.testing.assert_allclose(path.params, np.stack(points)[[0, 5, 12]], rtol=1e-5, atol=1e-6)
     rates = [float(schedule(step)) for step in range(steps)]
     np.testing.assert_allclose(path.times, [0, sum(rates[:5]), sum(rates)], rtol=1e-6)
-    # Continued from a point, with the steps traced: the same path and the same times.
+    # Continued from a saved point, with traced steps, it is the same path with the same times.
     rest = jax.jit(lambda at, first, end: walk(at, num_steps=end, first_step=first))
     rest = rest(path.params[1], jnp.int32(5), jnp.int32(12))
     np.testing.assert_array_equal(rest.params[0], path.params[2])
@@ -67,14 +71,15 @@ def test_one_substep_is_training_under_the_schedule_with_the_same_key(schedule):
 
 
 @pytest.mark.slow
-def test_variance_under_a_schedule(x64):
-    """eta_k = eta/(1 + k eta) on h theta^2/2 with noise of variance s2, at T = 2.
+def test_the_variance_under_a_schedule_has_its_closed_form(x64):
+    """The rate is eta / (1 + k eta) on the loss h theta^2 / 2, with noise of the variance s2.
 
-    40,000 paths: the standard error of a variance is sqrt(2/40,000) = 0.7 % of it; iteration
+    Of 40,000 paths, the standard error of a variance is sqrt(2 / 40,000) = 0.7 % of it. Iteration
     and SDE differ by 3.3 %.
     """
     eta, h, s2, steps, count = 0.1, 1.2, 0.9, 20, 40_000
-    centres = math.sqrt(s2) * jnp.asarray([1.0, -1.0])  # fisher at b = 1: variance s2 everywhere
+    # The gradients at the two examples are their mean plus and minus sqrt(s2).
+    centres = math.sqrt(s2) * jnp.asarray([1.0, -1.0])
     losses = loss.LossVector(lambda theta, x: h * theta**2 / 2 - x * theta, centres)
     law = noise.cov(2, 1, dtype=jnp.float64)
     keys = jax.random.split(jax.random.key(2), count)
@@ -100,7 +105,8 @@ def test_variance_under_a_schedule(x64):
         return variance
 
     assert expected(1) == pytest.approx(0.0179701266, abs=1e-9)
-    # With the rate held over each iteration, nearer than 0.0168257570, where it falls in them too.
+    # The SDE holds the rate over each iteration. If it fell within iterations too, the variance
+    # would be 0.0168257570, which is further from that of the iteration.
     assert 0.0168257570 < expected(1024) < expected(1)
     for substeps in (1, 16):
         values = np.asarray(jax.vmap(functools.partial(end, substeps=substeps))(keys))
@@ -118,10 +124,10 @@ def strong(shape, iterate=None):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_strong_order_one_under_schedules(shape):
-    """Order 1 (up to 3/2 where the noise dominates), and 1/2 with the sign of Eq. 71.
+def test_the_strong_order_is_one_under_schedules(shape):
+    """It is between 1 and 3/2, which it has where the noise dominates.
 
-    Standard errors are about 0.02.
+    With the sign of the paper's Eq. 71 it is 1/2. The standard errors are about 0.02.
     """
     order = strong(shape).order
     assert_agree(order.value, 1.25, order.standard_error, comparisons=2, slack=0.25)
@@ -135,8 +141,8 @@ def test_strong_order_one_under_schedules(shape):
 
 
 @pytest.mark.slow
-def test_the_constant_rate_is_no_approximation_of_the_scheduled_sde():
-    """Near miss: training at eta, on the same path, stays far from the SDE of the schedule."""
+def test_training_at_a_constant_rate_is_far_from_the_sde_of_a_schedule():
+    """The near miss of the strong error, on the same path at the same times."""
     eta = 0.05
     schedule = lambda step: eta * SHAPES["cosine"](step * eta)  # noqa: E731
 
@@ -154,8 +160,8 @@ def test_the_constant_rate_is_no_approximation_of_the_scheduled_sde():
     assert constant > 0.2
 
 
-def test_the_weak_error_takes_the_schedule():
-    """Without noise the errors are exact: order 2, for the drift of order 2 of the held rate."""
+def test_the_weak_order_is_two_under_a_schedule():
+    """Without noise, the errors have no standard error. The drift is that of order 2."""
     sweep = sde.Sweep((0.2, 0.1, 0.05), HORIZON, 4, schedule=SHAPES["cosine"])
     scheme = sde.Scheme(substeps=8, order=2)
     options = {"key": jax.random.key(5), "scheme": scheme, "control_variate": False}
@@ -165,8 +171,8 @@ def test_the_weak_error_takes_the_schedule():
 
 
 @pytest.mark.parametrize("measure", [sde.strong_error, sde.weak_error])
-def test_errors_have_the_schedule_at_k_eta(measure):
-    """Without noise both sides are gradient descent, in numpy: to the accuracy of float32."""
+def test_errors_take_the_schedule_at_the_time_k_eta(measure):
+    """Without noise, both sides are gradient descent, which the reference does in float64."""
     eta, substeps = 0.2, 4
     curved, pulls = (1 + 0.5 * np.asarray(DATA, np.float64).T[0]), np.asarray(DATA, np.float64).T[1]
 
@@ -205,7 +211,7 @@ class TestBadSchedules:
             (lambda k: jnp.full(2, 0.1), r"learning_rate\(step\) must return a real number"),
         ],
     )
-    def test_values(self, schedule, message):
+    def test_bad_rates_are_refused_with_their_step(self, schedule, message):
         options = {"num_steps": 10, "key": jax.random.key(0)}
         walk = functools.partial(sde.euler_maruyama, LOSSES, START, LAW, learning_rate=schedule)
         for run in (walk, lambda **options: jax.jit(lambda: walk(**options))()):
@@ -213,14 +219,14 @@ class TestBadSchedules:
                 run(**options)
             assert len(str(refused.value)) <= 400
 
-    def test_only_the_steps_asked_for_count(self):
+    def test_rates_beyond_the_last_step_are_not_checked(self):
         schedule = lambda k: 0.1 - 0.03 * k  # noqa: E731
         path = sde.euler_maruyama(
             LOSSES, START, LAW, learning_rate=schedule, num_steps=4, key=jax.random.key(0)
         )
         assert path.diverged_at == -1
 
-    def test_sweeps_and_drifts(self):
+    def test_bad_schedules_of_sweeps_and_drifts_are_refused(self):
         with pytest.raises(ValueError, match=r"schedule must be .* got -0.5 at time 1.5"):
             sde.Sweep((0.5,), 2.0, 4, schedule=lambda t: 1 - t)
         with pytest.raises(TypeError, match="schedule must be a function"):

@@ -1,4 +1,4 @@
-"""Drift, diffusion, Brownian path and Euler-Maruyama against dense algebra in numpy's float64."""
+"""Drift, diffusion, Brownian path and `euler_maruyama` against dense algebra in float64."""
 
 import functools
 import math
@@ -26,13 +26,13 @@ LAWS = {
 
 
 def root(law) -> np.ndarray:
-    """A symmetric root of Cov(W), dense."""
+    """The symmetric root of Cov(W), as a dense matrix."""
     values, vectors = np.linalg.eigh(law.covariance.matrix(law.num_examples))
     return vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
 
 
 def dense(features, labels):
-    """Losses' slopes and curvatures of logistic regression, in float64: g_i = s_i x_i."""
+    """Gradients per example and the mean Hessian of logistic regression, in float64."""
     x, y = np.asarray(features, np.float64), np.asarray(labels, np.float64)
 
     def gradients(theta):
@@ -63,14 +63,15 @@ def test_diffusion_is_the_root_of_the_covariance(x64, law, microbatch_size):
     C = np.concatenate([columns["w"].T, columns["b"][None]])
     by_hand = problem.gradient_matrix()
     G = np.concatenate([by_hand["w"], by_hand["b"][:, None]], 1)
-    np.testing.assert_allclose(C, G.T @ root(law), rtol=1e-10, atol=1e-10)  # a root of roundings
+    # An eigenvalue that should be 0 is a rounding error, and so is its root, which is larger.
+    np.testing.assert_allclose(C, G.T @ root(law), rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(
         C @ C.T, covariance.noise_covariance(*linear(G), law), rtol=1e-12, atol=1e-14
     )
 
 
 def test_diffusion_of_the_fisher_form_is_one_weighted_gradient(x64):
-    """C w = grad(L . w)/sqrt(bN), and for the covariance form w is centred."""
+    """It is ``C w = grad(L . w) / sqrt(b N)``, and w is centred for the covariance form."""
     problem = regression(N, dtype=jnp.float64)
     w = jax.random.normal(jax.random.key(0), (N,), jnp.float64)
     for law, weights in ((noise.fisher(N, B), w), (noise.cov(N, B), w - w.mean())):
@@ -81,7 +82,7 @@ def test_diffusion_of_the_fisher_form_is_one_weighted_gradient(x64):
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 7])
-def test_drift(x64, microbatch_size):
+def test_the_drift_agrees_with_dense_algebra(x64, microbatch_size):
     problem = logistic(dtype=jnp.float64)
     gradients, hessian = dense(*problem.data)
     theta, eta = np.asarray(problem.params), 0.3
@@ -108,7 +109,7 @@ class TestBrownianIncrements:
             backwards = finest.reshape(substeps, -1, 1000)[:, ::-1].sum(1, dtype=dtype)
             np.testing.assert_array_equal(backwards, sums)
 
-    def test_whole_iterations_are_the_normals_of_the_gaussian_noises(self):
+    def test_increments_of_iterations_are_the_normals_of_the_gaussian_laws(self):
         key = jax.random.key(2)
         for step in (0, 7):
             w = noise.fisher(N, B).sample(key, step).values
@@ -119,11 +120,11 @@ class TestBrownianIncrements:
                 sde.coupling(noise.cov(N, B), N)(increment), centred, atol=2e-7
             )
 
-    def test_moments(self):
-        """40,000 increments of 16 substeps of 2 iterations: every mean, variance and covariance.
+    def test_increments_have_the_moments_of_brownian_motion(self):
+        """Every mean, variance and covariance of 16 substeps of 2 iterations, from 40,000 draws.
 
-        With M draws the standard errors are 1/sqrt(M) (means and covariances) and sqrt(2/M)
-        (variances), in units of a substep's deviation.
+        In units of the deviation of a substep, the standard errors from M draws are 1/sqrt(M) for
+        means and covariances, and sqrt(2/M) for variances.
         """
         count, substeps = 40_000, 16
         draw = lambda step: sde.brownian_increments(  # noqa: E731
@@ -136,10 +137,10 @@ class TestBrownianIncrements:
         z[np.diag_indices(len(x))] /= math.sqrt(2)
         assert z.max() < bound(z.size)
         assert (np.abs(x.mean(1)) * math.sqrt(count)).max() < bound(len(x))
-        # A bridge of the wrong width is far outside: first halves then have another variance.
+        # A near miss, variances that are a tenth too large, would be seen.
         assert np.abs(1.1 * second - np.eye(len(x))).max() * math.sqrt(count / 2) > 10
 
-    def test_same_path_under_jit_and_vmap(self):
+    def test_the_path_is_the_same_under_jit_and_vmap(self):
         draw = lambda key, step: sde.brownian_increments(key, step, 50, substeps=8)  # noqa: E731
         keys = jax.random.split(jax.random.key(4), 3)
         together = jax.jit(jax.vmap(draw, in_axes=(0, None)))(keys, 5)
@@ -149,7 +150,10 @@ class TestBrownianIncrements:
 
 
 def reference_path(problem, law, eta, num_steps, key, substeps, order):
-    """Euler-Maruyama (order 2: Heun's drift) with a dense C, in numpy; every iteration's end."""
+    """The ends of all iterations by the method of Euler and Maruyama, with a dense C, in numpy.
+
+    At order 2, the drift is the modified one, by Heun's method.
+    """
     gradients, hessian = dense(*problem.data)
     A = root(law)
 
@@ -174,7 +178,7 @@ def reference_path(problem, law, eta, num_steps, key, substeps, order):
 
 class TestEulerMaruyama:
     @pytest.mark.parametrize(("substeps", "order"), [(1, 1), (4, 1), (4, 2)])
-    def test_against_dense_algebra(self, x64, substeps, order):
+    def test_paths_agree_with_dense_algebra(self, x64, substeps, order):
         problem, law = logistic(N, dtype=jnp.float64), noise.cov(N, B, dtype=jnp.float64)
         key, eta = jax.random.key(5), 0.2
         path = of_sde(
@@ -252,7 +256,7 @@ class TestEulerMaruyama:
 
         assert bytes_for(10) == bytes_for(1_000_000)
 
-    def test_vmap_over_keys_and_learning_rates_under_jit(self):
+    def test_keys_and_learning_rates_may_be_mapped_under_jit(self):
         problem, law = regression(N), noise.cov(N, B)
 
         @jax.jit
@@ -288,7 +292,7 @@ class TestEulerMaruyama:
         )
         np.testing.assert_allclose(together.params["w"][1], alone.params["w"], rtol=1e-5, atol=1e-6)
 
-    def test_data_on_many_devices(self):
+    def test_data_may_be_spread_over_devices(self):
         n = 40
         problem, law = regression(n), noise.cov(n, B)
         mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -309,18 +313,21 @@ class TestEulerMaruyama:
 
 
 def quadratic(H, Z):
-    """Losses theta' H theta / 2 + z_i . theta, z_i with mean 0: constant gradient noise."""
+    """The losses theta^T H theta / 2 + z_i . theta, and z_i, whose mean is 0.
+
+    Their gradient noise is the same everywhere.
+    """
     H = jnp.asarray(H, jnp.float32)
     losses = loss.per_example(lambda theta, z: 0.5 * theta @ H @ theta + z @ theta)
     return losses, jnp.asarray(Z - Z.mean(0), jnp.float32)
 
 
 @pytest.mark.parametrize(("substeps", "eta"), [(1, 0.4), (16, 0.1)])
-def test_ornstein_uhlenbeck(substeps, eta):
-    """Mean and covariance of 4,000 paths against the Lyapunov equations.
+def test_moments_of_the_ornstein_uhlenbeck_process(substeps, eta):
+    """Mean and covariance of 4,000 paths against Lyapunov equations.
 
-    With substeps the SDE's (continuous), with one substep those of the iteration (discrete), whose
-    paths reject the SDE's at z > 6.
+    With substeps the equation is that of the SDE, in continuous time. With one substep it is that
+    of the iteration, in discrete time, and the paths reject that of the SDE.
     """
     rng = np.random.default_rng(0)
     H = np.array([[1.5, 0.5], [0.5, 1.0]])
@@ -344,7 +351,8 @@ def test_ornstein_uhlenbeck(substeps, eta):
     early = np.asarray(result.params[:, 0], np.float64)
     late = np.asarray(result.last_params, np.float64)
 
-    # Stationary: after T = 8, exp(-2 lambda T) < 2e-5 for the smaller eigenvalue lambda of H.
+    # The paths have settled: after T = 8, exp(-2 lambda T) is below 2e-5 for the smaller eigenvalue
+    # lambda of H.
     continuous = scipy.linalg.solve_continuous_lyapunov(H, noise_covariance)
     flow = np.eye(2) - eta * H
     discrete = scipy.linalg.solve_discrete_lyapunov(flow, eta * noise_covariance)
@@ -356,12 +364,12 @@ def test_ornstein_uhlenbeck(substeps, eta):
         return np.abs((got - sigma) / deviations).max()
 
     assert z(right) < bound(4)
-    if substeps == 1:  # at eta = 0.1 the two are too close to be told apart
+    if substeps == 1:  # at eta = 0.1, the two are too close to be told apart
         assert z(wrong) > bound(4, 1e-8)
     mean = np.linalg.matrix_power(flow, steps // 2) @ start
     if substeps > 1:
         mean = scipy.linalg.expm(-H * eta * (steps // 2)) @ start
-        # What Euler's steps of h leave of exp(-H t): t h H^2 / 2 of it.
+        # Steps of h of Euler's method are off from exp(-H t) by t h H^2 / 2 of it.
         fine = np.linalg.matrix_power(np.eye(2) - eta / substeps * H, steps // 2 * substeps) @ start
         assert np.abs(fine - mean).max() < 0.02
         mean = fine

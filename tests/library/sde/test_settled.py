@@ -1,4 +1,4 @@
-"""The stationary covariance without matrices against the dense one, and bad input."""
+"""The stationary covariance along directions, which needs no matrices, against the dense one."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ def settled_problem():
 
 
 @pytest.mark.parametrize("rates", RATES, ids=["plain", "heavy ball", "Nesterov"])
-def test_with_all_products_it_is_the_dense_one(x64, rates):
+def test_with_all_products_the_covariance_is_the_dense_one(x64, rates):
     problem, law, H, C = settled_problem()
     directions = jnp.asarray(np.random.default_rng(0).normal(size=(3, D)))
     dense = directions @ sde.stationary_covariance(H, C, **rates) @ directions.T
@@ -41,8 +41,8 @@ def test_with_all_products_it_is_the_dense_one(x64, rates):
     assert found.last_change == 0
 
 
-def test_fewer_products_are_near_and_say_how_near(x64):
-    """A quadratic in 60 dimensions, whose 20 products are right to 1 %, and 4 are not."""
+def test_fewer_products_are_near_and_report_their_accuracy(x64):
+    """For a quadratic in 60 dimensions, 20 products are right to 1 %, and 4 are not."""
     rng, size = np.random.default_rng(1), 60
     basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
     H = jnp.asarray(basis @ np.diag(np.geomspace(0.05, 2.0, size)) @ basis.T)
@@ -60,8 +60,8 @@ def test_fewer_products_are_near_and_say_how_near(x64):
     assert many.last_change < 0.05 < few.last_change
 
 
-def test_directions_in_an_invariant_space_and_pytrees_in_micro_batches(x64):
-    """One coordinate of a diagonal Hessian is an eigenvector, where the space ends at once."""
+def test_directions_may_be_pytrees_in_an_invariant_space(x64):
+    """A coordinate of a diagonal Hessian is an eigenvector: further products add nothing."""
     fn = loss.per_example(lambda p, x: p["a"] ** 2 + p["b"] @ p["b"] / 4 - x * (p["a"] + p["b"][0]))
     losses = loss.LossVector(fn, jnp.asarray([-1.0, 1.0, 0.0]), microbatch_size=2)
     params = {"a": jnp.asarray(0.0), "b": jnp.zeros(2)}
@@ -87,7 +87,11 @@ def test_directions_in_an_invariant_space_and_pytrees_in_micro_batches(x64):
         ({"momentum": 1.0}, ValueError, "momentum must be at least 0 and below 1"),
         ({"num_products": 0}, ValueError, "num_products must be at least 1"),
         ({"law": noise.random_reshuffling(2, 1)}, ValueError, "law must have independent"),
-        ({"params": jnp.ones(2, jnp.bfloat16)}, TypeError, "params"),
+        (
+            {"params": jnp.ones(2, jnp.bfloat16)},
+            TypeError,
+            "params must be float32 or float64, got bfloat16",
+        ),
         ({"sign": -1.0}, ValueError, "must be positive definite to settle, got the eigenvalue -2"),
         ({"learning_rate": math.inf}, ValueError, "learning_rate must be finite"),
     ],

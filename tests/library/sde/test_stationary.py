@@ -1,4 +1,4 @@
-"""Where the noise settles: closed forms, dense Lyapunov equations, and long runs of training."""
+"""Stationary covariances against Lyapunov equations by SciPy, and against long runs of training."""
 
 import functools
 
@@ -15,7 +15,10 @@ from tests.support.statistics import assert_agree, assert_rejected
 
 @functools.cache
 def matrices():
-    """H = F + 0.1 I and C = S/8 of a problem without random numbers: N = 40, D = 6, in float64."""
+    """H = F + 0.1 I and C = S / 8 of a problem that needs no random numbers, in float64.
+
+    It has 40 examples and 6 parameters.
+    """
     i = np.arange(1, 41)[:, None]
     x = np.sqrt(2) * np.sin(2 * np.pi * i * np.sqrt([2, 3, 5, 7, 11, 13])) * (1 + i / 20)
     y = np.sign(x.sum(1) + 2 * np.cos(i[:, 0]))
@@ -34,7 +37,7 @@ NESTEROV = {"momentum": 0.9, "nesterov": True}
 
 
 def dense(H, C, eta, momentum=0.0, nesterov=False):
-    """By scipy, of parameters and momentum together, without the eigenbasis."""
+    """The reference solves one equation for parameters and momentum together, by SciPy."""
     one, ahead = np.eye(len(H)), momentum if nesterov else 0.0
     pull = momentum * (momentum if nesterov else 1.0)
     top = [one - eta * (1 + ahead) * H, -eta * pull * one]
@@ -53,7 +56,7 @@ def dense(H, C, eta, momentum=0.0, nesterov=False):
     ],
     ids=["plain", "heavy ball", "nesterov"],
 )
-def test_the_iteration_settles_by_its_lyapunov_equation(options, trace):
+def test_the_iteration_settles_at_the_solution_of_its_lyapunov_equation(options, trace):
     H, C = matrices()
     X = sde.stationary_covariance(H, C, learning_rate=0.1, **options)
     assert np.trace(X) == pytest.approx(trace, rel=1e-10)
@@ -65,7 +68,7 @@ def test_the_iteration_settles_by_its_lyapunov_equation(options, trace):
         assert np.trace(H @ X) == pytest.approx(0.0400103608, abs=1e-10)
 
 
-def test_the_sde_settles_by_its_own():
+def test_the_sde_settles_at_the_solution_of_its_own():
     H, C = matrices()
     X = sde.stationary_covariance_of_sde(H, C, learning_rate=0.1)
     assert np.trace(X) == pytest.approx(0.026905331350367333, rel=1e-10)
@@ -73,8 +76,11 @@ def test_the_sde_settles_by_its_own():
     np.testing.assert_allclose(X, expected, rtol=1e-9, atol=1e-13)
 
 
-def test_the_underdamped_sde_settles_by_its_own():
-    """(theta, p) is linear: dtheta = p dt, dp = -(q p + H theta) dt + eta^(1/4) root(C) dW."""
+def test_the_underdamped_sde_settles_at_the_solution_of_its_own():
+    """The SDE is dtheta = p dt, dp = -(q p + H theta) dt + eta^(1/4) root(C) dW.
+
+    It is linear in theta and p together.
+    """
     H, C = matrices()
     eta, q, one = 0.01, 1.5, np.eye(6)
     mu = 1 - q * np.sqrt(eta)
@@ -86,7 +92,8 @@ def test_the_underdamped_sde_settles_by_its_own():
     assert np.trace(X) == pytest.approx(0.0179368876, abs=1e-10)
     discrete = sde.stationary_covariance(H, C, learning_rate=eta, momentum=mu)
     assert np.trace(discrete) == pytest.approx(0.0180024243, abs=1e-10)
-    # The variances are those of the effective rate in the eigenbasis of H; the rest is smaller.
+    # In the eigenbasis of H, the variances are those at the effective learning rate, and the
+    # covariances are others.
     basis = np.linalg.eigh(H)[1]
     plain = sde.stationary_covariance_of_sde(H, C, learning_rate=eta / (1 - mu))
     ours, theirs = basis.T @ X @ basis, basis.T @ plain @ basis
@@ -95,7 +102,10 @@ def test_the_underdamped_sde_settles_by_its_own():
 
 
 def test_momentum_is_the_effective_learning_rate_as_eta_goes_to_zero():
-    """Of heavy ball and Nesterov alike: eta/(1 - mu), in the limit of small eta at a fixed mu."""
+    """For heavy ball and Nesterov alike, it is eta / (1 - mu) as eta falls and mu stays.
+
+    The known ratios of traces come from the two Lyapunov equations in float64.
+    """
     H, C = matrices()
     known = {"heavy": (1.0373, 1.00356, 1.00035), "nesterov": (0.642, 0.920, 0.991)}
     for options, ratios in ((HEAVY, known["heavy"]), (NESTEROV, known["nesterov"])):
@@ -106,11 +116,12 @@ def test_momentum_is_the_effective_learning_rate_as_eta_goes_to_zero():
 
 
 @pytest.mark.parametrize("options", [{}, HEAVY, NESTEROV], ids=["plain", "heavy", "nesterov"])
-def test_long_runs_of_training_settle_there(options):
-    """256 runs of `transform.msgd`, each a mean over 400 iterations after 150.
+def test_long_runs_of_training_have_the_stationary_variance(options):
+    """Each of 256 runs of `transform.msgd` gives a mean over 400 iterations, after the first 150.
 
-    The runs are independent, so that the standard error over them knows of the correlation in time:
-    about 1 % of tr X. What is 8 % off is rejected: the SDE, or the other kind of momentum.
+    The runs are independent, so that the standard error over them, about 1 % of tr X, includes the
+    correlation in time. The variances of the SDE and of the other kind of momentum, which are 8 %
+    off or more, are rejected.
     """
     H, eta, runs = np.array([[2.0, 0.5], [0.5, 1.0]]), 0.3, 256
     pulls = jnp.asarray(np.random.default_rng(0).normal(size=(12, 2)), jnp.float32)
@@ -169,7 +180,7 @@ class TestBadInput:
             ({"momentum": -0.1}, ValueError, "momentum must be finite and at least 0, got -0.1"),
         ],
     )
-    def test_arguments(self, function, change, error, message):
+    def test_bad_arguments_are_refused(self, function, change, error, message):
         good = {"hessian": self.one, "noise_covariance": self.one, "learning_rate": 0.1}
         with pytest.raises(error, match=message) as refused:
             function(**{**good, **change})
@@ -179,7 +190,7 @@ class TestBadInput:
         ("options", "limit"),
         [({}, 1.0), ({"momentum": 0.5}, 1.5), ({"momentum": 0.5, "nesterov": True}, 0.75)],
     )
-    def test_learning_rates_at_which_nothing_settles(self, options, limit):
+    def test_learning_rates_beyond_stability_are_refused(self, options, limit):
         H = np.diag([1.0, 2.0])
         settle = functools.partial(sde.stationary_covariance, H, self.one, **options)
         assert np.linalg.eigvalsh(settle(learning_rate=0.999 * limit))[0] > 0
@@ -187,7 +198,7 @@ class TestBadInput:
             settle(learning_rate=1.001 * limit)
         assert len(str(no.value)) <= 400
 
-    def test_traced_matrices(self):
+    def test_traced_matrices_are_refused(self):
         settle = functools.partial(sde.stationary_covariance, learning_rate=0.1)
         with pytest.raises(TypeError, match="hessian must not be traced"):
             jax.jit(settle)(self.one, self.one)

@@ -1,4 +1,8 @@
-"""The SDE of momentum: training's path, dense algebra, strong order, the two limits, bad input."""
+"""The SDE of momentum.
+
+Held are the path, against training and against the equation in numpy, strong and weak orders with
+near misses, the limit at a fixed momentum, and bad input.
+"""
 
 import functools
 import math
@@ -21,7 +25,7 @@ START = np.array([1.0, -1.0, 0.5])
 
 @loss.per_example
 def quadratic(theta, example):
-    """Curvatures differ between examples, so that the noise depends on the parameters."""
+    """Losses of different curvatures, so that the noise depends on the parameters."""
     pull, hessian = example
     return (1 + 0.3 * pull[0]) * theta @ hessian @ theta / 2 - pull @ theta
 
@@ -65,18 +69,18 @@ def test_one_substep_is_training_with_momentum_and_the_same_key(constant):
     np.testing.assert_array_equal(rest.last_trace, path.last_trace)
 
 
-def test_against_dense_algebra(x64):
-    """The equation itself, in numpy, with four substeps for each iteration."""
+def test_paths_are_those_of_the_equation_in_numpy(x64):
+    """The reference has dense matrices and four substeps per iteration."""
     (losses, start), key, eta, mu, substeps = problem(), jax.random.key(2), 0.04, 0.7, 4
     k = math.sqrt(eta)
     h, q = k / substeps, (1 - mu) / k
-    root = np.eye(N) - 1 / N  # Cov(W) = (I - 11'/N)/(b N)
+    root = np.eye(N) - 1 / N  # of b N Cov(W) = I - 1 1^T / N, which is its own root
     theta, p = START.copy(), np.zeros(D)
     for step in range(6):
         draw = functools.partial(sde.brownian_increments, key, step, N, dtype=jnp.float64)
         for unit in np.asarray(draw(substeps=substeps)):
             G = (1 + 0.3 * PULLS[:, :1]) * (HESSIAN @ theta) - PULLS
-            motion = math.sqrt(k) * unit  # of W over h: variance h
+            motion = math.sqrt(k) * unit  # the increment of Brownian motion over h: variance h
             push = eta**0.25 * G.T @ root @ motion / math.sqrt(2 * N)
             p = p - h * q * p - h * G.mean(0) + push
             theta = theta + h * p
@@ -88,13 +92,17 @@ def test_against_dense_algebra(x64):
 
 @functools.cache
 def distances():
-    """Root mean squares from the SDE (k/16) at four eta of heavy balls on its path, by name."""
+    """How far iterations with momentum are from the SDE on the same paths, at four eta.
+
+    By name of the iteration, root mean square distances with their standard errors; and under
+    "weak " and the name, differences of variances with theirs. The SDE has 16 substeps.
+    """
     with jax.enable_x64(True):
         losses, start = problem()
         coupled = sde.coupling(law(), N)
 
         def ball(key, eta, steps, sign=1.0, friction=Q, shape=None, nesterov=False):
-            """Heavy ball, written out: with the increments as they are, or of another sign."""
+            """Training with momentum, written out, with increments of a sign."""
             mu = 1 - friction * jnp.sqrt(eta)
 
             def advance(step, at):
@@ -139,7 +147,10 @@ def distances():
 
 
 def _difference_of_variances(one, other, eta):
-    """Of iteration and SDE, with its standard error, in units of sqrt(eta), as both variances."""
+    """The difference of the variances of iteration and SDE, with its standard error.
+
+    Both are in units of sqrt(eta), to which the variances themselves are proportional.
+    """
     squares = [((x - x.mean(0)) ** 2).sum(1) for x in (one, other)]
     values = (squares[0] - squares[1]) / math.sqrt(eta)
     return values.mean(), values.std(ddof=1) / math.sqrt(len(values))
@@ -156,8 +167,8 @@ def order(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["right", "nesterov", "cosine"])
-def test_strong_order_one_half_in_eta(name):
-    """Order 1 in the time step sqrt(eta), to the 0.04 that the next order adds at these rates."""
+def test_the_strong_order_is_one_half_in_eta(name):
+    """It is 1 in the time step sqrt(eta); at these rates, the next order adds up to 0.04."""
     measured = order(name)
     assert measured.standard_error < 0.02
     assert_agree(measured.value, 0.5, measured.standard_error, slack=0.04)
@@ -165,10 +176,10 @@ def test_strong_order_one_half_in_eta(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["right", "nesterov", "cosine", "wrong sign"])
-def test_weak_order_one_half_in_eta(name):
-    """Of variances in units of sqrt(eta), so that a flow without noise would be off by order 0.
+def test_the_weak_order_of_variances_is_one_half_in_eta(name):
+    """In units of sqrt(eta), a flow without noise would be off by order 0.
 
-    The other sign of the noise has the same law, so its weak order is that of the right one.
+    Noise of the other sign has the same law, so that its weak order is the same.
     """
     measured = order(f"weak {name}")
     assert measured.standard_error < 0.1
@@ -178,7 +189,7 @@ def test_weak_order_one_half_in_eta(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrong friction", "wrong schedule"])
-def test_variances_of_near_misses_do_not_come_nearer(name):
+def test_variances_of_near_misses_do_not_approach_those_of_the_sde(name):
     measured, (errors, spreads) = order(f"weak {name}"), distances()[f"weak {name}"]
     assert_agree(measured.value, 0.0, measured.standard_error, slack=0.1)
     assert_rejected(errors[-1], 0.0, spreads[-1])
@@ -189,18 +200,18 @@ def test_variances_of_near_misses_do_not_come_nearer(name):
     ("name", "expected"), [("wrong sign", 0.25), ("wrong friction", 0.0), ("wrong schedule", 0.0)]
 )
 def test_near_misses_of_the_coupling_lose_the_order(name, expected):
-    """A quarter in eta (1/2 in the time step) with the other sign; none with other friction."""
+    """The order is 1/4 in eta with the other sign, and 0 with another friction or schedule."""
     measured = order(name)
     assert measured.value < expected + 0.06
     assert measured.standard_error < 0.03
     assert distances()[name][0][-1] > 3 * distances()["right"][0][-1]
 
 
-def test_at_a_fixed_momentum_the_limit_is_the_effective_learning_rate():
-    """On the shared path, distances to the SDE at eta/(1 - mu) shrink as eta; at eta they do not.
+def test_the_limit_at_a_fixed_momentum_is_the_effective_learning_rate():
+    """On the same path, the distance from the SDE at eta / (1 - mu) falls like eta.
 
-    64 paths: ratios of root mean squares have standard errors of about 10 %. Of order 1, a fourth
-    of eta makes a fourth of the distance.
+    A fourth of eta makes a fourth of the distance. Of 64 paths, ratios of root mean squares have
+    standard errors of about 10 %. The distance from the SDE at eta stays.
     """
     losses, start = problem(jnp.float32)
     mu, horizon = 0.8, 2.0
@@ -253,7 +264,7 @@ class TestBadInput:
             ({"key": 0}, TypeError, "key must be a typed PRNG key"),
         ],
     )
-    def test_arguments(self, change, error, message):
+    def test_bad_arguments_are_refused(self, change, error, message):
         losses, start = problem(jnp.float32)
         good = {"learning_rate": 0.1, "momentum": 0.9, "num_steps": 1, "key": jax.random.key(0)}
         good |= {"losses": losses, "params": start, "law": law(jnp.float32)}
@@ -261,7 +272,7 @@ class TestBadInput:
             sde.underdamped(**{**good, **change})
         assert len(str(refused.value)) <= 400
 
-    def test_divergence_is_said(self):
+    def test_the_step_of_divergence_is_reported(self):
         losses, start = problem(jnp.float32)
         path = sde.underdamped(
             losses,
