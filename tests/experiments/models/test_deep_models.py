@@ -190,7 +190,7 @@ def test_images_that_are_not_whole_ghost_batches_are_refused():
     pairs = models.functional(Normalised, ghost_size=2)
     with pytest.raises(ValueError, match="divisible into ghost batches of 2, got 5"):
         pairs.apply(norm_params(), pairs.init_stats(), features(), training=True)
-    pairs.apply(norm_params(), pairs.init_stats(), features())  # the running statistics need none
+    pairs.apply(norm_params(), pairs.init_stats(), features())  # Evaluation has no ghost batches.
 
 
 def test_one_value_per_channel_is_refused_since_it_has_no_variance():

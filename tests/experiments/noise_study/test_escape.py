@@ -212,7 +212,10 @@ def test_endpoints_and_ratios_by_hand():
 
 
 def test_p_values_are_adjusted_over_the_declared_family_alone():
-    """By hand: 12 comparisons are declared, of which 6 were made; a key and GD are not in them."""
+    """Of 12 declared comparisons, 6 were made. GD and SGD with another key are not among them.
+
+    Holm's method is written out here, with p-values of scipy's paired t-test.
+    """
     draws = np.random.default_rng(0)
 
     def varied(noise, size):

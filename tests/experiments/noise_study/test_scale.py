@@ -172,7 +172,10 @@ def test_the_prediction_is_the_mean_until_the_target():
 
 
 def test_p_values_are_adjusted_over_all_targets_and_predictors():
-    """By hand: 2 targets by 3 predictors are declared, reached or not."""
+    """Two targets with three predictors each are declared, whether they are reached or not.
+
+    Holm's method is written out here, with p-values of scipy's t-test on both sides.
+    """
     seeds, sizes = 4, (4, 16, 64)
     draws = np.random.default_rng(0)
     critical = 10 * draws.uniform(1, 1.2, (2, seeds))
@@ -185,7 +188,8 @@ def test_p_values_are_adjusted_over_all_targets_and_predictors():
         }
         for size in sizes
     ]
-    # Constant along the reference run, which passes the losses 2 and 1.8 and not 1.
+    # The exact values are constant along the reference run, which passes the losses 2 and 1.8, but
+    # not 1.
     simple, trace, along = draws.uniform(9, 14, (3, seeds))
     exact = np.stack([simple, trace, np.ones(seeds), simple, simple], -1)
     reference = {

@@ -69,7 +69,7 @@ def test_verdicts_say_what_the_tests_have_shown():
 
 
 def test_p_values_are_adjusted_over_the_comparisons_of_a_table():
-    """By hand: the smallest of three counts three times, the next twice; what is adjusted decides.
+    """Holm's method is written out here, and verdicts are by the adjusted p-values.
 
     "Apart" is different by itself, with p = 0.023, and not as one of three.
     """

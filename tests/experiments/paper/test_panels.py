@@ -82,8 +82,9 @@ def test_the_runs_of_a_panel_differ_in_their_algorithm_alone(scale):
 
 @pytest.mark.parametrize("scale", ["medium", "large"])
 def test_a_scale_that_is_to_show_something_can_tell(scale):
-    """At least five seeds with images of their own, N of 1,000, a rate that decays at the end, and
-    SGD twice. On a card LeNet has the paper's own constant rate.
+    """It has five seeds or more with their own images, N from 1,000 on, and SGD with two keys.
+
+    The rate decays at the end, except that of LeNet on a card, which is constant as in the paper.
     """
     for name, panel in panels.PANELS.items():
         for run in panel.at_scale(scale):

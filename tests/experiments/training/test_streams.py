@@ -181,7 +181,7 @@ def test_a_subset_is_not_the_order_that_the_split_was_drawn_in():
 
 
 def test_another_draw_of_the_noise_starts_from_the_same_weights_and_images():
-    """SGD with another key, the noise floor of the figures: two of its draws differ as well."""
+    """This is SGD with another key, the noise floor of the figures. Two such draws differ too."""
     plans = [
         TrainConfig(dataset="digits", steps=1, seeds=2, subset_per_seed=True, noise_draw=draw)
         for draw in range(3)
