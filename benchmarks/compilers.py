@@ -97,8 +97,8 @@ def mesh(chip: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
             "", platform="cuda", topology=f"1x1x{count}", target_config=_H100
         )
     else:
-        # The first keeps libtpu from asking a cloud for the machine, and the second lets several
-        # processes have it.
+        # The first variable keeps libtpu from asking a cloud for the machine, and the second lets
+        # several processes have it.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         side = math.isqrt(count)

@@ -214,7 +214,7 @@ def _draw_once(name: str, num_parameters: int, num_examples: int, answers: Any) 
     problem = problems.two_layer_net(num_parameters, num_examples)
     draw = draw_function(name, problem)
     compiled = draw.func.lower(*draw.args, jax.random.key(0)).compile()
-    answers.put(0.0)  # ready
+    answers.put(0.0)  # The process is ready.
     answers.put(timing.once(lambda: compiled(*draw.args, jax.random.key(0))))
 
 

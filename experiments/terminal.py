@@ -73,7 +73,7 @@ class Progress(Silent):
             self._compiling = False
             bar = self._draw()
             if first:
-                bar.unpause()  # compiling does not count for the speed
+                bar.unpause()  # Compiling does not count for the speed.
             bar.update(count)
             if first:
                 bar.refresh()
