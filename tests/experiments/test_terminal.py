@@ -65,7 +65,7 @@ def test_colours_in_a_pipe(no_color, force_color, expected_colours, monkeypatch)
 
 
 def test_a_log_has_a_line_now_and_then(monkeypatch, capsys):
-    """A stream that is no terminal gets a line per 30 seconds, and one per compilation."""
+    """A stream that is no terminal gets a line per 30 seconds, per compilation, and at the end."""
     clock = [0.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
     with terminal.Progress(100) as progress:

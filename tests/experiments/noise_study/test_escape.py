@@ -131,7 +131,7 @@ def test_the_predicted_rise_is_that_of_the_recursion():
 
 @pytest.mark.parametrize("name", _shapes.ADDITIVE)
 def test_additive_noise_has_the_trace_of_sgds(name):
-    """The trace of 4,000 draws is that of S / b, and not that of a batch which is 10 % larger.
+    """The trace of 4,000 draws is that of S / b, and not that of a batch which is 20 % larger.
 
     Noise along the top eigenvector is a line, and diagonal noise has each variance of S.
     """
