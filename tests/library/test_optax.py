@@ -216,15 +216,18 @@ def test_every_optimizer_trains_in_a_compiled_loop_with_donated_states(name):
         traces.append(1)
         return step(state, data)
 
+    # A second call of the loop takes the state of the first, and compiles nothing.
     loop = train.make_loop(counting, max_steps=6)
     state, _ = loop(start(name, optimizer), DATA, 6)
     compiled = len(traces)
     state, metrics = loop(state, DATA, 3)
     assert len(traces) == compiled, "the state has other types after a loop than before"
+    # It trains: all numbers are finite, and the loss falls.
     params = state.params.fast if name == "lookahead" else state.params
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, metrics)))
     if name not in NO_DESCENT:
         assert losses_at(params).mean() < losses_at(PARAMS).mean()
+    # Single steps, whose states are donated too, end at the same parameters.
     if name in COMPARED:
         single = jax.jit(step, donate_argnums=0)
         other = start(name, optimizer)

@@ -42,6 +42,7 @@ def test_two_processes_use_the_bits_of_one_device(tmp_path):
 
 
 def test_each_process_reads_the_examples_of_its_own_devices(tmp_path):
+    """Each reads 8 of the 16 examples of a batch; the training is that of one process."""
     both("streaming", tmp_path)
     first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
     law, optimizer, problem = noise.sgd(1003, 16), optax.sgd(0.5), regression(1003)

@@ -370,6 +370,7 @@ class TestBadInput:
                     raise OSError("for once")
                 return super().read_batch(indices)
 
+        # The failed run has made steps by then, but not with the arrays of the caller's state.
         loop = self.make(source=Flaky(DATA))
         state = start()
         with pytest.raises(OSError, match="for once"):
