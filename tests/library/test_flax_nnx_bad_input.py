@@ -1,4 +1,4 @@
-"""What a module of flax NNX that is not handled is told, and what goes without an error."""
+"""Modules of flax NNX that cannot be handled are refused, and those that can are not."""
 
 import sys
 
@@ -27,14 +27,14 @@ class Count(nnx.Variable):
 
 
 class Integers(nnx.Module):
-    """Has a parameter that cannot be trained."""
+    """A module whose only parameter cannot be trained."""
 
     def __init__(self):
         self.table = nnx.Param(jnp.arange(3))
 
 
 class Counting(Net):
-    """Counts how often it was called."""
+    """A net that keeps a sum over its calls in a variable."""
 
     def __init__(self, rngs, **parts):
         super().__init__(rngs, **parts)
@@ -128,7 +128,7 @@ MISTAKES = {
 
 @pytest.mark.usefixtures("user_errors")
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_told(mistake):
+def test_messages_name_the_argument_and_are_short(mistake):
     call, name, wrong = MISTAKES[mistake]
     assert_told(call, name, wrong, hides_frames=True)
 
@@ -142,13 +142,13 @@ def test_batch_norm_and_dropout_may_be_off_in_a_loss_of_a_whole_batch():
     assert bits(after) == bits(net.model_state)
 
 
-def test_a_variable_of_any_kind_is_handled_as_it_is_said():
+def test_variables_of_any_kind_may_be_named_mutable():
     kept = flax_nnx.trainable(Counting(nnx.Rngs(0)), cross_entropy, mutable=Count, of_batch=True)
     _, after = losses_of(kept)
     np.testing.assert_allclose(after.stats["calls"].get_value(), DATA["x"].mean(), rtol=1e-5)
 
 
-def test_without_flax_it_says_what_to_install(monkeypatch):
+def test_without_flax_the_error_states_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "flax", None)
     with pytest.raises(ImportError, match=r"pip install 'msgd-jax\[flax\]'"):
         flax_nnx.trainable(None, cross_entropy)

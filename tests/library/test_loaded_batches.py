@@ -1,4 +1,8 @@
-"""Batches that a loader drew: the covariance of a step, its sampling included, and every way in."""
+"""Batches that a loader drew.
+
+Held are the covariance of a step, which includes the draw of the batch, and that every function
+that takes such batches makes the same steps.
+"""
 
 import functools
 
@@ -30,7 +34,7 @@ def loss_vector_fn(theta, example):
 
 
 def moments():
-    """The gradient, S and F, in float64, by hand."""
+    """The mean gradient, S and F by hand, in float64."""
     t = np.tanh(X @ THETA)
     gradients = (-2 * Y / (1 + np.exp(2 * Y * t)) * (1 - t**2))[:, None] * X
     mean, fisher = gradients.mean(0), gradients.T @ gradients / N
@@ -45,7 +49,7 @@ def taken(batches):
 
 
 def gradients(law, batches, steps):
-    """The noisy gradient of each batch, [K, D] in float64; `batches` are indices, [K, B]."""
+    """The noisy gradient of each batch in float64, [K, D]; `batches` are indices, [K, B]."""
     value_and_grad = loss.noisy_value_and_grad(loss_vector_fn, law)
     theta = jnp.asarray(THETA, jnp.float32)
     f = jax.jit(jax.vmap(lambda batch, step: value_and_grad(theta, batch, KEY, step)[1]))
@@ -53,12 +57,12 @@ def gradients(law, batches, steps):
 
 
 def z_scores(values, expected):
-    """How far the mean over the first axis is from what is expected, in standard errors."""
+    """How many standard errors the mean over the first axis is from what is expected."""
     return (values.mean(0) - expected) / (values.std(0, ddof=1) / np.sqrt(len(values)))
 
 
 def z_of_step(gradients, covariance):
-    """Of the mean and of each entry of the covariance."""
+    """How many standard errors the entries of mean and covariance are from the wanted ones."""
     noise = gradients - MEAN
     products = (noise[:, :, None] * noise[:, None, :])[:, *np.triu_indices(6)]
     return np.concatenate(
@@ -67,13 +71,13 @@ def z_of_step(gradients, covariance):
 
 
 def generator_epochs(size, count):
-    """Shuffled epochs in batches of a size, the last one what is left: indices [count, B] each."""
+    """Shuffled epochs in batches, the last of which has what is left: indices, [count, B] each."""
     order = np.random.default_rng(5).permuted(np.tile(np.arange(N), (count, 1)), axis=1)
     return [order[:, first : first + size] for first in range(0, N, size)]
 
 
 def loader_epochs(loader, count):
-    """The same from a real loader, which hands over one batch after the other."""
+    """The same from a loader that hands over one batch after the other."""
     epochs = [[np.asarray(b) for b in epoch] for epoch in (loader() for _ in range(count))]
     return [np.stack(batches) for batches in zip(*epochs, strict=True)]
 
@@ -81,7 +85,7 @@ def loader_epochs(loader, count):
 def grain_epochs(size, count):
     grain = pytest.importorskip("grain")
     shuffled = grain.MapDataset.range(N).seed(4).shuffle()
-    # The short batch stays, and each repetition is shuffled anew.
+    # The last batch, which is short, is kept, and each repetition is shuffled anew.
     loader = iter(shuffled.batch(size, drop_remainder=False).repeat(count))
     per_epoch = -(-N // size)
     return loader_epochs(lambda: [next(loader) for _ in range(per_epoch)], count)
@@ -106,7 +110,7 @@ CASES = {
 
 @pytest.mark.parametrize(("epochs", "count", "make", "target", "size"), CASES.values(), ids=CASES)
 def test_each_step_of_shuffled_epochs_has_the_covariance_of_sgd(epochs, count, make, target, size):
-    """With a short last batch: 12, 12, 12, 4 examples, or 15, 15, 10."""
+    """The last batch is short: batches have 12, 12, 12 and 4 examples, or 15, 15 and 10."""
     law = make(N, B_SGD)
     batches = epochs(size, count)
     assert batches[-1].shape[1] == N % size
@@ -116,16 +120,16 @@ def test_each_step_of_shuffled_epochs_has_the_covariance_of_sgd(epochs, count, m
         assert abs(z).max() < Z, k
 
 
-def test_batches_drawn_with_replacement():
-    """A stream has no N; the batches are then independent examples."""
+def test_steps_on_independent_examples_have_the_covariance_of_sgd():
+    """A stream has no number of examples: those of a batch are drawn with replacement."""
     batches = np.random.default_rng(6).integers(0, N, (10_000, 8))
     for make, target in ((noise.batch_cov, S), (noise.batch_fisher, F)):
         v = gradients(make(None, B_SGD), batches, np.arange(10_000))
         assert abs(z_of_step(v, target / B_SGD)).max() < Z
 
 
-def test_a_law_of_the_batch_alone_is_rejected():
-    """The near miss: `cov(B, b)` leaves out that the batch is drawn, here 31 % too much noise."""
+def test_a_law_that_ignores_the_draw_of_the_batch_is_rejected():
+    """The near miss is `cov(B, b)`, which with the draw of the batch has 31 % too much noise."""
     batches = generator_epochs(8, 20_000)[0]
     v = gradients(noise.cov(8, B_SGD), batches, np.arange(20_000))
     assert abs(z_of_step(v, S / B_SGD)).max() > 2 * Z
@@ -136,7 +140,7 @@ def test_a_law_of_the_batch_alone_is_rejected():
     assert abs(z_scores(squares, (1 + excess) * np.trace(S) / B_SGD)) < Z
 
 
-def test_numbers_of_the_worked_problem():
+def test_the_problem_has_the_known_numbers():
     assert np.trace(F) / 4 == pytest.approx(1.5676554440, abs=1e-10)
     assert np.trace(S) / 4 == pytest.approx(1.447507794, abs=1e-9)
     law = noise.batch_cov(N, B_SGD)
@@ -147,8 +151,8 @@ def test_numbers_of_the_worked_problem():
 @pytest.mark.parametrize(
     ("matching", "size", "expected"), [("total", 12, 4.008483122), ("gaussian", 8, 7.23753897)]
 )
-def test_the_sum_over_an_epoch(matching, size, expected):
-    """Totals match single steps; the Gaussian part alone the epoch, where B divides N."""
+def test_sums_over_an_epoch_have_the_known_variance(matching, size, expected):
+    """Matching "total" is right for single steps, and "gaussian" for epochs if B divides N."""
     batches = generator_epochs(size, 10_000)
     law = noise.batch_cov(N, B_SGD, matching=matching)
     total = sum(
@@ -160,7 +164,7 @@ def test_the_sum_over_an_epoch(matching, size, expected):
         assert expected == pytest.approx(len(batches) * np.trace(S) / B_SGD)
 
 
-# Every way in.
+# Functions that take batches ----------------------------------------------------------------------
 
 LAW = noise.batch_cov(N, B_SGD)
 PARAMS = jnp.asarray(THETA, jnp.float32)
@@ -180,7 +184,7 @@ def trained(state, batches, optimizer):
 
 
 def test_train_and_the_optax_chain_make_the_same_steps():
-    """`train`, `multiplicative_noise` in a chain, and gradients of each example, aggregated."""
+    """The chains have `multiplicative_noise`, or aggregate the gradients of each example."""
     optimizer = optax.adam(0.1)
     expected, _ = trained(train.init(PARAMS, optimizer, KEY), loaded(), optimizer)
 
@@ -204,7 +208,7 @@ def test_train_and_the_optax_chain_make_the_same_steps():
         np.testing.assert_allclose(params, expected.params, rtol=1e-5, atol=1e-6)
 
 
-def test_the_gradient_is_the_weighted_sum():
+def test_the_gradient_is_that_of_the_weights_of_the_step():
     batch = loaded((8,))[0]
     step = jax.jit(loss.noisy_value_and_grad(loss_vector_fn, LAW, microbatch_size=3))
     value, grads = step(PARAMS, batch, KEY, 5)
@@ -214,8 +218,8 @@ def test_the_gradient_is_the_weighted_sum():
     np.testing.assert_allclose(grads, expected[1], rtol=1e-5, atol=1e-6)
 
 
-def test_one_program_per_size():
-    """Two sizes, two compilations of the step; a step outside jit compiles no law twice."""
+def test_a_size_of_batches_compiles_once():
+    """Two sizes compile the step twice; outside `jax.jit`, they compile nothing again."""
     optimizer = optax.sgd(0.1)
     step = jax.jit(train.make_step(loss_vector_fn, optimizer, LAW))
     state = train.init(PARAMS, optimizer, KEY)
@@ -232,8 +236,8 @@ def test_one_program_per_size():
     assert not names
 
 
-def test_killed_and_resumed_to_the_bit():
-    """Given the same batches: the counter of the steps is in the state."""
+def test_a_saved_run_continues_with_the_same_bits():
+    """The state has the counter of steps, so that the same batches get the same weights."""
     optimizer = optax.adam(0.1)
     whole, _ = trained(train.init(PARAMS, optimizer, KEY), loaded(), optimizer)
     half, _ = trained(train.init(PARAMS, optimizer, KEY), loaded()[:2], optimizer)
@@ -251,7 +255,7 @@ def test_killed_and_resumed_to_the_bit():
 @pytest.mark.parametrize("size", [16, 12])
 @pytest.mark.parametrize("devices", [2, 8])
 def test_the_weights_are_the_same_on_any_number_of_devices(size, devices):
-    """Bit for bit; 12 examples are not divided by 8 devices, and are filled up in the step."""
+    """They are the same bit for bit. For 8 devices, 12 examples are filled up in the step."""
     rows = NamedSharding(jax.make_mesh((devices,), ("data",)), PartitionSpec("data"))
     numbers = np.arange(size)
     if size % devices == 0:
@@ -262,7 +266,7 @@ def test_the_weights_are_the_same_on_any_number_of_devices(size, devices):
     assert np.asarray(weights).tobytes() == np.asarray(expected).tobytes()
 
 
-def test_a_fixed_batch_in_the_compiled_loop():
+def test_the_compiled_loop_takes_a_fixed_batch():
     optimizer = optax.sgd(0.1)
     step = train.make_step(loss_vector_fn, optimizer, LAW)
     loop = train.make_loop(step, max_steps=10)

@@ -1,4 +1,4 @@
-"""Loaders with tensors, with too few batches and with errors of their own, and bad input."""
+"""Loaders that have tensors, too few batches or errors of their own, and bad input."""
 
 import functools
 import itertools
@@ -28,7 +28,7 @@ from tests.support.mistakes import assert_told
 
 
 class Tensor:
-    """What matters of a PyTorch tensor here: it has its own dtype, and numpy can read it."""
+    """A stand-in for a tensor of PyTorch: it has its own dtype, and numpy can read it."""
 
     dtype = "torch.float32"
 
@@ -53,7 +53,7 @@ def test_tensors_become_arrays():
     np.testing.assert_allclose(state.params, expected.params, rtol=1e-5, atol=1e-6)
 
 
-def test_a_loader_that_ends_early_leaves_the_state():
+def test_the_state_stays_usable_when_a_loader_ends_early():
     optimizer = optax.sgd(0.1)
     step = jax.jit(train.make_step(loss_vector_fn, optimizer, LAW), donate_argnums=0)
     state = train.init(PARAMS, optimizer, KEY)
@@ -68,7 +68,7 @@ def test_a_loader_that_ends_early_leaves_the_state():
     assert int(again.step) == 6
 
 
-def test_what_a_loader_raises_names_the_step():
+def test_errors_of_a_loader_name_the_step():
     def broken():
         yield from loaded((12, 12))
         raise OSError("disk on fire")

@@ -1,6 +1,6 @@
-"""Every optimizer of optax trains, or is refused with a word on what to do.
+"""Every optimizer of optax trains, or is refused with a message that says what to do.
 
-The optimizers are found by looking: a new one whose arguments are not in the table fails here.
+The optimizers are found in optax itself: a new one whose arguments are not in the table fails here.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from msgd_jax import loss, noise, train
 # The optimizers ----------------------------------------------------------------------------------
 
 SGD = optax.sgd(0.1)
-# What the parameters of optax's functions are given, by their names.
+# The arguments for functions of optax, by the names of their parameters.
 ARGUMENTS: dict[str, Any] = {
     "learning_rate": 0.05, "inner": SGD, "optimizer": SGD, "base_optimizer": SGD, "tx": SGD,
     "fast_optimizer": optax.sgd(0.05), "sync_period": 2, "slow_step_size": 0.5,
@@ -33,7 +33,7 @@ ARGUMENTS: dict[str, Any] = {
     "measure": lambda updates, *_, **__: optax.tree.norm(updates), "measures": {},
 }  # fmt: skip
 MATRIX = {"w": optax.contrib.MuonDimensionNumbers(), "b": optax.MaskedNode()}
-# Built otherwise than from the arguments without a default.
+# Optimizers for which it is not enough to give the arguments that have no default.
 BUILT: dict[str, Callable[[], Any]] = {
     "adadelta": lambda: optax.adadelta(1.0),
     "chain": lambda: optax.chain(optax.clip(1.0), SGD),
@@ -65,7 +65,8 @@ BUILT: dict[str, Callable[[], Any]] = {
         optax.stateless_with_tree_map(lambda g, _: g), SGD
     ),
 }
-# Without an annotation, and no transformations; and one for the inside of `optax.monitor`.
+# Functions without an annotation that return no transformation, and one that is made for
+# `optax.monitor`.
 OTHERS = {
     "bias_correction",
     "measure_with_ema",
@@ -76,19 +77,20 @@ OTHERS = {
     "update_moment",
     "update_moment_per_elem_norm",
 }
-# They descend, though they have no learning rate or inner optimizer.
+# These descend, though they have no learning rate or inner optimizer.
 DESCEND = {"cocob", "dog", "dowg", "scale_by_cocob", "lbfgs"}
-# They stay where they are, or show what is not a direction to go.
+# The updates of these are 0, or no direction of descent.
 NO_DESCENT = {"set_to_zero", "keep_params_nonnegative", "hutchinson_estimator_diag_hessian"}
 REFUSED = {"dpsgd", "differentially_private_aggregate"}
-# Those whose states, arguments or wrappings are unlike the others'; the rest has time at night.
+# These have states, arguments or wrappings unlike the others'. The rest is marked slow.
 QUICK = {
     "MultiSteps", "adafactor", "adam", "apply_if_finite", "cocob", "dadapt_adamw", "dog", "galore",
     "inject_hyperparams", "lbfgs", "lookahead", "mechanize", "momo", "muon", "noisy_sgd",
     "polyak_sgd", "prodigy", "reduce_on_plateau", "sam", "sam in one call",
     "scale_by_backtracking_linesearch", "schedule_free_sgd", "sgd", "sophia",
 }  # fmt: skip
-# Loops are compared with steps, which is one more program, where states keep parameters.
+# The states of these keep parameters. For them, the loop is compared with single steps, which
+# takes one more program.
 COMPARED = {
     "dog",
     "lookahead",
@@ -143,7 +145,7 @@ def build(name: str) -> Any:
 def names() -> list[Any]:
     """The optimizers of the installed optax.
 
-    Other versions have others, so the slow ones cannot be listed in `slow_cases.txt`.
+    Other versions have others, so that the slow ones cannot be listed in `slow_cases.txt`.
     """
     chosen = sorted((FOUND.keys() | BUILT.keys()) - REFUSED)
     return [
@@ -158,7 +160,7 @@ def names() -> list[Any]:
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 DATA = {"x": X, "y": (X @ np.ones((4, 2))).astype(np.float32)}
 PARAMS = {"w": np.full((4, 2), 0.1, np.float32), "b": np.full(2, 0.1, np.float32)}
-LAW = noise.rademacher(8, 0.02)  # little noise: losses of one fall in a few steps
+LAW = noise.rademacher(8, 0.02)  # so little noise that the loss falls within a few steps
 KEY = jax.random.key(0)
 
 
@@ -170,7 +172,7 @@ LOSSES = loss.per_example(lambda params, example: jnp.sum(residuals(params, exam
 
 
 def losses_at(params) -> np.ndarray:
-    """In numpy's float64."""
+    """The losses by numpy, in float64: [N]."""
     w, b, x, y = (np.asarray(a, np.float64) for a in (*map(params.get, "wb"), *map(DATA.get, "xy")))
     return ((x @ w + b - y) ** 2).sum(1)
 
@@ -184,14 +186,14 @@ def start(name: str, optimizer: Any) -> train.TrainState:
 
 @pytest.fixture
 def rank_promotion():
-    """Some of optax's own relies on it."""
+    """Allows the promotion of ranks, on which some optimizers of optax rely."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
 
 @pytest.mark.filterwarnings("ignore:Specifying a key:UserWarning", "ignore::DeprecationWarning")
 def test_every_optimizer_is_known():
-    """A new one: give its arguments in ARGUMENTS, or build it in BUILT, or list it in OTHERS."""
+    """For a new one, add its arguments to ARGUMENTS, build it in BUILT, or list it in OTHERS."""
     unknown = {name: unknown_arguments(f) for name, f in FOUND.items() if name not in BUILT}
     assert not {name: arguments for name, arguments in unknown.items() if arguments}
     assert len(FOUND) > 100
@@ -206,7 +208,7 @@ def test_every_optimizer_is_known():
 @pytest.mark.filterwarnings("ignore:Specifying a key:UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.usefixtures("rank_promotion")
 @pytest.mark.parametrize("name", names())
-def test_it_trains_in_a_compiled_loop_with_donated_states(name):
+def test_every_optimizer_trains_in_a_compiled_loop_with_donated_states(name):
     optimizer, traces = build(name), []
     step = train.make_step(LOSSES, optimizer, LAW)
 
@@ -214,15 +216,18 @@ def test_it_trains_in_a_compiled_loop_with_donated_states(name):
         traces.append(1)
         return step(state, data)
 
+    # A second call of the loop takes the state of the first, and compiles nothing.
     loop = train.make_loop(counting, max_steps=6)
     state, _ = loop(start(name, optimizer), DATA, 6)
     compiled = len(traces)
     state, metrics = loop(state, DATA, 3)
-    assert len(traces) == compiled  # the state that comes out is of the types that went in
+    assert len(traces) == compiled, "the state has other types after a loop than before"
+    # It trains: all numbers are finite, and the loss falls.
     params = state.params.fast if name == "lookahead" else state.params
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, metrics)))
     if name not in NO_DESCENT:
         assert losses_at(params).mean() < losses_at(PARAMS).mean()
+    # Single steps, whose states are donated too, end at the same parameters.
     if name in COMPARED:
         single = jax.jit(step, donate_argnums=0)
         other = start(name, optimizer)
@@ -247,7 +252,7 @@ def test_a_state_that_changes_its_structure_needs_one_step_before_the_loop():
 
 @pytest.mark.filterwarnings("ignore:Specifying a key:UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_gradients_of_examples_are_asked_for(name):
+def test_optimizers_that_take_gradients_per_example_are_refused_with_advice(name):
     optimizer = build(name)
     step = train.make_step(LOSSES, optimizer, LAW)
     with pytest.raises(ValueError, match="batch dimension in the 0th axis") as caught:

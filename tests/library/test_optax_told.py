@@ -1,4 +1,4 @@
-"""What optimizers are told besides the gradient: the loss and its derivatives, of one draw."""
+"""Optimizers are given the loss and its derivatives too, all with the weights of one draw."""
 
 from typing import Any
 
@@ -13,11 +13,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from msgd_jax import loss, noise, train, transform
 from tests.library.test_optax import DATA, KEY, LAW, LOSSES, PARAMS, SGD, losses_at
 
-NOISY = noise.fisher(8, 2)  # much noise: with the weights of another step all would be different
+NOISY = noise.fisher(8, 2)  # so much noise that the weights of another step give other numbers
 
 
 def asks(names: str) -> optax.GradientTransformationExtraArgs:
-    """Passes the gradient on, and keeps what it was told: numbers, or functions at ELSEWHERE."""
+    """An optimizer that passes gradients on, and keeps what it is given, by name.
+
+    Functions are evaluated at ELSEWHERE.
+    """
 
     def answer(extra):
         told = {"value": extra["value"], "grad": extra["grad"]}
@@ -43,7 +46,7 @@ ELSEWHERE = jax.tree.map(lambda leaf: jnp.asarray(leaf - 0.3), PARAMS)
 
 
 def expected(step: int, params) -> dict[str, Any]:
-    """By numpy's float64: L . W, its gradient, and the product of its Hessian with ones."""
+    """L . W, its gradient, and its Hessian times ones, by numpy in float64."""
     weights = np.asarray(NOISY.sample(KEY, step).dense(), np.float64)
     x, y = (np.asarray(DATA[name], np.float64) for name in "xy")
     w, b = (np.asarray(params[name], np.float64) for name in "wb")
@@ -79,8 +82,8 @@ def spread() -> NamedSharding:
 
 @pytest.mark.parametrize("has_state", [False, True])
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 3}, {"sharding": spread()}])
-def test_all_that_is_told_is_of_one_draw_of_the_weights(options, has_state):
-    """With statistics: they are as before the step, wherever the loss is asked for."""
+def test_all_that_an_optimizer_is_given_has_the_weights_of_one_draw(options, has_state):
+    """Statistics are those from before the step, whenever the optimizer evaluates the loss."""
 
     def with_state(params, batch, calls):
         return LOSSES(params, batch) + 0.0 * calls, calls + 1
@@ -93,11 +96,11 @@ def test_all_that_is_told_is_of_one_draw_of_the_weights(options, has_state):
         before = state.params
         state, _ = step(state, DATA)
         assert_told(state.opt_state, number, before)
-    if has_state:  # and the calls that the optimizer made were not counted
+    if has_state:  # calls by the optimizer are not counted
         assert float(state.model_state) == (6 if "microbatch_size" in options else 2)
 
 
-def test_the_transformation_tells_as_much():
+def test_the_transformation_gives_an_optimizer_the_same():
     optimizer = transform.with_noise(asks(ALL), NOISY, KEY)
     state, params = optimizer.init(PARAMS), PARAMS
     for number in range(2):
@@ -107,7 +110,7 @@ def test_the_transformation_tells_as_much():
         params = optax.apply_updates(params, updates)
 
 
-def test_seeds_ask_at_once():
+def test_line_searches_of_several_seeds_may_be_mapped():
     optimizer = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(8))
     step = train.make_step(LOSSES, optimizer, NOISY)
     states = jax.vmap(lambda seed: train.init(PARAMS, optimizer, jax.random.key(seed)))(
@@ -121,7 +124,7 @@ def test_seeds_ask_at_once():
 
 @pytest.mark.parametrize("microbatch_size", [None, 3])
 def test_a_line_search_decreases_the_loss_with_the_weights_of_its_step(microbatch_size):
-    """Armijo's condition by numpy: with other weights it would fail, or the value would differ."""
+    """Armijo's condition must hold by numpy: with other weights it, or the value, would not."""
     search = optax.scale_by_backtracking_linesearch(20, slope_rtol=0.1, store_grad=True)
     optimizer = optax.chain(optax.sgd(1.0), search)
     step = jax.jit(train.make_step(LOSSES, optimizer, NOISY, microbatch_size=microbatch_size))
@@ -173,7 +176,7 @@ def test_sam_in_a_chain_is_refused_with_advice():
 
 @pytest.mark.parametrize("make", [optax.polyak_sgd, optax.contrib.momo])
 def test_optimizers_that_take_the_value_stand_behind_the_noise(make):
-    """The same updates as in `train`, which tells them too."""
+    """They make the same updates as in `train`, which gives them the value too."""
     optimizer = optax.chain(make(), optax.contrib.reduce_on_plateau(patience=1))
     behind = transform.with_noise(optimizer, NOISY, KEY)
 
@@ -191,8 +194,8 @@ def test_optimizers_that_take_the_value_stand_behind_the_noise(make):
     np.testing.assert_allclose(state[0].value, metrics.loss, rtol=1e-5)
 
 
-def test_what_is_offered_costs_nothing():
-    """Under an optimizer that asks for no more the loss is traced for the gradient alone."""
+def test_what_an_optimizer_does_not_take_costs_nothing():
+    """With an optimizer that takes the gradient only, the loss is traced as for the gradient."""
     traced = []
 
     def counting(params, batch):

@@ -1,4 +1,4 @@
-"""Two processes of four devices each, over `jax.distributed` on this machine."""
+"""Two processes with four devices each, connected by `jax.distributed` on this machine."""
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from tests.support.processes import PATIENCE, free_address, processes
 
 
 def both(task: str, folder) -> None:
+    """Runs a task of `process_worker.py` in two processes, which write to the folder."""
     address = free_address()
     commands = [
         ["tests.support.process_worker", task, address, str(i), str(folder)] for i in range(2)
@@ -24,7 +25,7 @@ def both(task: str, folder) -> None:
 
 
 def test_two_processes_use_the_bits_of_one_device(tmp_path):
-    """Weights to the bit, gradients to the rounding that `assert_is_dense_gradient` derives."""
+    """Weights agree bit for bit, gradients up to rounding: `assert_is_dense_gradient`."""
     both("weights", tmp_path)
     first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
     key, problem = jax.random.key(314), regression(1003)
@@ -41,6 +42,7 @@ def test_two_processes_use_the_bits_of_one_device(tmp_path):
 
 
 def test_each_process_reads_the_examples_of_its_own_devices(tmp_path):
+    """Each reads 8 of the 16 examples of a batch; the training is that of one process."""
     both("streaming", tmp_path)
     first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
     law, optimizer, problem = noise.sgd(1003, 16), optax.sgd(0.5), regression(1003)

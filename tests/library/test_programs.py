@@ -1,4 +1,4 @@
-"""Programs belong to what the user holds: nothing is compiled twice, and nothing stays behind."""
+"""Programs belong to functions that the user holds: none is compiled twice, and none stays."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,13 @@ from tests.support.noises import ROWS
 from tests.support.programs import assert_arrays_go, assert_nothing_stays, compilations
 
 KEY = jax.random.key(0)
-SIZE = 2000  # permutations of more than 1,024 are walked
+SIZE = 2000  # permutations of up to 1,024 would be sorted instead
 FEW = 200
 CAPTURED = 8 << 20  # bytes of the array in each fresh loss
 
 
 def fresh_loss(seed=0.0):
-    """A loss of its own, with an array of its own in it."""
+    """A new loss vector function, which holds an array of its own."""
     held = jnp.full(CAPTURED // 4, seed, jnp.float32)
     return lambda params, batch: (params - batch) ** 2 + held[0]
 
@@ -47,7 +47,7 @@ def with_statistics(losses):
     return lambda params, batch, model_state: (losses(params, batch), model_state + 1)
 
 
-# What is called, made anew of a loss, a law and data.
+# The calls, each of a loss vector function, a law and data.
 CALLS = {
     "noise.MNoise.sample": lambda losses, law, data: law.sample(KEY, 3),
     "noise.permute": lambda losses, law, data: noise.permute(KEY, jnp.arange(50), SIZE),
@@ -85,8 +85,8 @@ def call(name, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
-def test_arrays_of_earlier_calls_are_gone(name):
-    """Fresh losses of 8 MB each, with fresh data and a fresh law: none of them stays."""
+def test_arrays_of_earlier_calls_are_freed(name):
+    """Each call has a fresh loss vector function with 8 MB, fresh data and a fresh law."""
     assert_arrays_go(lambda seed: call(name, seed), CAPTURED)
 
 
@@ -100,7 +100,7 @@ def test_a_hundred_calls_leave_nothing_behind(name):
 
 
 def eager_functions():
-    """Functions that a user has made once, and calls again without jit."""
+    """Functions that a user makes once, and calls again and again without `jax.jit`."""
     losses, data = fresh_loss(), fresh_data()
     weights, dense = LAW.sample(KEY, 0), noise.cov(SIZE, 50).sample(KEY, 0)
     micro = loss.weighted_value_and_grad(losses, microbatch_size=100)
@@ -142,15 +142,15 @@ def test_a_second_draw_compiles_nothing(name):
     assert not compiled
 
 
-def test_the_counter_counts():
+def test_the_counter_counts_compilations():
     with compilations() as compiled:
         jax.jit(lambda x: x + 1)(1.0)
     assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 100}], ids=str)
-def test_under_jit_a_changed_global_is_seen_by_a_new_jit(options):
-    """What a loss reads besides its arguments is read when it is traced: by the user's own jit."""
+def test_a_changed_global_is_seen_by_a_new_jit(options):
+    """A loss reads everything but its arguments when it is traced, which a new `jax.jit` does."""
     factor = [1.0]
 
     def losses(params, batch):

@@ -1,4 +1,4 @@
-"""Examples spread over devices: the same weights bit for bit, the same gradients to rounding."""
+"""Examples spread over devices have the same weights bit for bit, and gradients up to rounding."""
 
 import re
 
@@ -16,7 +16,7 @@ from tests.support.problems import loss_vector_fn, regression
 from tests.support.spread import assert_is_dense_gradient, spread
 
 KEY = jax.random.key(314)
-N = 1003  # divided by none of the numbers of devices
+N = 1003  # not divisible by any number of devices here
 
 
 def assert_same_bits(a: jax.Array, b: jax.Array) -> None:
@@ -28,15 +28,15 @@ def assert_same_bits(a: jax.Array, b: jax.Array) -> None:
 
 
 def weights_used(law: noise.MNoise, step: int, **settings) -> jax.Array:
-    """The weight vector itself, as the gradient of L_i = theta_i: one product 1 W_i each."""
+    """The weights that are used, as the gradient of the losses L_i = theta_i."""
     f = loss.noisy_value_and_grad(lambda theta, i: theta[i], law, **settings)
     examples = jnp.arange(law.num_examples)
     return jax.jit(f)(jnp.ones(law.num_examples), examples, KEY, step)[1]
 
 
 @pytest.mark.parametrize("name", list(ROWS))
-def test_eight_devices_use_the_bits_of_one(name):
-    """Rows that fill up the parts get weight 0: nothing is added to the last example's weight."""
+def test_eight_devices_use_the_weights_of_one(name):
+    """Copies of the last example fill up the parts, and must add nothing to its weight."""
     law = ROWS[name].make(N, 16)  # multiples of 1/16 add up exactly, in any order
     assert_same_bits(weights_used(law, 3, sharding=spread(8)), law.sample(KEY, 3).dense())
 
@@ -44,7 +44,7 @@ def test_eight_devices_use_the_bits_of_one(name):
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["cov", "bernoulli", "sparse_cov"])
-def test_any_devices_use_the_bits_of_one(name, num_devices, mode):
+def test_any_number_of_devices_uses_the_weights_of_one(name, num_devices, mode):
     law = ROWS[name].make(N, 16)
     used = weights_used(law, 5, sharding=spread(num_devices, mode), microbatch_size=60)
     assert_same_bits(used, law.sample(KEY, 5).dense())
@@ -52,19 +52,19 @@ def test_any_devices_use_the_bits_of_one(name, num_devices, mode):
 
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ["fisher", "cov", "bernoulli", "rademacher"])
-def test_each_device_draws_its_part_only(name, mode):
-    """No array as long as N in the program of a device, and none that is gathered."""
+def test_each_device_draws_the_weights_of_its_own_part_only(name, mode):
+    """The program of a device has no array of length N, and gathers none."""
     law, rows = ROWS[name].make(N, 8), spread(8, mode)
     data = sharding.shard_examples(regression(N).data, rows)
     f = loss.noisy_value_and_grad(loss_vector_fn, law, sharding=rows)
     program = jax.jit(f).lower(regression().params, data, KEY, 3).compile().as_text() or ""
     lengths = {int(n) for n in re.findall(r"\b[fsu]32\[(\d+)", program)}
-    assert 126 in lengths  # 1,008 rows in 8 parts
+    assert 126 in lengths  # 1,008 examples, filled up, in 8 parts
     assert max(lengths) == 126
     assert "all-gather" not in program
 
 
-def test_as_many_examples_as_devices_and_fewer():
+def test_there_may_be_fewer_examples_than_devices():
     for n in (1, 3, 8):
         assert_same_bits(
             weights_used(noise.gd(n), 0, sharding=spread(8)), noise.gd(n).sample(KEY, 0).values
@@ -77,7 +77,7 @@ def test_as_many_examples_as_devices_and_fewer():
 @pytest.mark.parametrize("microbatch_size", [None, 50])
 @pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["cov", "sgd", "sparse_fisher"])
-def test_gradients(name, num_devices, microbatch_size):
+def test_gradients_are_dense_algebra(name, num_devices, microbatch_size):
     problem, law = regression(N), ROWS[name].make(N, 400)
     f = loss.noisy_value_and_grad(
         loss_vector_fn, law, microbatch_size=microbatch_size, sharding=spread(num_devices)
@@ -87,7 +87,7 @@ def test_gradients(name, num_devices, microbatch_size):
     assert len(grads["w"].sharding.device_set) == num_devices
 
 
-def test_weights_given_and_many_draws():
+def test_given_weights_and_many_draws_have_dense_gradients():
     problem, rows = regression(N), spread(8)
     law = noise.sparse_cov(N, 30, support_size=60)
     weights = law.sample(KEY, 0)
@@ -101,7 +101,7 @@ def test_weights_given_and_many_draws():
         assert_is_dense_gradient(problem, law.sample(KEY, k), *one)
 
 
-def test_two_axes_of_a_mesh():
+def test_examples_may_be_spread_over_two_axes_of_a_mesh():
     rows = spread(2, fsdp=2, model=2)
     rows = NamedSharding(rows.mesh, PartitionSpec(("data", "fsdp")))
     problem, law = regression(N), noise.cov(N, 8)
@@ -112,7 +112,7 @@ def test_two_axes_of_a_mesh():
 
 
 def test_narrow_parameters_are_summed_in_float32():
-    """bfloat16 gradients of 8 devices: one rounding of the float32 sum, not eight."""
+    """Of 8 devices, the sum in float32 is rounded to bfloat16 once, and not eight times."""
     rows, ones = spread(8), jnp.ones((), jnp.bfloat16)
     examples = jnp.array([256.0] + [1.0] * 7)  # 256 + 1 is 256 in bfloat16
     f = loss.weighted_value_and_grad(lambda theta, x: theta.astype(jnp.float32) * x, sharding=rows)
@@ -120,15 +120,16 @@ def test_narrow_parameters_are_summed_in_float32():
     _, grads = f(ones, examples, weights)
     assert grads.dtype == jnp.bfloat16
     assert float(grads) == float(jnp.bfloat16(263.0)) == 264.0
-    # On CPU XLA widens reductions by itself: that we ask for it shows in the program given to it.
+    # On CPUs, XLA widens reductions by itself. That the library asks for it can only be seen in
+    # the program that XLA is given.
     program = jax.jit(lambda theta: f(theta, examples, weights)).lower(ones).as_text()
     reduced = re.findall(r"all_reduce.*?\^bb0\(%\w+: tensor<(\w+)>", program, re.DOTALL)
     assert set(reduced) == {"f32"}
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 5, 25])
-def test_one_reduction_a_step(microbatch_size):
-    """Of the gradients and the value together, whatever the number of micro-batches."""
+def test_a_step_has_one_reduction(microbatch_size):
+    """It reduces gradients and value together, whatever the number of micro-batches."""
     rows = spread(8)
     data = sharding.shard_examples(regression(N).data, rows)
     f = loss.noisy_value_and_grad(
@@ -140,7 +141,7 @@ def test_one_reduction_a_step(microbatch_size):
     assert not re.findall(others, program)
 
 
-def test_statistics_are_averaged_and_counters_agree():
+def test_statistics_are_averaged_over_devices():
     def of_batch(theta, x, model_state):
         mean, calls = model_state
         return theta * x, (0.5 * mean + 0.5 * x.mean(), calls + 1)
@@ -150,7 +151,7 @@ def test_statistics_are_averaged_and_counters_agree():
         of_batch, noise.gd(16), microbatch_size=2, has_state=True, sharding=spread(4)
     )
     (_, (mean, calls)), _ = f(jnp.ones(()), x, KEY, 0, (jnp.float32(8.0), jnp.int32(3)))
-    order = derive(KEY, Stream.ORDER, 0)  # each device has one of its own
+    order = derive(KEY, Stream.ORDER, 0)  # each device has an order of its own, from this key
     per_device = []
     for part, own in enumerate(np.split(np.arange(16.0), 4)):
         visited = own[noise.permute(jax.random.fold_in(order, part), np.arange(4), 4)]
@@ -173,7 +174,7 @@ def train_state(law, rows=None, params=None, optimizer=None, **settings):
 
 
 def test_training_resumes_on_another_number_of_devices():
-    """Five steps on 8 devices, five on 2: ten on one, but for rounding."""
+    """Five steps on 8 devices and five on 2 are ten on one, up to rounding."""
     law = noise.cov(N, 20)
     state, loop, data = train_state(law)
     expected, metrics = loop(state, data, 10)
@@ -189,8 +190,8 @@ def test_training_resumes_on_another_number_of_devices():
 
 
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
-def test_parameters_spread_over_the_examples_axis(mode):
-    """A layout as of FSDP comes back as it was, optimizer's state included."""
+def test_parameters_may_be_spread_over_the_axis_of_the_examples(mode):
+    """A layout like that of FSDP is kept, also in the state of the optimizer."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(N, 8)).astype(np.float32)
     params = {"w": rng.normal(size=(8, 16)).astype(np.float32), "v": np.ones(16, np.float32)}
@@ -215,11 +216,11 @@ def test_parameters_spread_over_the_examples_axis(mode):
         for leaf in tree:
             assert tree[leaf].sharding.is_equivalent_to(layout[leaf], tree[leaf].ndim)
     assert many.params["w"].addressable_shards[0].data.shape == (1, 16)
-    # Adam divides by the root of squares: of relative errors in the gradient, a few remain.
+    # Adam divides by the root of squares, so that relative errors of the gradient remain.
     np.testing.assert_allclose(many.params["w"], one.params["w"], rtol=1e-4, atol=1e-5)
 
 
-def test_parameters_spread_over_another_axis():
+def test_parameters_may_be_spread_over_another_axis():
     rows = spread(4, model=2)
     problem = regression(N, dim=6)
     layout = {"w": PartitionSpec("model"), "b": PartitionSpec()}
@@ -232,7 +233,7 @@ def test_parameters_spread_over_another_axis():
     assert grads["w"].sharding.is_equivalent_to(layout["w"], 1)
 
 
-def test_optax_transformation_and_seeds_at_once():
+def test_seeds_of_a_transformation_may_be_mapped_over_devices():
     problem, law, rows = regression(N), noise.cov(N, 20), spread(8)
     data = sharding.shard_examples(problem.data, rows)
     updates = []
@@ -252,14 +253,14 @@ def test_optax_transformation_and_seeds_at_once():
 # Placing examples ---------------------------------------------------------------------------------
 
 
-def test_examples_are_filled_up_with_the_last():
+def test_examples_are_filled_up_with_copies_of_the_last():
     rows = spread(8)
     images = np.arange(10 * 2, dtype=np.uint8).reshape(10, 2)
     placed = sharding.shard_examples({"x": images, "y": np.arange(10.0)}, rows)
     expected = np.concatenate([images, np.repeat(images[-1:], 6, axis=0)])
     np.testing.assert_array_equal(placed["x"], expected)
     assert placed["x"].dtype == np.uint8
-    assert placed["y"].dtype == np.float32  # jax's default
+    assert placed["y"].dtype == np.float32  # as jax makes of float64 without x64
     assert [s.data.shape for s in placed["x"].addressable_shards] == [(2, 2)] * 8
     one = sharding.shard_examples(jnp.ones((1, 3)), rows)
     np.testing.assert_array_equal(one, np.ones((8, 3)))
@@ -267,8 +268,8 @@ def test_examples_are_filled_up_with_the_last():
 
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_keys_are_examples_too(mode, impl):
-    """In equal parts, filled up with the last; a loss draws from them what it draws from one."""
+def test_keys_are_placed_like_examples(mode, impl):
+    """They are placed in equal parts, and filled up with copies of the last key."""
     rows, keys = spread(8, mode), jax.random.split(jax.random.key(5, impl=impl), 10)
     placed = sharding.shard_examples({"key": keys, "y": np.arange(10.0)}, rows)["key"]
     assert placed.dtype == keys.dtype
@@ -279,9 +280,9 @@ def test_keys_are_examples_too(mode, impl):
     assert placed.sharding.is_equivalent_to(rows, 1)
 
 
-@pytest.mark.usefixtures("unchecked_key_reuse")  # in runs
+@pytest.mark.usefixtures("unchecked_key_reuse")  # a loop over micro-batches reads the same keys
 @pytest.mark.parametrize("microbatch_size", [None, 3])
-def test_a_loss_draws_from_keys_that_are_spread(microbatch_size):
+def test_a_loss_draws_the_same_from_keys_that_are_spread(microbatch_size):
     keys, law = jax.random.split(jax.random.key(5), 50), noise.cov(50, 10)
     losses = loss.per_example(lambda theta, key: theta * jax.random.normal(key))
     values = []
@@ -292,9 +293,9 @@ def test_a_loss_draws_from_keys_that_are_spread(microbatch_size):
     np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
 
 
-def test_each_part_is_read_once_and_alone():
+def test_each_device_reads_its_own_part_once():
     class Counted:
-        """Rows of a file, say."""
+        """A source of examples, such as a file, that records which ones are read."""
 
         shape, dtype, ndim = (1001,), np.dtype(np.float32), 1
 
@@ -315,13 +316,9 @@ def test_each_part_is_read_once_and_alone():
 class TestBadInput:
     problem = regression(10)
 
-    def test_axis_that_the_mesh_does_not_have(self):
-        with pytest.raises(ValueError, match="batch"):  # by jax: named, with what there is
-            NamedSharding(spread(8).mesh, PartitionSpec("batch"))
-
     @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
-    def test_integers_that_jax_would_cut(self, dtype):
-        """Without x64, jax would make 0 of 2^40."""
+    def test_integers_that_jax_would_cut_are_refused(self, dtype):
+        """Without x64, jax would make 2^40 a 0."""
         rows, numbers = spread(8), np.arange(8, dtype=dtype)
         message = r"must hold integers that fit u?int32, got u?int64 from \d+ to 1099511627776"
         for place in (sharding.shard_examples, sharding.shard_batch):
@@ -335,7 +332,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "spec", [PartitionSpec(), PartitionSpec(None, "data"), PartitionSpec("data", "model")]
     )
-    def test_other_axes_than_that_of_the_examples(self, spec):
+    def test_shardings_must_spread_the_axis_of_the_examples_only(self, spec):
         rows = NamedSharding(spread(4, model=2).mesh, spec)
         for call in (
             lambda: loss.weighted_value_and_grad(loss_vector_fn, sharding=rows),
@@ -347,19 +344,19 @@ class TestBadInput:
             with pytest.raises(ValueError, match="sharding must spread the leading axis"):
                 call()
 
-    def test_no_sharding(self):
+    def test_what_is_no_sharding_is_refused(self):
         with pytest.raises(TypeError, match="sharding must be a jax"):
             loss.weighted_value_and_grad(loss_vector_fn, sharding=PartitionSpec("data"))
         with pytest.raises(TypeError, match="sharding must be a jax"):
             sharding.shard_examples(self.problem.data, None)
 
-    def test_data_of_another_length(self):
+    def test_data_must_have_as_many_examples_as_the_weights(self):
         f = loss.weighted_value_and_grad(loss_vector_fn, sharding=spread(8))
         weights = noise.gd(9).sample(KEY, 0)
         with pytest.raises(ValueError, match=r"num_examples = 9 \(16 when filled up .* has 10"):
             f(self.problem.params, self.problem.data, weights)
 
-    def test_keys_in_statistics(self):
+    def test_keys_in_statistics_are_refused(self):
         f = loss.noisy_value_and_grad(
             lambda p, d, model_state: (loss_vector_fn(p, d), model_state),
             noise.gd(10),
@@ -369,7 +366,7 @@ class TestBadInput:
         with pytest.raises(TypeError, match=r"model_state must be numbers .* PRNG keys"):
             f(self.problem.params, self.problem.data, KEY, 0, jax.random.key(1))
 
-    def test_keys_that_are_not(self):
+    def test_wrong_keys_and_laws_are_refused(self):
         with pytest.raises(TypeError, match="key must be a typed PRNG key"):
             sharding.check_key_agrees("key", 3)
         with pytest.raises(TypeError, match=r"law must be a noise\.MNoise"):

@@ -1,4 +1,4 @@
-"""Examples read as they are needed: the same bits as with data on the device, and errors."""
+"""Examples that are read when they are needed give the same bits as data on the device."""
 
 import sys
 import threading
@@ -38,7 +38,7 @@ def spread(num_devices: int) -> NamedSharding:
 
 
 def on_the_device(law, **options):
-    """Training with all data on the device, or on devices."""
+    """Trains with all data on the device, or on the devices of a sharding."""
     step = train.make_step(loss_vector_fn, OPTIMIZER, law, **options)
     rows = options.get("sharding")
     data = PROBLEM.data if rows is None else sharding.shard_examples(PROBLEM.data, rows)
@@ -46,10 +46,11 @@ def on_the_device(law, **options):
 
 
 def assert_same_training(found, expected, spread: bool = False):
-    """The same state, bit for bit; losses are sums that two programs may order differently.
+    """Asserts that two trainings end in the same state, bit for bit, with nearly the same losses.
 
-    On several devices data that are all there are computed where they are, those that are read
-    in equal parts: the sums of the gradient have another order too.
+    Losses are sums, which two programs may order differently. On several devices, data that are all
+    there are computed where they are, and data that are read in equal parts: the sums of the
+    gradient have another order too, and states are only nearly the same.
     """
     if not spread:
         assert identical(found[0], expected[0])
@@ -60,7 +61,7 @@ def assert_same_training(found, expected, spread: bool = False):
 
 
 class Recorder(streaming.ArraySource):
-    """Remembers which examples were asked for."""
+    """A source that remembers which examples were read, and by which threads."""
 
     def __init__(self, data):
         super().__init__(data)
@@ -75,7 +76,7 @@ class Recorder(streaming.ArraySource):
 
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 8}], ids=["whole", "micro-batches"])
 @pytest.mark.parametrize("name", LAWS)
-def test_same_bits_as_with_data_on_the_device(name, options):
+def test_training_has_the_bits_of_training_with_data_on_the_device(name, options):
     expected = on_the_device(LAWS[name], **options)
     source = streaming.ArraySource(DATA)
     loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, LAWS[name], source, **options)
@@ -83,8 +84,8 @@ def test_same_bits_as_with_data_on_the_device(name, options):
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_the_same_training_on_many_devices(num_devices):
-    """20 examples on 8 devices: the last four rows are filled up."""
+def test_training_on_many_devices_is_that_with_data_on_them(num_devices):
+    """On 8 devices, batches of 20 are filled up to 24."""
     options = {"sharding": spread(num_devices), "microbatch_size": 2}
     expected = on_the_device(LAWS["sgd"], **options)
     source = streaming.ArraySource(DATA)
@@ -92,7 +93,7 @@ def test_the_same_training_on_many_devices(num_devices):
     assert_same_training(loop(start(), STEPS), expected, spread=True)
 
 
-def test_stopping_anywhere_changes_no_bit_and_only_what_is_used_is_read():
+def test_stopping_changes_no_bit_and_only_used_examples_are_read():
     source = Recorder(DATA)
     law = LAWS["random_reshuffling"]
     loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, law, source)
@@ -109,8 +110,8 @@ def test_stopping_anywhere_changes_no_bit_and_only_what_is_used_is_read():
     assert identical(both, metrics)
 
 
-def test_sources_of_single_examples():
-    """A plain sequence, and grain's own, with a transformation on top."""
+def test_sources_may_have_single_examples():
+    """One is a plain sequence, the other a data set of grain with a transformation."""
     loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, LAWS["sgd"], streaming.ArraySource(DATA))
     expected = loop(start(), 4)
     halves = [{"x": x / 2, "y": y} for x, y in zip(DATA["x"], DATA["y"], strict=True)]
@@ -122,14 +123,14 @@ def test_sources_of_single_examples():
 
 
 class Counting(list):
-    """A list of examples, with a method ``batch`` that is not ours."""
+    """A list of examples with a method ``batch`` that means something else."""
 
     def batch(self, batch_size):
-        raise AssertionError("not for us to call")
+        raise AssertionError("the library must not call this")
 
 
-def test_a_batch_that_is_not_ours_is_not_called():
-    """Grain's own, and that of a user's class: examples are read one by one."""
+def test_a_method_batch_of_another_meaning_is_not_called():
+    """Data sets of grain have one, and so may classes of users: their examples are read singly."""
     examples = [{"x": x, "y": y} for x, y in zip(DATA["x"], DATA["y"], strict=True)]
     loop = streaming.make_loop(loss_vector_fn, OPTIMIZER, LAWS["sgd"], streaming.ArraySource(DATA))
     expected = loop(start(), 2)
@@ -144,19 +145,19 @@ KEYED = {**PROBLEM.data, "key": jax.random.split(jax.random.key(8), N)}
 
 
 def dropped_out(params, batch):
-    """A loss with a key for each example."""
+    """Losses with dropout, whose keys are part of the examples."""
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (5,)))(batch["key"])
     return loss_vector_fn(params, {"x": batch["x"] * keep, "y": batch["y"]})
 
 
 class KeysInBatches(streaming.ArraySource):
-    """Keys as jax's arrays, made on the default device."""
+    """A source that reads keys as arrays of jax, on the default device."""
 
     def read_batch(self, indices):
         return {**super().read_batch(indices), "key": KEYED["key"][indices]}
 
 
-# An example has the same key at every step.
+# An example has the same key at every step, which the checker of keys takes for a reuse.
 @pytest.mark.usefixtures("unchecked_key_reuse")
 @pytest.mark.parametrize(
     "options",
@@ -172,8 +173,8 @@ class KeysInBatches(streaming.ArraySource):
     ],
     ids=["arrays", "batches", "examples"],
 )
-def test_keys_among_the_examples(make, options):
-    """The bits of training with the keys on the device, and not those of other keys."""
+def test_keys_may_be_part_of_the_examples(make, options):
+    """Training has the bits of training with the keys on the device."""
     step = train.make_step(dropped_out, OPTIMIZER, LAWS["sgd"], **options)
     rows = options.get("sharding")
     data = KEYED if rows is None else sharding.shard_examples(KEYED, rows)
@@ -183,7 +184,7 @@ def test_keys_among_the_examples(make, options):
 
 
 @pytest.mark.usefixtures("unchecked_key_reuse")
-def test_one_example_of_an_array_source():
+def test_an_array_source_gives_single_examples():
     example = streaming.ArraySource(KEYED)[3]
     np.testing.assert_array_equal(example["x"], DATA["x"][3])
     found, given = (
@@ -195,7 +196,7 @@ def test_one_example_of_an_array_source():
 @pytest.mark.parametrize(
     "dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
 )
-def test_integers_of_every_type(dtype):
+def test_options_may_be_integers_of_any_type(dtype):
     source, two = streaming.ArraySource(DATA), dtype(2)
     loop = streaming.make_loop(
         loss_vector_fn, OPTIMIZER, noise.sgd(N, 2), source, microbatch_size=two
@@ -203,7 +204,7 @@ def test_integers_of_every_type(dtype):
     assert int(loop(start(), two, prefetch=two, num_threads=two)[0].step) == 2
 
 
-def test_memory_mapped_files(tmp_path):
+def test_arrays_may_be_memory_mapped_files(tmp_path):
     np.save(tmp_path / "x.npy", DATA["x"])
     mapped = {"x": np.load(tmp_path / "x.npy", mmap_mode="r"), "y": DATA["y"]}
     loop = streaming.make_loop(
@@ -213,7 +214,7 @@ def test_memory_mapped_files(tmp_path):
 
 
 class Computed:
-    """2^31 - 1 examples that are nowhere: each is computed from its number."""
+    """A source of up to 2^31 - 1 examples, each of which is computed from its number."""
 
     def __init__(self, size: int = 2**31 - 1):
         self.size = size
@@ -227,7 +228,7 @@ class Computed:
 
 
 @pytest.mark.parametrize("make", [noise.random_reshuffling, noise.sgd])
-def test_the_largest_n(make):
+def test_training_on_the_largest_number_of_examples(make):
     source = Computed() if make is noise.random_reshuffling else Computed(10_000)
     options = {"drop_remainder": True} if make is noise.random_reshuffling else {}
     law = make(len(source), 32, **options)
@@ -235,7 +236,7 @@ def test_the_largest_n(make):
     _, metrics = loop(train.init(PROBLEM.params, optax.sgd(1.0), jax.random.key(4)), 60)
     assert metrics.loss.shape == (60,)
     assert metrics.loss[-10:].mean() < 0.7 * metrics.loss[:5].mean()
-    # The last weighted loss is that of the 32 examples of step 59, by numpy.
+    # The reference of the last loss is the mean over the 32 examples of step 59, by numpy.
     before, _ = loop(train.init(PROBLEM.params, optax.sgd(1.0), jax.random.key(4)), 59)
     indices = law.sample(jax.random.key(4), 59).indices.tolist()
     examples = jax.tree.map(lambda *leaves: np.stack(leaves), *[source[i] for i in indices])
@@ -243,8 +244,8 @@ def test_the_largest_n(make):
     np.testing.assert_allclose(metrics.loss[-1], losses.mean(), rtol=1e-4)
 
 
-def test_statistics_pass_through():
-    """A running mean of x over ghost batches, as with data on the device."""
+def test_statistics_are_those_with_data_on_the_device():
+    """The statistics are a running mean of x over ghost batches."""
 
     def with_mean(params, batch, model_state):
         return loss_vector_fn(params, batch), 0.9 * model_state + 0.1 * batch["x"].mean(0)
@@ -266,12 +267,12 @@ def make(source=None, law=LAWS["sgd"], **options):
 
 
 def examples(wrong, at=7):
-    """Ten examples, the one at 7 of another kind."""
+    """Ten examples, of which the one at 7 is of another kind."""
     return [{f"leaf_{j}": wrong if i == at else np.zeros(3) for j in range(60)} for i in range(10)]
 
 
 ALL_TEN = noise.sgd(10, 10)
-# The argument's name, a call, and what is said to be wrong with it.
+# The name of the argument, a call, and what the message says is wrong with it.
 MISTAKES = [
     ("source", lambda: make(3), "got int"),
     ("prefetch", lambda: make()(start(), 1, prefetch=np.uint8(0)), "at least 1, got 0"),
@@ -305,15 +306,15 @@ class TestBadInput:
         source = streaming.ArraySource(DATA) if source is None else source
         return streaming.make_loop(loss_vector_fn, OPTIMIZER, law, source, **options)
 
-    def test_dense_noise(self):
+    def test_dense_laws_are_refused(self):
         with pytest.raises(ValueError, match=r"law must list the examples that it uses.*got cov"):
             self.make(noise.cov(N, 20))
 
-    def test_another_number_of_examples(self):
+    def test_the_law_must_be_for_the_number_of_examples(self):
         with pytest.raises(ValueError, match="num_examples = 100, but source has 203"):
             self.make(noise.sgd(100, 20))
 
-    def test_types(self):
+    def test_arguments_of_wrong_types_are_refused(self):
         with pytest.raises(TypeError, match=r"law must be a noise\.MNoise, got .* int"):
             self.make(3)
         with pytest.raises(TypeError, match="source must have __len__ and __getitem__"):
@@ -321,29 +322,29 @@ class TestBadInput:
         with pytest.raises(TypeError, match=r"sharding must be a jax\.sharding\.NamedSharding"):
             self.make(sharding="data")
 
-    def test_integers_that_jax_would_cut(self):
+    def test_integers_that_jax_would_cut_are_refused(self):
         source = streaming.ArraySource({**DATA, "id": np.full(203, 2**40)})
         with pytest.raises(ValueError, match="source must hold integers that fit int32"):
             self.make(source=source)(start(), 1)
 
-    def test_sizes(self):
+    def test_sizes_must_be_at_least_one(self):
         with pytest.raises(ValueError, match="microbatch_size must be at least 1"):
             self.make(microbatch_size=0)
         for name in ("prefetch", "num_threads"):
             with pytest.raises(ValueError, match=f"{name} must be at least 1"):
                 self.make()(start(), 1, **{name: 0})
 
-    def test_axes_that_disagree(self):
-        with pytest.raises(ValueError, match="leading"):
+    def test_arrays_must_share_the_leading_axis(self):
+        with pytest.raises(ValueError, match="share the leading axis, got 3 at"):
             streaming.ArraySource({"x": np.zeros((3, 2)), "y": np.zeros(4)})
 
-    def test_examples_that_do_not_stack(self):
+    def test_examples_must_have_the_same_shape(self):
         ragged = [{"x": np.zeros(5 + (i == 7), np.float32), "y": np.float32(1)} for i in range(10)]
         loop = self.make(noise.sgd(10, 10), ragged)
         with pytest.raises(ValueError, match=r"source\[7\] has float32\[6\] at example\['x'\]"):
             loop(start(), 1)
 
-    def test_a_batch_that_is_too_short(self):
+    def test_a_batch_that_is_too_short_is_refused(self):
         class Short(streaming.ArraySource):
             def read_batch(self, indices):
                 return super().read_batch(indices[:-1])
@@ -351,7 +352,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"must return 20 examples.*got 19"):
             self.make(source=Short(DATA))(start(), 1)
 
-    def test_what_reading_raises_is_raised(self):
+    def test_errors_of_reading_are_raised(self):
         class Broken(streaming.ArraySource):
             def read_batch(self, indices):
                 raise OSError("the disk is gone")
@@ -359,7 +360,7 @@ class TestBadInput:
         with pytest.raises(OSError, match="the disk is gone"):
             self.make(source=Broken(DATA))(start(), 3)
 
-    def test_a_state_outlives_reading_that_fails(self):
+    def test_the_state_stays_usable_when_reading_fails(self):
         class Flaky(streaming.ArraySource):
             reads = 0
 
@@ -369,6 +370,7 @@ class TestBadInput:
                     raise OSError("for once")
                 return super().read_batch(indices)
 
+        # The failed run has made steps by then, but not with the arrays of the caller's state.
         loop = self.make(source=Flaky(DATA))
         state = start()
         with pytest.raises(OSError, match="for once"):
@@ -380,11 +382,11 @@ class TestBadInput:
     def test_messages_name_the_argument_and_are_short(self, name, call, wrong):
         assert_told(call, name, wrong)
 
-    def test_num_steps(self):
+    def test_num_steps_out_of_range(self):
         with pytest.raises(ValueError, match="num_steps must be between 1 and 2147483647, got 0"):
             self.make()(start(), 0)
 
-    def test_without_grain(self, monkeypatch):
+    def test_without_grain_the_error_states_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "grain", None)
         with pytest.raises(ImportError, match=r"pip install 'msgd-jax\[streaming\]'"):
             self.make()

@@ -1,6 +1,6 @@
-"""Nothing that is drawn here coincides with what a user draws from the same key.
+"""Draws of the library are independent of everything that a user draws from the same key.
 
-Standard errors of a correlation of n independent pairs are 1/sqrt(n). The keys are fixed.
+A correlation of n independent pairs has a standard error of 1/sqrt(n). The keys are fixed.
 """
 
 import itertools
@@ -24,14 +24,14 @@ def words(keys):
 
 
 def keys_of_a_user(key):
-    """What split and fold_in make of a key, and of what they make."""
+    """The key itself, its children by `split` and `fold_in`, and the children of these."""
     children = [jax.random.split(key, 50), jax.vmap(jax.random.fold_in, (None, 0))(key, np.r_[:50])]
     grandchildren = [jax.vmap(lambda k: jax.random.split(k, 20))(keys).ravel() for keys in children]
     return [key.reshape(1), *children, *grandchildren]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_keys_of_streams_are_nobody_elses(impl):
+def test_keys_of_streams_are_none_of_a_users(impl):
     key = jax.random.key(7, impl=impl)
     steps = jnp.arange(50)
     ours = [words(derive(key, stream)[None]) for stream in Stream]
@@ -43,7 +43,7 @@ def test_keys_of_streams_are_nobody_elses(impl):
 
 
 def draws_of_a_user(key, size):
-    """[kinds, size]: numbers that a user draws from a key, its children, or at a step."""
+    """Numbers that a user may draw from a key, its children, or at a step: [kinds, size]."""
     first, second = jax.random.split(key)
     keys = [key, first, second, jax.random.fold_in(key, 2), jax.random.fold_in(first, 0)]
     kinds = [jax.random.normal, jax.random.uniform, jax.random.rademacher]
@@ -51,20 +51,20 @@ def draws_of_a_user(key, size):
         kind(jax.random.clone(key), (size,)).astype(jnp.float32)
         for kind, key in itertools.product(kinds, keys)
     ]
-    # A subset as users draw it: a large number for the examples that it holds.
+    # A subset of the examples as users draw it: those that are in it have a 1.
     orders = [jax.random.permutation(jax.random.clone(key), size) for key in keys]
     subsets = [jnp.zeros(size).at[order[: -(-size // 5)]].set(1) for order in orders]
     return jnp.stack(drawn + subsets)
 
 
 def correlations(draw, size, num_keys, impl):
-    """Of ``draw(key)`` [size] with each kind of `draws_of_a_user`, in standard errors."""
+    """Correlations of ``draw(key)`` with `draws_of_a_user`, in standard errors: [kinds]."""
 
     def pair(seed):
         key = jax.random.key(seed, impl=impl)
         return draw(key), draws_of_a_user(jax.random.clone(key), size)
 
-    # A loop, since keys of other kinds than threefry promise nothing under vmap.
+    # This is a loop, since keys of implementations other than threefry may differ under vmap.
     ours, theirs = jax.jit(lambda: jax.lax.map(pair, jnp.arange(num_keys)))()
     ours = np.asarray(ours, np.float64).ravel()
     theirs = np.asarray(theirs, np.float64).swapaxes(0, 1).reshape(-1, ours.size)
@@ -99,7 +99,7 @@ def test_an_untagged_draw_would_be_seen():
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("size", [50, 3000])
 def test_permutations_are_independent_of_a_users(size, impl):
-    """Two random permutations agree at one place on average, with variance 1."""
+    """Two independent permutations agree at one position on average, with variance 1."""
 
     def agreements(seed):
         key = jax.random.key(seed, impl=impl)
@@ -114,8 +114,8 @@ def test_permutations_are_independent_of_a_users(size, impl):
     assert np.abs(z).max() < bound(z.size)
 
 
-def test_one_key_for_parameters_and_noise_is_harmless():
-    """The recipe of every training script: the key that made the parameters goes on to train."""
+def test_one_key_may_be_used_for_parameters_and_noise():
+    """Many scripts draw the parameters from a key, and then train with it."""
     key = jax.random.key(0)
     start = jax.random.normal(jax.random.split(key)[0], (500,))
     weights = noise.fisher(500, 10).sample(key, 0).values
@@ -157,7 +157,7 @@ def test_a_step_of_any_integer_type_is_that_step(law, dtype):
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("size", [100, 5000])
-def test_positions_of_any_integer_type(size, dtype):
+def test_positions_may_be_integers_of_any_type(size, dtype):
     key = jax.random.key(0)
     expected = noise.permute(key, jnp.arange(5), size)
     assert len(set(expected.tolist())) == 5
@@ -170,8 +170,8 @@ def test_positions_of_any_integer_type(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-def test_micro_batches_of_any_integer_type(dtype):
-    """500 examples in micro-batches of 100, which int8 cannot add up."""
+def test_sizes_of_micro_batches_may_be_integers_of_any_type(dtype):
+    """There are 500 examples in micro-batches of 100, which int8 cannot add up."""
     losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
     x, weights = jnp.linspace(0, 1, 500), noise.cov(500, 10).sample(jax.random.key(0), 0)
     size = dtype.type(100)
@@ -185,7 +185,7 @@ def test_micro_batches_of_any_integer_type(dtype):
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-def test_indices_of_any_integer_type(dtype):
+def test_indices_may_be_integers_of_any_type(dtype):
     with jax.enable_x64(True):
         indices = jnp.asarray([3, 99, 3], dtype)
     weights = noise.Weights(jnp.asarray([0.5, 0.25, 0.25], jnp.float32), indices, 5000)
@@ -202,19 +202,19 @@ def test_indices_of_any_integer_type(dtype):
     ids=repr,
 )
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-def test_what_is_no_step_is_refused(law, step):
+def test_steps_out_of_range_are_refused(law, step):
     with pytest.raises(ValueError, match="step must be between 0 and"):
         law.sample(jax.random.key(0), step)
 
 
 @pytest.mark.usefixtures("user_errors")
 @pytest.mark.parametrize("indices", [[0, 5], [-1, 2], np.asarray([0, 2**40])], ids=str)
-def test_indices_outside_are_refused(indices):
+def test_indices_out_of_range_are_refused(indices):
     with pytest.raises(ValueError, match=r"indices must be in \[0, 5\), got values from"):
         noise.Weights(jnp.ones(2), np.asarray(indices), 5)
 
 
-def test_traced_indices_outside_count_for_nothing():
+def test_traced_indices_out_of_range_count_for_nothing():
     @jax.jit
     def dense(indices):
         return noise.Weights(jnp.ones(3), indices, 4).dense()
@@ -249,7 +249,7 @@ def test_laws_compare_by_value(name):
 
 
 def test_close_scales_are_different_laws():
-    """Their names, which are for people, are the same."""
+    """They have the same name, which is for people."""
     law, other = noise.rademacher(5, 1.0), noise.rademacher(5, 1.0 + 1e-9)
     assert law.name == other.name
     assert law != other

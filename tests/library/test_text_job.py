@@ -1,4 +1,4 @@
-"""A real job from end to end, which goes on with the same bits after it was killed."""
+"""A job like those of users, from end to end: it continues with the same bits after a kill."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from tests.support import text_job
 
 
 @pytest.mark.slow
-def test_a_transformer_that_was_killed_goes_on_with_the_same_bits(tmp_path):
+def test_a_killed_transformer_continues_with_the_same_bits(tmp_path):
     kept, alone = tmp_path / "kept", tmp_path / "alone"
     kept.mkdir()
     alone.mkdir()
@@ -32,5 +32,5 @@ def test_a_transformer_that_was_killed_goes_on_with_the_same_bits(tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(got, want)
-    # It also learns: the loss falls by at least a quarter from the entropy of 128 letters.
+    # It also learns: the loss falls by a quarter, from that of guessing among 128 letters.
     assert np.mean(losses[-5:]) < 0.75 * all_losses[0]

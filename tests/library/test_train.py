@@ -38,7 +38,7 @@ def _bytes(x):
 
 
 def test_steps_follow_the_recursion():
-    """Three steps against theta - eta G W with momentum, written out in numpy's float64."""
+    """The reference is theta - eta G W with momentum, written out in numpy's float64."""
     state, metrics = LOOP(start(), PROBLEM.data, 3)
     law = noise.cov(100, 10)
     params = {k: np.asarray(v, np.float64) for k, v in PROBLEM.params.items()}
@@ -79,7 +79,7 @@ def test_resuming_from_an_orbax_checkpoint_changes_no_bit(tmp_path):
     assert identical(resumed, straight)
 
 
-def test_loop_is_compiled_once_for_any_number_of_steps():
+def test_the_loop_is_compiled_once_for_any_number_of_steps():
     traces = []
 
     def counting(state, data):
@@ -93,10 +93,10 @@ def test_loop_is_compiled_once_for_any_number_of_steps():
         assert metrics.loss.shape == (num_steps,)
     before = len(traces)
     loop(state, PROBLEM.data, 2)
-    assert len(traces) == before <= 3  # shapes, loop body; never again
+    assert len(traces) == before <= 3  # traced for the shapes and for the loop, and never again
 
 
-def test_loop_agrees_with_single_compiled_steps():
+def test_the_loop_agrees_with_single_compiled_steps():
     state, _ = LOOP(start(), PROBLEM.data, 6)
     single = start()
     step = jax.jit(STEP, donate_argnums=0)
@@ -106,18 +106,18 @@ def test_loop_agrees_with_single_compiled_steps():
         np.testing.assert_allclose(state.params[leaf], expected, rtol=1e-5)
 
 
-def test_donation_deletes_nothing_of_the_callers():
+def test_donation_deletes_no_array_of_the_caller():
     params = jax.tree.map(jnp.copy, PROBLEM.params)
     model_state, key = jnp.zeros(3), jax.random.key(0)
     state = train.init(params, OPTIMIZER, key, model_state)
     LOOP(state, PROBLEM.data, 2)
     for leaf in jax.tree.leaves((params, model_state, key)):
         assert not leaf.is_deleted()
-    assert state.params["w"].is_deleted()  # and donation did take place
+    assert state.params["w"].is_deleted(), "nothing was donated"
 
 
 class Keeps(NamedTuple):
-    """A state that holds what it was given, as those of many optimizers do."""
+    """A state that holds the parameters that it was given, as those of many optimizers do."""
 
     first: Any
     again: Any
@@ -144,7 +144,7 @@ def buffers(tree) -> list[int]:
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_every_leaf_of_a_state_is_an_array_of_its_own(wrap):
-    """Also what is the caller's, what an optimizer's state keeps, and a constant it has twice."""
+    """Arrays of the caller, and what an optimizer keeps or has twice, are copied."""
     optimizer, params = keeps_parameters(), jax.tree.map(jnp.copy, PROBLEM.params)
     model_state = {"mean": params["w"], "count": 0, "rate": 0.1}
     state = wrap(lambda p, a: train.init(p, optimizer, jax.random.key(0), a))(params, model_state)
@@ -157,7 +157,7 @@ def test_every_leaf_of_a_state_is_an_array_of_its_own(wrap):
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, Keeps(**kept))
 
 
-def test_a_state_keeps_its_places():
+def test_a_state_keeps_its_shardings():
     mesh = jax.make_mesh((8,), ("model",))
     places = {
         "w": NamedSharding(mesh, PartitionSpec("model")),
@@ -172,8 +172,8 @@ def test_a_state_keeps_its_places():
             assert tree[name].sharding.is_equivalent_to(place, tree[name].ndim)
 
 
-def test_the_loop_of_the_docstring_is_compiled_once():
-    """Its parameter is ``jnp.asarray(1.0)``, of a weak type; that of its updates is not."""
+def test_a_loop_from_a_weakly_typed_parameter_is_compiled_once():
+    """The parameter ``jnp.asarray(1.0)`` has a weak type, and its updates have not."""
     losses = loss.per_example(lambda theta, x: (theta - x) ** 2)
     x, optimizer, traces = jnp.asarray([0.0, 1.0, 3.0, 4.0]), optax.sgd(0.1), []
     step = train.make_step(losses, optimizer, noise.sgd(4, 2))
@@ -192,7 +192,7 @@ def test_the_loop_of_the_docstring_is_compiled_once():
 
 
 def test_an_optimizer_that_returns_numbers_is_compiled_once():
-    """From its second step on a weak type would come in where a strong one did."""
+    """Otherwise, from the second step on, a weak type would come in where a strong one did."""
     optimizer = optax.GradientTransformation(
         lambda params: jnp.zeros(()), lambda updates, state, params=None: (updates, 0.5)
     )
@@ -225,7 +225,10 @@ def test_an_optimizer_that_returns_numbers_is_compiled_once():
     ],
 )
 def test_gradient_norms_neither_overflow_nor_underflow(dtype, scale, num):
-    """L = g . theta: the norm of g, whose numbers are rounded once in this type."""
+    """The reference is the norm of g in float64, where the loss is g . theta.
+
+    The numbers of g are rounded once to the type.
+    """
     g = jnp.full(num, scale, dtype).at[0].mul(-2)
     params = {"a": jnp.zeros(num, dtype), "b": jnp.zeros((), dtype)}
     step = jax.jit(
@@ -238,13 +241,13 @@ def test_gradient_norms_neither_overflow_nor_underflow(dtype, scale, num):
     np.testing.assert_allclose(metrics.gradient_norm, expected, rtol=rtol)
 
 
-def test_gradients_that_are_nan_have_such_a_norm():
+def test_the_norm_of_a_gradient_with_nan_is_nan():
     assert np.isnan(_dtypes.norm({"a": jnp.asarray([1.0, np.nan]), "b": jnp.ones(3)}))
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_numbers_of_every_integer_type(dtype):
-    """100 examples in runs of 7: an int8 cannot hold what is reckoned with them."""
+def test_options_may_be_integers_of_any_type(dtype):
+    """An int8 cannot hold the numbers that are computed for 100 examples in micro-batches of 7."""
     step = train.make_step(loss_vector_fn, OPTIMIZER, noise.gd(100), microbatch_size=dtype(7))
     loop = train.make_loop(step, max_steps=dtype(3))
     state, metrics = loop(start(), PROBLEM.data, dtype(2))
@@ -252,7 +255,7 @@ def test_numbers_of_every_integer_type(dtype):
     assert metrics.loss.shape == (2,)
 
 
-def test_seeds_are_vmapped():
+def test_seeds_may_be_mapped():
     seeds = jnp.arange(4)
     states = jax.vmap(start)(seeds)
     loop = train.make_loop(jax.vmap(STEP, in_axes=(0, None)), max_steps=5)
@@ -278,7 +281,7 @@ def test_statistics_are_part_of_the_state():
 
 @jax.tree_util.register_pytree_node_class
 class Statistics:
-    """A container of the user's, without ``__eq__``."""
+    """A container of a user, which has no ``__eq__``."""
 
     def __init__(self, mean, count):
         self.mean, self.count = mean, count
@@ -291,7 +294,7 @@ class Statistics:
         return cls(*leaves)
 
 
-def test_statistics_in_a_class_of_the_users():
+def test_statistics_may_be_in_a_class_of_the_user():
     def with_count(params, batch, old):
         return loss_vector_fn(params, batch), Statistics(0.5 * old.mean, old.count + 1)
 
@@ -313,7 +316,7 @@ def test_an_equinox_model_that_is_partitioned_trains():
     assert metrics.loss[-5:].mean() < 0.5 * metrics.loss[0]
 
 
-def test_optimizers_that_take_the_value():
+def test_optimizers_are_given_the_value():
     optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1))
     step = jax.jit(train.make_step(loss_vector_fn, optimizer, noise.gd(100)))
     state = train.init(PROBLEM.params, optimizer, jax.random.key(0))
@@ -338,32 +341,32 @@ def one_step(optimizer=SGD, losses=loss_vector_fn, law=None, state=(), data=None
 @pytest.mark.usefixtures("user_errors")
 class TestBadInput:
     @pytest.mark.parametrize("num_steps", [0, -1, 21])
-    def test_num_steps(self, num_steps):
+    def test_num_steps_out_of_range(self, num_steps):
         with pytest.raises(
             ValueError, match=f"num_steps must be between 1 and 20, got {num_steps}"
         ):
             LOOP(start(), PROBLEM.data, num_steps)
 
-    def test_max_steps(self):
+    def test_max_steps_out_of_range(self):
         with pytest.raises(ValueError, match="max_steps must be between 1 and 2147483647, got 0"):
             train.make_loop(STEP, max_steps=0)
 
-    def test_integer_params(self):
+    def test_integer_params_are_refused(self):
         with pytest.raises(TypeError, match=r"params\['n'\] must be floating point.*int32"):
             train.init({"n": jnp.ones((), jnp.int32)}, OPTIMIZER, jax.random.key(0))
 
     @pytest.mark.parametrize("key", [None, 0, np.zeros(2, np.uint32)])
-    def test_keys(self, key):
+    def test_wrong_keys_are_refused(self, key):
         with pytest.raises(TypeError, match="key must be a typed PRNG key"):
             train.init(PROBLEM.params, OPTIMIZER, key)
 
-    def test_lookahead_with_plain_parameters(self):
+    def test_lookahead_with_plain_parameters_is_refused_with_advice(self):
         optimizer = optax.lookahead(SGD, 2, 0.5)
         with pytest.raises(AttributeError) as caught:
             one_step(optimizer)
         assert "optax.LookaheadParams.init_synced(params)" in caught.value.__notes__[0]
 
-    def test_noise(self):
+    def test_weights_in_place_of_a_law_are_refused(self):
         weights = noise.gd(3).sample(jax.random.key(0), 0)
         with pytest.raises(TypeError, match=r"law must be a noise\.MNoise or .*Weights"):
             train.make_step(loss_vector_fn, OPTIMIZER, weights)

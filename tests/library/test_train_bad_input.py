@@ -1,4 +1,4 @@
-"""Mistakes in training: each message names the argument and what is wrong, and is short."""
+"""Mistakes in training have short messages that name the argument and what is wrong."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def narrower(params, batch, model_state):
     return loss_vector_fn(params, batch), new
 
 
-# The argument's name, a call, and what is said to be wrong with it.
+# The name of the argument, a call, and what the message says is wrong with it.
 MISTAKES: list[tuple[str, Any, str]] = [
     ("params['f']", lambda: init({"f": jnp.tanh, "w": jnp.ones(2)}), "equinox.partition"),
     ("params", lambda: init(MODEL), "equinox.is_inexact_array"),

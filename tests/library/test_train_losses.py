@@ -1,4 +1,4 @@
-"""Keys, statistics and extra outputs in training: train, transform, streaming, of one step."""
+"""Keys, statistics and extra outputs in training, by `train`, `streaming` and `transform`."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ FLAGS = {"has_state": True, "has_aux": True, "has_keys": True}
 
 
 def everything(theta, batch, state, keys):
-    """Dropout of the inputs, a count of the micro-batches, two outputs."""
+    """Losses with dropout of the inputs, a count of the micro-batches, and two outputs."""
     masks = jax.vmap(lambda key: jax.random.bernoulli(key, 0.7, (3,)))(keys)
     scores = (batch * masks) @ theta
     outputs = loss.Outputs({"kept": masks.mean(1)}, {"norm": jnp.linalg.norm(theta)})
@@ -27,6 +27,7 @@ def everything(theta, batch, state, keys):
 
 
 def masks(step: int) -> np.ndarray:
+    """The masks of all examples at a step, drawn one by one: [N, 3]."""
     keys = [derive(KEY, Stream.LOSSES, step, i) for i in range(N)]
     return np.asarray([jax.random.bernoulli(key, 0.7, (3,)) for key in keys])
 
@@ -45,8 +46,8 @@ def make_step(**settings):
     [{}, {"microbatch_size": 2}, {"sharding": spread(4)}],
     ids=["all", "runs", "devices"],
 )
-def test_a_loop_reports_outputs_and_what_the_user_adds(settings):
-    """Against the masks and the weights of each step, drawn one by one."""
+def test_a_loop_reports_outputs_and_metrics_of_the_user(settings):
+    """The reference draws the masks and the weights of each step by themselves."""
 
     def more(of):
         return {
@@ -79,7 +80,7 @@ def test_a_loop_reports_outputs_and_what_the_user_adds(settings):
     assert int(state.model_state) == 4 * (3 if "microbatch_size" in settings else 1)
 
 
-def test_stopping_and_going_on_changes_no_bit():
+def test_stopping_changes_no_bit_of_parameters_and_outputs():
     loop = train.make_loop(make_step(microbatch_size=2), max_steps=6)
     straight, metrics = loop(start(), X, 6)
     state, first = loop(start(), X, 2)
@@ -89,7 +90,7 @@ def test_stopping_and_going_on_changes_no_bit():
     jax.tree.map(np.testing.assert_array_equal, both, jax.tree.map(np.asarray, metrics.aux))
 
 
-def test_seeds_are_vmapped():
+def test_seeds_may_be_mapped():
     step = make_step(metrics_fn=lambda of: of.weights.indices)
     states = jax.vmap(start)(jnp.arange(3))
     states, metrics = jax.jit(jax.vmap(step, in_axes=(0, None)))(states, X)
@@ -100,8 +101,8 @@ def test_seeds_are_vmapped():
         np.testing.assert_allclose(metrics.aux.averaged["kept"][seed], alone.aux.averaged["kept"])
 
 
-def test_line_searches_ask_at_the_keys_of_the_step():
-    """Where the search was told another loss, its first value would not be that of the step."""
+def test_line_searches_are_given_the_loss_with_the_keys_of_the_step():
+    """With other keys, the loss at the same parameters would not be that of the step."""
 
     def update(updates, state, params=None, *, value, value_fn, **_):
         return updates, (value, value_fn(params))
@@ -116,7 +117,7 @@ def test_line_searches_ask_at_the_keys_of_the_step():
     assert int(state.model_state) == 2
 
 
-def test_examples_that_are_read_have_the_keys_of_their_numbers():
+def test_streamed_examples_have_the_keys_of_their_numbers():
     source = streaming.ArraySource(np.asarray(X))
     loop = streaming.make_loop(everything, SGD, LAW, source, microbatch_size=2, **FLAGS)
     read = loop(start(), 3)
@@ -132,8 +133,8 @@ LIKE = loss.Outputs({"kept": jnp.zeros(())}, {"norm": jax.ShapeDtypeStruct((1,),
 IN_STATE = {"model_state": jnp.zeros((), jnp.int32), "aux": LIKE, "has_keys": True}
 
 
-def test_a_chain_takes_the_steps_of_train():
-    """The same parameters, statistics and outputs, in a scan: the state keeps its structure."""
+def test_a_chain_makes_the_steps_of_train():
+    """Parameters, statistics and outputs agree. The scan needs a state of a fixed structure."""
     optimizer = transform.with_noise(SGD, LAW, KEY, **IN_STATE)
 
     def update(carry, _):
@@ -150,8 +151,8 @@ def test_a_chain_takes_the_steps_of_train():
 
 
 @pytest.mark.parametrize("options", [{"has_keys": True}, {}])
-def test_msgd_and_masks(options):
-    """Half of the parameters behind a mask: the loss function still gets its keys."""
+def test_a_loss_behind_a_mask_gets_its_keys(options):
+    """The mask hides one of two parameters from the transformation."""
 
     def losses(params, batch, *keys):
         assert len(keys) == len(options)
@@ -205,5 +206,5 @@ MISTAKES = [
 
 @pytest.mark.usefixtures("user_errors")
 @pytest.mark.parametrize(("name", "call", "wrong"), MISTAKES, ids=[m[2] for m in MISTAKES])
-def test_mistakes(name, call, wrong):
+def test_messages_name_the_argument_and_are_short(name, call, wrong):
     assert_told(call, name, wrong, hides_frames=True)

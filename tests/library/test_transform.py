@@ -1,4 +1,4 @@
-"""One table of transformations through shared contract tests."""
+"""What every transformation must do: these tests run over the table of transformations."""
 
 import chex
 import jax

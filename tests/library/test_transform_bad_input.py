@@ -1,4 +1,4 @@
-"""Mistakes around the transformations, and what eager updates compile and keep."""
+"""Mistakes with the transformations, and what updates outside of `jax.jit` compile and keep."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_a_second_eager_update_compiles_nothing(make, options):
         arguments = (optax.sgd(0.1), *arguments)
     tx = make(*arguments, **options)
     _, state = fast_update(tx, tx.init(PROBLEM.params), PROBLEM.params)
-    _, state = fast_update(tx, state, PROBLEM.params)  # its state comes from a program
+    _, state = fast_update(tx, state, PROBLEM.params)  # the state is now one that a program made
     with compilations() as seen:
         fast_update(tx, state, PROBLEM.params)
     assert len(seen) == 0
@@ -49,8 +49,8 @@ def test_a_second_eager_update_compiles_nothing(make, options):
     assert len(seen) > 0
 
 
-def test_what_is_traced_is_not_kept(monkeypatch):
-    """A loss that holds a traced array, in an eager call after it and before it."""
+def test_functions_that_hold_traced_arrays_are_not_kept(monkeypatch):
+    """Eager calls come before and after one whose loss holds a traced array."""
     made = []
     original = loss.evaluated
 
@@ -108,7 +108,7 @@ def always(step):
     return step >= 0
 
 
-# The argument's name, a call, and what is said to be wrong with it, or what to do.
+# The name of the argument, a call, and what the message says is wrong with it, or what to do.
 MISTAKES = [
     ("law", lambda: noisy(law="sgd"), "of type str"),
     ("key", lambda: noisy(key=jax.random.split(fresh_key())), "a single key"),
@@ -187,17 +187,17 @@ class TestBadInput:
         self.kwargs = {"loss_vector_fn": loss_vector_fn, "data": PROBLEM.data}
 
     @pytest.mark.parametrize("missing", ["loss_vector_fn", "data", "params"])
-    def test_missing_arguments(self, missing):
+    def test_missing_arguments_are_named(self, missing):
         kwargs = {**self.kwargs, "params": PROBLEM.params}
         del kwargs[missing]
         with pytest.raises(ValueError, match=f"multiplicative_noise needs {missing}"):
             self.tx.update((), self.state, **kwargs)
 
-    def test_a_gradient_passed_in_is_not_discarded_silently(self):
+    def test_a_gradient_in_place_of_an_empty_tree_is_refused(self):
         with pytest.raises(ValueError, match=r"pass \(\) and put it first in the chain"):
             self.tx.update(PROBLEM.params, self.state, PROBLEM.params, **self.kwargs)
 
-    def test_multi_steps_around(self):
+    def test_multi_steps_around_the_noise_is_refused(self):
         for tx in (self.tx, transform.msgd(0.1, NOISE, fresh_key())):
             around = optax.MultiSteps(tx, 2)
             state = around.init(PROBLEM.params)
@@ -205,7 +205,7 @@ class TestBadInput:
             with pytest.raises(ValueError, match=r"MultiSteps .* cannot go around it"):
                 around.update(zeros, state, PROBLEM.params, **self.kwargs)
 
-    def test_multi_steps_around_the_aggregator(self):
+    def test_multi_steps_around_the_aggregator_is_refused(self):
         around = optax.MultiSteps(transform.aggregate_per_example(NOISE, fresh_key()), 2)
         state = around.init(PROBLEM.params)
         gradients = per_example_gradients(PROBLEM.params)
@@ -218,12 +218,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="full_params=params"):
             tx.update(PROBLEM.params, state, PROBLEM.params, **self.kwargs)
 
-    def test_integer_params(self):
+    def test_integer_params_are_refused(self):
         params = {"w": jnp.ones(5), "b": jnp.ones((), jnp.int32)}
         with pytest.raises(TypeError, match=r"params\['b'\].*int32"):
             self.tx.update((), self.state, params, **self.kwargs)
 
-    def test_noise_for_another_number_of_examples(self):
+    def test_the_law_must_be_for_the_number_of_examples(self):
         tx = transform.multiplicative_noise(noise.sgd(101, 10), fresh_key())
         with pytest.raises(ValueError, match=r"num_examples = 101.*100 examples"):
             tx.update((), self.state, PROBLEM.params, **self.kwargs)
@@ -231,7 +231,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "make", [transform.multiplicative_noise, transform.aggregate_per_example]
     )
-    def test_noise_and_key(self, make):
+    def test_wrong_laws_and_keys_are_refused(self, make):
         with pytest.raises(TypeError, match=r"law must be a noise\.MNoise or .* str"):
             make("fisher", fresh_key())
         with pytest.raises(TypeError, match=r"key must be a typed PRNG key.*got None"):
@@ -240,13 +240,13 @@ class TestBadInput:
             make(NOISE, jax.random.PRNGKey(0))
 
     def test_averaged_gradients_are_refused(self):
-        """Also where the leading axes agree by accident: checked against params, leaf by leaf."""
+        """They are refused even where the leading axes of two leaves happen to agree."""
         tx = transform.aggregate_per_example(noise.fisher(4, 1), fresh_key())
         params = {"w": jnp.ones((4, 3)), "b": jnp.ones(4)}
         with pytest.raises(ValueError, match=r"updates\['b'\], got \(4,\).*averaged already"):
             tx.update(params, tx.init(params), params)
 
-    def test_aggregator_without_params(self):
+    def test_the_aggregator_needs_params(self):
         tx = transform.aggregate_per_example(NOISE, fresh_key())
         gradients = per_example_gradients(PROBLEM.params)
         with pytest.raises(ValueError, match="aggregate_per_example needs params"):
@@ -257,7 +257,7 @@ class TestBadInput:
         assert_told(call, name, wrong, hides_frames=True)
 
     @pytest.mark.parametrize("value", [-0.1, float("nan")])
-    def test_hyperparameters(self, value):
+    def test_hyperparameters_out_of_range(self, value):
         with pytest.raises(ValueError, match="learning_rate must be finite and at least 0"):
             transform.msgd(value, NOISE, fresh_key())
         with pytest.raises(ValueError, match="momentum must be finite and at least 0"):

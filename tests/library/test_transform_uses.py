@@ -1,4 +1,4 @@
-"""What the transformations add up to, and what they compose with."""
+"""The updates of the transformations, by dense algebra, and what they compose with."""
 
 import chex
 import flax.linen
@@ -23,11 +23,11 @@ from tests.support.transforms import (
     fresh_key,
 )
 
-# The two routes, and what they add up to ----------------------------------------------------------
+# The updates --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(ROWS))
-def test_both_routes_give_the_same_update(name):
+def test_one_backward_pass_and_aggregation_give_the_same_update(name):
     law = ROWS[name].make(100, 10)
     fast = transform.multiplicative_noise(law, fresh_key())
     slow = transform.aggregate_per_example(law, fresh_key())
@@ -38,7 +38,7 @@ def test_both_routes_give_the_same_update(name):
         assert_trees_close(a, b)
 
 
-def test_update_is_the_gradient_matrix_times_the_weights_of_the_step():
+def test_updates_are_the_gradient_matrix_times_the_weights_of_the_step():
     tx = transform.multiplicative_noise(NOISE, fresh_key())
     state = tx.init(PROBLEM.params)
     for step in range(3):
@@ -53,7 +53,7 @@ def test_update_is_the_gradient_matrix_times_the_weights_of_the_step():
 
 @pytest.mark.parametrize(("momentum", "nesterov"), [(None, False), (0.9, False), (0.9, True)])
 def test_msgd_is_sgd_on_the_noisy_gradient(momentum, nesterov):
-    """Against the recursion written out in numpy's float64."""
+    """The reference is the recursion, written out in numpy's float64."""
     tx = transform.msgd(0.5, NOISE, fresh_key(), momentum=momentum, nesterov=nesterov)
     params, state = PROBLEM.params, tx.init(PROBLEM.params)
     expected = {k: np.asarray(v, np.float64) for k, v in params.items()}
@@ -70,7 +70,7 @@ def test_msgd_is_sgd_on_the_noisy_gradient(momentum, nesterov):
     assert_trees_close(params, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_value_is_read_with_optax_tree():
+def test_the_value_is_found_by_optax_tree_get():
     tx = optax.chain(transform.multiplicative_noise(NOISE, fresh_key()), optax.adam(1e-3))
     state = tx.init(PROBLEM.params)
     assert float(optax.tree.get(state, "value")) == np.inf
@@ -86,7 +86,7 @@ def test_bfloat16_params_get_bfloat16_updates():
         update, _ = row.update(tx, tx.init(problem.params), problem.params, problem)
         chex.assert_trees_all_equal_dtypes(update, problem.params)
         exact, _ = row.update(tx, tx.init(PROBLEM.params), PROBLEM.params)
-        for leaf in exact:  # bfloat16 has 8 bits; the problem itself is rounded too
+        for leaf in exact:  # bfloat16 has 8 bits, and the problem itself is rounded too
             scale = np.abs(exact[leaf]).max()
             difference = np.asarray(update[leaf], np.float32) - exact[leaf]
             assert np.abs(difference).max() < 0.05 * max(scale, 0.1)
@@ -97,7 +97,7 @@ def test_bfloat16_params_get_bfloat16_updates():
 MASK = {"w": True, "b": False}
 
 
-def test_masked_fast_path_replaces_the_selected_leaves_only():
+def test_masked_noise_replaces_the_selected_leaves_only():
     tx = optax.masked(transform.multiplicative_noise(NOISE, fresh_key()), MASK)
     passed = {"w": jnp.zeros(5), "b": jnp.full((), 3.0)}
     update, _ = tx.update(
@@ -115,7 +115,7 @@ def test_masked_fast_path_replaces_the_selected_leaves_only():
 
 
 def test_masked_aggregators_can_split_the_parameters():
-    """Noisy weights, noiseless bias: two masked aggregators in one chain."""
+    """Of two masked aggregators in one chain, one adds noise for "w", the other none for "b"."""
     flipped = {name: not selected for name, selected in MASK.items()}
     tx = optax.chain(
         optax.masked(transform.aggregate_per_example(NOISE, fresh_key()), MASK),
@@ -129,7 +129,7 @@ def test_masked_aggregators_can_split_the_parameters():
 
 
 def test_partition_gives_each_group_its_own_optimizer():
-    """Noisy gradients for w; the updates passed in, under another learning rate, for b."""
+    """For "w" there are noisy gradients; for "b", the updates that were given."""
     noisy = optax.chain(transform.multiplicative_noise(NOISE, fresh_key()), optax.sgd(1.0))
     tx = optax.partition({"noisy": noisy, "plain": optax.sgd(2.0)}, {"w": "noisy", "b": "plain"})
     passed = {"w": jnp.zeros(5), "b": jnp.full((), 3.0)}
@@ -147,8 +147,8 @@ def test_partition_gives_each_group_its_own_optimizer():
     assert float(update["b"]) == -6.0
 
 
-def test_aggregator_in_optax_process():
-    """Per-example clipping before the noise, sgd behind it, as optax composes aggregators."""
+def test_the_aggregator_works_in_optax_process():
+    """Gradients are clipped per example before the noise, and optax's sgd comes behind it."""
     clip = jax.vmap(lambda gradient: optax.projections.projection_l2_ball(gradient, 0.5))
     tx = optax.experimental.aggregating.process(
         optax.stateless(lambda gradients, _: clip(gradients)),
@@ -162,7 +162,7 @@ def test_aggregator_in_optax_process():
     np.testing.assert_allclose(update["w"], -w @ gradients["w"], rtol=1e-4, atol=1e-6)
 
 
-def test_injected_learning_rate_can_be_changed():
+def test_an_injected_learning_rate_can_be_changed():
     make = optax.inject_hyperparams(transform.msgd, static_args=("law", "key"))
     tx = make(learning_rate=0.1, law=NOISE, key=fresh_key())
     state = tx.init(PROBLEM.params)
@@ -172,7 +172,7 @@ def test_injected_learning_rate_can_be_changed():
     assert_trees_close(jax.tree.map(lambda x: 2 * x, small), large)
 
 
-def test_multi_steps_behind_averages_noisy_gradients():
+def test_multi_steps_behind_the_noise_averages_noisy_gradients():
     inner = transform.multiplicative_noise(NOISE, fresh_key())
     tx = optax.chain(inner, optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation())
     state = tx.init(PROBLEM.params)
@@ -207,7 +207,7 @@ def flax_cases():
 
 @pytest.mark.parametrize("flavour", ["linen", "nnx"])
 def test_flax_models_train(flavour):
-    """On linearly separable data the mean loss halves, and both routes agree at the first step."""
+    """On linearly separable data, the mean loss halves; the first step agrees with aggregation."""
     ((_, params, apply),) = [case for case in flax_cases() if case[0] == flavour]
 
     def loss_fn(params, example):
@@ -234,17 +234,17 @@ def test_flax_models_train(flavour):
     assert float(losses(params, PROBLEM.data).mean()) < 0.5 * before
 
 
-def test_nnx_optimizer_drives_the_fast_path():
+def test_an_optimizer_of_nnx_takes_the_transformation():
     model = NnxModel(nnx.Rngs(0))
     tx = transform.msgd(0.5, noise.fisher(100, 10), fresh_key())
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     graphdef, start = nnx.split(model)
-    start = jax.tree.map(jnp.copy, start)  # the model's own variables are about to change
+    start = jax.tree.map(jnp.copy, start)  # the update below changes the variables of the model
     losses = loss.per_example(
         lambda state, e: jax.nn.softplus(-e["y"] * nnx.merge(graphdef, state)(e["x"]))
     )
     expected, _ = tx.update((), tx.init(start), start, loss_vector_fn=losses, data=PROBLEM.data)
-    # nnx.Optimizer hands the transformation plain arrays in the structure of the model's state.
+    # `nnx.Optimizer` gives the transformation plain arrays, in the structure of the model's state.
     optimizer.update(
         model,
         None,

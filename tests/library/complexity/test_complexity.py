@@ -1,4 +1,4 @@
-"""Local complexities against closed forms, float64 trust regions and enumeration."""
+"""Local complexities against closed forms, trust regions in float64, and enumeration."""
 
 import itertools
 import math

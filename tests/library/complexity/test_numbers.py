@@ -211,6 +211,7 @@ def quadratic(theta, batch):
 
 @pytest.mark.parametrize("num_steps", [0, 1, 20])
 def test_an_ascent_leaves_a_critical_point(num_steps):
+    """Even without a step, it ends at the supremum, which is known for `quadratic`."""
     x = jnp.asarray(DATA[:, 0])
     law = complexity.rademacher(32)
     found = of_problem(

@@ -51,6 +51,7 @@ def test_products_are_those_of_the_dense_matrix(name, microbatch_size):
 
 @pytest.mark.usefixtures("x64")
 def test_damped_solves_by_conjugate_gradients_are_dense_solves():
+    """The operator is added to another one, S + 0.1 I, and solved for a vector of ones."""
     problem = problems.regression(N, dtype=jnp.float64)
     right = {"w": jnp.ones(5), "b": jnp.asarray(1.0)}
 
@@ -109,6 +110,7 @@ MIXED = [
 @pytest.mark.parametrize(("first", "second", "tolerance", "wide"), MIXED)
 @pytest.mark.usefixtures("x64")
 def test_parameters_of_several_types_have_a_matrix(first, second, tolerance, wide, microbatch_size):
+    """The matrix has a type wide enough for all leaves, and products have the type of each leaf."""
     problem = problems.regression(N, dtype=jnp.float64)
     params = {"w": problem.params["w"].astype(first), "b": problem.params["b"].astype(second)}
 

@@ -88,11 +88,13 @@ def test_constants_keep_their_bits_beside_statistics():
 
     state = {"count": jnp.asarray(0), "frozen": loss.Constants(FROZEN)}
     law, optimizer = noise.cov(N, 3), optax.sgd(0.1)
+    # Statistics are updated by `train`, and the constants beside them are not.
     step = train.make_step(losses, optimizer, law, has_state=True, microbatch_size=4)
     loop = train.make_loop(step, max_steps=5)
     after, _ = loop(train.init(jnp.ones(4), optimizer, KEY, state), X, 5)
     assert int(after.model_state["count"]) == 5 * N
     assert bits(after.model_state["frozen"]) == bits(FROZEN)
+    # The transformation makes the same steps, and keeps the bits too.
     chain = transform.with_noise(optimizer, law, KEY, model_state=state, microbatch_size=4)
     params, kept = jnp.ones(4), chain.init(jnp.ones(4))
     for _ in range(5):
@@ -103,6 +105,7 @@ def test_constants_keep_their_bits_beside_statistics():
 
 
 def test_constants_are_arguments_of_the_program():
+    """The arguments have more bytes than those of a step whose loss closes over the array."""
     big = {"w": jnp.ones((400, 400))}
 
     def losses(params, batch, state):

@@ -213,6 +213,7 @@ def test_a_loss_vector_has_the_keys_of_step_0(settings):
 
 
 def test_the_key_of_a_loss_vector_is_an_argument_of_the_program():
+    """Loss vectors with two keys are traced once, and have the values of each key."""
     fn = loss.per_example(dropped_out, has_keys=True)
     data = (jnp.asarray(X, jnp.float32), jnp.asarray(Y, jnp.float32))
     losses = loss.LossVector(fn, data, key=KEY)

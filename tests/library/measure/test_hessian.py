@@ -1,4 +1,4 @@
-"""Products with the Hessian, its trace and its spectrum, against float64 numpy and ARPACK."""
+"""Products with the Hessian, its trace and its spectrum, against numpy's float64 and ARPACK."""
 
 import subprocess
 import sys
@@ -16,6 +16,8 @@ from tests.support.noisy import D, N, dense, problem, within
 from tests.support.statistics import assert_agree
 
 KEY = jax.random.key(0)
+# The largest Ritz value after 1 to 6 steps from a vector of ones, the trace, and the squared norm,
+# which were computed elsewhere.
 TOP = [0.3798561552, 0.8258199997, 1.1634571455, 1.2185969319, 1.2212340329, 1.2212341177]
 TRACE, NORM2 = -0.6067437141177827, 5.372995044630875
 
@@ -25,7 +27,7 @@ TRACE, NORM2 = -0.6067437141177827, 5.372995044630875
 
 @pytest.mark.parametrize("microbatch_size", [None, 7])
 @pytest.mark.usefixtures("x64")
-def test_products_of_mean_and_weighted_losses(microbatch_size):
+def test_products_with_hessians_of_mean_and_weighted_losses_are_dense_ones(microbatch_size):
     losses, params = problem(jnp.float64, leaves=True, microbatch_size=microbatch_size)
     vector = {"a": jnp.ones((2, 1)), "b": jnp.arange(4.0)}
     flat = np.concatenate([leaf.ravel() for leaf in vector.values()])
@@ -41,7 +43,7 @@ def test_products_of_mean_and_weighted_losses(microbatch_size):
 
 
 @pytest.mark.usefixtures("x64")
-def test_as_a_lineax_operator():
+def test_the_hessian_is_a_symmetric_operator_of_lineax():
     losses, params = problem(jnp.float64, leaves=True)
     operator = measure.hessian_operator(losses, params)
     assert lineax.is_symmetric(operator)
@@ -49,7 +51,7 @@ def test_as_a_lineax_operator():
     np.testing.assert_allclose(operator.as_matrix(), dense().h, rtol=1e-10, atol=1e-12)
 
 
-def test_without_lineax_the_error_says_what_to_install():
+def test_without_lineax_the_error_states_what_to_install():
     script = (
         "import sys; sys.modules['lineax'] = None\n"
         "from msgd_jax import measure\n"
@@ -61,8 +63,8 @@ def test_without_lineax_the_error_says_what_to_install():
 
 
 @pytest.mark.parametrize(("kind", "variance"), [("rademacher", 9.964), ("gaussian", 10.746)])
-def test_trace_and_norm_by_probes(kind, variance):
-    """The standard error itself to 10 %, 4.5 of its own at K = 2000."""
+def test_probes_estimate_the_trace_and_the_norm(kind, variance):
+    """The standard error must be right to 10 %, which is 4.5 of its own from 2,000 probes."""
     losses, params = problem()
     found = measure.hessian_trace(losses, params, KEY, num_probes=2000, kind=kind)
     within(found.trace, TRACE, comparisons=2)
@@ -74,13 +76,13 @@ def test_trace_and_norm_by_probes(kind, variance):
 
 
 @pytest.mark.usefixtures("x64")
-def test_ritz_values_from_a_given_start_are_those_checked():
+def test_ritz_values_from_a_given_start_have_the_known_values():
     losses, params = problem(jnp.float64)
     product = measure.hessian_product(losses, params)
     for steps, wanted in ((3, TOP[2]), (6, TOP[5])):
         ritz = measure.lanczos(product, params, KEY, num_steps=steps, start=jnp.ones(D))
         assert float(ritz.values[0]) == pytest.approx(wanted, abs=2e-10)
-        # Some eigenvalue lies within the residual of every Ritz value.
+        # Every Ritz value has an eigenvalue within its residual.
         gaps = np.abs(np.asarray(ritz.values)[:, None] - np.linalg.eigvalsh(dense().h)).min(1)
         assert (gaps <= np.asarray(ritz.residuals) + 1e-10).all()
         assert float(ritz.weights.sum()) == pytest.approx(1)
@@ -89,7 +91,7 @@ def test_ritz_values_from_a_given_start_are_those_checked():
 
 
 @pytest.mark.parametrize("leaves", [False, True])
-def test_all_eigenvalues_in_float32_from_a_random_start(leaves):
+def test_as_many_steps_as_parameters_find_all_eigenvalues(leaves):
     losses, params = problem(leaves=leaves)
     ritz = measure.hessian_eigenvalues(losses, params, KEY, num_steps=D)
     np.testing.assert_allclose(ritz.values, np.linalg.eigvalsh(dense().h)[::-1], atol=3e-5)
@@ -113,15 +115,15 @@ def test_large_problems_agree_with_arpack():
 
 
 @pytest.mark.parametrize("eigenvalues", [[3.0, 3, 1, 0, 0, 0], [0.0] * 6, [2.0] * 6])
-def test_exhausted_starts_go_on_in_new_directions(eigenvalues):
-    """Repeated eigenvalues, singular matrices: all are found with their multiplicity, none NaN."""
+def test_exhausted_starts_continue_in_new_directions(eigenvalues):
+    """Eigenvalues that are repeated or zero are found with their multiplicity, and none is NaN."""
     values = jnp.asarray(eigenvalues)
     ritz = measure.lanczos(lambda v: values * v, jnp.ones(6), KEY, num_steps=6, start=jnp.ones(6))
     np.testing.assert_allclose(ritz.values, eigenvalues, atol=1e-5)
     assert np.isfinite(np.asarray(ritz.residuals)).all()
 
 
-def test_operators_of_covariances_have_eigenvalues_too():
+def test_lanczos_takes_operators_of_covariances():
     losses, params = problem(leaves=True)
     operator = covariance.sgd_covariance_operator(losses, params)
     ritz = measure.lanczos(operator.mv, params, KEY, num_steps=D)
@@ -129,7 +131,7 @@ def test_operators_of_covariances_have_eigenvalues_too():
 
 
 def test_spectral_density_has_the_moments_of_the_spectrum():
-    """Tr H / D and |H|_F^2 / D over 300 starts; mass 1."""
+    """Its first two moments are tr H / D and |H|_F^2 / D, over 300 starts, and its mass is 1."""
     values = np.linspace(-1, 2, 40) ** 3
     losses = loss.LossVector(
         loss.per_example(lambda p, x: x * (p * p) @ jnp.asarray(values / 2, jnp.float32)),
@@ -145,7 +147,7 @@ def test_spectral_density_has_the_moments_of_the_spectrum():
     mean, error = density.density(grid, width=0.3)
     assert float(np.trapezoid(mean, grid)) == pytest.approx(1, abs=1e-3)
     exact = np.exp(-((grid[:, None] - values[None]) ** 2) / 0.18).mean(1) / np.sqrt(0.18 * np.pi)
-    # A start has 10 points for 40 eigenvalues; the average over starts is what is compared.
+    # One start has only 10 points for 40 eigenvalues: the average over starts is compared.
     assert np.abs(mean - exact).max() < 0.1 * exact.max()
     assert (np.asarray(error) >= 0).all()
 
@@ -192,6 +194,6 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 @pytest.mark.usefixtures("user_errors")
-def test_mistakes_are_told(name):
+def test_messages_name_the_argument_and_are_short(name):
     call, argument, wrong = MISTAKES[name]
     assert_told(call, argument, wrong)

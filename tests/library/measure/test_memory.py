@@ -1,4 +1,7 @@
-"""The autocorrelation of gradient noise, against closed forms and exact covariances."""
+"""The autocorrelation of gradient noise, against closed forms and exact covariances.
+
+`exact` is what the law states, and `measured` comes from runs: both are held.
+"""
 
 from typing import Any
 
@@ -38,7 +41,7 @@ COLOURED = {
 
 @pytest.mark.parametrize("name", COLOURED)
 def test_coloured_noise_remembers_its_coefficients(name):
-    """Exact, and measured within its standard errors at each of 4 lags."""
+    """The autocorrelation is that of a moving average with these coefficients."""
     coefficients, wanted = COLOURED[name]
     law = noise.cov(N, 8)
     found = remembered(noise.coloured(law, coefficients) if len(coefficients) > 1 else law)
@@ -49,18 +52,22 @@ def test_coloured_noise_remembers_its_coefficients(name):
 
 
 def test_batches_of_an_epoch_repel_each_other():
-    """Five steps per epoch: -1/(N-1) of S against (N-b)/(b (N-1)), of pairs in one epoch."""
+    """An epoch has five steps, and only pairs of steps in one epoch are correlated.
+
+    The covariance of such a pair is ``-S / (N - 1)``, and that of a step
+    ``(N - b) / (b (N - 1)) S``.
+    """
     found = remembered(noise.random_reshuffling(N, 8), num_runs=1000)
     for lag in range(1, 5):
-        together = 4 * (5 - lag) / (20 - lag)  # pairs in the same epoch, per pair
+        together = 4 * (5 - lag) / (20 - lag)  # the share of pairs that are in the same epoch
         assert float(found.exact[lag]) == pytest.approx(-together * 8 / (N - 8), rel=1e-5)
     assert_agree(found.measured, found.exact, found.standard_error, slack=1e-6)
-    # It would be seen if it were not there.
+    # The standard error is small enough to see that the correlation is there.
     assert float(found.exact[1]) < -10 * float(found.standard_error[1])
 
 
-def test_momentum_remembers_by_the_power_of_the_lag():
-    """Stationary after 30 steps: mu^h, whatever the covariance; from rest it is not yet."""
+def test_momentum_remembers_like_a_power_of_the_lag():
+    """After 30 steps it is mu^lag, whatever the covariance; from rest it is less."""
     found = remembered(noise.fisher(N, 8), momentum=0.6, steps=range(30, 50))
     np.testing.assert_allclose(found.exact, 0.6 ** np.arange(5), rtol=1e-5)
     assert_agree(found.measured, found.exact, found.standard_error, slack=1e-6)
@@ -70,8 +77,8 @@ def test_momentum_remembers_by_the_power_of_the_lag():
     assert_agree(from_rest.measured, from_rest.exact, from_rest.standard_error, slack=1e-6)
 
 
-def test_exact_covariances_of_a_law_that_is_not_centred():
-    """Momentum over coloured fisher, by dense float64 algebra of all weights of all steps."""
+def test_exact_covariances_of_laws_that_are_not_centred():
+    """Momentum over coloured noise of fisher, by dense algebra of the weights of all steps."""
     law = noise.coloured(noise.fisher(N, 8), (1.0, 0.5))
     found = remembered(law, steps=range(6), max_lag=2, momentum=0.5, num_runs=2)
     rho = {0: 1.25, 1: 0.5}
@@ -83,8 +90,8 @@ def test_exact_covariances_of_a_law_that_is_not_centred():
     np.testing.assert_allclose(found.exact, np.array(wanted) / wanted[0], rtol=1e-5)
 
 
-def test_what_lies_along_the_gradient_may_remember_otherwise():
-    """Anti-correlated across the all-ones vector, white along it: by hand from G."""
+def test_noise_along_the_gradient_may_have_another_memory():
+    """The weights are anti-correlated except along the vector of ones, where they are white."""
     law = noise.sum_of(noise.coloured(noise.cov(N, 8), (1.0, -1.0)), noise.fisher(N, 8))
     found = remembered(law, steps=range(5), max_lag=1, num_runs=2)
     s = np.trace(dense().s) / 8
@@ -92,8 +99,8 @@ def test_what_lies_along_the_gradient_may_remember_otherwise():
     assert float(found.exact[1]) == pytest.approx(-s / (2 * s + fisher), rel=1e-5)
 
 
-def test_the_standard_error_of_recorded_series():
-    """White series: the spread of 200 repetitions, to 25 %."""
+def test_the_standard_error_of_recorded_series_is_the_spread_of_repetitions():
+    """For white series they agree to 25 %; the spread of 200 repetitions is known to 5 %."""
     series = jax.random.normal(KEY, (200, 30, 12, 2))
     found = jax.jit(jax.vmap(lambda x: measure.autocorrelation(x, max_lag=2)))(series)
     spread = np.std(found.measured, axis=0, ddof=1)[1:]
@@ -129,6 +136,6 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 @pytest.mark.usefixtures("user_errors")
-def test_mistakes_are_told(name):
+def test_messages_name_the_argument_and_are_short(name):
     call, argument, wrong = MISTAKES[name]
     assert_told(call, argument, wrong)

@@ -1,4 +1,4 @@
-"""The monitor of the noise scale in training, against float64 numpy and exact expectations."""
+"""The monitor of the noise scale in training, against numpy's float64 and exact expectations."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ def watched(steps, optimizer, law, **options):
 
 
 @pytest.mark.parametrize("name", ["batch_size", *LAWS])
-def test_in_train_with_accumulation_for_any_law(name):
-    """Parameters stand still, so that the truth is known."""
+def test_the_monitor_in_training_finds_the_noise_scale_for_any_law(name):
+    """The learning rate is 0, so that the parameters stay, and with them the true scale."""
     law = LAWS.get(name, noise.cov(N, 8))
     known = {"batch_size": 8} if name == "batch_size" else {"law": law}
     optimizer = optax.chain(
@@ -40,7 +40,7 @@ def test_in_train_with_accumulation_for_any_law(name):
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_monitor_is_the_pooled_ratio_of_its_groups():
+def test_the_monitor_has_the_pooled_ratio_of_its_groups():
     rows = dense().gradients[np.random.default_rng(2).integers(0, N, (10, 3, 4))].mean(-2)
     monitor = measure.noise_scale_monitor(3, batch_size=4, num_examples=N)
     state = monitor.init(jnp.zeros(D, jnp.float64))
@@ -54,15 +54,19 @@ def test_the_monitor_is_the_pooled_ratio_of_its_groups():
     wanted = measure.pooled_noise_scale(jnp.zeros(D), moments)
     found = measure.monitored_noise_scale((state, optax.EmptyState()))
     np.testing.assert_allclose(jax.tree.leaves(found), jax.tree.leaves(wanted), rtol=1e-9)
-    # What an unfinished group adds is nothing.
+    # A group that is not complete changes nothing.
     _, state = update(jnp.asarray(rows[0, 0]), state)
     after = measure.monitored_noise_scale(state)
     np.testing.assert_allclose(jax.tree.leaves(after), jax.tree.leaves(wanted), rtol=1e-9)
 
 
 @pytest.mark.usefixtures("x64")
-def test_decay_forgets_and_its_error_is_that_of_its_window():
-    """Groups of one distribution: with decay 0.9 as accurate as 19 groups, (1 + d)/(1 - d)."""
+def test_decay_forgets_and_its_standard_error_is_that_of_its_window():
+    """With decay d = 0.9, the estimate is as accurate as one from (1 + d) / (1 - d) = 19 groups.
+
+    Before the 200 groups that count, there are 50 of a much larger scale. What is left of those,
+    0.9^200 of their squares, is less than the tolerance of 2 %.
+    """
     rng = np.random.default_rng(3)
     rows = jnp.asarray(dense().gradients[rng.integers(0, N, (200, 2, 4))].mean(-2))
     monitor = measure.noise_scale_monitor(2, batch_size=4, decay=0.9)
@@ -78,8 +82,8 @@ def test_decay_forgets_and_its_error_is_that_of_its_window():
     assert trace.value == pytest.approx(np.average(single, weights=weights), rel=0.02)
 
 
-def test_in_an_existing_chain_without_accumulation():
-    """Pairs of steps: parameters stand still, and gradients pass unchanged to the optimizer."""
+def test_the_monitor_in_a_chain_changes_no_update():
+    """It pairs steps at parameters that stay, and passes gradients on as they are."""
     losses, params = problem(leaves=True)
     law = noise.sgd(N, 4)
     parts = (transform.multiplicative_noise(law, KEY), optax.sgd(0.0))

@@ -1,4 +1,4 @@
-"""Tail indices, also where no tail is heavy, against checked numbers."""
+"""Tail indices against numbers that were computed elsewhere, also where no tail is heavy."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tests.support.statistics import assert_agree, bound
 KEY = jax.random.key(0)
 
 
-def test_hill_of_worked_samples():
+def test_hill_indices_of_known_samples():
     samples = jnp.arange(1.0, 13.0)
     found = measure.hill_index(samples, num_top=3)
     assert found.estimate.value == pytest.approx(5.05294404388614, rel=1e-5)
@@ -28,19 +28,20 @@ def test_hill_of_worked_samples():
 
 
 @pytest.mark.slow
-def test_hill_beside_its_value_for_gaussians():
+def test_hill_indices_of_gaussian_and_heavy_noise():
     for share, wanted in ((2000, 4.717482130), (1000, 5.998456720), (200, 9.004106013)):
         found = measure.hill_index(projections(noise.fisher(N, 8)).noise[:, 0], num_top=share)
         assert found.without_tails == pytest.approx(wanted, rel=1e-8)
         within(found.estimate, wanted, comparisons=4)
+    # The mean of other runs was 2.40, with a spread of 0.08.
     heavy = projections(noise.student_t(N, 8, degrees_of_freedom=2.1), 10_000).noise[:, 0]
     found = measure.hill_index(heavy, num_top=1000).estimate
     assert_agree(found.value, 2.40, 0.08, comparisons=4)
-    # Ties at the top are infinite, not hidden.
+    # Ties at the top make the index infinite.
     assert measure.hill_index(jnp.ones(10), num_top=3).estimate.value == np.inf
 
 
-def test_blocks_of_worked_samples():
+def test_block_indices_of_known_samples():
     found = measure.block_index(jnp.arange(1.0, 13.0), block_size=3)
     assert found.estimate.value == pytest.approx(0.9739543539140694, rel=1e-5)
     rng = np.random.default_rng
@@ -57,8 +58,8 @@ def test_blocks_of_worked_samples():
     ids=["cov", "sgd, b = 1"],
 )
 @pytest.mark.slow
-def test_the_block_estimator_sees_heavy_tails_in_bounded_noise_and_says_so(law, vector, scalar):
-    """The limits without tails as checked (1.6095 for SGD of batch size 1), the estimates there."""
+def test_block_indices_of_bounded_noise_look_heavy_and_their_limit_says_so(law, vector, scalar):
+    """Both limits without tails were computed elsewhere, and the estimates are at the limits."""
     losses, params = problem()
     directions = jnp.eye(D)
     vectors = measure.noise_projections(
@@ -68,14 +69,14 @@ def test_the_block_estimator_sees_heavy_tails_in_bounded_noise_and_says_so(law, 
         found = measure.block_index(samples, block_size=100)
         assert found.without_tails == pytest.approx(wanted, abs=0.02)
         within(found.estimate, found.without_tails, comparisons=2)
-    # Vectors of a bounded law look heavy-tailed: far below 2, by many standard errors.
+    # Vectors of a bounded law look as if their tails were heavy: the index is far below 2.
     if vector < 2:
         found = measure.block_index(vectors, block_size=100).estimate
         assert found.value + 10 * found.standard_error < 2
 
 
-def test_the_mean_logarithm_of_gaussian_norms():
-    """The limit without tails of samples of two scales: against a simulation of the Gaussian."""
+def test_the_limit_without_tails_is_that_of_gaussian_norms():
+    """For samples of two scales; the reference simulates 400,000 Gaussian vectors."""
     signs = np.sign(np.sin(np.arange(1, 2001)))[:, None] * np.array([[1.0, 0.0]])
     other = np.sign(np.sin(3 * np.arange(1, 2001)))[:, None] * np.array([[0.0, 3.0]])
     samples = signs + other
@@ -84,13 +85,13 @@ def test_the_mean_logarithm_of_gaussian_norms():
     normal = np.random.default_rng(0).multivariate_normal([0, 0], cov, 400_000)
     logs = np.log(np.linalg.norm(normal, axis=1))
     mean, error = logs.mean(), logs.std() / np.sqrt(400_000)
-    log = np.log(10)  # of the block size, and twice that of every sample's norm
+    log = np.log(10)  # of the block size; and all samples have the squared norm 10
     low, high = (1 / (0.5 + (mean + z * error - log / 2) / log) for z in (bound(), -bound()))
     assert low < found < high
 
 
-def test_more_directions_than_samples_have_the_limit_of_those_with_noise():
-    """Columns of zeros change nothing, though the eigenvalues then come from a smaller matrix."""
+def test_directions_without_noise_do_not_change_the_limit():
+    """More directions than samples have their eigenvalues computed from another matrix."""
     samples = jnp.stack([jnp.sin(jnp.arange(40.0) * x) for x in (1.0, 2.3, 5.1)], 1)
     wide = jnp.concatenate([samples, jnp.zeros((40, 60))], 1)
     found, wanted = (measure.block_index(x, block_size=10).without_tails for x in (wide, samples))
@@ -105,6 +106,6 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 @pytest.mark.usefixtures("user_errors")
-def test_mistakes_are_told(name):
+def test_messages_name_the_argument_and_are_short(name):
     call, argument, wrong = MISTAKES[name]
     assert_told(call, argument, wrong)

@@ -1,4 +1,7 @@
-"""Projections, kurtosis, the test of Gaussianity: against exact values and checked numbers."""
+"""Projections, kurtosis and the test of Gaussianity, against exact values.
+
+Numbers of many digits were computed elsewhere.
+"""
 
 import functools
 import itertools
@@ -33,7 +36,7 @@ def projections(law, num_draws=20_000):
 
 @pytest.mark.parametrize("law", [noise.sgd(N, 8), noise.fisher(N, 8)], ids=["sgd", "fisher"])
 @pytest.mark.usefixtures("x64")
-def test_projections_are_those_of_the_gradients(law):
+def test_projections_are_those_of_the_noisy_gradients(law):
     losses, params = problem(jnp.float64, leaves=True, microbatch_size=7)
     directions = measure.random_directions(params, KEY, 3)
     flat = np.concatenate([np.asarray(x).reshape(3, -1) for x in jax.tree.leaves(directions)], 1)
@@ -79,7 +82,7 @@ EXACT = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_projected_kurtosis_is_its_exact_value(name):
-    """And the closed forms to the digits that were checked."""
+    """The closed form has the value computed elsewhere, and the estimate agrees with it."""
     law, wanted, formula = EXACT[name]
     np.testing.assert_allclose(formula(), wanted, rtol=2e-5)
     samples = projections(law).noise[:, 0]
@@ -89,16 +92,16 @@ def test_projected_kurtosis_is_its_exact_value(name):
     assert found.value == pytest.approx(stats.kurtosis(np.asarray(samples, np.float64)), abs=1e-3)
 
 
-def test_without_replacement_by_enumeration():
-    """All batches of 3 of 7, in float64."""
+def test_kurtosis_without_replacement_agrees_with_enumeration():
+    """The reference lists all batches of 3 out of 7 examples, in float64."""
     slopes = np.random.default_rng(0).normal(size=7) ** 3
     means = [np.mean(batch) for batch in itertools.combinations(slopes, 3)]
     found = measure.sgd_kurtosis(jnp.asarray(slopes, jnp.float32), 3)
     assert float(found) == pytest.approx(stats.kurtosis(means), rel=1e-4)
 
 
-def test_the_standard_error_of_a_kurtosis():
-    """Against 400 repetitions, to 15 %: four of the spread's own standard errors."""
+def test_the_standard_error_of_a_kurtosis_is_the_spread_of_repetitions():
+    """They agree to 15 %, which is four standard errors of the spread of 400 repetitions."""
     samples = jax.random.normal(jax.random.key(2), (400, 2000))
     found = jax.vmap(measure.excess_kurtosis)(samples)
     spread = np.std(found.value, ddof=1)
@@ -106,14 +109,14 @@ def test_the_standard_error_of_a_kurtosis():
     assert float(spread) == pytest.approx(np.sqrt(24 / 2000), rel=0.15)
 
 
-def test_heavy_student_has_an_infinite_kurtosis():
+def test_students_law_of_four_degrees_has_an_infinite_kurtosis():
     assert measure.student_t_kurtosis(SLOPES, 4.0).tolist() == [np.inf]
 
 
-# The test -----------------------------------------------------------------------------------------
+# The test of Gaussianity --------------------------------------------------------------------------
 
 
-def test_mardia_of_the_worked_sample_and_under_affine_maps():
+def test_mardias_kurtosis_has_the_known_value_under_affine_maps():
     t = np.arange(1, 101)[:, None]
     y = np.sin(2 * np.pi * t * np.sqrt([2, 3, 5]))
     assert float(measure.mardia_kurtosis(jnp.asarray(y, jnp.float32))) == pytest.approx(
@@ -127,7 +130,7 @@ def test_mardia_of_the_worked_sample_and_under_affine_maps():
 
 @functools.cache
 def p_values(law, tests):
-    """Of tests of 100 draws along 3 directions each."""
+    """The p-values of many tests, each of 100 draws along 3 directions."""
     losses, params = problem()
     directions = measure.random_directions(params, KEY, 3)
     found = measure.noise_projections(
@@ -140,20 +143,21 @@ def p_values(law, tests):
     return np.asarray(one(samples, jax.random.split(jax.random.key(9), tests)))
 
 
-def test_the_level_is_five_percent():
-    """800 tests of exact level 0.05, of standard error 0.0077.
+def test_the_test_has_the_level_five_per_cent():
+    """The level of the test is exact; from 800 tests it has a standard error of 0.0077.
 
-    (The asymptotic test, of level 0.029, would be 2.7 of these off: seen below by its mean.)
+    The level of the asymptotic test, 0.029, is only 2.7 of these away: the mean of the p-values,
+    which is sharper, would reject that test.
     """
     found = p_values(noise.fisher(N, 8), 800)
     error = np.sqrt(0.05 * 0.95 / 800)
     assert_agree((found <= 0.05).mean(), 0.05, error, comparisons=2)
-    # p-values are uniform on 0.05, 0.1, ... 1: their mean is 0.525, its standard error 0.0102.
+    # The p-values are uniform on 0.05, 0.1, ... 1: the standard error of their mean is 0.0102.
     assert_agree(found.mean(), 0.525, 0.0102, comparisons=2)
 
 
-def test_the_power_against_what_is_not_gaussian():
-    """SGD of batch size 1: a power of 1.00 was found."""
+def test_the_test_has_power_against_noise_that_is_not_gaussian():
+    """For SGD of batch size 1, the power is 1.00."""
     assert (p_values(noise.sgd(N, 1), 100) <= 0.05).mean() > 0.95
 
 
@@ -209,6 +213,6 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 @pytest.mark.usefixtures("user_errors")
-def test_mistakes_are_told(name):
+def test_messages_name_the_argument_and_are_short(name):
     call, argument, wrong = MISTAKES[name]
     assert_told(call, argument, wrong)

@@ -1,4 +1,4 @@
-"""The stated covariances against exact enumeration, in rational arithmetic."""
+"""The covariances that laws state, against exact enumeration in rational arithmetic."""
 
 import itertools
 from fractions import Fraction

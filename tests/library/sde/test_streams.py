@@ -164,6 +164,7 @@ def test_training_follows_the_path_for_all_types(x64, name, params, weights, tol
 
 
 def test_without_a_law_the_path_has_the_type_of_the_parameters(x64):
+    """A covariance has no type: it gives the path of the law in the type of the parameters."""
     problem, key = regression(N, dtype=jnp.float64), jax.random.key(6)
     law = noise.fisher(N, B, dtype=jnp.float64)
     ends = [
