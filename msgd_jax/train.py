@@ -144,7 +144,10 @@ def _own(name: str, tree: PyTree) -> PyTree:
     """
 
     def copy(path: KeyPath, leaf: ArrayLike) -> Array:
-        dtype = _validate.leaf_dtype(_validate.place(name, path), leaf)
+        place = _validate.place(name, path)
+        dtype = _validate.leaf_dtype(place, leaf)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"{place} must be an array, got a shape without values: {leaf}.")
         if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             return jnp.copy(jax.random.clone(leaf))
         return jnp.array(leaf, jax.dtypes.canonicalize_dtype(dtype), copy=True)

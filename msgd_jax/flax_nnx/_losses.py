@@ -101,10 +101,9 @@ def _with_signature(loss_vector_fn: LossVectorFn, takes: loss_lib.Takes) -> Loss
 
 def _check_not_drawn(model: Any, rngs: Any) -> None:
     """Raises TypeError if a module has drawn from its streams."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.RngState))
-    now = dict(zip(flat.paths, flat.leaves, strict=True))
+    now = dict(_parts.variables(nnx.state(model, nnx.RngState)))
     for path, given in _parts.variables(rngs):
-        if now[path].get_value() is not given.get_value():
+        if not _parts.is_same(now[path], given):
             raise TypeError(
                 f"loss_fn must not draw from {_parts.named(path[:-1], given)} with of_batch=True: "
                 "its keys would be the same at each step and for all examples. Give a loss of one "

@@ -1,6 +1,7 @@
 """A module of NNX, taken apart and put together."""
 
 import dataclasses
+import operator
 from typing import Any
 
 import jax
@@ -44,15 +45,17 @@ class Parts:
     def after(self, module: Any, carried: Carried) -> Carried:
         """The module's statistics after a loss was computed; raises if a frozen part changed."""
         # Variables that the call creates (`sow`) are dropped: only those from before are read.
-        flat = nnx.to_flat_state(nnx.state(module))
-        now = dict(zip(flat.paths, flat.leaves, strict=True))
+        now = dict(variables(nnx.state(module)))
+        for path, given in (*variables(carried.stats), *variables(carried.frozen.arrays)):
+            if path not in now:
+                raise TypeError(f"loss_fn must not delete {named(path, given)}, nor replace it.")
         for path, given in variables(carried.frozen.arrays):
-            if now[path].get_value() is not given.get_value():
+            if not is_same(now[path], given):
                 raise TypeError(
                     f"loss_fn must not change {named(path, given)}, which is frozen: statistics "
-                    f"that change are given to trainable as mutable={type(given).__name__}."
+                    f"that change are given to trainable as mutable={kind_of(given)}."
                 )
-        stats = [now[path].get_value() for path, _ in variables(carried.stats)]
+        stats = [value_of(now[path]) for path, _ in variables(carried.stats)]
         return carried._replace(stats=_with_values(carried.stats, stats))
 
 
@@ -73,25 +76,55 @@ def taken_apart(module: Any, filters: tuple[Any, ...]) -> tuple[Params, Carried,
     return params, Carried(stats, loss_lib.Constants(frozen)), graph, rngs
 
 
+def checked_filter(name: str, given: Any) -> Any:
+    """The NNX filter as a predicate; raises TypeError if it is none."""
+    try:
+        return nnx.filterlib.to_predicate(given)
+    except (TypeError, ValueError):  # the latter since flax fails to format its own message
+        raise TypeError(
+            f"{name} must be an NNX filter, such as nnx.Param or nnx.PathContains('head'), or "
+            f"None, got {_validate.shown(given)}."
+        ) from None
+
+
 def variables(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
     """The variables of a state with their paths, in one fixed order."""
     flat = nnx.to_flat_state(state)
     return list(zip(flat.paths, flat.leaves, strict=True))
 
 
-def _with_values(state: Any, values: list[Array]) -> Any:
+def value_of(leaf: Any) -> Any:
+    """The value of a variable, a pytree; an array that no variable holds is its own value."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two variables hold the same arrays, as objects: nothing was written into one."""
+    leaves, others = (jax.tree.leaves(value_of(x)) for x in (one, other))
+    return len(leaves) == len(others) and all(map(operator.is_, leaves, others))
+
+
+def _with_values(state: Any, values: list[Any]) -> Any:
     """A state like `state`, in new variables with the given values."""
-    new = [(path, x.replace(v)) for (path, x), v in zip(variables(state), values, strict=True)]
+    new = [
+        (path, x.replace(value) if isinstance(x, nnx.Variable) else value)
+        for (path, x), value in zip(variables(state), values, strict=True)
+    ]
     return nnx.from_flat_state(new)
 
 
-def named(path: tuple[Any, ...], variable: Any) -> str:
-    return f"{'.'.join(map(str, path))} ({type(variable).__name__})"
+def kind_of(leaf: Any) -> str:
+    """The NNX filter of a leaf's kind, as a user writes it."""
+    return "jax.Array" if isinstance(leaf, jax.Array) else type(leaf).__name__
+
+
+def named(path: tuple[Any, ...], leaf: Any) -> str:
+    return f"{'.'.join(map(str, path))} ({kind_of(leaf)})"
 
 
 def streams_of(rngs: Any, key: Key[Array, ""], has_keys: bool) -> tuple[Any, tuple[Array, ...]]:
     """The streams of a module, started from an example's key, and a tuple of keys for the loss."""
-    values = [x.get_value() for _, x in variables(rngs)]
+    values = [value_of(x) for _, x in variables(rngs)]
     is_key = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in values]
     if not any(is_key):
         return rngs, (key,) * has_keys

@@ -105,6 +105,9 @@ def trainable(
     in the `model_state`. Other layers with statistics must take means along the axis `EXAMPLES`, or
     need `of_batch`.
 
+    *Parameters* that a loss writes into, as `nnx.SpectralNorm` does, have these values for the rest
+    of the call only: an optimizer alone changes them.
+
     *Frozen parts* are the `nnx.Param` that `wrt` leaves out. They are in the `model_state` too, in
     a `loss.Constants`: they are not copied into compiled programs, have no gradient, and never
     change.
@@ -131,8 +134,9 @@ def trainable(
 
     Raises:
         ImportError: if flax is not installed (``pip install 'msgd-jax[flax]'``).
-        TypeError: if `module` is not an `nnx.Module`, `loss_fn` is not a function, or a parameter
-            is not floating point; when traced, if a frozen variable is changed, or if with
+        TypeError: if `module` is not an `nnx.Module`, `loss_fn` is not a function, `wrt`, `mutable`
+            or `frozen` is not an NNX filter, or a parameter is not floating point; when traced, if
+            a frozen variable is changed, a variable that is not trained is deleted, or with
             `of_batch` the loss draws from a stream.
         ValueError: if `wrt` picks no variables, or a variable of the module is neither trained, nor
             mutable, nor frozen; when traced, if the losses or `aux` have a wrong shape, or
@@ -164,10 +168,11 @@ def trainable(
         raise ImportError("flax_nnx.trainable needs flax: pip install 'msgd-jax[flax]'.") from error
     _validate.function("loss_fn", loss_fn)
     wrt = nnx.Param if wrt is None else wrt
-    mutable = nnx.BatchStat if mutable is None else mutable
-    frozen = nnx.Param if frozen is None else nnx.Any(nnx.Param, frozen)
-    # A variable belongs to the first filter that takes it: `frozen` gets what `wrt` leaves out.
-    filters = (nnx.RngState, wrt, mutable, frozen)
+    trained = _parts.checked_filter("wrt", wrt)
+    changing = _parts.checked_filter("mutable", nnx.BatchStat if mutable is None else mutable)
+    kept = _parts.checked_filter("frozen", frozen)  # of None, nothing
+    # A variable belongs to the first filter that takes it: the last gets what `wrt` leaves out.
+    filters = (nnx.RngState, trained, changing, nnx.Any(nnx.Param, kept))
     params, carried, graph, rngs = _parts.taken_apart(module, filters)
     if not jax.tree.leaves(params):
         raise ValueError(f"wrt must pick variables of the module to train, {wrt} picks none.")

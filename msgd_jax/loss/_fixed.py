@@ -1,5 +1,6 @@
 """Losses at fixed keys and fixed statistics, so that L is a function of the parameters only."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,7 +71,10 @@ def at_fixed(
     shown = ["..." if has else None for has in (takes.has_state, takes.has_keys)]
     hint = "model_state={} and key={} say".format(*shown)
     _outputs.check_takes(loss_vector_fn, takes, hint)
-    state = () if stateless else (jax.tree_util.tree_map_with_path(_state_leaf, model_state),)
+    if not stateless:
+        checked = functools.partial(_state_leaf, sharding)
+        model_state = jax.tree_util.tree_map_with_path(checked, model_state)
+    state = () if stateless else (model_state,)
     if key is not None:
         _validate.prng_key("key", key)
         data = with_keys(data, key, sharding)
@@ -78,17 +82,26 @@ def at_fixed(
     return loss_vector_fn, data, state
 
 
-def _state_leaf(path: KeyPath, leaf: Any) -> Any:
+def _state_leaf(sharding: NamedSharding | None, path: KeyPath, leaf: Any) -> Any:
     """A checked leaf of the statistics, in host memory if its layout is a part of its type.
 
     The losses read the statistics from outside, which `jax.shard_map` allows of such arrays only.
     """
-    _validate.leaf_dtype(_validate.place("model_state", path), leaf)
-    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
+    place = _validate.place("model_state", path)
+    _validate.leaf_dtype(place, leaf)
+    if not isinstance(leaf, jax.Array):
         return leaf
     layout = jax.typeof(leaf).sharding
     if layout.mesh.empty or AxisType.Explicit not in layout.mesh.axis_types:
         return leaf
+    if isinstance(leaf, Tracer):
+        if sharding is None:
+            return leaf
+        raise ValueError(
+            f"{place} must not be traced while it is on a mesh with explicit axes, since the "
+            "examples are spread: make the LossVector outside of jax.jit, and give it to the "
+            "compiled function as an argument, or use a mesh with axes of type AxisType.Auto."
+        )
     readable = leaf.is_fully_addressable or leaf.is_fully_replicated
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return np.asarray(leaf) if readable and not is_key else leaf

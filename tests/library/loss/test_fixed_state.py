@@ -174,6 +174,22 @@ class TestBadInput:
         losses = loss.LossVector(in_training_mode, X, model_state=STATE)
         told(lambda: METHODS[name](losses), "must be in evaluation mode")
 
+    @pytest.mark.parametrize("wrap", [jax.jit, jax.grad], ids=["jit", "grad"])
+    def test_traced_statistics_on_an_explicit_mesh(self, wrap):
+        sharding = spread(jax.sharding.AxisType.Explicit)
+        state = jax.device_put(STATE, jax.NamedSharding(sharding.mesh, jax.P()))
+
+        def mean(state, **options):
+            return loss.LossVector(normalised, X, model_state=state, **options).mean(PARAMS)
+
+        told(
+            lambda: wrap(lambda state: mean(state, sharding=sharding))(state),
+            r"model_state\['mean'\] must not be traced while it is on a mesh with explicit axes",
+        )
+        jax.jit(wrap(mean))(state)  # as long as the examples are not spread
+        made = loss.LossVector(normalised, X, model_state=state, sharding=sharding)
+        close(jax.jit(lambda losses: losses.mean(PARAMS))(made), closed().mean(PARAMS))
+
     @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
     def test_training_mode_is_seen_inside_jit_and_checkpoint(self, wrap):
         losses = loss.LossVector(wrap(in_training_mode), X, model_state=STATE, microbatch_size=5)
