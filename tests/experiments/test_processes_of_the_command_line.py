@@ -58,7 +58,8 @@ for number, (arguments, environment) in enumerate(json.loads(sys.argv[1])):
 def environment(**changes):
     plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
     paths = {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
-    return plain | paths | {"XLA_FLAGS": ""} | changes
+    one_device = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    return plain | paths | {"XLA_FLAGS": one_device} | changes
 
 
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

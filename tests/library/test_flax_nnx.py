@@ -79,6 +79,7 @@ class Masks(nnx.Module):
         return self.drop(self.w[...])[index] + 4.0 * self.again(self.w[...])[index]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "settings",
     [
@@ -236,6 +237,7 @@ def test_a_part_may_be_picked_by_its_path():
 # There and back ----------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 def test_a_run_that_was_saved_goes_on_with_the_same_bits():
     model = pretrained(norm=True, drop=True)
     net = flax_nnx.trainable(model, cross_entropy, wrt=nnx.LoRAParam)

@@ -232,6 +232,7 @@ def test_one_program_per_size():
     assert not names
 
 
+@pytest.mark.optimized
 def test_killed_and_resumed_to_the_bit():
     """Given the same batches: the counter of the steps is in the state."""
     optimizer = optax.adam(0.1)
@@ -248,6 +249,7 @@ def test_killed_and_resumed_to_the_bit():
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("size", [16, 12])
 @pytest.mark.parametrize("devices", [2, 8])
 def test_the_weights_are_the_same_on_any_number_of_devices(size, devices):

@@ -73,6 +73,7 @@ class Recorder(streaming.ArraySource):
         return super().read_batch(indices)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 8}], ids=["whole", "micro-batches"])
 @pytest.mark.parametrize("name", LAWS)
 def test_same_bits_as_with_data_on_the_device(name, options):

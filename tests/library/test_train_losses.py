@@ -79,6 +79,7 @@ def test_a_loop_reports_outputs_and_what_the_user_adds(settings):
     assert int(state.model_state) == 4 * (3 if "microbatch_size" in settings else 1)
 
 
+@pytest.mark.optimized
 def test_stopping_and_going_on_changes_no_bit():
     loop = train.make_loop(make_step(microbatch_size=2), max_steps=6)
     straight, metrics = loop(start(), X, 6)

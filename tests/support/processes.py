@@ -18,7 +18,7 @@ def free_address() -> str:
 @contextlib.contextmanager
 def processes(*commands: list[str], devices: int = 4):
     """Python processes with so many devices each; none is left behind."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     started = [
         subprocess.Popen(

@@ -181,6 +181,7 @@ def test_data_that_come_to_be_more_are_seen():
         assert found.draws.shape == (2,)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["rademacher", "gaussian", "sgd", "cov"])
 def test_a_draw_has_the_same_bits_in_any_program(name):
     n = 1000

@@ -188,6 +188,7 @@ def scaled(p):
 PLACES = [looked_up, taken, rematerialised, mapped, looped, in_a_branch, scanned, activated, scaled]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("place", PLACES, ids=lambda f: f.__name__)
 def test_wherever_in_a_program(place):
     """A thousand equal terms: 256 or so in bfloat16. XLA sums some of these well by itself."""

@@ -99,6 +99,7 @@ def test_the_path_of_the_first_iteration_is_not_the_initial_parameters():
         assert abs(np.corrcoef(drawn, increments)[0, 1]) < 0.16
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 @pytest.mark.parametrize("substeps", [1, 8])
 def test_float32_increments_are_the_same_bits_with_x64(impl, substeps):
