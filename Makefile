@@ -30,18 +30,20 @@ demo: $(VENV)/.experiments
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=10
 
-# Whatever takes long and is tested more quickly, if less broadly, above.
+# Whatever takes long and is tested more quickly, if less broadly, above. Programs are compiled as
+# users' are, which `make test` does where bits are compared: tests/conftest.py says why.
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # Which lines of the library the tests of the library run, those of `make test`.
 coverage: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/library msgd_jax --cov=msgd_jax
 
-# The same tests with the oldest versions that pyproject.toml allows, in an environment of its own.
+# The tests of `make test`, compiled as users' programs are, with the oldest versions that
+# pyproject.toml allows, in an environment of its own.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.test
-	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # The compilers of TPUs and H100s need no chip, but an environment of their own.
 test-pods: .venv-pods/.pods-ready

@@ -59,7 +59,8 @@ def environment(**changes):
     """The environment variables of a process, without wishes for colours unless they are given."""
     plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
     paths = {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
-    return plain | paths | {"XLA_FLAGS": ""} | changes
+    one_device = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    return plain | paths | {"XLA_FLAGS": one_device} | changes
 
 
 # A locale in which only ASCII can be printed.

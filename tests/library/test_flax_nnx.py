@@ -83,6 +83,7 @@ class Masks(nnx.Module):
         return self.drop(self.w[...])[index] + 4.0 * self.again(self.w[...])[index]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "settings",
     [
@@ -243,6 +244,7 @@ def test_a_part_may_be_picked_by_its_path():
 # Saving, and writing back ------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 def test_a_saved_run_continues_with_the_same_bits():
     model = pretrained(norm=True, drop=True)
     net = flax_nnx.trainable(model, cross_entropy, wrt=nnx.LoRAParam)

@@ -236,6 +236,7 @@ def test_a_size_of_batches_compiles_once():
     assert not names
 
 
+@pytest.mark.optimized
 def test_a_saved_run_continues_with_the_same_bits():
     """The state has the counter of steps, so that the same batches get the same weights."""
     optimizer = optax.adam(0.1)
@@ -252,6 +253,7 @@ def test_a_saved_run_continues_with_the_same_bits():
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("size", [16, 12])
 @pytest.mark.parametrize("devices", [2, 8])
 def test_the_weights_are_the_same_on_any_number_of_devices(size, devices):

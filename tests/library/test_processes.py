@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import optax
+import pytest
 
 from msgd_jax import noise, train
 from tests.library.test_sharding import assert_is_dense_gradient
@@ -24,6 +25,7 @@ def both(task: str, folder) -> None:
             assert process.returncode == 0, output
 
 
+@pytest.mark.optimized
 def test_two_processes_use_the_bits_of_one_device(tmp_path):
     """Weights agree bit for bit, gradients up to rounding: `assert_is_dense_gradient`."""
     both("weights", tmp_path)

@@ -34,6 +34,7 @@ def weights_used(law: noise.MNoise, step: int, **settings) -> jax.Array:
     return jax.jit(f)(jnp.ones(law.num_examples), examples, KEY, step)[1]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", list(ROWS))
 def test_eight_devices_use_the_weights_of_one(name):
     """Copies of the last example fill up the parts, and must add nothing to its weight."""
@@ -41,6 +42,7 @@ def test_eight_devices_use_the_weights_of_one(name):
     assert_same_bits(weights_used(law, 3, sharding=spread(8)), law.sample(KEY, 3).dense())
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["cov", "bernoulli", "sparse_cov"])

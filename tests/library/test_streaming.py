@@ -74,6 +74,7 @@ class Recorder(streaming.ArraySource):
         return super().read_batch(indices)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 8}], ids=["whole", "micro-batches"])
 @pytest.mark.parametrize("name", LAWS)
 def test_training_has_the_bits_of_training_with_data_on_the_device(name, options):

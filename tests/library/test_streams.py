@@ -122,6 +122,7 @@ def test_one_key_may_be_used_for_parameters_and_noise():
     assert abs(np.corrcoef(start, weights)[0, 1]) < bound() / np.sqrt(500)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("size", [6, 1500])
 @pytest.mark.parametrize("name", ROWS)
 def test_the_x64_flag_changes_no_draw(name, size):

@@ -12,6 +12,7 @@ import pytest
 from tests.support import text_job
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_a_killed_transformer_continues_with_the_same_bits(tmp_path):
     kept, alone = tmp_path / "kept", tmp_path / "alone"

@@ -80,6 +80,7 @@ def test_a_loop_reports_outputs_and_metrics_of_the_user(settings):
     assert int(state.model_state) == 4 * (3 if "microbatch_size" in settings else 1)
 
 
+@pytest.mark.optimized
 def test_stopping_changes_no_bit_of_parameters_and_outputs():
     loop = train.make_loop(make_step(microbatch_size=2), max_steps=6)
     straight, metrics = loop(start(), X, 6)

@@ -22,7 +22,7 @@ def processes(*commands: list[str], devices: int = 4):
 
     All of the processes are dead when the block is left, by an error too.
     """
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     started = [
         subprocess.Popen(

@@ -181,6 +181,7 @@ def test_a_changed_number_of_examples_is_seen():
         assert found.draws.shape == (2,)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["rademacher", "gaussian", "sgd", "cov"])
 def test_a_draw_has_the_same_bits_in_any_program(name):
     n = 1000

@@ -37,6 +37,7 @@ def test_draws_are_uncorrelated_with_the_weights_of_the_same_step():
     assert abs(np.corrcoef(*pair)[0, 1]) < bound() / np.sqrt(5000)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("shape", [(7,), (7, 1500)], ids=str)
 def test_the_x64_flag_changes_no_draw(shape):
     factor = np.random.default_rng(0).normal(size=shape).astype(np.float32)

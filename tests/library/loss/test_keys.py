@@ -54,6 +54,7 @@ LAWS = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "settings",
     [
@@ -75,6 +76,7 @@ def test_an_example_has_one_key_wherever_it_is_computed(name, settings):
         np.testing.assert_array_equal(found, weights * expected_numbers(step))
 
 
+@pytest.mark.optimized
 def test_an_example_has_one_key_in_any_order_of_the_micro_batches():
     def with_count(theta, batch, count, keys):
         return reads_keys(theta, batch, keys), count + 1

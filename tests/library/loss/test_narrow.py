@@ -191,6 +191,7 @@ def scaled(p):
 PLACES = [looked_up, taken, rematerialised, mapped, looped, in_a_branch, scanned, activated, scaled]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("place", PLACES, ids=lambda f: f.__name__)
 def test_wide_sums_are_found_wherever_they_are_in_a_program(place):
     """The gradient is a mean of a thousand ones, of which a sum in bfloat16 counts about 256.

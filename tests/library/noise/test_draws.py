@@ -137,6 +137,7 @@ def ulps(a, b) -> int:
     return int(np.abs(a - b).max())
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("name", "n", "b"), cases((1000, 50)))
 def test_same_draw_under_jit_and_vmap(name, n, b):
     law = ROWS[name].make(n, b)

@@ -98,6 +98,7 @@ def test_the_drift_agrees_with_dense_algebra(x64, microbatch_size):
 
 
 class TestBrownianIncrements:
+    @pytest.mark.optimized
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
     def test_coarse_increments_are_sums_of_fine_ones_to_the_last_bit(self, x64, dtype):
         draw = functools.partial(sde.brownian_increments, jax.random.key(1), 3, 1000, dtype=dtype)
@@ -222,6 +223,7 @@ class TestEulerMaruyama:
         for name, leaf in state.params.items():
             np.testing.assert_allclose(path.params[name][0], leaf, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.optimized
     def test_a_path_is_continued_to_the_last_bit(self):
         problem, law = regression(N), noise.cov(N, B)
         options = {"learning_rate": 0.2, "key": jax.random.key(10), "substeps": 4}

@@ -107,6 +107,7 @@ def test_the_first_increments_are_uncorrelated_with_initial_parameters():
         assert abs(np.corrcoef(drawn, increments)[0, 1]) < most
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 @pytest.mark.parametrize("substeps", [1, 8])
 def test_float32_increments_are_the_same_bits_with_x64(impl, substeps):
