@@ -109,7 +109,7 @@ COMPILE :=
 $(VENV)/.test $(VENV)/.benchmarks: COMPILE = -@$(BIN)/python -m experiments.models
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-$(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs $(VENV)/.package $(VENV)/.pods: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS) $(wildcard experiments/models/_conv_cpu.*)
+$(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs $(VENV)/.package $(VENV)/.pods: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS) $(wildcard experiments/models/*cpu.*)
 	$(PIP) 'pip>=25.1'
 	$(PIP) -e '.$(EXTRAS)' --group $*
 	$(COMPILE)

@@ -2,7 +2,8 @@
 
 XLA has no fast convolution on CPU for all sizes and directions. `_conv_cpu.cc` has one, and its two
 transposes; here they become operations of JAX that can be differentiated to any order, mapped with
-`jax.vmap`, and used under `jax.jit` and in `jax.shard_map`. They need a C++ compiler once:
+`jax.vmap`, and used under `jax.jit` and in `jax.shard_map`. `_conv_pool_cpu.cc` has another for few
+channels, with pooling, which is in `_native_pool.py`. They need a C++ compiler once:
 
     python -m experiments.models
 
@@ -32,23 +33,28 @@ from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir, xla
 from jaxtyping import Array, Float
 
-__all__ = ["build", "conv", "is_compiled", "is_usable", "library"]
+__all__ = ["build", "conv", "is_compiled", "is_usable", "library", "target"]
 
 Images = Float[Array, "batch height width in_channels"]
 Kernel = Float[Array, "kernel_height kernel_width in_channels out_channels"]
 Outputs = Float[Array, "batch out_height out_width out_channels"]
 
-_SOURCE = pathlib.Path(__file__).with_name("_conv_cpu.cc")
-_HEADER = _SOURCE.with_suffix(".h")
+_SOURCES = ("_conv_cpu.cc", "_conv_pool_cpu.cc")
+_HEADERS = ("_cpu.h", "_conv_cpu.h")
+_FUNCTIONS = (
+    *("ConvForward", "ConvOfImages", "ConvOfKernel"),
+    *("Pool", "PoolForward", "PoolOfImages", "PoolOfKernel"),
+)
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared")
 
 
 def library() -> pathlib.Path:
     """Where the compiled library of this machine is, or would be."""
-    sources = (path.read_text() for path in (_SOURCE, _HEADER))
+    folder = pathlib.Path(__file__).parent
+    sources = ((folder / name).read_text() for name in (*_SOURCES, *_HEADERS))
     parts = (*sources, *_FLAGS, importlib.metadata.version("jaxlib"), _processor())
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return pathlib.Path(__file__).parents[2] / "build" / "native" / f"conv-{digest}.so"
+    return folder.parents[1] / "build" / "native" / f"conv-{digest}.so"
 
 
 def _processor() -> str:
@@ -77,7 +83,8 @@ def build() -> pathlib.Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = pathlib.Path(folder) / path.name
             command = [os.environ.get("CXX", "c++"), *_FLAGS, "-isystem", jax.ffi.include_dir()]
-            command += [str(_SOURCE), "-o", str(made)]
+            command += [str(pathlib.Path(__file__).with_name(name)) for name in _SOURCES]
+            command += ["-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             made.replace(path)
     return path
@@ -88,14 +95,15 @@ def _load() -> bool:
     if not (path := library()).exists():
         return False
     functions = ctypes.cdll.LoadLibrary(str(path))
-    for name in ("Forward", "OfImages", "OfKernel"):
-        capsule = jax.ffi.pycapsule(getattr(functions, f"MsgdConv{name}"))
-        jax.ffi.register_ffi_target(_target(name), capsule, platform="cpu")
+    for name in _FUNCTIONS:
+        capsule = jax.ffi.pycapsule(getattr(functions, f"Msgd{name}"))
+        jax.ffi.register_ffi_target(target(name), capsule, platform="cpu")
     return True
 
 
-def _target(name: str) -> str:
-    return f"msgd_conv_{name}"
+def target(name: str) -> str:
+    """What XLA knows a function of the library as."""
+    return f"msgd_{name}"
 
 
 def is_compiled() -> bool:
@@ -199,7 +207,7 @@ def _batch(
 def _register(primitive: Any, name: str) -> None:
     def call(first: Array, second: Array, *, shape: tuple[int, ...], stride: int) -> Array:
         result = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return jax.ffi.ffi_call(_target(name), result)(first, second, stride=np.int64(stride))
+        return jax.ffi.ffi_call(target(name), result)(first, second, stride=np.int64(stride))
 
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(
@@ -211,7 +219,7 @@ def _register(primitive: Any, name: str) -> None:
     mlir.register_lowering(primitive, lowering, platform="cpu")
 
 
-_register(_forward, "Forward")
-_register(_of_images, "OfImages")
-_register(_of_kernel, "OfKernel")
+_register(_forward, "ConvForward")
+_register(_of_images, "ConvOfImages")
+_register(_of_kernel, "ConvOfKernel")
 _IS_LOADED = _load()

@@ -1,12 +1,14 @@
-"""Convolution, and convolution with 2x2 max-pooling, fast on CPU and on other platforms.
+"""Convolution, and convolution with 2x2 max-pooling and ReLU, fast on CPU and on other platforms.
 
 On CPU, XLA's convolutions and the backward pass of max-pooling are slow, and under `jax.vmap` over
 kernels (several seeds trained at once) a convolution becomes a grouped one, which is slower still.
-So on CPU a convolution is one matrix product: its output is seen as blocks of 2x2, and the product
-has a column per block and a row per output channel and place in the block. The patch that a block
-needs is only one pixel larger than the kernel. The left factor contains the kernel four times, once
-per place, zero-padded to the size of the patch. Max-pooling takes the largest of the four places;
-without it they are interleaved.
+There, for float32 images on one device, convolution, bias, pooling and ReLU are one compiled
+function (`_native_pool`), where it has been compiled. For all else a convolution on CPU is one
+matrix product: its output is seen as blocks of 2x2, and the product has a column per block and a
+row per output channel and place in the block. The patch that a block needs is only one pixel larger
+than the kernel. The left factor contains the kernel four times, once per place, zero-padded to the
+size of the patch. Max-pooling takes the largest of the four places; without it they are
+interleaved.
 
 This is fast for few channels, where memory is the limit; `conv_same` is for nets with many.
 
@@ -23,10 +25,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-__all__ = ["check_arrays", "conv", "conv_max_pool", "max_pool"]
+from experiments.models import _native, _native_pool
+
+__all__ = ["check_arrays", "conv", "conv_pool_relu", "max_pool"]
 
 Images = Float[Array, "in_channels height width batch"]
 Kernel = Float[Array, "kernel_height kernel_width in_channels out_channels"]
+Bias = Float[Array, " out_channels"]
 Outputs = Float[Array, "out_channels out_height out_width batch"]
 
 
@@ -48,26 +53,33 @@ def conv(images: Images, kernel: Kernel) -> Outputs:
     return _by_platform(_conv_as_product, _conv_by_xla)(images, kernel)
 
 
-def conv_max_pool(images: Images, kernel: Kernel) -> Outputs:
-    """Convolves as `conv` does, then takes the maximum over disjoint windows of 2x2.
+def conv_pool_relu(images: Images, kernel: Kernel, bias: Bias) -> Outputs:
+    """Convolves as `conv` does, takes the maximum over disjoint windows of 2x2, and applies ReLU.
 
     A last row or column of the convolution that fills no window is dropped. Among equal maxima of
     a window, the first in row-major order gets the whole gradient, on every platform. A value that
-    is not finite makes every channel of its output pixel NaN on CPU.
+    is not finite makes every output that it has a part in NaN or infinite, and on CPU possibly
+    every channel of that output's pixel.
 
     Args:
         images: floating-point array of shape [C, H, W, B].
         kernel: array of shape [h, w, C, O], of the same type as `images`.
+        bias: array of shape [O], of the same type, which is added before ReLU.
 
     Returns:
         Array of shape [O, (H - h + 1) // 2, (W - w + 1) // 2, B], of the type of `images`.
 
     Raises:
-        ValueError: if the arrays do not have four axes each, equal channels and one type, or the
-            images are too small for one window.
+        ValueError: if images and kernel do not have four axes each, equal channels and one type, or
+            the bias does not fit, or the images are too small for one window.
     """
     _check(images, kernel, smallest_output=2)
-    return _by_platform(_conv_max_pool_as_product, _conv_max_pool_by_xla)(images, kernel)
+    if bias.shape != kernel.shape[3:] or bias.dtype != kernel.dtype:
+        raise ValueError(
+            f"bias must have shape [{kernel.shape[3]}] and type {kernel.dtype}, for the channels "
+            f"and of the type of the kernel, got shape {bias.shape} and type {bias.dtype}."
+        )
+    return _by_platform(_conv_pool_relu_on_cpu, _conv_pool_relu_by_xla)(images, kernel, bias)
 
 
 def max_pool(images: Images) -> Images:
@@ -88,12 +100,12 @@ def max_pool(images: Images) -> Images:
 
 
 def _by_platform(
-    on_cpu: Callable[[Images, Kernel], Outputs], elsewhere: Callable[[Images, Kernel], Outputs]
-) -> Callable[[Images, Kernel], Outputs]:
+    on_cpu: Callable[..., Outputs], elsewhere: Callable[..., Outputs]
+) -> Callable[..., Outputs]:
     """Chooses for the platform that the code is compiled for, which need not be the default one."""
 
-    def chosen(images: Images, kernel: Kernel) -> Outputs:
-        return jax.lax.platform_dependent(images, kernel, cpu=on_cpu, default=elsewhere)
+    def chosen(*operands: Array) -> Outputs:
+        return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
 
     return chosen
 
@@ -104,8 +116,21 @@ def _conv_by_xla(images: Images, kernel: Kernel) -> Outputs:
     )
 
 
-def _conv_max_pool_by_xla(images: Images, kernel: Kernel) -> Outputs:
-    return max_pool(_conv_by_xla(images, kernel))
+def _conv_pool_relu_by_xla(images: Images, kernel: Kernel, bias: Bias) -> Outputs:
+    return _relu(max_pool(_conv_by_xla(images, kernel)), bias)
+
+
+def _relu(pooled: Outputs, bias: Bias) -> Outputs:
+    # All values of a window get the same bias, so it can be added after the maximum.
+    return jax.nn.relu(pooled + bias[:, None, None, None])
+
+
+def _conv_pool_relu_on_cpu(images: Images, kernel: Kernel, bias: Bias) -> Outputs:
+    # A single image may be one of many that are mapped over, with a gradient of its own each. Then
+    # a product is better, which becomes a batched one.
+    if images.shape[3] > 1 and _native.is_usable(images):
+        return _native_pool.conv_pool_relu(images, kernel, bias)
+    return _conv_pool_relu_as_product(images, kernel, bias)
 
 
 def _conv_as_product(images: Images, kernel: Kernel) -> Outputs:
@@ -116,11 +141,11 @@ def _conv_as_product(images: Images, kernel: Kernel) -> Outputs:
     return outputs[:, :height, :width]
 
 
-def _conv_max_pool_as_product(images: Images, kernel: Kernel) -> Outputs:
+def _conv_pool_relu_as_product(images: Images, kernel: Kernel, bias: Bias) -> Outputs:
     channels, height, width = _output_shape(images, kernel)
     rows, columns = height // 2, width // 2
     pooled = _max_of_four(_blocks(images, kernel, rows, columns))
-    return pooled.reshape(channels, rows, columns, images.shape[3])
+    return _relu(pooled.reshape(channels, rows, columns, images.shape[3]), bias)
 
 
 def _blocks(

@@ -1,6 +1,6 @@
 """The parts of nets: their base class, and layers.
 
-Between layers images are NHWC, except around `ConvMaxPool`, where they are CHWN, the layout of
+Between layers images are NHWC, except around `ConvPoolReLU`, where they are CHWN, the layout of
 `conv`.
 """
 
@@ -14,11 +14,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from experiments.models._conv_same import conv_same
-from experiments.models.conv import conv_max_pool
+from experiments.models.conv import conv_pool_relu
 
 __all__ = [
     "Conv",
-    "ConvMaxPool",
+    "ConvPoolReLU",
     "Cost",
     "GhostBatchNorm",
     "Net",
@@ -75,8 +75,8 @@ class Net(nnx.Module):
     cost: ClassVar[Cost]
 
 
-class ConvMaxPool(nnx.Module):
-    """A convolution with bias, then 2x2 max-pooling.
+class ConvPoolReLU(nnx.Module):
+    """A convolution with bias, then 2x2 max-pooling, then ReLU.
 
     The stride is 1, there is no padding, and the kernel is square. It is initialised as `uniform`
     says.
@@ -111,12 +111,10 @@ class ConvMaxPool(nnx.Module):
     def __call__(
         self, images: Float[Array, "in_channels height width batch"]
     ) -> Float[Array, "out_channels out_height out_width batch"]:
-        """Returns the pooled feature maps, [O, (H - k + 1) // 2, (W - k + 1) // 2, B]."""
+        """Returns the feature maps, [O, (H - k + 1) // 2, (W - k + 1) // 2, B]."""
         kernel, bias = self.kernel[...], self.bias[...]
         dtype = jnp.result_type(images, kernel, bias) if self.dtype is None else self.dtype
-        # All values of a window get the same bias, so it can be added after the maximum.
-        pooled = conv_max_pool(images.astype(dtype), kernel.astype(dtype))
-        return pooled + bias.astype(dtype).reshape(-1, 1, 1, 1)
+        return conv_pool_relu(images.astype(dtype), kernel.astype(dtype), bias.astype(dtype))
 
 
 class Conv(nnx.Module):

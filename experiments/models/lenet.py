@@ -5,7 +5,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from experiments._typing import Images, ImageShape, Logits
-from experiments.models.layers import ConvMaxPool, Cost, Net, batch_last, check_images, flat, linear
+from experiments.models.layers import (
+    ConvPoolReLU,
+    Cost,
+    Net,
+    batch_last,
+    check_images,
+    flat,
+    linear,
+)
 
 
 class LeNet(Net):
@@ -46,8 +54,8 @@ class LeNet(Net):
         self.image_shape, self.num_classes = image_shape, num_classes
         kwargs = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         height, width = (((side - 4) // 2 - 4) // 2 for side in image_shape[:2])  # 4 of 28
-        self.conv1 = ConvMaxPool(image_shape[2], 10, 5, **kwargs)
-        self.conv2 = ConvMaxPool(10, 10, 5, **kwargs)
+        self.conv1 = ConvPoolReLU(image_shape[2], 10, 5, **kwargs)
+        self.conv2 = ConvPoolReLU(10, 10, 5, **kwargs)
         self.fc1 = linear(height * width * 10, 50, **kwargs)
         self.fc2 = linear(50, self.num_classes, **kwargs)
 
@@ -64,8 +72,8 @@ class LeNet(Net):
             ValueError: if the images have another shape or are not floating point.
         """
         check_images(images, self.image_shape)
-        hidden = nnx.relu(self.conv1(batch_last(images)))
-        hidden = nnx.relu(self.conv2(hidden))
+        hidden = self.conv1(batch_last(images))
+        hidden = self.conv2(hidden)
         hidden = nnx.relu(self.fc1(flat(hidden)))
         return self.fc2(hidden)
 
@@ -104,7 +112,7 @@ class DigitsNet(Net):
         self.image_shape, self.num_classes = image_shape, num_classes
         kwargs = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         height, width = ((side - 2) // 2 for side in image_shape[:2])  # 3 of 8
-        self.conv1 = ConvMaxPool(image_shape[2], 16, 3, **kwargs)
+        self.conv1 = ConvPoolReLU(image_shape[2], 16, 3, **kwargs)
         self.fc1 = linear(height * width * 16, 32, **kwargs)
         self.fc2 = linear(32, self.num_classes, **kwargs)
 
@@ -121,6 +129,6 @@ class DigitsNet(Net):
             ValueError: if the images have another shape or are not floating point.
         """
         check_images(images, self.image_shape)
-        hidden = nnx.relu(self.conv1(batch_last(images)))
+        hidden = self.conv1(batch_last(images))
         hidden = nnx.relu(self.fc1(flat(hidden)))
         return self.fc2(hidden)

@@ -1,4 +1,4 @@
-"""The reference for convolutions and their derivatives."""
+"""References for convolutions and their derivatives."""
 
 import functools
 
@@ -19,8 +19,6 @@ def assert_equal_to_float64(conv, images_shape, kernel_shape, stride):
         kernel_shape: [h, w, C, O], with odd h and w.
         stride: the same stride along height and width.
     """
-    random = np.random.default_rng(0)
-    images, kernel = random.normal(size=images_shape), random.normal(size=kernel_shape)
     padding = [(size // 2, size // 2) for size in kernel_shape[:2]]
     strides, layout = (stride, stride), ("NHWC", "HWIO", "NHWC")
 
@@ -29,29 +27,38 @@ def assert_equal_to_float64(conv, images_shape, kernel_shape, stride):
             images, kernel, strides, padding, dimension_numbers=layout
         )
 
-    def derivatives(f, images, kernel, cotangent):
-        """Values, forward-mode derivatives, gradients, and products with the Hessian."""
+    ours = functools.partial(conv, stride=stride)
+    assert_derivatives_equal_those_in_float64(ours, xlas, images_shape, kernel_shape)
 
-        def gradients(images, kernel):
-            return jax.grad(lambda *args: (jnp.tanh(f(*args)) * cotangent).sum(), (0, 1))(
-                images, kernel
-            )
 
-        tangents = images**2, jnp.cos(kernel)
+def assert_derivatives_equal_those_in_float64(function, reference, *shapes):
+    """Compares values and derivatives of random arrays of these shapes."""
+    random = np.random.default_rng(0)
+    arrays = [random.normal(size=shape) for shape in shapes]
+
+    def derivatives(f, arrays, cotangent):
+        """Values, tangents in forward mode, gradients, and products with the Hessian."""
+
+        def gradients(*arrays):
+            every = range(len(arrays))
+            return jax.grad(lambda *args: (jnp.tanh(f(*args)) * cotangent).sum(), every)(*arrays)
+
+        tangents = tuple(jnp.cos(x) if i else x**2 for i, x in enumerate(arrays))
         return (
-            jax.jvp(f, (images, kernel), tangents),
-            jax.vjp(f, images, kernel)[1](cotangent),
-            jax.jvp(gradients, (images, kernel), tangents)[1],
+            jax.jvp(f, arrays, tangents),
+            jax.vjp(f, *arrays)[1](cotangent),
+            jax.jvp(gradients, arrays, tangents)[1],
         )
 
     def single(x):
         return jnp.asarray(x, jnp.float32)
 
-    cotangent = random.normal(size=jax.eval_shape(xlas, single(images), single(kernel)).shape)
-    ours = jax.jit(functools.partial(derivatives, functools.partial(conv, stride=stride)))
-    found = ours(single(images), single(kernel), single(cotangent))
+    cotangent = random.normal(size=jax.eval_shape(reference, *map(single, arrays)).shape)
+    ours = jax.jit(functools.partial(derivatives, function))
+    found = ours(tuple(map(single, arrays)), single(cotangent))
     with jax.enable_x64(True):
-        expected = derivatives(xlas, *map(jnp.asarray, (images, kernel, cotangent)))
+        in_float64 = tuple(map(jnp.asarray, arrays))
+        expected = derivatives(reference, in_float64, jnp.asarray(cotangent))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())

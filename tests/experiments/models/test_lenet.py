@@ -27,9 +27,10 @@ SHAPES = [
     ((2, 5, 4, 2), (1, 1), 3),
 ]
 LAYER_SIZES = {"conv1": 260, "conv2": 2510, "fc1": 8050, "fc2": 510}
-OPERATIONS = [conv.conv, conv.conv_max_pool]
-ON_CPU = [conv._conv_as_product, conv._conv_max_pool_as_product]
-ELSEWHERE = [conv._conv_by_xla, conv._conv_max_pool_by_xla]
+# Each takes images, kernel and bias; without pooling there is no bias.
+OPERATIONS = [lambda *args: conv.conv(*args[:2]), conv.conv_pool_relu]
+ON_CPU = [lambda *args: conv._conv_as_product(*args[:2]), conv._conv_pool_relu_as_product]
+ELSEWHERE = [lambda *args: conv._conv_by_xla(*args[:2]), conv._conv_pool_relu_by_xla]
 
 with_and_without_pool = pytest.mark.parametrize("pool", [False, True], ids=["conv", "pooled"])
 each_model = pytest.mark.parametrize("name", ["lenet", "digits_net"])
@@ -40,12 +41,13 @@ def operands(shape, kernel_size, out_channels, dtype="float64"):
     rng = np.random.default_rng(sum(shape) + out_channels)
     images = rng.normal(size=shape)
     kernel = rng.normal(size=(*kernel_size, shape[0], out_channels))
-    return jnp.asarray(images, dtype), jnp.asarray(kernel, dtype)
+    bias = rng.normal(size=out_channels)
+    return tuple(jnp.asarray(x, dtype) for x in (images, kernel, bias))
 
 
-def reference(images, kernel, pool: bool) -> np.ndarray:
+def reference(images, kernel, bias, pool: bool) -> np.ndarray:
     """Convolves by scipy in float64, one image and one output at a time, and pools by a loop."""
-    images, kernel = np.asarray(images, np.float64), np.asarray(kernel, np.float64)
+    images, kernel, bias = (np.asarray(x, np.float64) for x in (images, kernel, bias))
     correlate = functools.partial(scipy.signal.correlate, mode="valid", method="direct")
     each_image, each_channel = np.moveaxis(images, 3, 0), kernel.transpose(3, 2, 0, 1)
     outputs = np.array([[correlate(x, k)[0] for x in each_image] for k in each_channel])
@@ -54,10 +56,11 @@ def reference(images, kernel, pool: bool) -> np.ndarray:
         unpooled, outputs = outputs, np.empty((*outputs.shape[:2], rows, columns))
         for i, j in np.ndindex(rows, columns):
             outputs[:, :, i, j] = unpooled[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].max((2, 3))
+        outputs = np.maximum(outputs + bias.reshape(-1, 1, 1, 1), 0)
     return np.moveaxis(outputs, 1, 3)
 
 
-def by_lax(images, kernel, pool: bool):
+def by_lax(images, kernel, bias, pool: bool):
     """The same by XLA's convolution and its window reduction, whose gradients are XLA's too."""
     outputs = jax.lax.conv_general_dilated(
         images, kernel, (1, 1), "VALID", dimension_numbers=("CHWN", "HWIO", "CHWN")
@@ -65,6 +68,7 @@ def by_lax(images, kernel, pool: bool):
     if pool:
         window = (1, 2, 2, 1)
         outputs = jax.lax.reduce_window(outputs, -jnp.inf, jax.lax.max, window, window, "VALID")
+        outputs = jax.nn.relu(outputs + bias.reshape(-1, 1, 1, 1))
     return outputs
 
 
@@ -73,17 +77,17 @@ def by_lax(images, kernel, pool: bool):
 @pytest.mark.usefixtures("x64", "strict_dtypes")
 def test_values_and_gradients_are_those_of_plain_convolutions(shapes, pool):
     """Values are scipy's, and gradients are XLA's, on the CPU and elsewhere, in float64."""
-    images, kernel = operands(*shapes)
-    expected = reference(images, kernel, pool)
+    arrays = operands(*shapes)
+    expected = reference(*arrays, pool)
     cotangent = jnp.asarray(np.random.default_rng(1).normal(size=expected.shape))
 
     @jax.jit
-    def values_and_gradients(images, kernel):
+    def values_and_gradients(*arrays):
         functions = (functools.partial(by_lax, pool=pool), ON_CPU[pool], ELSEWHERE[pool])
-        pairs = [jax.vjp(function, images, kernel) for function in functions]
+        pairs = [jax.vjp(function, *arrays) for function in functions]
         return [(value, pull_back(cotangent)) for value, pull_back in pairs]
 
-    (_, gradients), *ours = values_and_gradients(images, kernel)
+    (_, gradients), *ours = values_and_gradients(*arrays)
     for value, our_gradients in ours:
         np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
         for got, wanted in zip(our_gradients, gradients, strict=True):
@@ -98,12 +102,14 @@ def test_every_type_is_kept_and_as_exact_as_it_can_be(dtype, pool):
 
     Sums of bfloat16 are accumulated in float32, so that only the result is rounded.
     """
-    images, kernel = operands(*SHAPES[2], dtype=dtype)
-    scale = reference(abs(images), abs(kernel), pool).max()
-    terms = 1 if dtype == "bfloat16" else kernel[..., 0].size
-    outputs = OPERATIONS[pool](images, kernel)
+    arrays = operands(*SHAPES[2], dtype=dtype)
+    # The largest sum of absolute values; bfloat16 sums are accumulated in float32.
+    scale = reference(*map(abs, arrays), pool).max()
+    # With pooling, the convolution is rounded to bfloat16 before the bias is added.
+    terms = 1 + pool if dtype == "bfloat16" else arrays[1][..., 0].size + pool
+    outputs = OPERATIONS[pool](*arrays)
     assert outputs.dtype == dtype
-    error = abs(np.asarray(outputs, np.float64) - reference(images, kernel, pool)).max()
+    error = abs(np.asarray(outputs, np.float64) - reference(*arrays, pool)).max()
     assert error <= terms * float(jnp.finfo(dtype).eps) * scale
 
 
@@ -118,7 +124,8 @@ def test_forward_and_reverse_mode_equal_finite_differences(pool):
 def test_first_of_equal_maxima_gets_the_gradient(function):
     image = jnp.array([[3, 3, 1, 2], [3, 3, 2, 2], [0, 5, 7, 7], [5, 1, 6, 7]], jnp.float32)
     expected = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
-    total = lambda image: function(image.reshape(1, 4, 4, 1), jnp.ones((1, 1, 1, 1))).sum()  # noqa: E731
+    kernel_and_bias = jnp.ones((1, 1, 1, 1)), jnp.ones(1)
+    total = lambda image: function(image.reshape(1, 4, 4, 1), *kernel_and_bias).sum()  # noqa: E731
     np.testing.assert_array_equal(jax.jit(jax.grad(total))(image), expected)
 
 
@@ -137,41 +144,49 @@ def test_only_cpu_gets_the_matrix_product(pool):
 @pytest.mark.usefixtures("x64")
 def test_mapping_over_kernels_or_images_equals_a_loop(pool):
     operation = OPERATIONS[pool]
-    images, kernel = operands((2, 6, 5, 3), (3, 2), 4)
+    images, kernel, bias = operands((2, 6, 5, 3), (3, 2), 4)
     kernels = jnp.stack([kernel, kernel**2, -kernel])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
 
-    gradient = jax.jit(jax.grad(lambda x, k: jnp.sin(operation(x, k)).sum(), (0, 1)))
+    gradient = jax.jit(jax.grad(lambda x, k: jnp.sin(operation(x, k, bias)).sum(), (0, 1)))
     loop = [gradient(images, k) for k in kernels]
     mapped = jax.jit(jax.vmap(gradient, (None, 0)))(images, kernels)
     jax.tree.map(close, mapped, jax.tree.map(lambda *leaves: np.stack(leaves), *loop))
 
-    singly = jax.jit(jax.vmap(operation, (3, None), 3))(images[..., None], kernel)[..., 0]
-    close(singly, operation(images, kernel))
+    singly = jax.jit(jax.vmap(operation, (3, None, None), 3))(images[..., None], kernel, bias)
+    close(singly[..., 0], operation(images, kernel, bias))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_wrong_operands_are_refused(operation):
-    images, kernel = jnp.zeros((3, 8, 8, 2)), jnp.zeros((3, 3, 3, 4))
+    images, kernel, bias = jnp.zeros((3, 8, 8, 2)), jnp.zeros((3, 3, 3, 4)), jnp.zeros(4)
     with pytest.raises(ValueError, match=r"\[C, H, W, B\], got shape \(8, 8, 2\)"):
-        operation(images[0], kernel)
+        operation(images[0], kernel, bias)
     with pytest.raises(ValueError, match=r"C = 3, .* got shape \(3, 3, 2, 4\)"):
-        operation(images, kernel[:, :, :2])
+        operation(images, kernel[:, :, :2], bias)
     with pytest.raises(ValueError, match=r"\[h, w, C, O\] .* got shape \(3, 3, 3\)"):
-        operation(images, kernel[..., 0])
+        operation(images, kernel[..., 0], bias)
     for one, other in (("float32", "bfloat16"), ("uint8", "uint8")):
         with pytest.raises(ValueError, match=f"floating-point type, got {one} and {other}"):
-            operation(images.astype(one), kernel.astype(other))
+            operation(images.astype(one), kernel.astype(other), bias.astype(other))
+
+
+def test_a_bias_must_be_one_of_the_kernel():
+    images, kernel, bias = jnp.zeros((3, 8, 8, 2)), jnp.zeros((3, 3, 3, 4)), jnp.zeros(4)
+    for wrong in (bias[:3], bias.astype(jnp.bfloat16)):
+        got = rf"shape \[4\] and type float32.* got shape \({wrong.size},\) and type {wrong.dtype}"
+        with pytest.raises(ValueError, match=got):
+            conv.conv_pool_relu(images, kernel, wrong)
 
 
 @with_and_without_pool
 def test_images_must_hold_the_kernel_and_with_pooling_one_window(pool):
-    kernel = jnp.zeros((5, 3, 1, 2))
+    kernel, bias = jnp.zeros((5, 3, 1, 2)), jnp.zeros(2)
     smallest = jnp.zeros((1, 5 + pool, 3 + pool, 1))
-    assert jax.eval_shape(OPERATIONS[pool], smallest, kernel).shape == (2, 1, 1, 1)
+    assert jax.eval_shape(OPERATIONS[pool], smallest, kernel, bias).shape == (2, 1, 1, 1)
     for images in (smallest[:, 1:], smallest[:, :, 1:]):
         with pytest.raises(ValueError, match=f"at least {5 + pool} x {3 + pool} pixels"):
-            OPERATIONS[pool](images, kernel)
+            OPERATIONS[pool](images, kernel, bias)
 
 
 @functools.cache
@@ -217,8 +232,8 @@ def test_logits_equal_a_network_in_numpy_also_for_stacked_params(name):
         for layer, leaves in stacked.items():
             kernel, bias = (np.asarray(leaves[leaf][seed]) for leaf in ("kernel", "bias"))
             if layer.startswith("conv"):
-                pooled = reference(hidden.transpose(3, 1, 2, 0), kernel, pool=True)
-                hidden = np.maximum(pooled.transpose(3, 1, 2, 0) + bias, 0)
+                features = reference(hidden.transpose(3, 1, 2, 0), kernel, bias, pool=True)
+                hidden = features.transpose(3, 1, 2, 0)
             else:
                 hidden = hidden.reshape(len(hidden), -1) @ kernel + bias
                 hidden = hidden if layer == "fc2" else np.maximum(hidden, 0)
@@ -229,7 +244,7 @@ def test_init_is_a_pure_function_of_the_key():
     def keys():  # A key may be used once, so that each use makes it anew.
         return jax.random.split(jax.random.key(0), 2)
 
-    model_of = functools.partial(models.functional, layers.ConvMaxPool)
+    model_of = functools.partial(models.functional, layers.ConvPoolReLU)
     init = model_of(in_channels=2, out_channels=3, kernel_size=2).init
     one, other = init(keys()[0]), init(keys()[1])
     assert type(one) is dict
@@ -276,7 +291,7 @@ def test_types_of_parameters_logits_and_gradients(name):
 
 
 def test_pooled_features_have_the_type_of_the_computation():
-    layer = layers.ConvMaxPool(1, 2, 3, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    layer = layers.ConvPoolReLU(1, 2, 3, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     assert jax.eval_shape(layer, some_images("digits_net").T).dtype == jnp.bfloat16
 
 

@@ -68,7 +68,7 @@ def test_mapped_over_images_kernels_or_both(mapped):
 
 def uses_the_library(function, *arguments):
     """Whether the compiled program of a function calls the compiled convolutions."""
-    return "msgd_conv_Forward" in str(jax.jit(function).lower(*arguments).compile().as_text())
+    return "msgd_ConvForward" in str(jax.jit(function).lower(*arguments).compile().as_text())
 
 
 @needs_library
@@ -94,13 +94,26 @@ os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
 import jax, jax.numpy as jnp, numpy as np
 from experiments.models import _native as native
 from experiments.models._conv_same import conv_same
+from experiments.models.conv import conv_pool_relu
+
+def check(function, arrays, name):
+    every = range(len(arrays))
+    gradients = jax.jit(jax.grad(lambda *args: jnp.sum(function(*args) ** 2), every))
+    text = gradients.lower(*arrays).compile().as_text()
+    assert f"msgd_{name}OfKernel" in text and f"msgd_{name}OfImages" in text
+    half = [x.astype(jnp.bfloat16) for x in arrays]
+    assert "msgd_" not in gradients.lower(*half).compile().as_text()
+    print(*(np.asarray(x).tobytes().hex() for x in gradients(*arrays)))
+
 images = jax.random.normal(jax.random.key(0), (40, 9, 8, 20))
 kernel = jax.random.normal(jax.random.key(1), (3, 3, 20, 40))
-gradients = jax.jit(jax.grad(lambda *args: jnp.sum(conv_same(*args) ** 2), (0, 1)))
-assert "msgd_conv_OfKernel" in gradients.lower(images, kernel).compile().as_text()
-half = jax.ShapeDtypeStruct(images.shape, jnp.bfloat16), kernel.astype(jnp.bfloat16)
-assert "msgd_conv" not in gradients.lower(*half).compile().as_text()
-print(*(np.asarray(x).tobytes().hex() for x in gradients(images, kernel)))
+check(conv_same, (images, kernel), "Conv")
+images = jax.random.normal(jax.random.key(2), (10, 12, 12, 300))
+kernel = jax.random.normal(jax.random.key(3), (5, 5, 10, 12))
+check(conv_pool_relu, (images, kernel, jnp.ones(12)), "Pool")
+# An image alone may be mapped over.
+one = jax.jit(conv_pool_relu).lower(images[..., :1], kernel, jnp.ones(12))
+assert "msgd_" not in one.compile().as_text()
 """
 
 
@@ -129,7 +142,8 @@ def test_the_library_is_compiled_once_and_found_again(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     assert native.build() == native.build() == tmp_path / "made" / "conv.so"
-    assert (tmp_path / "compiler.log").read_text().count("_conv_cpu.cc") == 1
+    log = (tmp_path / "compiler.log").read_text()
+    assert log.count("_conv_cpu.cc") == log.count("_conv_pool_cpu.cc") == 1
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["conv.so"]
 
 
