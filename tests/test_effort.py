@@ -1,4 +1,4 @@
-"""The mark `optimized` decides how much effort XLA takes: `conftest.py` says why."""
+"""The mark `optimized` decides how much effort XLA takes, for a reason that `conftest.py` gives."""
 
 import os
 import subprocess
@@ -16,12 +16,16 @@ EFFORT = "import jax; print(jax.config.read('jax_disable_most_optimizations'))"
 
 
 def roundings_of_a_product_and_a_sum() -> int:
-    """How many of 1,000 are other numbers in one program than in two."""
+    """How many of 1,000 numbers differ between one program and two.
+
+    With all optimizations, XLA fuses a product and a sum into one operation with one rounding.
+    """
     together = jax.jit(lambda a, b, c: a * b + c)(*X)
     return int((together != jax.jit(jnp.add)(jax.jit(jnp.multiply)(*X[:2]), X[2])).sum())
 
 
 def said_by_another_process() -> str:
+    """The setting that another process has, which inherits it by the environment."""
     asked = subprocess.run(
         [sys.executable, "-c", EFFORT], env=os.environ, capture_output=True, text=True, check=True
     )

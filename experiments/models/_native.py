@@ -102,7 +102,7 @@ def _load() -> bool:
 
 
 def target(name: str) -> str:
-    """What XLA knows a function of the library as."""
+    """The name under which XLA knows a function of the library."""
     return f"msgd_{name}"
 
 

@@ -28,7 +28,7 @@ Bias = Float[Array, " out_channels"]
 Outputs = Float[Array, "out_channels out_height out_width batch"]
 Places = Int8[Array, "out_channels out_height out_width batch"]
 
-_NONE = 4  # the place of an output that ReLU made 0
+_NONE = 4  # The place of an output that ReLU made 0.
 
 
 def conv_pool_relu(images: Images, kernel: Kernel, bias: Bias) -> Outputs:
@@ -121,9 +121,9 @@ def _transpose(
 
 
 def _batch(primitive: Any, arguments: Any, axes: Any, *, shape: tuple[int, ...]) -> Any:
-    """Folds mapped images into the batch; all else is done one after another.
+    """Folds mapped images into the batch, and computes all else one after another.
 
-    A kernel for each is faster so, too: each call uses all cores.
+    That is faster for mapped kernels as well, since each call uses all cores.
     """
     several = (lambda x: tuple(x)) if primitive.multiple_results else (lambda x: (x,))
     count = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)

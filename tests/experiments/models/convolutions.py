@@ -32,7 +32,7 @@ def assert_equal_to_float64(conv, images_shape, kernel_shape, stride):
 
 
 def assert_derivatives_equal_those_in_float64(function, reference, *shapes):
-    """Compares values and derivatives of random arrays of these shapes."""
+    """Asserts that values and derivatives at random arrays of these shapes agree."""
     random = np.random.default_rng(0)
     arrays = [random.normal(size=shape) for shape in shapes]
 
