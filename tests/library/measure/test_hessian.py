@@ -16,8 +16,8 @@ from tests.support.noisy import D, N, dense, problem, within
 from tests.support.statistics import assert_agree
 
 KEY = jax.random.key(0)
-# The largest Ritz value after 1 to 6 steps from a vector of ones, the trace, and the squared norm,
-# which were computed elsewhere.
+# These were computed elsewhere: the largest Ritz value after 1 to 6 steps from a vector of ones,
+# the trace, and the squared norm.
 TOP = [0.3798561552, 0.8258199997, 1.1634571455, 1.2185969319, 1.2212340329, 1.2212341177]
 TRACE, NORM2 = -0.6067437141177827, 5.372995044630875
 

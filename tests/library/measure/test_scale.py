@@ -262,8 +262,8 @@ def test_probed_norms_are_unbiased():
     trace = np.asarray(probed.trace.value)
     error = trace.std(ddof=1) / np.sqrt(500)
     assert_agree(trace.mean(), T, error, **options)
-    # The variance of z^T S z is 2 |S|_F^2 = 19.46, of which 4 probes have a fourth. The bound is
-    # five standard errors of the variance of 500 values.
+    # The variance of z^T S z is 2 |S|_F^2 = 19.46, and a mean of 4 probes has a fourth of it.
+    # The bound is five standard errors of the variance of 500 values.
     assert 4 * trace.var(ddof=1) == pytest.approx(2 * 9.729984986507235, rel=0.5)
 
 
@@ -294,7 +294,7 @@ def broken(where, value):
 
 
 def kinked():
-    """Finite losses, of which that of example 3 has an infinite slope, as the root of 0."""
+    """Finite losses. That of example 3 has an infinite slope, as the root has at 0."""
     x = jnp.ones((5, 1)).at[3].set(0.0)
     return loss.LossVector(loss.per_example(lambda p, x: jnp.sqrt(p @ x)), x), jnp.ones(1)
 
