@@ -36,6 +36,7 @@ COLOURED = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", COLOURED)
 def test_coloured_noise_remembers_its_coefficients(name):
     """Exact, and measured within its standard errors at each of 4 lags."""

@@ -56,6 +56,7 @@ def euler_constant() -> float:
     return float(2 * ratios[1] - ratios[0])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("law", [COV, FISHER], ids=["cov", "fisher"])
 def test_order_one_and_its_constant(law):
     """The recommended configuration: order 1.00 +- 0.05, a within 2 % of the noise-free error.
@@ -84,6 +85,7 @@ def test_the_constant_is_that_of_gradient_descent_at_every_noise():
     assert without.error_model.deterministic.value == pytest.approx(euler_constant(), rel=0.002)
 
 
+@pytest.mark.optimized
 def test_order_three_halves_where_the_noise_dominates():
     """At the minimum the drift has no Euler error to speak of; order 1.5 +- 0.05."""
     sweep = strong(COV, at_rest=True, paths=512)
@@ -91,6 +93,7 @@ def test_order_three_halves_where_the_noise_dominates():
     assert sweep.order.standard_error < 0.02
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("b", [4, 32])
 def test_the_modified_drift_turns_order_one_into_three_halves(b):
     """Drift of L + eta/4 |grad L|^2: what is left is the noise's part. Order 1.5 +- 0.05."""
