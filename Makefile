@@ -47,7 +47,7 @@ test-oldest:
 
 # The compilers of TPUs and H100s need no chip, but an environment of their own.
 test-pods: .venv-pods/.pods-ready
-	.venv-pods/bin/python -m pytest -q -rs tests/benchmarks/test_pods.py
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-pods/bin/python -m pytest -q -rs tests/benchmarks/test_pods.py
 
 benchmark-pods: .venv-pods/.pods-ready
 	JAX_PLATFORMS=cpu .venv-pods/bin/python -m benchmarks.pods

@@ -2,8 +2,8 @@
 
 Most of the suite's time is XLA's compiling, of programs that run for milliseconds. XLA is asked for
 little effort: it takes half the time, and the last bits differ, as it joins no product with a sum.
-So the tests of exact bits, which have the mark `optimized`, are compiled as users' programs are,
-and `JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test` compiles all of them like that.
+So tests of exact bits have the mark `optimized`: they are compiled as users' programs are, like the
+few that compute for seconds. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test` compiles all like that.
 """
 
 import os
@@ -54,7 +54,7 @@ def pytest_runtest_setup(item):
 
 def pytest_collection_modifyitems(config, items):
     """Marks the cases in `slow_cases.txt` as slow; other cases of these tests always run."""
-    # The tests of exact bits come first, so that XLA's effort changes once.
+    # Tests with the mark `optimized` come first, so that XLA's effort changes once.
     items.sort(key=lambda item: item.get_closest_marker("optimized") is None)
     listed = set(SLOW_CASES.read_text().splitlines())
     for item in items:

@@ -13,6 +13,8 @@ import pytest
 
 from benchmarks import compilers, pods, pods_nets
 
+pytestmark = pytest.mark.optimized
+
 CHIPS, N, B = 16, 2**16, 2**11
 FLAT = functools.partial(pods_nets.flat, 2048, 128)
 BFLOAT16 = functools.partial(pods_nets.flat, 2048, 128, jnp.bfloat16)

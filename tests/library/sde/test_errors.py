@@ -65,6 +65,7 @@ def euler_constant() -> float:
     return float(2 * ratios[1] - ratios[0])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("law", [COV, FISHER], ids=["cov", "fisher"])
 def test_the_strong_order_is_one_and_its_constant_that_of_gradient_descent(law):
     """The order is within 0.05 of 1, and the constant a within 2 % of the error without noise.
@@ -93,6 +94,7 @@ def test_the_constant_is_that_of_gradient_descent_at_every_noise():
     assert without.error_model.deterministic.value == pytest.approx(euler_constant(), rel=0.002)
 
 
+@pytest.mark.optimized
 def test_the_strong_order_is_three_halves_where_the_noise_dominates():
     """At the minimum, the drift adds almost no error: the order is within 0.05 of 3/2."""
     sweep = strong(COV, at_rest=True, paths=512)
@@ -100,6 +102,7 @@ def test_the_strong_order_is_three_halves_where_the_noise_dominates():
     assert sweep.order.standard_error < 0.02
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("b", [4, 32])
 def test_the_modified_drift_turns_order_one_into_three_halves(b):
     """The drift of ``L + eta/4 |grad L|^2`` leaves the error of the noise, of order 3/2."""
