@@ -98,10 +98,11 @@ std::vector<Window> windows(const Sizes& s, int64_t images, int64_t out_channels
   return values;
 }
 
-// What a tile of the kernel's gradient is made of: pixels of a window in `groups` groups of images,
-// and in a last, smaller one.
+// What a tile of the kernel's gradient is made of: pixels of a window, from `begin` to `end` of those
+// that are listed, in `groups` groups of images, and in a last, smaller one.
 struct Sum {
   const Window &group, &last;
+  size_t begin, end;
   int64_t groups, in_size, out_size;  // floats of a group
   const float *inputs, *cotangents;
 };
@@ -114,8 +115,8 @@ void kernel_tile(const Sum& sum, float* gradient, int64_t out_channels, int64_t 
   for (int64_t g = 0; g <= sum.groups; ++g) {
     const Window& window = g < sum.groups ? sum.group : sum.last;
     const int32_t *reads = window.reads.data(), *writes = window.writes.data();
-    const size_t count = window.reads.size();
-    for (size_t p = 0; p < count; ++p) {
+    const size_t end = std::min(sum.end, window.reads.size());
+    for (size_t p = sum.begin; p < end; ++p) {
       const float *input = inputs + reads[p], *cotangent = cotangents + writes[p];
       Vector factors[kVectors];
 #pragma GCC unroll 2
@@ -182,9 +183,11 @@ void of_kernel(ffi::ThreadPool& pool, const Sizes& s, const float* images, const
   const std::vector<Window> whole = windows(s, group, kBlock);
   const std::vector<Window> rest = windows(s, s.batch % group, kBlock), none = windows(s, 0, kBlock);
   std::memset(gradient, 0, sizeof(float) * taps * s.channels * s.out_channels);
-  // Each task is a block of channels and, of the taps, one or a row of the kernel; nobody else adds
-  // to these. It goes through all images.
-  const int64_t owners = s.channels >= kFewChannels ? taps : s.high.taps;
+  // Each task is a block of channels and, of the taps, a row of the kernel, or only one if there are
+  // many threads; nobody else adds to these. It goes through all images, which are read from memory
+  // each time.
+  const bool is_row = s.channels < kFewChannels || blocks * s.high.taps >= 2 * pool.num_threads();
+  const int64_t owners = is_row ? s.high.taps : taps;
   in_parallel(pool, blocks * owners, [&](int64_t task) {
     const int64_t block = task / owners, owner = task % owners;
     const int64_t lanes = std::min<int64_t>(kBlock, s.out_channels - block * kBlock);
@@ -192,12 +195,17 @@ void of_kernel(ffi::ThreadPool& pool, const Sizes& s, const float* images, const
     for (int64_t start = 0; start < s.batch; start += count)
       for (size_t w = 0; w < whole.size(); ++w) {
         const int64_t first = whole[w].tap;
-        if ((owners == taps ? first : first / s.wide.taps) != owner) continue;
+        if ((is_row ? first / s.wide.taps : first) != owner) continue;
         const int64_t rows = whole[w].taps * s.channels, tiles = (rows + kRows - 1) / kRows;
-        for (int64_t t = 0; t < tiles; ++t) {
+        // Large images are worked on in parts, which all tiles go through while they are in the cache.
+        const int64_t listed = whole[w].reads.size(), parts = (listed + kPixels - 1) / kPixels;
+        for (int64_t i = 0; i < parts * tiles; ++i) {
+          const int64_t part = i / tiles, t = i % tiles;
           const int64_t row = rows * t / tiles, end = rows * (t + 1) / tiles;
           const Sum sum{whole[w],
                         (start + count >= s.batch ? rest : none)[w],
+                        size_t(listed * part / parts),
+                        size_t(listed * (part + 1) / parts),
                         std::min(groups, (s.batch - start) / group),
                         group * in_size,
                         group * out_size,

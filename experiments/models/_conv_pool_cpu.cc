@@ -75,36 +75,43 @@ struct Block {
         first(index * kLanes),
         lanes(std::min<int64_t>(kLanes, s.batch - index * kLanes)) {}
 
-  // Lanes without an example are zero.
-  Vector values(const float* array, int64_t index) const {
-    const float* from = array + index * batch + first;
-    if (lanes == kLanes) return load(from);
-    Vector values = {};
-    std::memcpy(&values, from, sizeof(float) * lanes);
-    return values;
-  }
+  Vector values(const float* array, int64_t index) const { return get<Vector>(array, index); }
 
   Ints places(const int8_t* array, int64_t index) const {
-    Bytes places = {};
-    std::memcpy(&places, array + index * batch + first, lanes);
-    return __builtin_convertvector(places, Ints);
+    return __builtin_convertvector(get<Bytes>(array, index), Ints);
   }
 
-  void put(float* array, int64_t index, Vector values) const {
-    float* to = array + index * batch + first;
-    if (lanes == kLanes)
-      *reinterpret_cast<Vector*>(to) = values;
-    else
-      std::memcpy(to, &values, sizeof(float) * lanes);
-  }
+  void put(float* array, int64_t index, Vector values) const { set(array, index, values); }
 
   void put(int8_t* array, int64_t index, Ints places) const {
-    const Bytes bytes = __builtin_convertvector(places, Bytes);
-    std::memcpy(array + index * batch + first, &bytes, lanes);
+    set(array, index, __builtin_convertvector(places, Bytes));
   }
 
   void copy(const float* array, int64_t count, float* to) const {
     for (int64_t i = 0; i < count; ++i) store(to + i * kLanes, values(array, i), kLanes);
+  }
+
+ private:
+  // Lanes without an example are zero. A full vector has a case of its own, since the compiler then
+  // knows the size.
+  template <typename Lanes, typename Number>
+  Lanes get(const Number* array, int64_t index) const {
+    Lanes values = {};
+    const Number* from = array + index * batch + first;
+    if (lanes == kLanes)
+      std::memcpy(&values, from, sizeof(Number) * kLanes);
+    else
+      std::memcpy(&values, from, sizeof(Number) * lanes);
+    return values;
+  }
+
+  template <typename Lanes, typename Number>
+  void set(Number* array, int64_t index, const Lanes& values) const {
+    Number* to = array + index * batch + first;
+    if (lanes == kLanes)
+      std::memcpy(to, &values, sizeof(Number) * kLanes);
+    else
+      std::memcpy(to, &values, sizeof(Number) * lanes);
   }
 };
 

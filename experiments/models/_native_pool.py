@@ -68,8 +68,8 @@ def _with_places_jvp(primals: Any, tangents: Any) -> Any:
     if not isinstance(of_bias, jax.custom_derivatives.SymbolicZero):
         change = of_bias[:, None, None, None]
         terms.append(jnp.where(places < _NONE, change, jnp.zeros_like(outputs)))
-    of_places = np.zeros(places.shape, jax.dtypes.float0)
-    return (outputs, places), (sum(terms, jnp.zeros_like(outputs)), of_places)
+    of_outputs = sum(terms) if terms else jnp.zeros_like(outputs)
+    return (outputs, places), (of_outputs, np.zeros(places.shape, jax.dtypes.float0))
 
 
 # Once places are known, the outputs are bilinear in images and kernel, but for the bias: `_forward`

@@ -30,6 +30,7 @@ SIZES = {
     "strides of three, channels that fill no block": ((2, 8, 8, 16), (3, 3, 16, 40), 3),
     "small images, a group that is not full": ((37, 2, 2, 9), (3, 3, 9, 33), 1),
     "several runs of images": ((7, 16, 16, 3), (3, 3, 3, 32), 1),
+    "large images, in parts": ((3, 20, 18, 9), (3, 3, 9, 17), 1),
     "a kernel that is not square": ((5, 8, 8, 24), (5, 3, 24, 16), 1),
 }
 
@@ -106,7 +107,8 @@ def check(function, arrays, name):
     print(*(np.asarray(x).tobytes().hex() for x in gradients(*arrays)))
 
 images = jax.random.normal(jax.random.key(0), (40, 9, 8, 20))
-kernel = jax.random.normal(jax.random.key(1), (3, 3, 20, 40))
+# With one core, each task is a row of the kernel's gradient, and with two one tap.
+kernel = jax.random.normal(jax.random.key(1), (3, 3, 20, 20))
 check(conv_same, (images, kernel), "Conv")
 images = jax.random.normal(jax.random.key(2), (10, 12, 12, 300))
 kernel = jax.random.normal(jax.random.key(3), (5, 5, 10, 12))
