@@ -116,4 +116,4 @@ $(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs $(VENV)/.pa
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-package .venv-pods tests/site/node_modules build dist docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-package .venv-pods tests/site/node_modules build dist docs/_build .pytest_cache .ruff_cache .hypothesis .coverage*
