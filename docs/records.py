@@ -13,6 +13,7 @@ from experiments import figures, styles, tables
 from experiments.paper.accuracies import of_evaluations, of_folder
 from experiments.paper.panels import PANELS
 from experiments.paper.report import run_folder
+from experiments.studies import intervals
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -51,17 +52,22 @@ def log_rates(axes: Any, rates: Any) -> None:
     axes.minorticks_off()
 
 
-def order(sweep: dict[str, Any]) -> str:
-    """The exponent of a sweep; with a standard error only where a line fits the measured points."""
+def order(sweep: dict[str, Any]) -> list[str]:
+    """The exponent of a sweep, and how well a line fits: chi-square, its degrees of freedom, and p.
+
+    The exponent has a standard error only where a line fits the measured points; where nothing is
+    random, there is neither a standard error nor a chi-square.
+    """
     found = sweep["order"]
-    if not isinstance(found, dict):
-        return estimate(found)
+    if not isinstance(found, dict) or not any(sweep["standard_errors"]):
+        return [estimate(found["value"] if isinstance(found, dict) else found), ""]
     x, errors = np.log(sweep["learning_rates"]), np.abs(sweep["errors"])
     weights = errors / np.maximum(sweep["standard_errors"], 1e-12)
     slope, level = np.polyfit(x, np.log(errors), 1, w=weights)
     misfit = ((weights * (np.log(errors) - slope * x - level)) ** 2).sum()
-    fits = scipy.stats.chi2.sf(misfit, len(x) - 2) >= 0.1
-    return estimate(found) if fits else f"{found['value']:.3f}, not a line"
+    p_value = float(scipy.stats.chi2.sf(misfit, len(x) - 2))
+    shown = estimate(found) if p_value >= 0.1 else f"{found['value']:.3f}, not a line"
+    return [shown, f"{misfit:.1f} ({len(x) - 2}), p {intervals.p_value(p_value)}"]
 
 
 def theorem1(settings: list[dict[str, Any]]) -> Any:
@@ -122,39 +128,3 @@ def curves(panel: str, low: float) -> None:
         band(axes, result.steps, accuracy, run.label, linewidth=1, **options)
     axes.set(xlabel="iteration", ylabel="test accuracy (%)", ylim=(low, None))
     figures.below_axes(figure, axes)
-
-
-def trace(entries: list[dict[str, Any]]) -> None:
-    """Draws local complexities and test accuracy along training."""
-    figure, grid = plt.subplots(3, 1, figsize=(styles.WIDTH, 7), sharex=True)
-    names = list(dict.fromkeys(entry["algorithm"] for entry in entries))
-    looks = styles.assigned(names)
-    for i, name in enumerate(names):
-        own = [entry for entry in entries if entry["algorithm"] == name]
-        steps = [entry["step"] for entry in own]
-        options = looks[name].options(len(steps), first=i)
-        for axes, law in zip(grid[:2], ("Rademacher", "SGD"), strict=True):
-            values = np.array([entry["complexities"][law]["mean"] for entry in own])
-            band(axes, steps, values, name, **options)
-            axes.set_title(f"local {law} complexity")
-        accuracy = 100 * np.array([entry["test_accuracy"] for entry in own])
-        band(grid[2], steps, accuracy, name, **options)
-    grid[2].set_title("test accuracy (%)")
-    grid[2].set(ylim=(60, None), xlabel="iteration")
-    figures.below_axes(figure, grid[0])
-
-
-def trace_end(entries: list[dict[str, Any]]) -> Any:
-    """The end of the trace as a table, with standard errors over seeds."""
-    last = max(entry["step"] for entry in entries)
-    rows = []
-    for entry in entries:
-        if entry["step"] == last:
-            values = [
-                np.asarray(entry["complexities"][law]["mean"]) for law in ("Rademacher", "SGD")
-            ]
-            values.append(100 * np.asarray(entry["test_accuracy"]))
-            errors = [v.std(ddof=1) / len(v) ** 0.5 for v in values]
-            cells = [f"{v.mean():.3f} ± {e:.3f}" for v, e in zip(values, errors, strict=True)]
-            rows.append([entry["algorithm"], *cells])
-    return table(["algorithm", "R(A) at the end", "R(V_sgd) at the end", "test %"], rows)

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import figures, noise_study, tables, terminal
+from experiments import figures, noise_study, tables, terminal, theory_study
 from experiments.decide import DecideConfig, DemoConfig, demo_records, run_demo
 from experiments.decide import command as decide
 from experiments.paper import FigureConfig, ListConfig, ReportConfig, accuracies, report
+from experiments.studies import StudyConfig
 from experiments.theory import ComplexityConfig, SDEConfig, complexity, sde
 from experiments.training import (
     DistributedConfig,
@@ -31,9 +32,9 @@ Config = (
     | DistributedConfig
     | FigureConfig
     | ListConfig
-    | noise_study.StudyConfig
     | ReportConfig
     | SDEConfig
+    | StudyConfig
     | TrainConfig
 )
 CONFIGS: dict[str, Any] = {
@@ -43,6 +44,7 @@ CONFIGS: dict[str, Any] = {
     "sde": SDEConfig,
     "complexity": ComplexityConfig,
     "decide": DecideConfig,
+    "theory-study": {name: options for name, (options, _) in theory_study.STUDIES.items()},
     "noise-study": {name: options for name, (options, _) in noise_study.STUDIES.items()},
     "figure": FigureConfig,
     "list": ListConfig,
@@ -71,14 +73,21 @@ def run(config: Config) -> pathlib.Path | None:
             return sde.run(config)
         case ComplexityConfig():
             return complexity.run(config)
-        case noise_study.StudyConfig():
-            return noise_study.run(config)
+        case StudyConfig():
+            return study(config)
         case TrainConfig():
             return train(config)
         case DecideConfig():
             return decide.run(config)
         case DistributedConfig():
             return distributed(config)
+
+
+def study(config: StudyConfig) -> pathlib.Path:
+    """Runs the study that the options belong to; returns its folder."""
+    every = [*theory_study.STUDIES.values(), *noise_study.STUDIES.values()]
+    (found,) = (one for options, one in every if type(config) is options)
+    return found.run(config)
 
 
 def train(config: TrainConfig) -> pathlib.Path:

@@ -121,6 +121,20 @@ def each(items: Iterable[T], description: str, unit: str) -> Iterator[T]:
             progress.update()
 
 
+def duration(seconds: float) -> str:
+    """A duration as text, in a suitable unit from seconds to years."""
+    for size, unit in (
+        (31_536_000, "year"),
+        (86_400, "day"),
+        (3_600, "hour"),
+        (60, "minute"),
+        (1, "second"),
+    ):
+        if seconds >= 2 * size or size == 1:
+            return f"{max(round(seconds / size), 1):,} {unit}s"
+    raise AssertionError
+
+
 def draws(stream: TextIO) -> bool:
     """Whether a stream is a terminal, with a size, on which lines can be overwritten."""
     if not stream.isatty() or os.environ.get("TERM") == "dumb":

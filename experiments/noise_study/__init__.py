@@ -7,17 +7,16 @@ tails   tail indices, estimated for noises of known tails
 memory  noise with a memory: the variance of weights around a minimum
 """
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from experiments.noise_study import edge, escape, memory, scale, tails
-from experiments.noise_study._config import EdgeConfig, StudyConfig
+from experiments.noise_study._config import EdgeConfig
 from experiments.noise_study._escape_config import EscapeConfig
 from experiments.noise_study._scale_config import ScaleConfig
-from experiments.noise_study._study import Study
 from experiments.noise_study.memory import MemoryConfig
 from experiments.noise_study.tails import TailsConfig
+from experiments.studies.study import Study
 
 STUDIES: Mapping[str, tuple[Any, Study]] = {
     # In the order of docs/noise_study.md: scale, edge, escape, tails, memory.
@@ -29,20 +28,11 @@ STUDIES: Mapping[str, tuple[Any, Study]] = {
 }
 """The options of each study, and the study, by name."""
 
-
-def run(config: StudyConfig) -> pathlib.Path:
-    """Runs the study that the options belong to; returns its folder."""
-    (study,) = (study for options, study in STUDIES.values() if type(config) is options)
-    return study.run(config)
-
-
 __all__ = [
     "STUDIES",
     "EdgeConfig",
     "EscapeConfig",
     "MemoryConfig",
     "ScaleConfig",
-    "StudyConfig",
     "TailsConfig",
-    "run",
 ]

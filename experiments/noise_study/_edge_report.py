@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from experiments import figures, records, styles, tables
 from experiments.decide import statistics
-from experiments.noise_study import _intervals
+from experiments.studies import intervals
 
 FAMILY = ("cov", "bernoulli", "sparse_cov", "student_t")
 """The laws with SGD's covariance, declared in advance: each has three comparisons with SGD."""
@@ -72,16 +72,16 @@ def rows(found: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[dict[
             "learning_rate": line["learning_rate"],
             "diverged": int((~np.isfinite(endpoint(line, "loss"))).sum()),
             "seeds": len(line["seeds"]),
-            "loss": _intervals.mean(endpoint(line, "loss")),
+            "loss": intervals.mean(endpoint(line, "loss")),
         }
         for quantity in (*QUANTITIES, "sgd_mean_of_ratios"):
-            row[quantity] = _intervals.mean(endpoint(line, quantity))
+            row[quantity] = intervals.mean(endpoint(line, quantity))
             if line["noise"] != "sgd" and quantity in QUANTITIES and "sgd" in at_same:
                 row[f"{quantity}_to_sgd"] = _compared(line, at_same["sgd"], quantity, margin)
         result.append(row)
     inside = [row for row in result if row["noise"] in FAMILY and row["learning_rate"] == rate]
     compared = [row[f"{q}_to_sgd"] for row in inside for q in QUANTITIES if row[f"{q}_to_sgd"]]
-    _intervals.adjust(compared, ("p_value", "p_equivalent"), len(FAMILY) * len(QUANTITIES))
+    intervals.adjust(compared, ("p_value", "p_equivalent"), len(FAMILY) * len(QUANTITIES))
     return result
 
 
@@ -109,7 +109,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             LABELS[row["noise"]],
             f"{row['learning_rate']:g}",
             f"{row['seeds'] - row['diverged']} of {row['seeds']}",
-            *(_intervals.shown(row[name]) for name in (*QUANTITIES, "sgd_mean_of_ratios")),
+            *(intervals.shown(row[name]) for name in (*QUANTITIES, "sgd_mean_of_ratios")),
             "-" if row["loss"] is None else f"{row['loss'][0]:.4f}",
         ]
         for row in rows
@@ -149,7 +149,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _difference(one: dict[str, float]) -> list[str]:
     interval = f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
-    return [interval, *(_intervals.p_value(one[name]) for name in ("p_value", "p_equivalent"))]
+    return [interval, *(intervals.p_value(one[name]) for name in ("p_value", "p_equivalent"))]
 
 
 def draw(found: list[dict[str, Any]], settings: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -182,7 +182,7 @@ def draw(found: list[dict[str, Any]], settings: Mapping[str, Any], path: pathlib
 
 def _along(axis: Any, line: dict[str, Any], quantity: str) -> None:
     values = np.asarray(line[quantity], float) * line["learning_rate"] / 2
-    summaries = [_intervals.mean(one) for one in values]
+    summaries = [intervals.mean(one) for one in values]
     kept = [i for i, one in enumerate(summaries) if one is not None]
     mean, half = np.array([summaries[i] for i in kept]).reshape(-1, 2).T
     steps, name = np.asarray(line["steps"])[kept], line["noise"]
@@ -201,7 +201,7 @@ def _against_rate(axis: Any, found: list[dict[str, Any]]) -> None:
         look = _STYLES[LABELS[name]]
         for quantity, line, face in (("eigenvalue", ":", "none"), ("own_sharpness", "-", None)):
             points = [
-                (one["learning_rate"], _intervals.mean(endpoint(one, quantity))) for one in lines
+                (one["learning_rate"], intervals.mean(endpoint(one, quantity))) for one in lines
             ]
             shown = [(x * 1.02 ** (place - 1), *y) for x, y in points if y is not None]
             if not shown:

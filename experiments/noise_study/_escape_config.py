@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import ClassVar, Literal
 
-from experiments.noise_study._config import StudyConfig, check, check_names
+from experiments.studies.config import StudyConfig, check, check_names
 
 EscapeName = Literal[
     "gd", "sgd", "sgd-other-key", "cov", "diagonal", "isotropic", "top_eigenvector"

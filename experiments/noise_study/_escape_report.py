@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from experiments import figures, records, styles, tables
 from experiments.decide import statistics
-from experiments.noise_study import _intervals
+from experiments.studies import intervals
 
 FAMILY = ("cov", "diagonal", "isotropic", "top_eigenvector")
 """The noises of SGD's trace, declared in advance: each has three comparisons with SGD."""
@@ -71,7 +71,7 @@ def rows(found: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[dict[
         for shape, values in line["shapes"].items():
             row: dict[str, Any] = {"path": name, "shape": shape}
             for quantity in ("alignment", "cosine"):
-                row[quantity] = _intervals.mean(np.asarray(values[quantity], float)[late].mean(0))
+                row[quantity] = intervals.mean(np.asarray(values[quantity], float)[late].mean(0))
             result.append(row)
     minimum = paths["gd"]["shapes"]
     runs = [_escape(name, line, escapes, minimum) for name, line in escapes.items()]
@@ -81,7 +81,7 @@ def rows(found: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[dict[
         for quantity in QUANTITIES
         if row["noise"] in FAMILY and row[f"{quantity}_to_sgd"]
     ]
-    _intervals.adjust(compared, ("p_value",), len(FAMILY) * len(QUANTITIES))
+    intervals.adjust(compared, ("p_value",), len(FAMILY) * len(QUANTITIES))
     return result + runs
 
 
@@ -95,7 +95,7 @@ def _escape(
     gd, sgd = escapes["gd"], escapes["sgd"]
     row: dict[str, Any] = {"noise": name}
     for quantity in (*QUANTITIES, "loss", "test_accuracy", "distance"):
-        row[quantity] = _intervals.mean(endpoint(line, quantity, gd))
+        row[quantity] = intervals.mean(endpoint(line, quantity, gd))
     for quantity in QUANTITIES:
         row[f"{quantity}_to_sgd"] = (
             None
@@ -128,8 +128,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         [
             LABELS[row["path"]],
             LABELS[row["shape"]],
-            _intervals.shown(row["alignment"], 2),
-            _intervals.shown(row["cosine"]),
+            intervals.shown(row["alignment"], 2),
+            intervals.shown(row["cosine"]),
         ]
         for row in rows
         if "path" in row
@@ -138,11 +138,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     means = [
         [
             LABELS[row["noise"]],
-            "-" if row["noise"] == "gd" else _intervals.shown(row["rise"], 6),
+            "-" if row["noise"] == "gd" else intervals.shown(row["rise"], 6),
             _shown(row["rise_to_predicted"]),
-            _intervals.shown(row["eigenvalue"], 2),
-            _intervals.shown(row["trace_h"], 1),
-            _intervals.shown(row["loss"], 5),
+            intervals.shown(row["eigenvalue"], 2),
+            intervals.shown(row["trace_h"], 1),
+            intervals.shown(row["loss"], 5),
             "-" if row["test_accuracy"] is None else f"{100 * row['test_accuracy'][0]:.2f}",
         ]
         for row in runs
@@ -161,7 +161,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             LABELS[row["noise"]],
             text,
             _shown(row[f"{name}_to_sgd"]),
-            _intervals.p_value(row[f"{name}_to_sgd"]["p_value"]),
+            intervals.p_value(row[f"{name}_to_sgd"]["p_value"]),
         ]
         for row in runs
         for name, text in QUANTITIES.items()

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from experiments import figures, records, styles, tables
 from experiments.decide import statistics
-from experiments.noise_study import _intervals
+from experiments.studies import intervals
 
 EDGES = 10.0 ** np.arange(-4, 1.5, 0.5)
 """The edges of the groups of eigenvalues in a record; the first and the last group are open."""
@@ -93,7 +93,7 @@ def rows(found: list[Record], settings: Mapping[str, Any]) -> list[Record]:
             for row in result
             if (row["model"], row["learning_rate"]) == (model, rate) and "p_value" in row
         ]
-        _intervals.adjust(own, ("p_value", "p_equivalent"), size)
+        intervals.adjust(own, ("p_value", "p_equivalent"), size)
     return result
 
 
@@ -119,11 +119,11 @@ def _row(lines: list[Record], base: list[Record], group: int, margin: float) -> 
     row: Record = {
         "group": group,
         "directions": float(of(lines, "eigenvalues").mean()),
-        "ratio": _intervals.mean(ratio),
-        "about_ratio": _intervals.mean(about),
-        "measured_to_independent": _intervals.mean(reduced["measured"]),
-        "predicted_to_independent": _intervals.mean(reduced["predicted"]),
-        "trace_change": _intervals.mean(
+        "ratio": intervals.mean(ratio),
+        "about_ratio": intervals.mean(about),
+        "measured_to_independent": intervals.mean(reduced["measured"]),
+        "predicted_to_independent": intervals.mean(reduced["predicted"]),
+        "trace_change": intervals.mean(
             np.array([line["trace_at_mean"] / line["trace_at_minimum"] - 1 for line in lines])
         ),
     }
@@ -140,8 +140,8 @@ def table(rows: list[Record]) -> str:
         [
             *_where(row),
             f"{row['directions']:.0f}",
-            _intervals.shown(row["ratio"]),
-            *(_intervals.p_value(row[p]) if p in row else "-" for p in _P_VALUES),
+            intervals.shown(row["ratio"]),
+            *(intervals.p_value(row[p]) if p in row else "-" for p in _P_VALUES),
             _brief(row["about_ratio"]),
         ]
         for row in rows
@@ -155,7 +155,7 @@ def table(rows: list[Record]) -> str:
         if row["noise"] != "independent"
     ]
     traces = [
-        [*_where(row)[:3], _intervals.shown(row["trace_change"])]
+        [*_where(row)[:3], intervals.shown(row["trace_change"])]
         for row in rows
         if row["model"] == "net" and row["group"] == 0
     ]
@@ -262,7 +262,7 @@ def _ratio(axis: Any, lines: list[Record], name: str, main: bool, rate: float) -
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.array([line["measured"] for line in lines])
         ratios = ratios / np.array([line["predicted"] for line in lines])
-    summaries = [_intervals.mean(one) for one in ratios.T]
+    summaries = [intervals.mean(one) for one in ratios.T]
     kept = [i for i, one in enumerate(summaries) if one is not None]
     mean, half = np.array([summaries[i] for i in kept]).reshape(-1, 2).T
     # On the logarithmic axis, an interval may not reach below 0.

@@ -5,7 +5,7 @@ import pathlib
 from typing import ClassVar
 
 from experiments.noise_study import _fashion
-from experiments.noise_study._config import StudyConfig, check
+from experiments.studies.config import StudyConfig, check
 
 
 @dataclasses.dataclass(frozen=True)

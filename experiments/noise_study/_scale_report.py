@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from experiments import figures, records, styles, tables
 from experiments.decide import statistics
-from experiments.noise_study import _intervals
+from experiments.studies import intervals
 
 PREDICTORS = {
     "simple": "mean of tr S / |g|²",
@@ -58,7 +58,7 @@ def rows(found: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[dict[
     result = [_estimator(name, line) for name in names]
     targets = [_target(i, target, line, batches) for i, target in enumerate(settings["targets"])]
     compared = [row[name] for row in targets for name in PREDICTORS if row[name]]
-    _intervals.adjust(compared, ("p_equivalent",), len(targets) * len(PREDICTORS))
+    intervals.adjust(compared, ("p_equivalent",), len(targets) * len(PREDICTORS))
     return result + targets
 
 
@@ -71,9 +71,9 @@ def _estimator(name: str, line: dict[str, Any]) -> dict[str, Any]:
     for quantity, place in _QUANTITIES.items():
         error = np.abs(values[..., place] / exact[..., place] - 1)
         # The median over measurements is finite, although an estimate of the scale need not be.
-        row[quantity] = _intervals.mean(np.median(error, 0))
+        row[quantity] = intervals.mean(np.median(error, 0))
     inside = (values[..., LOW] <= exact[..., SIMPLE]) & (exact[..., SIMPLE] <= values[..., HIGH])
-    row["coverage"] = _intervals.mean(inside.mean(0))
+    row["coverage"] = intervals.mean(inside.mean(0))
     return row
 
 
@@ -168,7 +168,7 @@ def _mean_until(steps: np.ndarray, loss: np.ndarray, values: np.ndarray, target:
 
 def _geometric(values: Float[np.ndarray, " seeds"]) -> list[float] | None:
     """The geometric mean, and the ends of its 95 % interval."""
-    found = _intervals.mean(np.log(values))
+    found = intervals.mean(np.log(values))
     if found is None:
         return None
     mean, half = found
@@ -202,7 +202,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             PREDICTORS[name],
             "-" if row[name] is None else _range(row[name]["value"]),
             "-" if row[name] is None else _range(row[name]["ratio"], 2),
-            "-" if row[name] is None else _intervals.p_value(row[name]["p_equivalent"]),
+            "-" if row[name] is None else intervals.p_value(row[name]["p_equivalent"]),
         ]
         for row in rows
         if "target" in row

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from experiments import figures, styles, tables
 from experiments.decide import statistics
-from experiments.noise_study import _intervals
+from experiments.studies import intervals
 
 LABELS = {
     "isotropic": "isotropic Gaussian",
@@ -63,13 +63,13 @@ def rows(found: list[Record], settings: Mapping[str, Any]) -> list[Record]:
                 )
     for which, names in (("to_two", GAUSSIAN), ("to_cov", COMPARED)):
         family = [row[which] for row in result if row["noise"] in names and row[which]]
-        _intervals.adjust(family, ("p_value",))
+        intervals.adjust(family, ("p_value",))
     return result
 
 
 def _row(lines: list[Record], name: str, place: int) -> Record:
     row: Record = {
-        quantity: _intervals.mean(values(lines, quantity, name)[:, place])
+        quantity: intervals.mean(values(lines, quantity, name)[:, place])
         for quantity in QUANTITIES
         if quantity != "gaussian_p"
     }
@@ -110,11 +110,11 @@ def table(rows: list[Record]) -> str:
             row["net"],
             f"{row['point']:,}",
             *(
-                _intervals.shown(row[name], 2)
+                intervals.shown(row[name], 2)
                 for name in ("pooled", "permuted", "projection", "vector", "vector_limit")
             ),
-            *(_intervals.shown(row[f"hill_{share}"], 1) for share in SHARES),
-            _intervals.shown(row["kurtosis"], 2),
+            *(intervals.shown(row[f"hill_{share}"], 1) for share in SHARES),
+            intervals.shown(row["kurtosis"], 2),
             f"{row['rejected']} of {row['seeds']}",
         ]
         for row in rows
@@ -128,7 +128,7 @@ def table(rows: list[Record]) -> str:
             f"{row['point']:,}",
             against,
             f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]",
-            _intervals.p_value(one["p_value"]),
+            intervals.p_value(one["p_value"]),
         ]
         for row in rows
         for against, one in (("2", row["to_two"]), (LABELS["cov"], row["to_cov"]))
@@ -200,7 +200,7 @@ def draw(found: list[Record], settings: Mapping[str, Any], path: pathlib.Path) -
 def _lines(axis: Any, ticks: list[str], drawn: dict[str, np.ndarray]) -> None:
     """One line per noise through the means over seeds, at places side by side."""
     for i, (name, own) in enumerate(drawn.items()):
-        summaries = [_intervals.mean(one) for one in own.T]
+        summaries = [intervals.mean(one) for one in own.T]
         kept = [place for place, one in enumerate(summaries) if one is not None]
         mean, half = np.array([summaries[place] for place in kept]).reshape(-1, 2).T
         look = _STYLES[LABELS[name]]

@@ -16,7 +16,7 @@ from experiments import terminal
 from experiments._typing import Params
 from experiments.noise_study import _edge_report, _problem
 from experiments.noise_study._config import EdgeConfig
-from experiments.noise_study._study import Study
+from experiments.studies.study import Study
 from msgd_jax import loss, measure
 
 # Draws of SGD's batch sharpness for each draw of a law's own, which may need all examples.

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Key
 from experiments import terminal
 from experiments._typing import Params
 from experiments.noise_study import _escape_report, _problem, _shapes
-from experiments.noise_study._config import evenly
 from experiments.noise_study._escape_config import EscapeConfig
-from experiments.noise_study._study import Study, rounded
+from experiments.studies.config import evenly
+from experiments.studies.study import Study, rounded
 from msgd_jax import loss, measure, noise
 from msgd_jax._streams import Stream, derive
 

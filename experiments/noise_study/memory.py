@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Key
 from experiments import terminal
 from experiments._typing import Law
 from experiments.noise_study import _memory_report, _minimum, _problem
-from experiments.noise_study._config import StudyConfig, check
 from experiments.noise_study._minimum import Examples, Flat, Minimum
-from experiments.noise_study._study import Study
+from experiments.studies.config import StudyConfig, check
+from experiments.studies.study import Study
 from msgd_jax import loss, noise
 
 Model = Literal["quadratic", "net"]

@@ -20,7 +20,7 @@ from experiments import terminal
 from experiments._typing import Params
 from experiments.noise_study import _fashion, _scale_report
 from experiments.noise_study._scale_config import ScaleConfig
-from experiments.noise_study._study import Study, rounded
+from experiments.studies.study import Study, rounded
 from msgd_jax import loss, measure, noise
 from msgd_jax._streams import Stream, derive
 

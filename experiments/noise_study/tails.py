@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Key
 from experiments import terminal
 from experiments._typing import Params
 from experiments.noise_study import _problem, _tails_report
-from experiments.noise_study._config import StudyConfig, check
 from experiments.noise_study._minimum import Examples, digits
-from experiments.noise_study._study import Study
+from experiments.studies.config import StudyConfig, check
+from experiments.studies.study import Study
 from msgd_jax import covariance, loss, measure, noise
 from msgd_jax._streams import Stream, derive
 

@@ -1,6 +1,6 @@
 """An estimate of how long training will take on two cores, which is shown before it begins."""
 
-from experiments import models
+from experiments import models, terminal
 from experiments.training import loop
 from experiments.training.algorithms import ALGORITHMS
 from experiments.training.config import TrainConfig
@@ -28,20 +28,6 @@ def sentence(plans: list[TrainConfig], out_of: int) -> str:
     wide = any(models.MODELS[p.model_name].cost.width and p.width is None for p in plans)
     return (
         f"{len(plans)} of {out_of} runs are to be made, {steps:,} steps in all: "
-        f"about {duration(sum(map(seconds, plans)))} on two cores"
+        f"about {terminal.duration(sum(map(seconds, plans)))} on two cores"
         f"{', reckoned from a narrower net: these are for a GPU' if wide else ''}."
     )
-
-
-def duration(seconds: float) -> str:
-    """A duration as text, in a suitable unit from seconds to years."""
-    for size, unit in (
-        (31_536_000, "year"),
-        (86_400, "day"),
-        (3_600, "hour"),
-        (60, "minute"),
-        (1, "second"),
-    ):
-        if seconds >= 2 * size or size == 1:
-            return f"{max(round(seconds / size), 1):,} {unit}s"
-    raise AssertionError

@@ -286,6 +286,7 @@ _ORDER = (
     "m-sgd-estimated-cov",
     "m-sgd-sparse-fisher",
     "m-sgd-sparse-cov",
+    "m-sgd-ghost-cov",
     "langevin-diagonal-fisher",
     "gd-isotropic",
 )

@@ -2,9 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
-from experiments import figures
 from experiments.tables import text_table
 from msgd_jax import complexity
 
@@ -33,36 +30,3 @@ def theorem1_table(rows: list[dict[str, Any]]) -> str:
     return (
         f"{table}\n!: above 1 by more than its 95 % confidence interval: the inequality is false."
     )
-
-
-def regularizer_table(rows: list[dict[str, Any]]) -> str:
-    """One line per way to train: accuracies in percent, and time relative to the first."""
-    lines = []
-    for row in rows:
-        losses = [
-            f"{row[name]['value']:.3g} ± {row[name]['standard_error']:.1g}"
-            for name in ("train_loss", "test_loss")
-        ]
-        accuracy = {k: 100 * v for k, v in row["test_accuracy"].items()}
-        shown = f"{accuracy['value']:.2f} ± {accuracy['standard_error']:.2f}"
-        lines.append([row["label"], *losses, shown, f"{row['seconds'] / rows[0]['seconds']:.2f}"])
-    header = ["digits", "train loss", "test loss", "test accuracy %", "time"]
-    return text_table(header, lines, gap=3)
-
-
-def trace_table(records: list[dict[str, Any]]) -> str:
-    """One line per measurement: means over seeds with their standard errors."""
-    names = list(records[0]["complexities"])
-    lines = []
-    for record in records:
-        gap = np.array(record["test_loss"]) - np.array(record["train_loss"])
-        means = [record["complexities"][name]["mean"] for name in names]
-        cells = map(_cell, [record["train_loss"], gap, *means])
-        lines.append([record["algorithm"], f"{record['step']}", *cells])
-    header = ["algorithm", "step", "train loss", "loss gap", *(f"R {name}" for name in names)]
-    return text_table(header, lines, gap=3)
-
-
-def _cell(values: Any) -> str:
-    values = np.asarray(values)
-    return f"{values.mean():.4g} ± {figures.standard_error(values):.1g}"

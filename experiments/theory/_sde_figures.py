@@ -110,36 +110,6 @@ def plot_paths(problem: Problem, plane: Sequence[Any], path: pathlib.Path) -> No
     figures.save(figure, path)
 
 
-def plot_network(networks: Sequence[Any], config: Any, path: pathlib.Path) -> None:
-    """Draws distances to the SDE against time, on the network."""
-    first = networks[0]
-    with matplotlib.rc_context(styles.RC):
-        figure, axes = plt.subplots(figsize=(styles.WIDTH, 6), layout="constrained")
-
-        def line(times: Any, values: Any, place: int, label: str) -> None:
-            look = styles.style(place).options(len(times) - 1, first=place)
-            axes.plot(times[1:], values[1:], label=label, **look)
-
-        line(first.times, first.displacement, 0, "way of the SDE from its start")
-        others = (name for name in first.distances if name != "M-SGD-Fisher")
-        for place, name in zip((1, 3), others, strict=False):
-            label = f"{name}, $\\eta$ = {first.learning_rate:g}"
-            line(first.times, first.distances[name], place, label)
-        for place, part in enumerate(networks, start=4):
-            label = f"M-SGD-Fisher, $\\eta$ = {part.learning_rate:g}"
-            line(part.times, part.distances["M-SGD-Fisher"], place, label)
-        axes.set_yscale("log")
-        axes.set_xlabel("time $k\\eta$")
-        axes.set_ylabel("distance to the SDE (root mean square)")
-        figures.below_axes(figure, axes)
-        title = (
-            f"LeNet on FashionMNIST, b = {config.batch_size}: M-SGD-Fisher and the SDE of the same "
-            f"Brownian path, {config.network_paths} of them"
-        )
-        figure.suptitle(figures.wrapped(title))
-    figures.save(figure, path)
-
-
 def _landscape(problem: Problem, plane: Sequence[Any]) -> tuple[Any, Any, Any]:
     points = np.concatenate([p.reshape(-1, 2) for part in plane for p in part.points.values()])
     high = np.abs(points).max(0) + 0.3

@@ -12,22 +12,27 @@ from msgd_jax import sde
 
 
 def strong_table(rows: list[dict[str, Any]]) -> str:
-    """One line per case: the theoretical order, the measured one with its standard error, p and a.
+    """One line per case: the theoretical order, the measured one with its standard error, and a.
 
-    p is the probability of residuals at least as large as these if the errors are on a line.
+    Chi-square measures how far the errors are from a line, and p is the probability of residuals at
+    least as large if they are on one.
     """
     lines = []
     for row in rows:
         a = row.get("deterministic")
         constant = str(sde.Estimate(**a)) if a else ""
         order = str(sde.Estimate(**row["order"]))
-        lines.append([row["label"], f"{row['expected']:g}", order, _p_value(row), constant])
-    return text_table(["path-wise (strong) order", "expected", "measured", "p", "a"], lines, gap=3)
+        lines.append([row["label"], f"{row['expected']:g}", order, *_fit(row), constant])
+    header = ["path-wise (strong) order", "expected", "measured", "chi-square", "p", "a"]
+    return text_table(header, lines, gap=3)
 
 
-def _p_value(row: dict[str, Any]) -> str:
-    value = row.get("p_value")
-    return "" if value is None else f"{value:.2g}"
+def _fit(row: dict[str, Any]) -> tuple[str, str]:
+    """Chi-square with its degrees of freedom, and p; empty where nothing is random."""
+    chi_square, p_value = row.get("chi_square"), row.get("p_value")
+    if chi_square is None or p_value is None:
+        return "", ""
+    return f"{chi_square:.1f} ({len(row['learning_rates']) - 2})", f"{p_value:.2g}"
 
 
 def weak_table(rows: list[dict[str, Any]]) -> str:
@@ -38,22 +43,8 @@ def weak_table(rows: list[dict[str, Any]]) -> str:
         for row in cases:
             order = row["order"]
             shown = str(sde.Estimate(**order)) if isinstance(order, dict) else f"{order:.3f}"
-            lines.append([f"  {row['label']}", f"{row['expected']:g}", shown, _p_value(row)])
-    return text_table(["order in expectation (weak)", "expected", "measured", "p"], lines, gap=3)
-
-
-def network_table(networks: list[dict[str, Any]]) -> str:
-    """One line per iteration: its distance to the SDE at the end, also relative to the path's.
-
-    Args:
-        networks: `NetworkRun`s as JSON.
-    """
-    lines = []
-    for part in networks:
-        for name, values in part["distances"].items():
-            end, relative = values[-1], values[-1] / part["displacement"][-1]
-            lines.append([name, f"{part['learning_rate']:g}", f"{end:.4g}", f"{relative:.2%}"])
-    header = ["LeNet on FashionMNIST", "eta", "distance at the end", "relative"]
+            lines.append([f"  {row['label']}", f"{row['expected']:g}", shown, *_fit(row)])
+    header = ["order in expectation (weak)", "expected", "measured", "chi-square", "p"]
     return text_table(header, lines, gap=3)
 
 

@@ -1,10 +1,9 @@
-"""The SDE side by side with its discretisations: strong and weak orders, paths, a real net.
+"""The SDE side by side with its discretisations: strong and weak orders, and paths.
 
 Every part returns plain numbers; `_sde_figures` draws them, and `run` writes both to a folder.
 """
 
 import functools
-import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -12,14 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from experiments import data, terminal, training
+from experiments import terminal
 from experiments.theory import _sde_figures, _sde_tables, weak_order
-from experiments.theory.config import SDEConfig, check_batch_size
+from experiments.theory.config import SDEConfig
 from experiments.theory.sde_problems import Problem, at_minimum, logistic, two_wells
 from experiments.training import runs
-from msgd_jax import loss, noise, sde, train
+from msgd_jax import loss, noise, sde
 from msgd_jax._streams import Stream, derive
 
 RATES = (0.1, 0.05, 0.025, 0.0125)
@@ -204,154 +202,6 @@ def _keys(seed: int, count: int) -> Any:
     return jax.vmap(lambda i: derive(jax.random.key(seed), Stream.CASES, i))(jnp.arange(count))
 
 
-class NetworkRun(NamedTuple):
-    """The distances of iterations from the SDE, on a network, at one learning rate.
-
-    Attributes:
-        learning_rate: eta.
-        times: the times, from 0, [saved].
-        displacement: the distance of the SDE from its start, root mean square over paths, [saved].
-        distances: the same for the distance of every iteration from the SDE, by name, [saved].
-    """
-
-    learning_rate: float
-    times: np.ndarray
-    displacement: np.ndarray
-    distances: dict[str, np.ndarray]
-
-
-SHARED, OWN, STILL = "M-SGD-Fisher", "M-SGD-Fisher, own draws", "GD"
-
-
-def network(config: SDEConfig, dataset: data.Dataset) -> Iterator[NetworkRun]:
-    """M-SGD-Fisher by the usual training, and the SDE with the same key, for eta, eta/2, eta/4, ...
-
-    At the first learning rate there are also M-SGD-Fisher with another key, and GD. All paths start
-    from the same initial weights.
-    """
-    functions = training.model_functions("lenet", dataset.max_value)
-    losses = functions.losses
-    start_key = derive(jax.random.key(config.seed), Stream.PARAMETERS)
-    params = jax.tree.map(lambda leaf: leaf[0], functions.init_params(start_key[None]))
-    keys = _keys(config.seed, config.network_paths)
-    train_set = jax.device_put(dataset.train)
-    fisher = noise.fisher(len(dataset.train.label), config.batch_size)
-    rates = [config.learning_rate / 2**i for i in range(config.halvings + 1)]
-    passes = (config.substeps + 1) * (2 ** len(rates) - 1) + 2
-    total = config.iterations * passes * len(keys)
-    with terminal.Progress(total, "iteration") as progress:
-        progress.compiling("network")
-        for rate in rates:
-            walk = _walker(losses, fisher, rate, config, train_set)
-            ends = round(config.learning_rate / rate) * _iterations_at(config)
-            laws = {SHARED: fisher}
-            if rate == config.learning_rate:
-                laws |= {OWN: fisher, STILL: noise.gd(fisher.num_examples)}
-            trainers = {
-                name: _trainer(losses, law, rate, config.microbatch_size, ends, train_set)
-                for name, law in laws.items()
-            }
-            squares = [
-                _squares(walk, config.substeps, trainers, params, key, ends, progress)
-                for key in keys
-            ]
-            displacement, distances = jax.tree.map(
-                lambda *paths: np.sqrt(np.mean(paths, 0)), *squares
-            )
-            yield NetworkRun(rate, rate * ends, displacement, distances)
-
-
-Walk = Callable[[Any, Any, int, int], sde.Path]
-
-
-def _walker(
-    losses: loss.LossVectorFn, law: noise.MNoise, rate: float, config: SDEConfig, train_set: Any
-) -> Walk:
-    """A function for a part of the SDE's path between two iterations; compiled once for all."""
-
-    @jax.jit
-    def walk(params: Any, data: Any, key: Any, first_step: Any, num_steps: Any) -> sde.Path:
-        return sde.euler_maruyama(
-            loss.LossVector(losses, data, microbatch_size=config.microbatch_size),
-            params,
-            law,
-            learning_rate=rate,
-            key=key,
-            first_step=first_step,
-            num_steps=num_steps,
-            scheme=sde.Scheme(config.substeps),
-        )
-
-    return lambda params, key, first, last: walk(params, train_set, key, first, last)
-
-
-class _Trainer(NamedTuple):
-    """Training with one law: the state at the start, and a function that makes further steps."""
-
-    start: Callable[[Any, Any], train.TrainState]
-    advance: Callable[[train.TrainState, int], train.TrainState]
-
-
-def _trainer(
-    losses: loss.LossVectorFn,
-    law: noise.MNoise,
-    learning_rate: float,
-    microbatch_size: int | None,
-    ends: np.ndarray,
-    train_set: Any,
-) -> _Trainer:
-    optimizer = optax.sgd(learning_rate)
-    step = train.make_step(losses, optimizer, law, microbatch_size=microbatch_size)
-    loop = train.make_loop(step, max_steps=int(np.diff(ends).max()))
-    return _Trainer(
-        lambda params, key: train.init(params, optimizer, key),
-        lambda state, steps: loop(state, train_set, steps)[0],
-    )
-
-
-def _iterations_at(config: SDEConfig) -> np.ndarray:
-    """The iterations, at the largest learning rate, at which distances are measured; from 0."""
-    return np.unique(np.linspace(0, config.iterations, config.points + 1).astype(int))
-
-
-def _squares(
-    walk: Walk,
-    substeps: int,
-    trainers: dict[str, _Trainer],
-    params: Any,
-    key: Any,
-    ends: np.ndarray,
-    progress: Any,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The squared displacement of one SDE path, and squared distances to it, at `ends`."""
-    own_key = derive(key, Stream.CASES, 0)
-    states = {
-        name: trainer.start(params, own_key if name == OWN else key)
-        for name, trainer in trainers.items()
-    }
-    position, displacement = params, [0.0]
-    distances = {name: [0.0] for name in trainers}
-    for before, after in itertools.pairwise(ends.tolist()):
-        path = walk(position, key, before, after)
-        if path.diverged_at >= 0:
-            raise ValueError(
-                f"The SDE left the finite numbers in iteration {path.diverged_at} of {ends[-1]}: "
-                "choose a smaller learning rate."
-            )
-        position = path.last_params
-        displacement.append(_square_distance(position, params))
-        progress.update(substeps * (after - before))
-        for name, trainer in trainers.items():
-            states[name] = trainer.advance(states[name], after - before)
-            distances[name].append(_square_distance(states[name].params, position))
-            progress.update(after - before)
-    return np.array(displacement), {name: np.array(values) for name, values in distances.items()}
-
-
-def _square_distance(first: Any, second: Any) -> float:
-    return float(optax.tree.norm(jax.tree.map(jnp.subtract, first, second), squared=True))
-
-
 def run(config: SDEConfig) -> pathlib.Path:
     """Runs the chosen parts; each prints its table and writes its picture when it is done."""
     steps: dict[str, Callable[[pathlib.Path], Any]] = {
@@ -359,18 +209,9 @@ def run(config: SDEConfig) -> pathlib.Path:
         "weak": functools.partial(_weak_part, config),
         "paths": functools.partial(_paths_part, config),
     }
-    if "network" in config.parts:
-        # The folder is checked before anything is loaded.
-        check_batch_size(config.batch_size, data.DATASETS["fashion_mnist"].sizes[0])
-        dataset: Any = None
-        # Loaded first, so that missing images are reported at once.
-        if not runs.finished_parts("sde", config):
-            dataset = data.load("fashion_mnist", data_dir=config.data_dir)
-        steps["network"] = functools.partial(_network_part, config, dataset)
     tables = {
         "strong": _sde_tables.strong_table,
         "weak": _sde_tables.weak_table,
-        "network": _sde_tables.network_table,
     }
     return runs.run_parts("sde", config, steps, tables)
 
@@ -391,9 +232,3 @@ def _paths_part(config: SDEConfig, folder: pathlib.Path) -> Any:
     plane = [paths(config, rate) for rate in (0.2, 0.05)]
     _sde_figures.plot_paths(two_wells(), plane, folder / "paths.png")
     return [_sde_tables.as_json(part) for part in plane]
-
-
-def _network_part(config: SDEConfig, dataset: data.Dataset, folder: pathlib.Path) -> Any:
-    networks = list(network(config, dataset))
-    _sde_figures.plot_network(networks, config, folder / "network.png")
-    return [_sde_tables.as_json(part) for part in networks]

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from experiments.training._ghost_cov import ghost_cov
 from msgd_jax import noise
 
 
@@ -17,7 +18,8 @@ class NoiseSettings:
         estimate_size: The number of examples from which [Fisher-b] and [Cov-b] estimate their
             matrices.
         support_size: The number of examples that a step of [M-SGD-Fisher]-b, [M-SGD-Cov]-b and
-            SGD-b computes: their large batch, called b in the paper too.
+            SGD-b computes: their large batch, called b in the paper too. It is a multiple of 100
+            for [M-SGD-Cov]-b as the authors' own code has it.
         rademacher_scale: The factor of the Rademacher regulariser; None stands for the one at which
             its variances are those of M-SGD-Fisher. The paper tunes it and does not say to what.
         refresh_every: The number of steps for which isotropic noise and the diagonal Langevin
@@ -92,6 +94,10 @@ ALGORITHMS: dict[str, Algorithm] = {
     "m-sgd-sparse-cov": Algorithm(
         "[M-SGD-Cov]-{M}",
         lambda n, s: noise.sparse_cov(n, s.batch_size, support_size=s.support_size),
+    ),
+    "m-sgd-ghost-cov": Algorithm(
+        "[M-SGD-Cov]-{M}, centred in hundreds",
+        lambda n, s: ghost_cov(n, s.batch_size, support_size=s.support_size),
     ),
     "sgd-b": Algorithm("SGD-{M}", lambda n, s: noise.sgd(n, s.support_size)),
     "langevin-diagonal-fisher": Algorithm(

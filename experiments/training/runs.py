@@ -36,7 +36,7 @@ DRAWS = 2
 sets. Runs with different numbers are not continued in each other's folders or compared by seed."""
 
 # Options that do not affect results, so they may change when a run is continued.
-_FREE = ("out", "data_dir", "checkpoint_every")
+_FREE = ("out", "data_dir", "checkpoint_every", "collect")
 _FILES = {"config.json", "metrics.jsonl", "summary.json", "failure.json", ".lock"}
 _NOT_RUNS = {"checkpoints", "tensorboard"}
 

@@ -18,6 +18,7 @@ from experiments import records, training
 from experiments.decide import _datasets, _records, _runs, settings
 from experiments.noise_study import EdgeConfig, _problem, edge
 from experiments.paper import accuracies, panels, report
+from experiments.theory_study import RegularizerConfig, regularizer
 from experiments.training import loop, runs
 
 RESULTS = pathlib.Path(experiments.__file__).parent / "results"
@@ -140,6 +141,31 @@ class _OnlyFirst(EdgeConfig):
     @property
     def measured_at(self):
         return super().measured_at[:2]
+
+
+def study_config(kind, folder, **changes):
+    """The options of a recorded study, and its records."""
+    asked = records.read_object(folder / "config.json")
+    assert asked["draws"] == runs.DRAWS
+    known = {field.name for field in dataclasses.fields(kind)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if k in known}
+    unlike = {"out": None, "collect": (), "data_dir": None}
+    return kind(**values | unlike | changes), records.read_lines(folder / f"{folder.name}.jsonl")
+
+
+@pytest.mark.slow
+def test_the_study_of_the_regulariser():
+    """GD with the first two seeds to its end: losses within 1 %, and far from those exchanged."""
+    config, lines = study_config(RegularizerConfig, RESULTS / "theory_study" / "regularizer")
+    rate = config.learning_rate
+    own = [line for line in lines if (line["case"], line["rate"]) == ("gd", rate)]
+    recorded = {line["seed"]: line for line in own}
+    first, second = regularizer.train(config, "gd", rate, range(2))
+    for found in (first, second):
+        wanted = recorded[found["seed"]]
+        assert found["test_loss"] == pytest.approx(wanted["test_loss"], rel=0.01)
+        assert found["test_accuracy"] == pytest.approx(wanted["test_accuracy"], abs=0.003)
+    assert abs(first["test_loss"] / recorded[1]["test_loss"] - 1) > 0.02
 
 
 def test_runs_of_older_draws_are_marked():

@@ -169,4 +169,4 @@ def test_every_panel_has_an_expected_time(name, scale):
     ],
 )
 def test_durations(seconds, words):
-    assert _cost.duration(seconds) == words
+    assert terminal.duration(seconds) == words

@@ -24,8 +24,10 @@ def test_names_on_the_command_line_are_those_of_the_panels():
     assert typing.get_args(paper_config.PanelName) == tuple(panels.PANELS)
 
 
-def test_every_algorithm_is_in_a_panel():
-    assert {run.algorithm for p in panels.PANELS.values() for run in p.runs} == set(ALGORITHMS)
+def test_every_algorithm_of_the_paper_is_in_a_panel():
+    """The one that is in no panel is the authors' own form of [M-SGD-Cov]-b."""
+    used = {run.algorithm for p in panels.PANELS.values() for run in p.runs}
+    assert set(ALGORITHMS) - used == {"m-sgd-ghost-cov"}
 
 
 RECIPE = "dataset model learning_rate b momentum decay_at augment weight_decay"

@@ -2,15 +2,12 @@
 
 import json
 
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from experiments import data, training
 from experiments.__main__ import main
-from experiments.theory import _sde_tables, sde_problems, weak_order
 from experiments.theory import sde as sde_experiment
+from experiments.theory import sde_problems, weak_order
 from experiments.theory.config import SDEConfig
 from experiments.training import runs
 from msgd_jax import sde
@@ -100,41 +97,6 @@ def test_paths_on_the_plane_start_together_and_the_coupled_ones_stay_close(tmp_p
     assert (tmp_path / "paths.png").stat().st_size > 10_000
 
 
-def test_a_network_stays_closest_to_the_sde_with_the_same_draws(tmp_path, monkeypatch, capsys):
-    """M-SGD-Fisher with the SDE's key is closest; a linear classifier stands for LeNet."""
-    from experiments.theory import _sde_figures
-
-    digits = data.load("digits")
-
-    def losses(params, batch):
-        logits = batch.image.reshape(-1, 64).astype(jnp.float32) / digits.max_value @ params
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.label)
-
-    functions = training.model_functions("lenet", 1)._replace(
-        init_params=lambda keys: jnp.zeros((1, 64, 10)), losses=losses
-    )
-    monkeypatch.setattr(training, "model_functions", lambda *_: functions)
-    config = SDEConfig(
-        network_paths=2, iterations=4, points=2, halvings=1, substeps=2, microbatch_size=None
-    )
-    coarse, fine = sde_experiment.network(config, digits)
-    assert coarse.times == pytest.approx([0, 0.2, 0.4])
-    assert fine.times == pytest.approx([0, 0.2, 0.4])
-    shared = coarse.distances["M-SGD-Fisher"]
-    assert shared[0] == 0
-    for other in ("M-SGD-Fisher, own draws", "GD"):
-        assert (coarse.distances[other][1:] > 3 * shared[1:]).all()
-    # On average over paths, orders 1 to 3/2 give ratios of 2 to 2.8 when the rate is halved. The
-    # bounds leave room for one path, and reject order 1/2, which gives 1.4.
-    assert 1.5 < shared[-1] / fine.distances["M-SGD-Fisher"][-1] < 6
-    assert (coarse.displacement[1:] > shared[1:]).all()
-    _sde_figures.plot_network([coarse, fine], config, tmp_path / "network.png")
-    assert (tmp_path / "network.png").stat().st_size > 10_000
-    assert "M-SGD-Fisher, own draws" in _sde_tables.network_table(
-        [_sde_tables.as_json(part) for part in (coarse, fine)]
-    )
-
-
 def test_the_drift_vanishes_at_the_minimum_and_not_at_the_start():
     problem = sde_problems.at_minimum(sde_problems.logistic())
     assert np.abs(sde.drift(problem.losses, problem.params)).max() < 1e-4
@@ -149,13 +111,10 @@ def test_the_drift_vanishes_at_the_minimum_and_not_at_the_start():
         ({"parts": ("weak", "weak")}, "each once"),
         ({"weak_paths": 3}, "weak_paths must be at least 4, got 3"),
         ({"strong_paths": 31}, "strong_paths must be at least 32, got 31"),
-        ({"iterations": 0}, "iterations must be at least 1, got 0"),
-        ({"halvings": -1}, "halvings must be at least 0, got -1"),
-        ({"learning_rate": 0.0}, "learning_rate must be finite and above 0, got 0.0"),
         ({"seed": 2**32}, "seed must be between 0 and 2"),
         (
-            {"parts": ("weak",), "learning_rate": 0.5},
-            "learning_rate is read by the part network only, got 0.5 with parts = weak",
+            {"parts": ("weak",), "strong_paths": 64},
+            "strong_paths is read by the part strong only, got 64 with parts = weak",
         ),
     ],
 )
