@@ -15,7 +15,8 @@ paths can be simulated for any model.
   root scaling rule.
 * `diffrax_terms` makes terms for diffrax, in the interpretation that the solver converges to.
 * `strong_error` and `weak_error` measure the distance between iteration and SDE as a function of
-  the learning rate, path by path (Theorem 3) and in expectation (Theorem 2).
+  the learning rate, path by path (Theorem 3) and in expectation (Theorem 2), for plain M-SGD and
+  for a rule: `Momentum`, `Adam` or `RMSprop`.
 * `stationary_covariance` and `stationary_covariance_of_sde` are the stationary covariances of the
   iteration and of the SDE on a quadratic loss; `stationary_covariance_along` is the first along
   directions, for nets, without matrices.
@@ -37,7 +38,7 @@ from msgd_jax.sde._dynamics import Scheme, coupling, diffusion, drift
 from msgd_jax.sde._euler_maruyama import Path, euler_maruyama
 from msgd_jax.sde._exit import ExitTimes, Trials, exit_time
 from msgd_jax.sde._fits import ErrorModel, ErrorSweep, Fit, fit_line
-from msgd_jax.sde._rules import Adam, RMSprop
+from msgd_jax.sde._rules import Adam, Momentum, RMSprop
 from msgd_jax.sde._settled import Settled, stationary_covariance_along
 from msgd_jax.sde._stationary import stationary_covariance, stationary_covariance_of_sde
 from msgd_jax.sde._strong import strong_error
@@ -54,6 +55,7 @@ __all__ = [
     "Estimate",
     "ExitTimes",
     "Fit",
+    "Momentum",
     "Moving",
     "Path",
     "RMSprop",

@@ -159,7 +159,7 @@ def adaptive(
         own = equation.with_data(data)
 
         def iterate(at: _At, step: Int[Array, ""]) -> _At:
-            return _iteration(own, rule, at, step, own.increments(key, step), rate_at(step))
+            return adaptive_iteration(own, rule, at, step, own.increments(key, step), rate_at(step))
 
         points, diverged_at, last = _euler_maruyama.walk(iterate, at, first, end, saved)
         times = _schedules.times(squared, equation.dtype, saved)
@@ -181,16 +181,20 @@ class _At(NamedTuple):
     square: Gradients
 
 
+def at_rest(params: Params, rule: Adam | RMSprop) -> _At:
+    """The point at which training with this rule starts."""
+    fill = rule.initial_scale if isinstance(rule, RMSprop) else 0.0
+    square = jax.tree.map(lambda p: jnp.full(p.shape, fill, p.dtype), params)
+    return _At(params, optax.tree.zeros_like(params), square)
+
+
 def _start(params: Params | AdaptiveState, rule: Adam | RMSprop) -> AdaptiveState:
     """The state at the start, after checks; raises TypeError or ValueError."""
     if not isinstance(rule, Adam | RMSprop):
         raise TypeError(f"rule must be an sde.Adam or an sde.RMSprop, got {_validate.shown(rule)}.")
     if not isinstance(params, AdaptiveState):
         _validate.floating_params(params)
-        params = jax.tree.map(jnp.asarray, params)
-        fill = rule.initial_scale if isinstance(rule, RMSprop) else 0.0
-        square = jax.tree.map(lambda p: jnp.full(p.shape, fill, p.dtype), params)
-        return AdaptiveState(params, optax.tree.zeros_like(params), square)
+        return AdaptiveState(*at_rest(jax.tree.map(jnp.asarray, params), rule))
     point, mean, square, step = params
     point, mean, square = (jax.tree.map(jnp.asarray, x) for x in (point, mean, square))
     state = AdaptiveState(point, mean, square, step)
@@ -205,7 +209,7 @@ def _start(params: Params | AdaptiveState, rule: Adam | RMSprop) -> AdaptiveStat
     return state
 
 
-def _iteration(
+def adaptive_iteration(
     equation: Equation,
     rule: Adam | RMSprop,
     at: _At,

@@ -127,7 +127,7 @@ class Root(NamedTuple):
     along: Float[Array, ""]
 
     @classmethod
-    def cast(cls, eigenvalues: tuple[float, float], dtype: jnp.dtype) -> "Root":
+    def cast(cls, eigenvalues: tuple[Scalar, Scalar], dtype: jnp.dtype) -> "Root":
         """The root for these eigenvalues of Cov(W), across the all-ones vector and along it."""
         across, along = (jnp.asarray(value, dtype) for value in eigenvalues)
         return cls(across, along)
@@ -163,7 +163,7 @@ class Equation(NamedTuple):
     """The SDE of a loss vector and a law, with its Brownian paths; its parts are checked."""
 
     losses: loss.LossVector
-    moments: tuple[float, float]
+    moments: tuple[Scalar, Scalar]
     dtype: jnp.dtype
     path_dtype: jnp.dtype
     scheme: Scheme

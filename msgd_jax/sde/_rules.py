@@ -1,4 +1,4 @@
-"""Adam and RMSprop as rules with numbers, and the square root scaling rule between them."""
+"""Momentum, Adam and RMSprop as rules with numbers, and how their SDEs scale with the rate."""
 
 import dataclasses
 import math
@@ -13,7 +13,58 @@ from msgd_jax._typing import Scalar
 
 
 @dataclasses.dataclass(frozen=True)
-class Adam:
+class Momentum:
+    """Heavy balls that share an SDE, for a `Sweep`: at the rate eta, mu is 1 - q sqrt(eta).
+
+    An iteration takes the time sqrt(eta), as in `underdamped`.
+
+    Attributes:
+        friction: q, above 0.
+
+    Raises:
+        TypeError: if `friction` is not a number.
+        ValueError: if `friction` is not finite and above 0.
+    """
+
+    friction: float
+
+    def __post_init__(self) -> None:
+        _validate.real("friction", self.friction)
+        _validate.positive_scalar("friction", self.friction)
+
+    def time(self, learning_rate: float) -> float:
+        """The time of one iteration."""
+        return math.sqrt(learning_rate)
+
+    def at(self, learning_rate: float) -> dict[str, float]:
+        """The numbers at a learning rate; raises ValueError if mu would be negative."""
+        momentum = 1 - self.friction * math.sqrt(learning_rate)
+        if momentum < 0:
+            raise ValueError(
+                f"learning_rates must be at most 1/friction^2 = {self.friction**-2:g}, since the "
+                f"momentum is 1 - friction sqrt(learning_rate), got {learning_rate:g}."
+            )
+        return {"momentum": momentum}
+
+
+class _Scaled:
+    """What `Adam` and `RMSprop` say of themselves to a `Sweep`."""
+
+    learning_rate: optax.ScalarOrSchedule
+
+    def time(self, learning_rate: float) -> float:
+        """The time of one iteration."""
+        return learning_rate**2
+
+    def at(self, learning_rate: float) -> dict[str, float]:
+        """The numbers at a learning rate, by `scaled`; `ratio` is that of the batch sizes."""
+        ratio = (learning_rate / _validate.real("rule.learning_rate", self.learning_rate)) ** 2
+        numbers = vars(self.scaled(ratio))  # type: ignore[attr-defined]
+        return {"ratio": ratio} | {name: float(value) for name, value in numbers.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam(_Scaled):
     """The numbers of `optax.adam`, as `adaptive` takes them.
 
     Attributes:
@@ -75,7 +126,7 @@ class Adam:
 
 
 @dataclasses.dataclass(frozen=True)
-class RMSprop:
+class RMSprop(_Scaled):
     """The numbers of ``optax.rmsprop(..., eps_in_sqrt=False)``, as `adaptive` takes them.
 
     Attributes:

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int, Key
 from msgd_jax import _laws, _validate, loss
 from msgd_jax._laws import Law
 from msgd_jax._streams import Stream, derive
-from msgd_jax._typing import Data, Params, Scalar
+from msgd_jax._typing import Data, Params, PyTree, Scalar
 from msgd_jax.noise import MNoise, Weights
-from msgd_jax.sde import _dynamics, _euler_maruyama, _fits, _schedules, _sweeps
+from msgd_jax.sde import _dynamics, _euler_maruyama, _fits, _motions, _schedules, _sweeps
 from msgd_jax.sde._dynamics import Equation, Scheme
 from msgd_jax.sde._sweeps import Sweep
 
@@ -39,6 +39,9 @@ def strong_error(
     order is 1 if a dominates, and up to 3/2 if the noise does. With a scheme of order 2 the error
     of the drift is gone and the order is 3/2. Without a shared path it is 1/2.
 
+    With a rule in the sweep, iteration and SDE are those of the rule. The order is 1/2 in eta for
+    `Momentum`, and 1 in eta for `Adam` and `RMSprop`.
+
     Each call compiles one program for all learning rates and frees it afterwards.
 
     The reference is computed by Euler steps too, so a is about 1 - 1/substeps times its value for
@@ -51,11 +54,13 @@ def strong_error(
             `noise.Exchangeable`.
         sweep: the learning rates, their schedule, the time, and the number of paths.
         key: a typed PRNG key; each eta has paths of its own.
-        scheme: the number of substeps per iteration, and the order of the SDE.
+        scheme: the number of substeps per iteration, and the order of the SDE, which is 1 with a
+            rule.
         iterate: the weights of the iteration. None for ``coupling(law, N)``, M-SGD-Gaussian on the
             path of the SDE; for another coupling, a function from the Brownian increment over the
             iteration, [N] in units of sqrt(eta), to weights [N]; or a `noise.MNoise`, whose draws
-            do not depend on the path (its steps may depend on each other).
+            do not depend on the path (its steps may depend on each other). With an adaptive rule,
+            None.
 
     Returns:
         The errors with their standard errors, and the order that fits them.
@@ -65,8 +70,8 @@ def strong_error(
             `law` is not a law, `sweep` is not a `Sweep`, `scheme` is not a `Scheme`, `iterate` is
             neither a law nor a function, or `key` is not a typed PRNG key.
         ValueError: if a law is for another number of examples, the steps of `law` depend on each
-            other, it states no covariance, or a path becomes infinite or NaN; the error then names
-            the learning rate and the iteration.
+            other, it states no covariance, `scheme` or `iterate` does not fit the rule, or a path
+            becomes infinite or NaN; the error then names the learning rate and the iteration.
     """
     equation = Equation.of(losses, params, law, scheme)
     _sweeps.checked(sweep)
@@ -75,21 +80,34 @@ def strong_error(
         _laws.of_size("iterate", iterate, losses.num_examples)
     elif iterate is not None:
         _validate.function("iterate", iterate)
+    _sweeps.check_rule(sweep.rule, scheme, iterate)
     params = jax.tree.map(jnp.asarray, params)
 
     # One program for all learning rates, which is freed after the call.
     @jax.jit
     def distances_of_all(
-        params: Params, data: Data, rate: Scalar, steps: Int[Array, ""], key: Key[Array, ""]
+        params: Params,
+        data: Data,
+        rate: Scalar,
+        numbers: dict[str, Scalar],
+        steps: Int[Array, ""],
+        key: Key[Array, ""],
     ) -> tuple[_Distance, Int[Array, " paths"]]:
-        rate_at = sweep.rate_at(rate, equation.dtype)
-        one_path = _one_path(equation.with_data(data), iterate, params, rate_at, steps)
+        own = equation.with_data(data)
+        rate_at = sweep.rate_at(rate, numbers["time"], equation.dtype)
+        sides = (
+            _motions.equation_of(sweep.rule, own, numbers),
+            _motions.training(sweep.rule, own.losses, numbers),
+        )
+        driven = _motions.scaled_equation(own, numbers)  # whose noise drives the iteration
+        one_path = _one_path(driven, sides, iterate, params, rate_at, steps)
         return sweep.over_paths(one_path, key)
 
     errors, standard_errors = [], []
-    for index, (rate, steps) in enumerate(zip(sweep.rates, sweep.num_steps, strict=True)):
+    for index, (rate, steps) in enumerate(zip(sweep.learning_rates, sweep.num_steps, strict=True)):
         own_key = derive(key, Stream.PATHS, index)
-        distances, left_at = distances_of_all(params, losses.data, rate, steps, own_key)
+        numbers = sweep.numbers(rate)
+        distances, left_at = distances_of_all(params, losses.data, rate, numbers, steps, own_key)
         _sweeps.check_finite(left_at, rate, "iteration and SDE")
         error, standard_error = _root_mean_square(distances.on_host(rate))
         errors.append(error)
@@ -133,13 +151,14 @@ def _root_mean_square(distances: Float[np.ndarray, " paths"]) -> tuple[float, fl
 class _Pair(NamedTuple):
     """SDE and iteration, and the number of the iteration in which one became infinite or NaN."""
 
-    sde: Params
-    msgd: Params
+    sde: PyTree
+    msgd: PyTree
     left_at: Int[Array, ""]
 
 
 def _one_path(
     equation: Equation,
+    sides: tuple[_motions.Motion, _motions.Motion],
     iterate: MNoise | _dynamics.Coupling | None,
     params: Params,
     rate_at: _schedules.RateAt,
@@ -147,6 +166,7 @@ def _one_path(
 ) -> Callable[[Key[Array, ""]], tuple[_Distance, Int[Array, ""]]]:
     """A function from a key to the distance at the end, and to when a path diverged, or -1."""
     losses, root = equation.losses, equation.root
+    sde_side, msgd_side = sides
 
     def weights(
         increment: Float[Array, " N"], own_key: Key[Array, ""], step: Int[Array, ""]
@@ -162,14 +182,16 @@ def _one_path(
         def advance(step: Int[Array, ""], pair: _Pair) -> _Pair:
             # Both over one iteration; the iteration is driven by the sum of the SDE's increments.
             increments, rate = equation.increments(path_key, step), rate_at(step)
-            gradient = losses.gradient(pair.msgd, weights(increments.sum(0), own_key, step))
-            sde = equation.iteration(pair.sde, increments, rate)
-            msgd = _dynamics.step_along(pair.msgd, gradient, -rate)
+            drawn = weights(increments.sum(0), own_key, step)
+            sde = sde_side.advance(pair.sde, increments, step, rate)
+            msgd = msgd_side.advance(pair.msgd, drawn, step, rate)
             finite = _euler_maruyama.all_finite((sde, msgd))
             return _Pair(sde, msgd, _sweeps.left_at(pair.left_at, step, finite))
 
-        pair = _Pair(params, params, jnp.asarray(-1, jnp.int32))
+        starts = sde_side.start(params), msgd_side.start(params)
+        pair = _Pair(starts[0], starts[1], jnp.asarray(-1, jnp.int32))
         pair = jax.lax.fori_loop(0, num_steps, advance, pair)
-        return _Distance.between(pair.sde, pair.msgd), pair.left_at
+        ends = sde_side.params_of(pair.sde), msgd_side.params_of(pair.msgd)
+        return _Distance.between(*ends), pair.left_at
 
     return one_path

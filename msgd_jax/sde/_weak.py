@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, Int, Key
 from msgd_jax import _laws, _validate, loss
 from msgd_jax._laws import Law
 from msgd_jax._streams import Stream, derive
-from msgd_jax._typing import Data, Gradients, Params, Scalar
-from msgd_jax.noise import MNoise
-from msgd_jax.sde import _dynamics, _euler_maruyama, _fits, _schedules, _sweeps
+from msgd_jax._typing import Data, Gradients, Params, PyTree, Scalar
+from msgd_jax.noise import MNoise, Weights, scaled
+from msgd_jax.sde import _dynamics, _euler_maruyama, _fits, _motions, _schedules, _sweeps
 from msgd_jax.sde._dynamics import Equation, Scheme
+from msgd_jax.sde._rules import Adam, RMSprop
 from msgd_jax.sde._sweeps import Sweep
 
 TestFn = Callable[[Params, Data], Float[Array, ""]]
@@ -49,7 +50,11 @@ def weak_error(
     the linear response of the path to its noise along the noise-free path, so that E y = 0 exactly.
     It is subtracted from g, and lowers the standard error from O(sqrt(eta)) to O(eta), at the cost
     of a Hessian-vector product and a gradient per step. It has no effect if grad g = 0, as at a
-    minimum of L for g = L.
+    minimum of L for g = L. It is not used with `Adam` and `RMSprop`, whose response to their noise
+    is not nearly linear.
+
+    With a rule in the sweep, iteration and SDE are those of the rule: the order is 1/2 in eta for
+    `Momentum`, and 2 in eta, which is 1 in the time of an iteration, for `Adam` and `RMSprop`.
 
     Args:
         losses: the loss vector.
@@ -60,6 +65,7 @@ def weak_error(
         key: a typed PRNG key.
         scheme: the number of substeps per iteration, and the order of the SDE. The SDE is sampled
             with an error of its own, O(eta/substeps) for order 1 and O(eta^2/substeps) for order 2.
+            With a rule, order 1.
         iterate: the law of the iteration's weights (its steps may depend on each other); None for
             `law`, which must then be a `noise.MNoise`.
         test_fn: g, ``test_fn(params, data)`` returns a differentiable scalar; None for the mean
@@ -74,8 +80,8 @@ def weak_error(
             law is not a law, `sweep` is not a `Sweep`, `scheme` is not a `Scheme`, `test_fn` is not
             a function, or `key` is not a typed PRNG key.
         ValueError: if a law is for another number of examples, the steps of `law` depend on each
-            other, it states no covariance, or a path becomes infinite or NaN; the error then names
-            the learning rate and the iteration.
+            other, it states no covariance, `scheme` does not fit the rule, or a path becomes
+            infinite or NaN; the error then names the learning rate and the iteration.
     """
     equation = Equation.of(losses, params, law, scheme)
     _sweeps.checked(sweep)
@@ -87,19 +93,37 @@ def weak_error(
             f"got {_validate.shown(iterate)}."
         )
     _laws.of_size("iterate", iterate, losses.num_examples)
+    _sweeps.check_rule(sweep.rule, scheme)
     params = jax.tree.map(jnp.asarray, params)
     if test_fn is not None:
         _check_test_fn(test_fn, params, losses.data)
+
+    # The response of an adaptive rule to noise is not nearly linear: its noise-free path divides by
+    # the squares of gradients without noise.
+    linear = control_variate and not isinstance(sweep.rule, Adam | RMSprop)
 
     # One program per side for all learning rates, which are freed after the call.
     def program(side: MNoise | None) -> Callable[..., tuple[Array, Array]]:
         @jax.jit
         def final_values(
-            params: Params, data: Data, rate: Scalar, steps: Int[Array, ""], key: Key[Array, ""]
+            params: Params,
+            data: Data,
+            rate: Scalar,
+            numbers: dict[str, Scalar],
+            steps: Int[Array, ""],
+            key: Key[Array, ""],
         ) -> tuple[Float[Array, " paths"], Int[Array, " paths"]]:
             own = equation.with_data(data)
-            rate_at = sweep.rate_at(rate, equation.dtype)
-            one_path = _one_path(own, side, test_fn, control_variate, params, rate_at, steps)
+            rate_at = sweep.rate_at(rate, numbers["time"], equation.dtype)
+            if sweep.rule is None:
+                motion = _identity
+                if side is None:
+                    advance = _sde(own, rate_at, linear)
+                else:
+                    advance = _iteration(own.losses, side, rate_at, linear)
+            else:
+                motion, advance = _by_rule(sweep.rule, own, side, rate_at, linear, numbers)
+            one_path = _one_path(own.losses, motion, advance, test_fn, linear, params, steps)
             return sweep.over_paths(one_path, key)
 
         return final_values
@@ -107,11 +131,12 @@ def weak_error(
     sides = {"iteration": program(iterate), "SDE": program(None)}
     what = "the mean loss" if test_fn is None else "test_fn"
     errors, standard_errors, freedom = [], [], []
-    for index, (rate, steps) in enumerate(zip(sweep.rates, sweep.num_steps, strict=True)):
+    for index, (rate, steps) in enumerate(zip(sweep.learning_rates, sweep.num_steps, strict=True)):
         means, spreads = [], []
         keys = jax.random.split(derive(key, Stream.PATHS, index))
         for (side, final_values), side_key in zip(sides.items(), keys, strict=True):
-            values, left_at = final_values(params, losses.data, rate, steps, side_key)
+            numbers = sweep.numbers(rate)
+            values, left_at = final_values(params, losses.data, rate, numbers, steps, side_key)
             _sweeps.check_finite(left_at, rate, side)
             values = _sweeps.check_values(values, rate, f"{what} (less its control variate)")
             mean, spread = _sweeps.mean_and_spread(values)
@@ -140,43 +165,41 @@ def _check_test_fn(test_fn: TestFn, params: Params, data: Data) -> None:
 class _State(NamedTuple):
     """A path, the noise-free path, the linear response, and when the path diverged, or -1."""
 
-    params: Params
-    centre: Params
-    response: Gradients
+    point: PyTree
+    centre: PyTree
+    response: PyTree
     left_at: Int[Array, ""]
 
 
+Advance = Callable[[Key[Array, ""], Int[Array, ""], _State], _State]
+
+
 def _one_path(
-    equation: Equation,
-    iterate: MNoise | None,
+    losses: loss.LossVector,
+    motion: _motions.Motion,
+    advance: Advance,
     test_fn: TestFn | None,
     control_variate: bool,
     params: Params,
-    rate_at: _schedules.RateAt,
     num_steps: Int[Array, ""],
 ) -> Callable[[Key[Array, ""]], tuple[Float[Array, ""], Int[Array, ""]]]:
-    """A function from a key to g at the end of its path, less the control variate.
+    """A function from a key to g at the end of its path, less the control variate."""
 
-    The path is that of the SDE if `iterate` is None.
-    """
-    losses = equation.losses
-    if iterate is None:
-        advance = _sde(equation, rate_at, control_variate)
-    else:
-        advance = _iteration(losses, iterate, rate_at, control_variate)
-
-    def g(params: Params) -> Float[Array, ""]:
+    def g(point: PyTree) -> Float[Array, ""]:
+        params = motion.params_of(point)
         return losses.mean(params) if test_fn is None else test_fn(params, losses.data)
 
     def one_path(key: Key[Array, ""]) -> tuple[Float[Array, ""], Int[Array, ""]]:
         def advance_and_check(step: Int[Array, ""], state: _State) -> _State:
             new = advance(key, step, state)
-            finite = _euler_maruyama.all_finite(new.params)
+            finite = _euler_maruyama.all_finite(new.point)
             return new._replace(left_at=_sweeps.left_at(state.left_at, step, finite))
 
-        start = _State(params, params, optax.tree.zeros_like(params), jnp.asarray(-1, jnp.int32))
+        point = motion.start(params)
+        quiet = (point, optax.tree.zeros_like(point)) if control_variate else ((), ())
+        start = _State(point, *quiet, jnp.asarray(-1, jnp.int32))
         end = jax.lax.fori_loop(0, num_steps, advance_and_check, start)
-        value = g(end.params)
+        value = g(end.point)
         if control_variate:
             value = value - jax.jvp(g, (end.centre,), (end.response,))[1]
         return value, end.left_at
@@ -184,7 +207,54 @@ def _one_path(
     return one_path
 
 
-Advance = Callable[[Key[Array, ""], Int[Array, ""], _State], _State]
+def _by_rule(
+    rule: _motions.Rule,
+    equation: Equation,
+    iterate: MNoise | None,
+    rate_at: _schedules.RateAt,
+    control_variate: bool,
+    numbers: dict[str, Scalar],
+) -> tuple[_motions.Motion, Advance]:
+    """How the SDE of a rule, or training with it by the law `iterate`, moves from step to step."""
+    losses, size = equation.losses, equation.losses.num_examples
+    if iterate is None:
+        motion, draw = _motions.equation_of(rule, equation, numbers), equation.increments
+    else:
+        by_weights = _motions.training(rule, losses, numbers)
+        law = iterate
+        if "ratio" in numbers:  # of an adaptive rule, whose law is another at each learning rate
+            law = scaled(iterate, jnp.asarray(numbers["ratio"], equation.dtype) ** -0.5)
+
+        def draw(key: Key[Array, ""], step: Int[Array, ""]) -> Float[Array, " N"]:
+            return law.sample(key, step).dense() - 1 / size
+
+        def trained(point: PyTree, drawn: Array, step: Array, rate: Array) -> PyTree:
+            return by_weights.advance(point, Weights(1 / size + drawn, None, size), step, rate)
+
+        motion = by_weights._replace(advance=trained)
+
+    def advance(key: Key[Array, ""], step: Int[Array, ""], state: _State) -> _State:
+        drawn, rate = draw(key, step), rate_at(step)
+        point = motion.advance(state.point, drawn, step, rate)
+        if not control_variate:
+            return state._replace(point=point)
+
+        def move(point: PyTree, drawn: Array) -> PyTree:
+            return motion.advance(point, drawn, step, rate)
+
+        # The noise-free path, and the response of the path to its noise, to first order.
+        quiet = state.centre, jnp.zeros_like(drawn)
+        centre, response = jax.jvp(move, quiet, (state.response, drawn))
+        return _State(point, centre, response, state.left_at)
+
+    return motion, advance
+
+
+def _plain(point: PyTree, *_: Any) -> PyTree:
+    return point
+
+
+_identity = _motions.Motion(start=_plain, params_of=_plain, advance=_plain)
 
 
 def _iteration(
@@ -194,10 +264,10 @@ def _iteration(
 
     def advance(key: Key[Array, ""], step: Int[Array, ""], state: _State) -> _State:
         weights, rate = law.sample(key, step), rate_at(step)
-        noisy_gradient = losses.gradient(state.params, weights)
-        moved = _dynamics.step_along(state.params, noisy_gradient, -rate)
+        noisy_gradient = losses.gradient(state.point, weights)
+        moved = _dynamics.step_along(state.point, noisy_gradient, -rate)
         if not control_variate:
-            return state._replace(params=moved)
+            return state._replace(point=moved)
         # The noise-free path, and the response of the path to its noise, to first order.
         gradient = losses.gradient(state.centre)
         noise = jax.tree.map(jnp.subtract, gradient, losses.gradient(state.centre, weights))
@@ -220,9 +290,9 @@ def _sde(equation: Equation, rate_at: _schedules.RateAt, control_variate: bool) 
         rate: Float[Array, ""], state: _State, increment: Float[Array, " N"]
     ) -> tuple[_State, None]:
         coloured = root(increment)
-        moved = equation.substep(state.params, coloured, rate)
+        moved = equation.substep(state.point, coloured, rate)
         if not control_variate:
-            return state._replace(params=moved), None
+            return state._replace(point=moved), None
         noise = losses.gradient(state.centre, coloured)
         new = _State(
             moved,
