@@ -101,7 +101,6 @@ print(*(np.asarray(x).tobytes().hex() for x in gradients(images, kernel)))
 """
 
 
-@pytest.mark.optimized
 @needs_library
 def test_one_device_uses_it_and_any_number_of_cores_gives_the_same_bits():
     outputs = [
