@@ -3,7 +3,8 @@
 Most of the suite's time is XLA's compiling, of programs that run for milliseconds. XLA is asked for
 little effort: it takes half the time, and the last bits differ, as it joins no product with a sum.
 So tests of exact bits have the mark `optimized`: they are compiled as users' programs are, like the
-few that compute for seconds. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test` compiles all like that.
+few that compute for seconds and all of experiments, where trained numbers meet recorded ones.
+`JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test` compiles everything like that.
 """
 
 import os
@@ -42,10 +43,15 @@ SLOW_CASES = pathlib.Path(__file__).parent / "slow_cases.txt"
 COLLECTED = pytest.StashKey[dict[str, bool]]()
 
 
+def is_optimized(item: pytest.Item) -> bool:
+    marked = item.get_closest_marker("optimized") is not None
+    return marked or item.nodeid.startswith("tests/experiments/")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Sets XLA's effort for this process and those that it starts."""
-    little = LITTLE_EFFORT and item.get_closest_marker("optimized") is None
+    little = LITTLE_EFFORT and not is_optimized(item)
     if little != (os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1" if little else "0"
         jax.config.update("jax_disable_most_optimizations", little)
@@ -54,8 +60,8 @@ def pytest_runtest_setup(item):
 
 def pytest_collection_modifyitems(config, items):
     """Marks the cases in `slow_cases.txt` as slow; other cases of these tests always run."""
-    # Tests with the mark `optimized` come first, so that XLA's effort changes once.
-    items.sort(key=lambda item: item.get_closest_marker("optimized") is None)
+    # The optimized tests come first, so that XLA's effort changes once.
+    items.sort(key=lambda item: not is_optimized(item))
     listed = set(SLOW_CASES.read_text().splitlines())
     for item in items:
         if item.nodeid in listed:

@@ -119,7 +119,6 @@ assert "msgd_" not in one.compile().as_text()
 """
 
 
-@pytest.mark.optimized
 @needs_library
 def test_one_device_uses_it_and_any_number_of_cores_gives_the_same_bits():
     outputs = [
