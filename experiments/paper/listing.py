@@ -16,7 +16,8 @@ class Entry:
 
     Attributes:
         path: the folder.
-        command: the command that made it: train, distributed, sde or complexity; "" if unknown.
+        command: the command that made it: train, distributed, sde, complexity, or a study's with
+            its name; "" if unknown.
         state: the state from `runs.state`, or "damaged", "foreign" or "empty".
         problem: a text that says what is wrong with it; "" if nothing is.
         plan: the configuration, for `train` and `distributed`.
@@ -65,7 +66,8 @@ def _whole(path: pathlib.Path) -> Entry:
         return Entry(path, "", "foreign", "config.json is not of a run of this package")
     draws = asked.get("draws", 1)
     if command not in ("train", "distributed"):
-        label = f"{command}: {' '.join(map(str, asked['parts']))}"
+        parts = asked.get("parts", [])
+        label = f"{command}: {' '.join(map(str, parts))}" if parts else command
         if state == "finished":
             records.read_object(path / "summary.json")
         return Entry(path, command, state, label=label, draws=draws)
@@ -75,6 +77,10 @@ def _whole(path: pathlib.Path) -> Entry:
     return dataclasses.replace(entry, **_trained(path, ended))
 
 
+# What the commands that train no single algorithm, and have no curves, begin with.
+_MEASUREMENTS = ("sde", "complexity", "noise-study-", "theory-study-")
+
+
 def _command(asked: Any) -> str | None:
     """The command that a configuration belongs to; None if it is none of ours."""
     if not isinstance(asked, dict):
@@ -82,9 +88,13 @@ def _command(asked: Any) -> str | None:
     if "algorithm" in asked and "noise" in asked:
         command = asked.get("command", "train")  # Older records, all of `train`, have no command.
         return command if command in ("train", "distributed") else None
+    if not isinstance(asked.get("parts", []), list):
+        return None
+    # Older records have no command, and are known by an option.
     known = {"strong_paths": "sde", "regularizer_steps": "complexity"}
-    command = next((command for name, command in known.items() if name in asked), None)
-    return command if isinstance(asked.get("parts"), list) else None
+    older = next((command for name, command in known.items() if name in asked), "")
+    command = str(asked.get("command", older))
+    return command if command.startswith(_MEASUREMENTS) else None
 
 
 def _plan(path: pathlib.Path, asked: dict[str, Any]) -> TrainConfig:

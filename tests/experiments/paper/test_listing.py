@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from experiments.__main__ import main
+from experiments.noise_study import EdgeConfig
 from experiments.paper import listing
 from experiments.theory.config import ComplexityConfig, SDEConfig
 from experiments.training import runs
@@ -132,12 +133,13 @@ def test_runs_of_every_command_are_listed_and_those_with_curves_reported(tmp_pat
     write(tmp_path / "many", alone, [ALONE | {"step": 1}, ALONE], "distributed", ended)
     write(tmp_path / "sde", SDEConfig(parts=("weak",)), (), "sde", {"weak": []})
     write(tmp_path / "complexity", ComplexityConfig(), (), "complexity")
+    write(tmp_path / "study", EdgeConfig(), (), "noise-study-edge")
     main(["list", "--runs", str(tmp_path)])
     listed = lines_of(capsys.readouterr().out)
     assert " ".join(listed["many"].split()[1:]) == "gd (distributed) finished 2/2 80.00 4000.0"
     assert listed["sde"].split()[1:] == ["sde:", "weak", "finished"]
-    words = listed["complexity"].split()
-    assert words[1:] == ["complexity:", "theorem1", "regularizer", "trace", "stopped"]
+    assert listed["complexity"].split()[1:] == ["complexity", "stopped"]
+    assert listed["study"].split()[1:] == ["noise-study-edge", "stopped"]
     with pytest.raises(SystemExit, match=r"found none below .*; 1 other folders"):
         main(["report", "--runs", str(tmp_path / "sde")])
     main(["report", "--runs", str(tmp_path)])
