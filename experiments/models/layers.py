@@ -219,15 +219,29 @@ class GhostBatchNorm(nnx.Module):
         scale, bias = self.scale[...], self.bias[...]
         dtype = jnp.result_type(images, scale, bias) if self.dtype is None else self.dtype
         values = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+        values = values.reshape(-1, images.shape[3])
         ghosts = self._num_ghosts(images.shape[0]) if training else 1
-        values = values.reshape(ghosts, -1, images.shape[3])
-        if training:
-            mean, variance = self._statistics(values)
+        if not training:
+            normal = self._normalised(values, self.mean[...], self.variance[...])
+        elif ghosts == 1:  # apart, since XLA's loops over two axes are the faster ones on CPU
+            mean, variance = _statistics(values)
+            self._move(mean[None], variance[None], len(values))
+            normal = self._normalised(values, mean, variance)
         else:
-            mean, variance = self.mean[...][None], self.variance[...][None]
-        factor = scale[None] * jax.lax.rsqrt(variance + self.epsilon)
-        normal = (values - mean[:, None]) * factor[:, None] + bias[None, None]
+            groups = values.reshape(ghosts, -1, images.shape[3])
+            mean, variance = jax.vmap(_statistics)(groups)
+            self._move(mean, variance, groups.shape[1])
+            normal = jax.vmap(self._normalised)(groups, mean, variance)
         return normal.reshape(images.shape).astype(dtype)
+
+    def _normalised(
+        self,
+        values: Float[Array, "values channels"],
+        mean: Float[Array, " channels"],
+        variance: Float[Array, " channels"],
+    ) -> Float[Array, "values channels"]:
+        factor = self.scale[...] * jax.lax.rsqrt(variance + self.epsilon)
+        return (values - mean[None]) * factor[None] + self.bias[...][None]
 
     def _num_ghosts(self, num_images: int) -> int:
         if self.ghost_size is None or num_images <= self.ghost_size:
@@ -239,27 +253,35 @@ class GhostBatchNorm(nnx.Module):
             )
         return num_images // self.ghost_size
 
-    def _statistics(
-        self, values: Float[Array, "ghosts values channels"]
-    ) -> tuple[Float[Array, "ghosts channels"], Float[Array, "ghosts channels"]]:
-        """Mean and variance of every ghost batch; moves the running ones by each, in order."""
-        ghosts, count, _ = values.shape
+    def _move(
+        self,
+        means: Float[Array, "ghosts channels"],
+        variances: Float[Array, "ghosts channels"],
+        count: int,
+    ) -> None:
+        """Moves the running statistics by each ghost batch of `count` values, in order."""
         if count == 1:
             raise ValueError(
                 "a ghost batch must have more than one value per channel, got one image of one "
                 "pixel: choose a larger microbatch_size."
             )
-        mean = values.mean(1)
-        variance = jnp.square(values - mean[:, None]).mean(1)
-        unbiased = variance * (count / (count - 1))
         # The share of a ghost batch shrinks with every one that comes after it.
-        after = np.arange(ghosts - 1, -1, -1)
-        shares = jnp.asarray(self.momentum * (1 - self.momentum) ** after, jnp.float32)
-        for running, now in ((self.mean, mean), (self.variance, unbiased)):
-            added = (shares[:, None] * jax.lax.stop_gradient(now)).sum(0)
+        ghosts = len(means)
+        shares = self.momentum * (1 - self.momentum) ** np.arange(ghosts - 1, -1, -1)
+        unbiased = variances * (count / (count - 1))
+        for running, now in ((self.mean, means), (self.variance, unbiased)):
+            weights = jnp.asarray(shares, jnp.float32)[:, None]
+            added = (weights * jax.lax.stop_gradient(now)).sum(0)
             moved = (1 - self.momentum) ** ghosts * running[...] + added
             running[...] = moved.astype(jnp.float32)
-        return mean, variance
+
+
+def _statistics(
+    values: Float[Array, "values channels"],
+) -> tuple[Float[Array, " channels"], Float[Array, " channels"]]:
+    """Mean and variance of each channel."""
+    mean = values.mean(0)
+    return mean, jnp.square(values - mean[None]).mean(0)
 
 
 def batch_last(
