@@ -1,6 +1,8 @@
-"""The time of `import msgd_jax` beyond that of `import jax, optax, chex`, in fresh interpreters.
+"""The time to import the library beyond that of `import jax, optax, chex`, in fresh interpreters.
 
-``python -m benchmarks.import_time``.
+``python -m benchmarks.import_time``. `import msgd_jax` alone imports nothing else: its modules are
+imported when they are first used. So two cases are measured: the modules that training needs, on
+which the target is, and every module.
 """
 
 import dataclasses
@@ -18,8 +20,12 @@ from tqdm import tqdm
 
 from benchmarks import report, timing
 
-IMPORTS = {"jax, optax, chex": "import jax, optax, chex", "msgd_jax": "import msgd_jax"}
-OURS, REFERENCE = "msgd_jax", "jax, optax, chex"
+OURS, EVERY, REFERENCE = "noise, train", "every module of msgd_jax", "jax, optax, chex"
+IMPORTS = {
+    REFERENCE: "import jax, optax, chex",
+    OURS: "import jax, optax, chex; from msgd_jax import noise, train",
+    EVERY: "import jax, optax, chex; from msgd_jax import *",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +53,12 @@ def main(config: Config) -> list[report.Headline]:
     rows = [_row(name, seconds[name], packages[name]) for name in IMPORTS]
     headline = report.Headline(
         "import_time",
-        f"import msgd_jax, more than import {REFERENCE}",
+        f"from msgd_jax import {OURS}, more than import {REFERENCE}",
         f"{more.median:.0f} ms (quartiles {more.low:.0f} to {more.high:.0f})",
         "<= 50 ms",
         more.median <= 50,
     )
-    added = sorted(set(packages[OURS]) - set(packages[REFERENCE]))
+    added = sorted(set(packages[EVERY]) - set(packages[REFERENCE]))
     report.publish(
         "import_time",
         config,

@@ -32,19 +32,24 @@ Example: least squares by full gradients with the noise of batches of 10, in one
 and diffrax), ``streaming``, ``cuda`` and ``tpu``, as in ``pip install 'msgd-jax[solvers]'``.
 """
 
-from msgd_jax import (
-    complexity,
-    covariance,
-    flax_nnx,
-    loss,
-    measure,
-    noise,
-    sde,
-    sharding,
-    streaming,
-    train,
-    transform,
-)
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from msgd_jax import (
+        complexity,
+        covariance,
+        flax_nnx,
+        loss,
+        measure,
+        noise,
+        sde,
+        sharding,
+        streaming,
+        train,
+        transform,
+    )
 
 __all__ = [
     "complexity",
@@ -60,3 +65,14 @@ __all__ = [
     "transform",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports a module when it is first used, so that a program waits for those that it uses."""
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__", "__version__"])
