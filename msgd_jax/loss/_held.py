@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
@@ -52,7 +53,7 @@ def total(
     # Arrays that the losses read from outside become arguments, so that derivatives with respect to
     # them are computed too.
     first = jnp.zeros((), jnp.int32)
-    step, taken = jax.closure_convert(step, first, start, params, held, before)
+    step, taken = _with_arguments(step, first, start, params, held, before)
     return _repeated(step, -(-support // size))(num_runs, start, params, held, before, *taken)
 
 
@@ -98,6 +99,25 @@ def _run(held: Any, before: Int[Array, " support"], k: Int[Array, ""], *, size: 
         values=jnp.where(real, taken.values, 0),
         real=None if held.real is None else real,
     )
+
+
+def _with_arguments(
+    function: Callable[..., PyTree], *arguments: PyTree
+) -> tuple[Callable[..., PyTree], list[Any]]:
+    """`function` as one that takes what it reads from outside as further arguments, and these.
+
+    `jax.closure_convert` does the same, but keeps the function and what it reads for ever.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    made_of = jax.tree.structure(shape)
+
+    def converted(*given: PyTree) -> PyTree:
+        own, taken = given[: len(arguments)], given[len(arguments) :]
+        evaluate = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, taken))
+        results = evaluate(*jax.tree.leaves(own))
+        return jax.tree.unflatten(made_of, results)
+
+    return converted, closed.consts
 
 
 def _repeated(step: Callable[..., PyTree], most: int) -> Callable[..., PyTree]:

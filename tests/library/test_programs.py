@@ -90,6 +90,11 @@ def test_arrays_of_earlier_calls_are_freed(name):
     assert_arrays_go(lambda seed: call(name, seed), CAPTURED)
 
 
+def test_what_a_loss_of_spread_examples_holds_is_freed():
+    """A quick case of the test above: `jax.closure_convert` keeps its function, and kept this."""
+    assert_arrays_go(lambda seed: call("spread", seed), CAPTURED)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_a_hundred_calls_leave_nothing_behind(name):
