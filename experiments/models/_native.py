@@ -149,22 +149,47 @@ _of_images = jax.extend.core.Primitive("conv_of_images")
 _of_kernel = jax.extend.core.Primitive("conv_of_kernel")
 
 
-# By operation: how to transpose it with respect to its first and its second argument, as another
-# operation on the cotangent and what is left.
-_TRANSPOSES = {
-    _forward: (
-        lambda cotangent, _, kernel: (_of_images, cotangent, kernel),
-        lambda cotangent, images, _: (_of_kernel, images, cotangent),
-    ),
-    _of_images: (
-        lambda cotangent, _, kernel: (_forward, cotangent, kernel),
-        lambda cotangent, outputs, _: (_of_kernel, cotangent, outputs),
-    ),
-    _of_kernel: (
-        lambda cotangent, _, outputs: (_of_images, outputs, cotangent),
-        lambda cotangent, images, _: (_forward, images, cotangent),
-    ),
-}
+def transposes(forward: Any, of_images: Any, of_kernel: Any) -> dict[Any, tuple[Any, Any]]:
+    """How to transpose a convolution and its two transposes: each by another of them.
+
+    By operation, a rule for its first and for its second argument, from the cotangent and both
+    arguments to an operation and its arguments.
+    """
+    return {
+        forward: (
+            lambda cotangent, _, kernel: (of_images, cotangent, kernel),
+            lambda cotangent, images, _: (of_kernel, images, cotangent),
+        ),
+        of_images: (
+            lambda cotangent, _, kernel: (forward, cotangent, kernel),
+            lambda cotangent, outputs, _: (of_kernel, cotangent, outputs),
+        ),
+        of_kernel: (
+            lambda cotangent, _, outputs: (of_images, outputs, cotangent),
+            lambda cotangent, images, _: (forward, images, cotangent),
+        ),
+    }
+
+
+_TRANSPOSES = transposes(_forward, _of_images, _of_kernel)
+
+
+def mapped_size(arguments: Any, axes: Any) -> int:
+    """The size of the mapped axis."""
+    return next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
+
+
+def in_turn(bind: Callable[..., Any], arguments: Any, axes: Any) -> Any:
+    """The results of one index of the mapped axis after the other, stacked along a first axis."""
+    stacked = [
+        x if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(arguments, axes, strict=True)
+    ]
+
+    def one(i: Array) -> Any:
+        return bind(*(x if axis is None else x[i] for x, axis in zip(stacked, axes, strict=True)))
+
+    return jax.lax.map(one, jnp.arange(mapped_size(arguments, axes)))
 
 
 def _transpose(position: int, of: Callable[..., Any]) -> Callable[..., Array]:
@@ -185,23 +210,14 @@ def _batch(
 
     That is faster for mapped kernels as well, since each call uses all cores.
     """
-    count = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
-    first, second = (
-        x if axis is None else jnp.moveaxis(x, axis, 0)
-        for x, axis in zip(arguments, axes, strict=True)
-    )
-    if axes[1] is None and primitive is not _of_kernel:
-        folded = first.reshape(-1, *first.shape[2:])
-        results = primitive.bind(
-            folded, second, shape=(count * shape[0], *shape[1:]), stride=stride
-        )
-        return results.reshape(count, *shape), 0
-
-    def one(i: Array) -> Array:
-        pair = (x if axis is None else x[i] for x, axis in zip((first, second), axes, strict=True))
-        return primitive.bind(*pair, shape=shape, stride=stride)
-
-    return jax.lax.map(one, jnp.arange(count)), 0
+    bind = functools.partial(primitive.bind, stride=stride)
+    if axes[1] is not None or primitive is _of_kernel:
+        return in_turn(functools.partial(bind, shape=shape), arguments, axes), 0
+    first, second = jnp.moveaxis(arguments[0], axes[0], 0), arguments[1]
+    count = first.shape[0]
+    folded = first.reshape(-1, *first.shape[2:])
+    results = bind(folded, second, shape=(count * shape[0], *shape[1:]))
+    return results.reshape(count, *shape), 0
 
 
 def _register(primitive: Any, name: str) -> None:

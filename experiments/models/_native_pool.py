@@ -81,22 +81,7 @@ _forward = jax.extend.core.Primitive("conv_pool_forward")
 _of_images = jax.extend.core.Primitive("conv_pool_of_images")
 _of_kernel = jax.extend.core.Primitive("conv_pool_of_kernel")
 
-# By operation: how to transpose it with respect to its first and its second argument, as another
-# operation on the cotangent and what is left.
-_TRANSPOSES = {
-    _forward: (
-        lambda cotangent, _, kernel: (_of_images, cotangent, kernel),
-        lambda cotangent, images, _: (_of_kernel, images, cotangent),
-    ),
-    _of_images: (
-        lambda cotangent, _, kernel: (_forward, cotangent, kernel),
-        lambda cotangent, outputs, _: (_of_kernel, cotangent, outputs),
-    ),
-    _of_kernel: (
-        lambda cotangent, _, outputs: (_of_images, outputs, cotangent),
-        lambda cotangent, images, _: (_forward, images, cotangent),
-    ),
-}
+_TRANSPOSES = _native.transposes(_forward, _of_images, _of_kernel)
 
 
 def _transpose(
@@ -126,7 +111,7 @@ def _batch(primitive: Any, arguments: Any, axes: Any, *, shape: tuple[int, ...])
     That is faster for mapped kernels as well, since each call uses all cores.
     """
     several = (lambda x: tuple(x)) if primitive.multiple_results else (lambda x: (x,))
-    count = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
+    count = _native.mapped_size(arguments, axes)
     # The kernel is the second argument, and a bias the third.
     mapped_only_images = axes[1] is None and (primitive is not _pool or axes[2] is None)
     if primitive is not _of_kernel and mapped_only_images:
@@ -138,16 +123,8 @@ def _batch(primitive: Any, arguments: Any, axes: Any, *, shape: tuple[int, ...])
         results = [x.reshape(*x.shape[:3], count, -1) for x in results]
         dimensions = [3] * len(results)
     else:
-        stacked = [
-            x if axis is None else jnp.moveaxis(x, axis, 0)
-            for x, axis in zip(arguments, axes, strict=True)
-        ]
-
-        def one(i: Array) -> Any:
-            operands = (x if axis is None else x[i] for x, axis in zip(stacked, axes, strict=True))
-            return several(primitive.bind(*operands, shape=shape))
-
-        results = jax.lax.map(one, jnp.arange(count))
+        each = lambda *operands: several(primitive.bind(*operands, shape=shape))  # noqa: E731
+        results = _native.in_turn(each, arguments, axes)
         dimensions = [0] * len(results)
     return (results, dimensions) if primitive.multiple_results else (results[0], dimensions[0])
 
