@@ -8,7 +8,6 @@ key, so the result of a seed does not depend on its chunk and its program, up to
 import dataclasses
 import functools
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from experiments.decide import _datasets, _nets
-from experiments.decide.settings import CONTESTANTS, Setting
+from experiments.decide.settings import CONTESTANTS, Setting, noise_number
 from msgd_jax import covariance, loss, noise
 from msgd_jax._streams import Stream, derive
 
@@ -239,11 +238,6 @@ def _sums(logits_of: Callable[..., Array], params: Any, examples: Example) -> tu
 
     losses, correct = jax.lax.map(one_batch, positions)
     return losses.sum() / size, correct.sum()
-
-
-def noise_number(name: str) -> int:
-    """The number of a noise key's name, the same on every machine."""
-    return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
 class Outcome(NamedTuple):

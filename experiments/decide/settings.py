@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -235,6 +236,11 @@ CONTESTANTS: dict[str, Contestant] = {
 
 BASELINES = ("gd", "sgd")
 """The contestants that every contestant of a family is compared with."""
+
+
+def noise_number(name: str) -> int:
+    """The number of a noise key's name, the same on every machine."""
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
 def label(name: str, setting: Setting) -> str:

@@ -1,6 +1,5 @@
 """The small net of the studies: its losses, its digits and its laws."""
 
-import zlib
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from experiments import data
 from experiments._typing import Law, Params
+from experiments.decide.settings import noise_number
 from experiments.noise_study._config import EdgeConfig
 from msgd_jax import loss, measure, noise
 from msgd_jax._streams import Stream, derive
@@ -84,7 +84,7 @@ def law_of(name: str, config: EdgeConfig, num_examples: int) -> Law:
 
 def noise_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
     """A different key per law, so that their draws are independent."""
-    return derive(key, Stream.CASES, _NOISE, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+    return derive(key, Stream.CASES, _NOISE, noise_number(name))
 
 
 def measure_key(key: Key[Array, ""], step: Any) -> Key[Array, ""]:

@@ -5,7 +5,6 @@ Hessian. GD finds a minimum; from there, noises of equal trace and different sha
 of a run are trained side by side in one compiled loop.
 """
 
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from experiments import terminal
 from experiments._typing import Params
+from experiments.decide.settings import noise_number
 from experiments.noise_study import _escape_report, _problem, _shapes
 from experiments.noise_study._escape_config import EscapeConfig
 from experiments.studies.config import evenly
@@ -166,8 +166,7 @@ def _law(config: EscapeConfig, name: str, num_examples: int) -> noise.MNoise:
 
 def _key(key: Key[Array, ""], name: str, repetition: Any) -> Key[Array, ""]:
     """A different key per noise and repetition, so that their draws are independent."""
-    number = zlib.crc32(name.encode()) & 0x7FFFFFFF
-    return derive(key, Stream.CASES, _NOISE, number, repetition)
+    return derive(key, Stream.CASES, _NOISE, noise_number(name), repetition)
 
 
 def _stepped(config: EscapeConfig, name: str, num_examples: int) -> Callable[..., Any]:

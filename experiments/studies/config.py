@@ -64,7 +64,17 @@ def check(
         raise ValueError("out must name the folder of the records where report is chosen.")
 
 
-def check_names(name: str, values: tuple[str, ...], needed: str) -> None:
-    """Raises ValueError unless the values contain `needed`, and each of them once."""
-    if needed not in values or len(set(values)) < len(values):
-        raise ValueError(f"{name} must name {needed} and others, each once, got {values}.")
+def check_names(name: str, values: tuple[str, ...], needed: str | None = None) -> None:
+    """Raises ValueError unless each value is there once: `needed` and others, or one at least."""
+    lacking = needed not in values if needed else not values
+    if lacking or len(set(values)) < len(values):
+        wanted = f"{needed} and others" if needed else "one or more"
+        raise ValueError(f"{name} must name {wanted}, each once, got {values}.")
+
+
+def check_sizes(num_train: int, batch_size: int, most: int) -> None:
+    """Raises ValueError unless b is at most N, and N at most the number of images."""
+    if num_train > most:
+        raise ValueError(f"num_train must be at most {most}, got {num_train}.")
+    if batch_size > num_train:
+        raise ValueError(f"batch_size must be at most num_train = {num_train}, got {batch_size}.")

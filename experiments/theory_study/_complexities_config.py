@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import ClassVar, Literal
 
-from experiments.studies.config import StudyConfig, check
+from experiments.studies.config import StudyConfig, check, check_names, check_sizes
 from experiments.theory_study import _net
 
 AlgorithmName = Literal["gd", "sgd", "sgd-other-key", "cov"]
@@ -64,8 +64,7 @@ class ComplexitiesConfig(StudyConfig):
     out: pathlib.Path | None = None
 
     def __post_init__(self):
-        if not self.algorithms or len(set(self.algorithms)) < len(self.algorithms):
-            raise ValueError(f"algorithms must name one or more, each once, got {self.algorithms}.")
+        check_names("algorithms", self.algorithms)
         check(
             self,
             {
@@ -81,9 +80,4 @@ class ComplexitiesConfig(StudyConfig):
         )
         if not self.targets or list(self.targets) != sorted(set(self.targets), reverse=True):
             raise ValueError(f"targets must be in descending order, each once, got {self.targets}.")
-        if self.num_train > _net.POOL:
-            raise ValueError(f"num_train must be at most {_net.POOL}, got {self.num_train}.")
-        if self.batch_size > self.num_train:
-            raise ValueError(
-                f"batch_size must be at most num_train = {self.num_train}, got {self.batch_size}."
-            )
+        check_sizes(self.num_train, self.batch_size, _net.POOL)

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import ClassVar
 
-from experiments.studies.config import StudyConfig, check
+from experiments.studies.config import StudyConfig, check, check_names, check_sizes
 from experiments.theory_study import _net
 
 
@@ -58,20 +58,14 @@ class NetworkConfig(StudyConfig):
     out: pathlib.Path | None = None
 
     def __post_init__(self):
-        if not self.nets or len(set(self.nets)) < len(self.nets):
-            raise ValueError(f"nets must name one or more, each once, got {self.nets}.")
+        check_names("nets", self.nets)
         check(
             self,
             {"num_train": 1, "batch_size": 1, "iterations": 1, "points": 1, "substeps": 1},
             {"learning_rates": self.learning_rates},
             fewest_seeds=1,
         )
-        if self.num_train > _net.POOL:
-            raise ValueError(f"num_train must be at most {_net.POOL}, got {self.num_train}.")
-        if self.batch_size > self.num_train:
-            raise ValueError(
-                f"batch_size must be at most num_train = {self.num_train}, got {self.batch_size}."
-            )
+        check_sizes(self.num_train, self.batch_size, _net.POOL)
         if self.substeps & (self.substeps - 1):
             raise ValueError(f"substeps must be a power of two, got {self.substeps}.")
         rates = self.learning_rates

@@ -6,7 +6,7 @@ import pathlib
 import typing
 from typing import ClassVar, Literal
 
-from experiments.studies.config import StudyConfig, check
+from experiments.studies.config import StudyConfig, check, check_names, check_sizes
 from experiments.training.config import check_seeds
 
 MOST_EXAMPLES = 1_000
@@ -86,19 +86,13 @@ class RegularizerConfig(StudyConfig):
             {name: getattr(self, name) for name in ("learning_rate", "other_rates", "radius")},
             fewest_seeds=1,
         )
-        if not self.cases or len(set(self.cases)) < len(self.cases):
-            raise ValueError(f"cases must name one or more, each once, got {self.cases}.")
+        check_names("cases", self.cases)
         if len(set(self.rates)) < len(self.rates):
             raise ValueError(
                 "other_rates must be different from learning_rate and from each other, got "
                 f"{self.other_rates}."
             )
-        if self.num_train > MOST_EXAMPLES:
-            raise ValueError(f"num_train must be at most {MOST_EXAMPLES}, got {self.num_train}.")
-        if self.batch_size > self.num_train:
-            raise ValueError(
-                f"batch_size must be at most num_train = {self.num_train}, got {self.batch_size}."
-            )
+        check_sizes(self.num_train, self.batch_size, MOST_EXAMPLES)
         for name in ("label_noise", "decay_at"):
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 <= value <= 1):

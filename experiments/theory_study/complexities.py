@@ -5,7 +5,6 @@ Here they are measured when the training loss, which is evaluated every few step
 target. Each measurement draws multipliers of its own: seeds, algorithms and targets share none.
 """
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from experiments import terminal
 from experiments._typing import Data, Law, Params
+from experiments.decide.settings import noise_number
 from experiments.studies.study import Study, rounded
 from experiments.theory_study import _complexities_report, _net
 from experiments.theory_study._complexities_config import ComplexitiesConfig
@@ -157,9 +157,7 @@ def run(
     Entries of targets that were not reached are NaN.
     """
     key = jax.random.key(seed)
-    noise_key, own_key = (
-        derive(key, Stream.CASES, which, number(name)) for which in (_NOISE, _MULTIPLIERS)
-    )
+    noise_key = derive(key, Stream.CASES, _NOISE, noise_number(name))
     params = _net.initial(key)
     first = _net.losses_of(NET)(params, examples).mean()
     point = Point(params, jnp.asarray(0), first)
@@ -170,7 +168,7 @@ def run(
         there = float(point.loss) <= target
         reached["steps"].append(int(point.step) if there else float("nan"))
         reached["train_loss"].append(rounded(float(point.loss), 6) if there else float("nan"))
-        own_key = derive(key, Stream.CASES, _MULTIPLIERS, number(name), place)
+        own_key = derive(key, Stream.CASES, _MULTIPLIERS, noise_number(name), place)
         measured = measure(point.params, examples, own_key)
         for law, values in jax.device_get(measured).items():
             own = complexities.setdefault(law, {quantity: [] for quantity in values})
@@ -186,11 +184,6 @@ def run(
         "train_loss": reached["train_loss"],
         "complexities": complexities,
     }
-
-
-def number(name: str) -> int:
-    """The number of an algorithm's keys, the same on every machine."""
-    return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
 STUDY = Study(
