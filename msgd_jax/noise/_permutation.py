@@ -19,7 +19,7 @@ from jaxtyping import Array, Int, Integer, Key, UInt32
 from msgd_jax import _validate
 from msgd_jax._streams import Stream, derive
 
-# Up to this N, `jax.random.permutation` makes the whole permutation: exactly uniform and quick.
+# Up to this N, the whole permutation is made: exactly uniform and quick.
 SORTED_UP_TO = 1024
 
 # Twelve rounds leave the law of any two positions within 1e-7 of uniform, in total variation, for
@@ -79,7 +79,8 @@ def _permute(key: Key[Array, ""], positions: Int[Array, "*shape"], n: int) -> In
     # jax keeps one compiled program per N and shape of this, as it does for functions of jnp.
     key = derive(key, Stream.PERMUTATION)
     if n <= SORTED_UP_TO:
-        return jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))[positions]
+        order = _order(jax.random.bits(jax.random.split(key)[1], (n,), jnp.uint32))
+        return order[positions].astype(jnp.int32)
     grid = _grid(n)
     words = jax.random.bits(key, (ROUNDS, 2), jnp.uint32)
 
@@ -93,6 +94,19 @@ def _permute(key: Key[Array, ""], positions: Int[Array, "*shape"], n: int) -> In
 
     start = (positions.astype(jnp.uint32), jnp.full(positions.shape, True))
     return jax.lax.while_loop(unfinished, walk, start)[0].astype(jnp.int32)
+
+
+def _order(words: UInt32[Array, " n"]) -> UInt32[Array, " n"]:
+    """The positions of the words in ascending order, equal ones by position; n at most 2^16.
+
+    Order by the lower halves first, then by the upper halves, each with the place so far in the
+    other 16 bits. Two sorts of one array take half of the time of one sort of two arrays, which
+    `jnp.argsort` and `jax.random.permutation` are, on CPUs. The permutation is that of the latter.
+    """
+    places = jnp.arange(words.shape[0], dtype=jnp.uint32)
+    lower = jnp.sort(words << 16 | places) & 0xFFFF
+    upper = jnp.sort(words[lower] >> 16 << 16 | places) & 0xFFFF
+    return lower[upper]
 
 
 class _Grid(NamedTuple):

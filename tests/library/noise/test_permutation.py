@@ -44,6 +44,26 @@ def test_permutations_are_bijections(n):
         assert (values != np.arange(n)).any()
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 1000, 1024])
+def test_small_permutations_are_those_of_jax_from_the_key_of_the_stream(n):
+    expected = jax.random.permutation(derive(key(), Stream.PERMUTATION), n)
+    np.testing.assert_array_equal(noise.permute(key(), jnp.arange(n), n), expected)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 8, 16, 20, 32])
+@pytest.mark.parametrize("shift", [0, 12])
+def test_words_are_ordered_stably_by_both_halves(bits, shift):
+    """Few bits make many equal words; shifted ones differ in the lower, the upper or both halves.
+
+    65,536 words are as many as there is room for.
+    """
+    for n in (1, 3, 1024, 2**16):
+        drawn = np.random.default_rng(n).integers(0, 2**bits, n, np.uint64)
+        words = ((drawn << shift) % 2**32).astype(np.uint32)
+        found = _permutation._order(jnp.asarray(words))
+        np.testing.assert_array_equal(found, np.argsort(words, kind="stable"))
+
+
 def threefry2x32(key: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     """Threefry-2x32 with 20 rounds, in Python's integers (Salmon et al., 2011)."""
     mask = 2**32 - 1
