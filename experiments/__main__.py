@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Union
 
+from experiments import huge_pages
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command; errors that the user can fix are reported in one line, not a traceback.
@@ -82,4 +84,5 @@ def _choice(configs: Mapping[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
+    huge_pages.restart()
     main()

@@ -157,7 +157,7 @@ def test_tests_of_the_library_stand_on_it_alone():
 
 
 # The files of `experiments` outside its rooms: those for all rooms, and those that use all rooms.
-COMMON = {"_typing", "figures", "records", "styles", "tables", "terminal"}
+COMMON = {"_typing", "figures", "huge_pages", "records", "styles", "tables", "terminal"}
 COMMAND_LINE = {"__main__", "commands"}
 
 

@@ -31,6 +31,8 @@ __all__ = [
 
 Features = Float[Array, "batch height width channels"]
 
+EPSILON = 1e-5  # added to the variances of batch norm
+
 
 class Cost(NamedTuple):
     """Seconds on two cores, measured at one width; they grow with the square of the width.
@@ -176,7 +178,6 @@ class GhostBatchNorm(nnx.Module):
     """
 
     momentum = 0.1
-    epsilon = 1e-5
 
     def __init__(
         self,
@@ -222,26 +223,17 @@ class GhostBatchNorm(nnx.Module):
         values = values.reshape(-1, images.shape[3])
         ghosts = self._num_ghosts(images.shape[0]) if training else 1
         if not training:
-            normal = self._normalised(values, self.mean[...], self.variance[...])
+            factor = scale * jax.lax.rsqrt(self.variance[...] + EPSILON)
+            normal = (values - self.mean[...][None]) * factor[None] + bias[None]
         elif ghosts == 1:  # apart, since XLA's loops over two axes are the faster ones on CPU
-            mean, variance = _statistics(values)
+            normal, mean, variance = _normalised(values, scale, bias)
             self._move(mean[None], variance[None], len(values))
-            normal = self._normalised(values, mean, variance)
         else:
             groups = values.reshape(ghosts, -1, images.shape[3])
-            mean, variance = jax.vmap(_statistics)(groups)
+            each = jax.vmap(_normalised, in_axes=(0, None, None))
+            normal, mean, variance = each(groups, scale, bias)
             self._move(mean, variance, groups.shape[1])
-            normal = jax.vmap(self._normalised)(groups, mean, variance)
         return normal.reshape(images.shape).astype(dtype)
-
-    def _normalised(
-        self,
-        values: Float[Array, "values channels"],
-        mean: Float[Array, " channels"],
-        variance: Float[Array, " channels"],
-    ) -> Float[Array, "values channels"]:
-        factor = self.scale[...] * jax.lax.rsqrt(variance + self.epsilon)
-        return (values - mean[None]) * factor[None] + self.bias[...][None]
 
     def _num_ghosts(self, num_images: int) -> int:
         if self.ghost_size is None or num_images <= self.ghost_size:
@@ -276,12 +268,39 @@ class GhostBatchNorm(nnx.Module):
             running[...] = moved.astype(jnp.float32)
 
 
-def _statistics(
+@jax.custom_jvp
+def _normalised(
     values: Float[Array, "values channels"],
-) -> tuple[Float[Array, " channels"], Float[Array, " channels"]]:
-    """Mean and variance of each channel."""
+    scale: Float[Array, " channels"],
+    bias: Float[Array, " channels"],
+) -> tuple[Float[Array, "values channels"], Float[Array, " channels"], Float[Array, " channels"]]:
+    """The values with mean 0 and variance 1, times scale plus bias; their mean and variance."""
     mean = values.mean(0)
-    return mean, jnp.square(values - mean[None]).mean(0)
+    variance = jnp.square(values - mean[None]).mean(0)
+    factor = scale * jax.lax.rsqrt(variance + EPSILON)
+    return (values - mean[None]) * factor[None] + bias[None], mean, variance
+
+
+@_normalised.defjvp
+def _normalised_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """The derivative with as few sums over values as there can be, two forward and two backward.
+
+    The mean and the variance are functions of the values too: with `c` the values minus the mean, a
+    tangent loses its mean and its part along `c`. All tangents of one channel are added up before
+    they meet the values, so that the transpose has the sums of the gradient and of its product with
+    `c`, from which the gradients of scale and bias are made too. Automatic differentiation of
+    `_normalised` has more, and a ResNet-18 takes 5 % longer on CPU.
+    """
+    values, scale, _ = primals
+    tangent, of_scale, of_bias = tangents
+    out, mean, variance = _normalised(*primals)
+    inverse = jax.lax.rsqrt(variance + EPSILON)
+    centred, scaled = values - mean[None], (scale * inverse)[None] * tangent
+    along = (centred * scaled).mean(0) * inverse**2
+    moved = scaled + (of_bias - scaled.mean(0))[None]
+    moved = moved + centred * (of_scale * inverse - along)[None]
+    of_statistics = tangent.mean(0), 2 * (centred * tangent).mean(0)
+    return (out, mean, variance), (moved, *of_statistics)
 
 
 def batch_last(

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from benchmarks import against_torch, problems, rows, torch_gradients, workers
-from benchmarks.workers import AS_IS, KEPT, OURS, TORCH, Contestant, Settings, Task, Worker
+from benchmarks.workers import (
+    AS_IS,
+    HUGE,
+    KEPT,
+    OURS,
+    TORCH,
+    Contestant,
+    Settings,
+    Task,
+    Worker,
+)
+from experiments import huge_pages
 from msgd_jax import loss, noise
 
 NO_TORCH = "PyTorch, the contestant, is not installed (pip install -e . --group benchmarks)"
@@ -111,6 +122,18 @@ def settings(library=OURS, allocator=AS_IS):
     return Settings(library, "cpu", allocator, 1)
 
 
+def test_a_process_has_huge_pages_or_says_that_there_are_none():
+    worker = Worker(settings(allocator=HUGE))
+    try:
+        if huge_pages.are_available():
+            assert worker.ask("prepare", [], 1.0, 1, timeout=60) == []
+        else:
+            with pytest.raises(workers.WorkerError, match="no huge pages on request"):
+                worker.ask("prepare", [], 1.0, 1, timeout=60)
+    finally:
+        worker.close()
+
+
 @pytest.fixture
 def worker():
     """A process, which is ended after the test."""
@@ -149,6 +172,7 @@ def measured(**seconds):
     """Made-up times of contestants, in seconds, and the contestants by short names."""
     names = {
         "ours": (Contestant(OURS, True), AS_IS),
+        "huge": (Contestant(OURS, True), HUGE),
         "whole": (Contestant(OURS, False), AS_IS),
         "natural": (Contestant(TORCH, False), AS_IS),
         "kept": (Contestant(TORCH, False), KEPT),
@@ -172,6 +196,13 @@ def test_the_headline_is_against_the_best_contestant_by_medians_and_by_minima():
     assert [line["ms per step"] for line in lines] == ["1e+03", "2e+03", "4e+03", "8e+03"]
 
 
+def test_our_step_is_shown_as_the_experiments_make_it_in_huge_pages_if_there_are_any():
+    found, names = measured(whole=[1.0], ours=[2.0], huge=[3.0])
+    assert found.ours() == names["huge"]
+    del found.seconds[names["huge"]]
+    assert found.ours() == names["ours"]
+
+
 def test_a_contestant_that_computes_something_else_is_left_out():
     found, names = measured(ours=[1.0], natural=[1.0], kept=[1.0])
     right = {"parameters": 5, "loss": 2.0, "gradient_norm": 3.0, "setup": 1.0}
@@ -187,7 +218,7 @@ def test_a_contestant_that_computes_something_else_is_left_out():
 
 def test_contestants_are_every_way_that_computes_the_same():
     names = against_torch.contestants(rows.ROWS["lenet"], "cpu")
-    assert len(names) == len(set(names)) == 2 * (2 + 6)
+    assert len(names) == len(set(names)) == 3 * (2 + 6)
     ours = [
         c for c, _ in against_torch.contestants(rows.ROWS["resnet18-8"], "cpu") if c.library == OURS
     ]

@@ -164,3 +164,59 @@ def test_batch_norm_begins_as_the_identity():
     norm = layers.GhostBatchNorm(3)
     for leaf, value in ((norm.scale, 1), (norm.bias, 0), (norm.mean, 0), (norm.variance, 1)):
         np.testing.assert_array_equal(leaf[...], np.full(3, value, np.float32))
+
+
+class TestNormalised:
+    """The derivative of batch norm is written by hand; the reference differentiates its formula."""
+
+    def formula(self, values, scale, bias):
+        mean, variance = values.mean(0), values.var(0)
+        normal = (values - mean[None]) / jnp.sqrt(variance + 1e-5)[None]
+        return normal * scale[None] + bias[None], mean, variance
+
+    @pytest.fixture
+    def point(self, x64):
+        """Values [30, 4], scale and bias, and a direction for each."""
+        draws = np.random.default_rng(0).normal(size=(2, 32, 4))
+        point, direction = ((a[:30] + 3.0, a[30], a[31]) for a in map(jnp.asarray, draws))
+        return point, direction
+
+    def test_forward_and_backward(self, point):
+        at, along = point
+        found = jax.jvp(layers._normalised, at, along)
+        expected = jax.jvp(self.formula, at, along)
+        out, pull = jax.vjp(layers._normalised, *at)
+        back = jax.vjp(self.formula, *at)[1]
+        cotangent = jax.tree.map(lambda leaf: jnp.cos(3 * leaf), out)
+        pairs = ((found, expected), (pull(cotangent), back(cotangent)))
+        for mine, theirs in pairs:
+            for one, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+    def test_second_derivatives_also_over_ghost_batches(self, point):
+        (values, scale, bias), (along, *_) = point
+
+        def slope(function):
+            each = jax.vmap(function, in_axes=(0, None, None))
+
+            def groups(v):
+                return each(v.reshape(3, 10, 4), scale, bias)
+
+            def value(v):
+                return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(groups(v)))
+
+            return jax.jvp(jax.grad(value), (values,), (along,))[1]
+
+        found, expected = slope(layers._normalised), slope(self.formula)
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+
+    def test_the_gradient_takes_two_sums_over_the_values(self, point):
+        """Of the gradient, and of its product with the centred values; two more are forward."""
+        at, _ = point
+
+        def loss(values, scale, bias):
+            return jnp.sin(layers._normalised(values, scale, bias)[0]).sum()
+
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*at).compile().as_text()
+        assert sum(" reduce(" in line for line in text.splitlines()) == 4
