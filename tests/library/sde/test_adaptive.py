@@ -174,17 +174,21 @@ def strong(name, refinement, **options):
 
 
 def weak(name, refinement, **options):
-    """The difference of E |theta|^2, with its standard error."""
+    """The difference of E |theta|^2, of E theta_1 for Adam, with its standard error.
+
+    On its quadratic problem, where E |theta|^2 changes little, Adam's error of it is mostly noise.
+    """
     one, other = ends(name, refinement, **options)
-    differences = (one**2).sum(1) - (other**2).sum(1)
+    value = (lambda x: x[:, 0]) if name == "adam" else (lambda x: (x**2).sum(1))
+    differences = value(one) - value(other)
     return differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))
 
 
-def order(of, name, refinements):
+def order(of, name, refinements, paths=1000):
     """The order in eta, which is proportional to the inverse root of the refinement."""
-    errors, spreads = np.array([of(name, each) for each in refinements]).T
+    errors, spreads = np.array([of(name, each, paths=paths) for each in refinements]).T
     etas = 0.2 / np.sqrt(np.array(refinements))
-    return sde.ErrorSweep(etas, errors, spreads, 999).order
+    return sde.ErrorSweep(etas, errors, spreads, paths - 1).order
 
 
 @pytest.mark.slow
@@ -198,22 +202,17 @@ def test_the_strong_order_is_one_in_eta(name):
 
 
 @pytest.mark.slow
-def test_the_weak_order_is_two_in_eta():
+@pytest.mark.parametrize(
+    ("name", "refinements", "paths"),
+    [("adam", (2, 4, 8), 24_000), ("rmsprop", (1, 2, 4), 1000)],
+    ids=["adam", "rmsprop"],
+)
+def test_the_weak_order_is_two_in_eta(name, refinements, paths):
     """It is 1 in eta^2, the unit of time; at these rates, the next order adds up to 0.2."""
-    measured = order(weak, "rmsprop", (1, 2, 4))
+    measured = order(weak, name, refinements, paths)
     assert measured.standard_error < 0.15
     assert_agree(measured.value, 2.0, measured.standard_error, slack=0.2)
     assert_rejected(measured.value, 1.0, measured.standard_error)
-
-
-@pytest.mark.slow
-def test_the_weak_error_of_adam_is_of_higher_order_than_the_distance():
-    """At 48 steps it is at most a tenth of the distance, and above a half by the linear rule."""
-    difference, spread = weak("adam", 4)
-    distance, _ = strong("adam", 4)
-    assert_agree(difference, 0.0, spread, slack=0.1 * distance)
-    linear, linear_spread = weak("adam", 4, power=1.0)
-    assert_rejected(linear, 0.0, linear_spread, slack=0.5 * distance)
 
 
 @pytest.mark.slow
