@@ -174,7 +174,7 @@ def _on_cpu(config: Config, chosen: list[tuple[rows.Row, bool]]) -> Iterable[Mea
                 workers.pop(name).close()
         _check(found, TOLERANCE["cpu"])
         try:
-            _take_turns(found, workers, config.repeats, until, at_least=0.02)
+            _take_turns(found, workers, config.repeats, until, at_least=1.0)
         finally:
             for worker in workers.values():
                 worker.close()
@@ -260,7 +260,7 @@ def _check(found: Measured, tolerated: float) -> None:
 def _take_turns(
     found: Measured, workers: dict[Name, Worker], repeats: int, until: float, at_least: float
 ) -> None:
-    """Measures in rounds until the time is up; every second round is in reverse order.
+    """Measures in rounds until the time is up, in every round in another order.
 
     Args:
         found: the results, which are filled in.
@@ -271,9 +271,10 @@ def _take_turns(
     """
     steps: dict[Name, int] = {}
     samples: dict[Name, list[float]] = {n: [] for n in workers if n not in found.left_out}
+    orders = np.random.default_rng(0)
     for round_ in tqdm(range(repeats + 1), desc=str(found.row), unit="round", leave=False):
-        order = list(samples) if round_ % 2 else list(samples)[::-1]
-        for name in order:
+        names = list(samples)
+        for name in (names[i] for i in orders.permutation(len(names))):
             try:
                 count = steps.get(name, 1)
                 seconds = workers[name].ask("measure", (id(found), name), count, timeout=120)

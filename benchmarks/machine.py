@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import psutil
 
 from benchmarks.timing import alternate
+from experiments import huge_pages
 
 
 def describe() -> dict[str, Any]:
@@ -25,6 +26,7 @@ def describe() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "jax": jax.__version__,
+        "huge_pages": huge_pages.are_requested(),
     }
 
 

@@ -37,7 +37,10 @@ def alternate(
     budget: float = float("inf"),
     description: str = "",
 ) -> dict[str, np.ndarray]:
-    """Times contestants in turn; every second round is in reverse order.
+    """Times contestants in turn, in every round in another order.
+
+    What ran just before leaves its marks, in caches and in memory that it gave back; in a random
+    order these marks are the same for all.
 
     Args:
         contestants: functions of no arguments by name; the timer waits for their results.
@@ -55,10 +58,10 @@ def alternate(
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    names = list(contestants)
+    names, orders = list(contestants), np.random.default_rng(0)
     start = time.perf_counter()
     for round_ in tqdm(range(warmups + repeats), desc=description, unit="round", leave=False):
-        for name in names if round_ % 2 else names[::-1]:
+        for name in (names[i] for i in orders.permutation(len(names))):
             elapsed = once(contestants[name])
             if round_ >= warmups:
                 seconds[name].append(elapsed)

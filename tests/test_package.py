@@ -76,6 +76,25 @@ def test_without_extras_only_the_core_is_asked_for(package):
     assert about["Version"] == msgd_jax.__version__
 
 
+def test_the_page_on_a_package_index_has_no_link_or_picture_that_leads_nowhere(package):
+    """Links of the README lead into the repository, where an index has nothing."""
+    files = contents(package.wheel)
+    (name,) = (name for name in files if name.endswith("METADATA"))
+    about = email.message_from_bytes(files[name])
+    assert about["Description-Content-Type"] == "text/markdown"
+    page = about.get_payload()
+    relative = re.compile(r"\[[^\]]*\]\((?!https?:)[^)]*\)")
+    readme = (ROOT / "README.md").read_text()
+    assert len(relative.findall(readme)) > 20
+    assert not relative.findall(page)
+    # Its text is whole: what links say stays, and so do the blocks of code.
+    assert "Which noise should I use?" in page
+    assert re.findall(r"```python.*?```", page, re.S) == re.findall(
+        r"```python.*?```", readme, re.S
+    )
+    assert 0.8 * len(readme.split()) < len(page.split()) < len(readme.split())
+
+
 def test_the_sdist_has_the_whole_and_builds_the_same_wheel(package, tmp_path):
     with tarfile.open(package.sdist) as files:
         files.extractall(tmp_path, filter="data")
