@@ -3,6 +3,7 @@
 The first line of such a page, below its title, is the command that installs what its cells import.
 """
 
+import os
 import pathlib
 import re
 import shlex
@@ -15,6 +16,9 @@ from myst_nb.core.read import read_myst_markdown_notebook
 from sphinx.util.parallel import make_chunks
 
 DOCS = pathlib.Path(__file__).parent
+
+# Pages that compare bits or tell speeds: their programs are compiled as users' are.
+OPTIMIZED = ("tutorials/many_devices", "tutorials/transformer")
 
 _INSTALL = re.compile(r"^# .+\n\n    pip install (.+)\n", re.M)
 _NOTE = """
@@ -84,14 +88,23 @@ def deal(app: Any, env: Any, docnames: list[str]) -> None:
     """Orders the pages so that two processes have about as much to run.
 
     Sphinx gives each process a part of the list, and in the order of names one part would have
-    nearly all pages that take long.
+    nearly all pages that take long. Pages with more lines of code take longer.
     """
     part = len(make_chunks(docnames, app.parallel)[0]) if docnames else 0
-    run = {
-        name for name in docnames if "{code-cell}" in pathlib.Path(env.doc2path(name)).read_text()
+    texts = {name: pathlib.Path(env.doc2path(name)).read_text() for name in docnames}
+    lines = {
+        name: sum(cell.source.count("\n") + 1 for cell in cells(text))
+        for name, text in texts.items()
+        if "{code-cell}" in text
     }
-    first, second = sorted(run)[::2], sorted(run)[1::2]
-    others = [name for name in docnames if name not in run]
+    first, second = [], []
+    work = {id(first): 0, id(second): 0}
+    for name in sorted(lines, key=lambda name: (-lines[name], name)):
+        free = [pages for pages in (first, second) if len(pages) < part] or [second]
+        least = min(free, key=lambda pages: work[id(pages)])
+        least.append(name)
+        work[id(least)] += lines[name]
+    others = [name for name in docnames if name not in lines]
     space = max(part - len(first), 0)
     docnames[:] = [*first, *others[:space], *second, *others[space:]]
 
@@ -102,6 +115,15 @@ def add_note(app: Any, docname: str, source: list[str]) -> None:
     depth = docname.count("/")
     note = _NOTE.format(name=docname.rpartition("/")[2], start="../" * depth + "start.md")
     source[0] = _INSTALL.sub(lambda found: found[0] + note, source[0], count=1)
+
+
+def set_effort(app: Any, docname: str, source: list[str]) -> None:
+    """Lets XLA make little effort with the programs of a page, where that shows nothing else.
+
+    They take longer to compile than to run. The page's own process, started next, inherits this.
+    """
+    del app, source
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0" if docname in OPTIMIZED else "1"
 
 
 def write_notebooks(app: Any, exception: Exception | None) -> None:
@@ -116,5 +138,6 @@ def setup(app: Any) -> dict[str, bool]:
     """Registers the functions above."""
     app.connect("env-before-read-docs", deal)
     app.connect("source-read", add_note)
+    app.connect("source-read", set_effort)
     app.connect("build-finished", write_notebooks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
