@@ -20,6 +20,9 @@ RUNNABLE = dict(pages.runnable())
 # These pages show the records of a checkout, and say so.
 OF_RECORDS = {"paper", "scaling"}
 
+# What modules of the library need beyond what comes with it.
+NEEDED_BY = {"streaming": "grain", "flax_nnx": "flax"}
+
 
 def names(requirements: list[str]) -> set[str]:
     """The names of the distributions that are required."""
@@ -35,6 +38,10 @@ def imported(script: str) -> set[str]:
     for node in ast.walk(ast.parse(script)):
         if isinstance(node, ast.ImportFrom):
             modules.add((node.module or "").split(".")[0])
+            if node.module == "msgd_jax":
+                modules |= {
+                    NEEDED_BY[alias.name] for alias in node.names if alias.name in NEEDED_BY
+                }
         elif isinstance(node, ast.Import):
             modules |= {alias.name.split(".")[0] for alias in node.names}
     modules -= set(sys.stdlib_module_names) | {"msgd_jax"}
@@ -94,6 +101,7 @@ SECOND
         ("from experiments.paper import panels", {"experiments"}),
         ("if True:\n    import sklearn.datasets", {"scikit-learn"}),
         ("import diffrax", {"diffrax"}),
+        ("from msgd_jax import flax_nnx, loss, streaming", {"grain"}),
     ],
 )
 def test_what_is_missing_is_found(second, wanted):
