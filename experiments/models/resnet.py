@@ -56,7 +56,7 @@ class ResNet18(Net):
     full_width = 64
     has_batch_norm = True
     one_seed_at_a_time = True
-    cost = Cost(8, 5e-3, 2e-3, 150)
+    cost = Cost(8, 1.5e-3, 5e-4, 60)
 
     def __init__(
         self,

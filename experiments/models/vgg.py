@@ -26,7 +26,7 @@ class VGG11(Net):
     smallest_side = 32
     full_width = 64
     one_seed_at_a_time = True
-    cost = Cost(8, 0.25e-3, 0.1e-3, 20)
+    cost = Cost(8, 1.5e-4, 6e-5, 20)
 
     def __init__(
         self,

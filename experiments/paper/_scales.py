@@ -97,7 +97,7 @@ SVHN_MEDIUM = Reduction(
         "checkpoint_every": 300,
     },
     (
-        "width 8 and N = 1,000: a full gradient takes a quarter of a second on two cores",
+        "width 8 and N = 1,000: a full gradient takes a seventh of a second on two cores",
         "1,500 steps, as in the experiment that decides: all labels are fitted at their end",
         "b = 50 and a large batch of 250: N is divided by 25, but a b of 4 would be another regime",
         OWN_SUBSETS,
@@ -123,7 +123,7 @@ CIFAR_RESNET_MEDIUM = Reduction(
         "checkpoint_every": 100,
     },
     (
-        "width 4, N = 1,000 and 300 steps: a full gradient takes a second on two cores",
+        "width 4, N = 1,000 and 300 steps: a full gradient takes half a second on two cores",
         "ghost batches of 50, as large as the batches of SGD",
         SVHN_MEDIUM.why[2],
         OWN_SUBSETS,
