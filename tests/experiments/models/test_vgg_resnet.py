@@ -218,5 +218,5 @@ class TestNormalised:
         def loss(values, scale, bias):
             return jnp.sin(layers._normalised(values, scale, bias)[0]).sum()
 
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*at).compile().as_text()
+        text = str(jax.jit(jax.grad(loss, (0, 1, 2))).lower(*at).compile().as_text())
         assert sum(" reduce(" in line for line in text.splitlines()) == 4
