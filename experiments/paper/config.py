@@ -36,7 +36,7 @@ class FigureConfig:
     Attributes:
         panel: The panel; those with a word in their name are not in the paper.
         scale: "paper" is the panel in full; "large" is what a graphics card computes in minutes,
-            and "medium" what two cores compute in one to five hours, both chosen to show what the
+            and "medium" what two cores compute in up to three hours, both chosen to show what the
             panel shows; "small" shows that it can be made.
         dataset: A file FILE.npz, as for `train`, with images to use in place of the panel's data
             set, and split as that is: for SVHN, x_test is trained on. None stands for the data set.

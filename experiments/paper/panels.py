@@ -2,7 +2,7 @@
 
 Each has four scales: the paper's own, one for a single graphics card, and two that two cores can
 compute. "large" and "medium" are meant to show what the panel shows, in a few minutes on a card or
-in one to five hours on two cores; "small" shows that the panel can be made.
+in up to three hours on two cores; "small" shows that the panel can be made.
 
 A comment names the section of the paper that a number is from. Numbers that the paper does not give
 are our choice; they are listed in `assumptions`, which the pages of the figures print.
