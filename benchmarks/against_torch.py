@@ -273,8 +273,7 @@ def _take_turns(
     samples: dict[Name, list[float]] = {n: [] for n in workers if n not in found.left_out}
     orders = np.random.default_rng(0)
     for round_ in tqdm(range(repeats + 1), desc=str(found.row), unit="round", leave=False):
-        names = list(samples)
-        for name in (names[i] for i in orders.permutation(len(names))):
+        for name in timing.shuffled(samples, orders):
             try:
                 count = steps.get(name, 1)
                 seconds = workers[name].ask("measure", (id(found), name), count, timeout=120)

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -58,16 +58,22 @@ def alternate(
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    names, orders = list(contestants), np.random.default_rng(0)
+    orders = np.random.default_rng(0)
     start = time.perf_counter()
     for round_ in tqdm(range(warmups + repeats), desc=description, unit="round", leave=False):
-        for name in (names[i] for i in orders.permutation(len(names))):
+        for name in shuffled(contestants, orders):
             elapsed = once(contestants[name])
             if round_ >= warmups:
                 seconds[name].append(elapsed)
         if round_ - warmups >= 2 and time.perf_counter() - start > budget:
             break
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def shuffled(names: Iterable[Any], orders: np.random.Generator) -> list[Any]:
+    """The names in the next random order."""
+    names = list(names)
+    return [names[i] for i in orders.permutation(len(names))]
 
 
 def once(contestant: Callable[[], Any]) -> float:

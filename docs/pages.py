@@ -93,17 +93,16 @@ def deal(app: Any, env: Any, docnames: list[str]) -> None:
     part = len(make_chunks(docnames, app.parallel)[0]) if docnames else 0
     texts = {name: pathlib.Path(env.doc2path(name)).read_text() for name in docnames}
     lines = {
-        name: sum(cell.source.count("\n") + 1 for cell in cells(text))
-        for name, text in texts.items()
-        if "{code-cell}" in text
+        name: script(text).count("\n") for name, text in texts.items() if "{code-cell}" in text
     }
-    first, second = [], []
-    work = {id(first): 0, id(second): 0}
+    dealt: tuple[list[str], list[str]] = ([], [])
+    work = [0, 0]
     for name in sorted(lines, key=lambda name: (-lines[name], name)):
-        free = [pages for pages in (first, second) if len(pages) < part] or [second]
-        least = min(free, key=lambda pages: work[id(pages)])
-        least.append(name)
-        work[id(least)] += lines[name]
+        free = [i for i in (0, 1) if len(dealt[i]) < part] or [1]
+        least = min(free, key=work.__getitem__)
+        dealt[least].append(name)
+        work[least] += lines[name]
+    first, second = dealt
     others = [name for name in docnames if name not in lines]
     space = max(part - len(first), 0)
     docnames[:] = [*first, *others[:space], *second, *others[space:]]

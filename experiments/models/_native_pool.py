@@ -123,7 +123,10 @@ def _batch(primitive: Any, arguments: Any, axes: Any, *, shape: tuple[int, ...])
         results = [x.reshape(*x.shape[:3], count, -1) for x in results]
         dimensions = [3] * len(results)
     else:
-        each = lambda *operands: several(primitive.bind(*operands, shape=shape))  # noqa: E731
+
+        def each(*operands: Any) -> Any:
+            return several(primitive.bind(*operands, shape=shape))
+
         results = _native.in_turn(each, arguments, axes)
         dimensions = [0] * len(results)
     return (results, dimensions) if primitive.multiple_results else (results[0], dimensions[0])

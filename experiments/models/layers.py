@@ -223,8 +223,7 @@ class GhostBatchNorm(nnx.Module):
         values = values.reshape(-1, images.shape[3])
         ghosts = self._num_ghosts(images.shape[0]) if training else 1
         if not training:
-            factor = scale * jax.lax.rsqrt(self.variance[...] + EPSILON)
-            normal = (values - self.mean[...][None]) * factor[None] + bias[None]
+            normal = _scaled(values, self.mean[...], self.variance[...], scale, bias)
         elif ghosts == 1:  # apart, since XLA's loops over two axes are the faster ones on CPU
             normal, mean, variance = _normalised(values, scale, bias)
             self._move(mean[None], variance[None], len(values))
@@ -268,6 +267,18 @@ class GhostBatchNorm(nnx.Module):
             running[...] = moved.astype(jnp.float32)
 
 
+def _scaled(
+    values: Float[Array, "values channels"],
+    mean: Float[Array, " channels"],
+    variance: Float[Array, " channels"],
+    scale: Float[Array, " channels"],
+    bias: Float[Array, " channels"],
+) -> Float[Array, "values channels"]:
+    """The values, less the mean, over the standard deviation, times scale plus bias."""
+    factor = scale * jax.lax.rsqrt(variance + EPSILON)
+    return (values - mean[None]) * factor[None] + bias[None]
+
+
 @jax.custom_jvp
 def _normalised(
     values: Float[Array, "values channels"],
@@ -277,8 +288,7 @@ def _normalised(
     """The values with mean 0 and variance 1, times scale plus bias; their mean and variance."""
     mean = values.mean(0)
     variance = jnp.square(values - mean[None]).mean(0)
-    factor = scale * jax.lax.rsqrt(variance + EPSILON)
-    return (values - mean[None]) * factor[None] + bias[None], mean, variance
+    return _scaled(values, mean, variance, scale, bias), mean, variance
 
 
 @_normalised.defjvp
