@@ -43,6 +43,10 @@ html_show_sphinx = False
 
 # Pages whose cells are run, all in processes of their own: what they show is what happens now.
 os.environ["PYTHONPATH"] = str(ROOT)  # for the two pages of records; the others need no checkout
+# Pages share small programs, and the next build the large ones.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / "docs/_build/programs")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600

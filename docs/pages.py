@@ -17,8 +17,12 @@ from sphinx.util.parallel import make_chunks
 
 DOCS = pathlib.Path(__file__).parent
 
-# Pages that compare bits or tell speeds: their programs are compiled as users' are.
-OPTIMIZED = ("tutorials/many_devices", "tutorials/transformer")
+# A page that compares the bits of several programs: they are compiled as users' are.
+OPTIMIZED = ("tutorials/many_devices",)
+
+# Pages that run for about as long as they compile, or tell speeds.
+SOME_EFFORT = ("start", "tutorials/momentum_and_schedules", "tutorials/transformer")
+SOME_EFFORT_FLAGS = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 
 _INSTALL = re.compile(r"^# .+\n\n    pip install (.+)\n", re.M)
 _NOTE = """
@@ -119,10 +123,12 @@ def add_note(app: Any, docname: str, source: list[str]) -> None:
 def set_effort(app: Any, docname: str, source: list[str]) -> None:
     """Lets XLA make little effort with the programs of a page, where that shows nothing else.
 
-    They take longer to compile than to run. The page's own process, started next, inherits this.
+    Most take longer to compile than to run. The page's own process, started next, inherits this.
     """
     del app, source
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0" if docname in OPTIMIZED else "1"
+    little = docname not in OPTIMIZED + SOME_EFFORT
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1" if little else "0"
+    os.environ["XLA_FLAGS"] = SOME_EFFORT_FLAGS if docname in SOME_EFFORT else ""
 
 
 def write_notebooks(app: Any, exception: Exception | None) -> None:
