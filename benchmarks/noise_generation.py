@@ -329,6 +329,8 @@ def _plot(points: dict[int, Points], axes: Any) -> None:
     for i, name in enumerate(NAMES):
         medians = {size: at[name].median for size, at in points.items()}
         shown = {size: median for size, median in medians.items() if median is not None}
+        if not shown:
+            continue  # not installed: no line, and no name in the legend
         colour, line, marker = styles.style(i + 1)
         look = {"color": colour, "marker": marker}
         axes.loglog(list(shown), list(shown.values()), linestyle=line, label=name, **look)
