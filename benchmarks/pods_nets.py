@@ -159,7 +159,9 @@ def plain(
 ) -> Any:
     """A step on the mean loss by `jax.grad`, as one writes it by hand, with its arguments.
 
-    With `batch_size`, on a mini-batch, of which each chip gathers its share from its own examples.
+    It reports the loss and the norm of the gradient, as ours does, for which the gradient is read
+    once more. With `batch_size`, on a mini-batch, of which each chip gathers its share from its own
+    examples.
     """
     mesh, names = places.rows.mesh, places.rows.spec[0]
     data = examples(net, num_examples, places.rows)
@@ -212,7 +214,7 @@ def plain(
     def step(params: Any, data: Any, listed: Any, counted: jax.Array) -> Any:
         value, grads = on_parts(params, data, listed, counted)
         new = jax.tree.map(lambda p, g: (p - LEARNING_RATE * g).astype(p.dtype), params, grads)
-        return new, value
+        return new, value, optax.global_norm(grads)
 
     row = lambda dtype: jax.ShapeDtypeStruct((local * chips,), dtype, sharding=places.rows)  # noqa: E731
     params = jax.tree.map(places.of_leaf, net.params)

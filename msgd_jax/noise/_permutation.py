@@ -97,16 +97,42 @@ def _permute(key: Key[Array, ""], positions: Int[Array, "*shape"], n: int) -> In
 
 
 def _order(words: UInt32[Array, " n"]) -> UInt32[Array, " n"]:
-    """The positions of the words in ascending order, equal ones by position; n at most 2^16.
+    """The positions of the words in ascending order, equal ones by position.
 
-    Order by the lower halves first, then by the upper halves, each with the place so far in the
-    other 16 bits. Two sorts of one array take half of the time of one sort of two arrays, which
-    `jnp.argsort` and `jax.random.permutation` are, on CPUs. The permutation is that of the latter.
+    The permutation is that of `jax.random.permutation`, in a third of the time on CPUs: one array is
+    sorted, of words whose lowest bits are replaced by their positions. For 1,000 words that leaves
+    a few neighbours in the wrong order in one of eight draws, whose upper bits are equal. They are
+    exchanged until none are left.
     """
-    places = jnp.arange(words.shape[0], dtype=jnp.uint32)
-    lower = jnp.sort(words << 16 | places) & 0xFFFF
-    upper = jnp.sort(words[lower] >> 16 << 16 | places) & 0xFFFF
-    return lower[upper]
+    n = words.shape[0]
+    low = max((n - 1).bit_length(), 1)
+    sorted_by_upper_bits = jnp.sort(words >> low << low | jnp.arange(n, dtype=jnp.uint32))
+    order = sorted_by_upper_bits & jnp.uint32(2**low - 1)
+
+    def wrong(state: tuple[Array, Array]) -> Array:
+        return jnp.any(state[1][:-1] > state[1][1:])
+
+    def exchange(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        # The pairs that begin at even places, then those that begin at odd ones.
+        return _exchange(*_exchange(*state, 0), 1)
+
+    return jax.lax.while_loop(wrong, exchange, (order, words[order]))[0]
+
+
+def _exchange(
+    order: UInt32[Array, " n"], words: UInt32[Array, " n"], first: int
+) -> tuple[UInt32[Array, " n"], UInt32[Array, " n"]]:
+    """Puts every second pair of neighbours, from the place `first` on, in the order of its words."""
+    end = words.shape[0] - (words.shape[0] - first) % 2
+    pairs = words[first:end].reshape(-1, 2)
+    swap = pairs[:, :1] > pairs[:, 1:]
+
+    def exchanged(values: Array) -> Array:
+        own = values[first:end].reshape(-1, 2)
+        own = jnp.where(swap, own[:, ::-1], own).reshape(-1)
+        return jnp.concatenate([values[:first], own, values[end:]])
+
+    return exchanged(order), exchanged(words)
 
 
 class _Grid(NamedTuple):
