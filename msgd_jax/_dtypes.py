@@ -1,6 +1,7 @@
 """The floating-point types that sums are accumulated in, and sums accumulated in them."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +32,80 @@ def not_yet(params: Params) -> Float[Array, ""]:
     return jnp.full((), jnp.inf, accumulator(*dtypes))
 
 
-def norm(tree: PyTree) -> Float[Array, ""]:
-    """The Euclidean norm of all leaves, in float32 or wider; no square overflows or underflows."""
-    # Divide by the largest entry, so that all squares are between 0 and 1.
+def with_norm(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
+    """A tree, and its Euclidean norm in float32 or wider; no square overflows or underflows.
+
+    Use the tree that is returned: only where its norm is known may other values take its place in
+    memory. All leaves are read once, but for extreme numbers on other devices than TPUs.
+    """
+
+    def on_tpus(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
+        # In one pass over each leaf, which can be that of an optimizer.
+        return tree, _norm_by_size(*_leaves(tree))
+
+    def elsewhere(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
+        # CPUs and GPUs would make three passes for three sums. Without the barrier, GPUs may begin
+        # with the optimizer, and then keep a copy of the gradient for the norm.
+        return jax.lax.optimization_barrier((tree, _norm_by_plain_squares(*_leaves(tree))))
+
+    return jax.lax.platform_dependent(tree, tpu=on_tpus, default=elsewhere)
+
+
+def _leaves(tree: PyTree) -> tuple[list[Array], jnp.dtype]:
+    """The leaves that have entries, and the type of their norm."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     dtype = accumulator(*(leaf.dtype for leaf in leaves))
-    wide = [leaf.astype(dtype) for leaf in leaves if leaf.size]
-    largest = functools.reduce(
-        jnp.maximum, (jnp.max(jnp.abs(leaf)) for leaf in wide), jnp.zeros((), dtype)
+    return [leaf for leaf in leaves if leaf.size], dtype
+
+
+def _norm_by_plain_squares(leaves: Sequence[Array], dtype: jnp.dtype) -> Float[Array, ""]:
+    """The root of the sum of squares, of scaled numbers where squares overflow or underflow."""
+
+    def squares(leaves: Sequence[Array]) -> Float[Array, ""]:
+        sums = (jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in leaves)
+        return functools.reduce(jnp.add, sums, jnp.zeros((), dtype))
+
+    def of_extreme(leaves: Sequence[Array]) -> Float[Array, ""]:
+        # Divide by the largest entry, so that all squares are between 0 and 1.
+        sizes = (jnp.max(jnp.abs(leaf.astype(dtype))) for leaf in leaves)
+        largest = functools.reduce(jnp.maximum, sizes, jnp.zeros((), dtype))
+        # XLA multiplies by the inverse of `unit`, which has to be a normal number too.
+        unit = jnp.clip(largest, info.tiny, 1 / info.tiny)
+        return unit * jnp.sqrt(squares([leaf.astype(dtype) / unit for leaf in leaves]))
+
+    info = jnp.finfo(dtype)
+    plain = squares(leaves)
+    # Squares below `tiny` may be lost, which does not count where all of them together would not.
+    enough = sum(leaf.size for leaf in leaves) * float(info.tiny) / float(info.eps)
+    usual = (plain >= enough) & (plain < jnp.inf)
+    return jax.lax.cond(usual, lambda _: jnp.sqrt(plain), of_extreme, leaves)
+
+
+def _norm_by_size(leaves: Sequence[Array], dtype: jnp.dtype) -> Float[Array, ""]:
+    """The norm from three sums, of large, middling and small numbers (Blue 1978).
+
+    The squares of numbers between 1/edge and edge are added up as they are, those of the others
+    after scaling. (Blue, A Portable Fortran Program to Find the Euclidean Norm of a Vector, ACM
+    Transactions on Mathematical Software 4.)
+    """
+    unit = int(jnp.finfo(dtype).maxexp) // 128
+    edge, scale = 2.0 ** (45 * unit), 2.0 ** (80 * unit)
+    sums = [jnp.zeros((), dtype)] * 3
+    for leaf in leaves:
+        x = leaf.astype(dtype)
+        is_large, is_small = jnp.abs(x) > edge, jnp.abs(x) < 1 / edge
+        parts = (
+            jnp.where(is_large, jnp.square(x / scale), 0),
+            jnp.where(is_large | is_small, 0, jnp.square(x)),
+            jnp.where(is_small, jnp.square(x * scale), 0),
+        )
+        sums = [total + jnp.sum(part) for total, part in zip(sums, parts, strict=True)]
+    large, middle, small = sums
+    # Not ``/ scale / scale``, which compilers make a division by infinity.
+    without_large = jnp.where(
+        middle == 0,
+        jnp.sqrt(small) / scale,
+        jnp.sqrt(middle + jnp.square(jnp.sqrt(small) / scale)),
     )
-    # XLA multiplies by the inverse of `unit`, which has to be a normal number too.
-    tiny = jnp.finfo(dtype).tiny
-    unit = jnp.clip(largest, tiny, 1 / tiny)
-    squares = (jnp.sum(jnp.square(leaf / unit)) for leaf in wide)
-    return unit * jnp.sqrt(functools.reduce(jnp.add, squares, jnp.zeros((), dtype)))
+    with_large = scale * jnp.sqrt(large + jnp.square(jnp.sqrt(middle) / scale))
+    return jnp.where(large == 0, without_large, with_large)

@@ -250,12 +250,14 @@ def step_of(
 
         # The gradient, and the extra arguments of the optimizer: all for the same draw of weights.
         found = at(_moving(state.params))
+        grads, norm = _dtypes.with_norm(found.grads)
+        found = found._replace(grads=grads)
         offers = _optimizers.offers(value_and_grad, found.value, found.grads)
         updates, opt_state = update(
             found.grads, state.opt_state, state.params, **offers, **problem, data=data
         )
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(found.value, _dtypes.norm(found.grads))
+        metrics = StepMetrics(found.value, norm)
         if takes.has_aux:
             metrics = metrics._replace(aux=found.aux)
         if metrics_fn is not None and found.weights is not None:

@@ -99,9 +99,9 @@ def _permute(key: Key[Array, ""], positions: Int[Array, "*shape"], n: int) -> In
 def _order(words: UInt32[Array, " n"]) -> UInt32[Array, " n"]:
     """The positions of the words in ascending order, equal ones by position.
 
-    The permutation is that of `jax.random.permutation`, in a third of the time on CPUs: one array is
-    sorted, of words whose lowest bits are replaced by their positions. For 1,000 words that leaves
-    a few neighbours in the wrong order in one of eight draws, whose upper bits are equal. They are
+    The permutation is that of `jax.random.permutation`, in a third of the time on CPUs: one array
+    is sorted, of words whose lowest bits are replaced by their positions. For 1,000 words that
+    leaves neighbours in the wrong order in one of eight draws, whose upper bits are equal. They are
     exchanged until none are left.
     """
     n = words.shape[0]
@@ -122,7 +122,7 @@ def _order(words: UInt32[Array, " n"]) -> UInt32[Array, " n"]:
 def _exchange(
     order: UInt32[Array, " n"], words: UInt32[Array, " n"], first: int
 ) -> tuple[UInt32[Array, " n"], UInt32[Array, " n"]]:
-    """Puts every second pair of neighbours, from the place `first` on, in the order of its words."""
+    """Puts every second pair of neighbours, from the place `first` on, in order of its words."""
     end = words.shape[0] - (words.shape[0] - first) % 2
     pairs = words[first:end].reshape(-1, 2)
     swap = pairs[:, :1] > pairs[:, 1:]

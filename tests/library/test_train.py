@@ -241,8 +241,35 @@ def test_gradient_norms_neither_overflow_nor_underflow(dtype, scale, num):
     np.testing.assert_allclose(metrics.gradient_norm, expected, rtol=rtol)
 
 
-def test_the_norm_of_a_gradient_with_nan_is_nan():
-    assert np.isnan(_dtypes.norm({"a": jnp.asarray([1.0, np.nan]), "b": jnp.ones(3)}))
+NORMS = [_dtypes._norm_by_plain_squares, _dtypes._norm_by_size]  # of CPUs and GPUs, and of TPUs
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_norms_are_right_over_all_exponents(norm, dtype):
+    """Equal numbers at each exponent, and pairs of which one is small beside the other."""
+    with jax.enable_x64(dtype == jnp.float64):
+        info = jnp.finfo(dtype)
+        of_two = jax.jit(jax.vmap(lambda x: norm([x[:1], x[1:]], jnp.dtype(dtype))))
+        sizes = 2.0 ** np.arange(int(info.minexp), int(info.maxexp) - 2, dtype=dtype)
+        for other in (1.0, 2.0**-3, 2.0**-13, 0.0):
+            x = np.stack([1.5 * sizes, other * sizes * (other * sizes >= info.tiny)], 1)
+            expected = sizes * np.linalg.norm(x / sizes[:, None], axis=1)
+            np.testing.assert_allclose(of_two(jnp.asarray(x, dtype)), expected, rtol=4 * info.eps)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("leaves", [[1.0, np.nan], [np.nan, 1e30], [1e-30, np.nan], [np.inf, 1.0]])
+def test_norms_of_what_is_not_finite_are_not(norm, leaves):
+    found = norm([jnp.asarray(leaves, jnp.float32), jnp.ones(3)], jnp.dtype("float32"))
+    np.testing.assert_equal(np.asarray(found), np.asarray(np.sum(leaves), np.float32))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_many_small_numbers_count(norm):
+    """The square of each is below the smallest float32, and the sum of all is not."""
+    x = jnp.full(2**20, 2.0**-70, jnp.float32)
+    np.testing.assert_allclose(norm([x], jnp.dtype("float32")), 2.0**-60, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
