@@ -36,19 +36,23 @@ def with_norm(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
     """A tree, and its Euclidean norm in float32 or wider; no square overflows or underflows.
 
     Use the tree that is returned: only where its norm is known may other values take its place in
-    memory. All leaves are read once, but for extreme numbers on other devices than TPUs.
+    memory.
     """
 
     def on_tpus(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
-        # In one pass over each leaf, which can be that of an optimizer.
+        # One pass over each leaf for three sums, which can be that of an optimizer.
         return tree, _norm_by_size(*_leaves(tree))
 
-    def elsewhere(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
-        # CPUs and GPUs would make three passes for three sums. Without the barrier, GPUs may begin
-        # with the optimizer, and then keep a copy of the gradient for the norm.
+    def on_cpus(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
+        # Three sums would be three passes; a condition costs nothing.
         return jax.lax.optimization_barrier((tree, _norm_by_plain_squares(*_leaves(tree))))
 
-    return jax.lax.platform_dependent(tree, tpu=on_tpus, default=elsewhere)
+    def elsewhere(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
+        # GPUs would wait for a condition. Without the barrier they may begin with the optimizer,
+        # and then keep a copy of the gradient for the norm.
+        return jax.lax.optimization_barrier((tree, _norm_by_largest(*_leaves(tree))))
+
+    return jax.lax.platform_dependent(tree, tpu=on_tpus, cpu=on_cpus, default=elsewhere)
 
 
 def _leaves(tree: PyTree) -> tuple[list[Array], jnp.dtype]:
@@ -58,27 +62,30 @@ def _leaves(tree: PyTree) -> tuple[list[Array], jnp.dtype]:
     return [leaf for leaf in leaves if leaf.size], dtype
 
 
+def _norm_by_largest(leaves: Sequence[Array], dtype: jnp.dtype) -> Float[Array, ""]:
+    """The norm of all numbers divided by the largest, so that their squares are at most 1."""
+    sizes = (jnp.max(jnp.abs(leaf.astype(dtype))) for leaf in leaves)
+    largest = functools.reduce(jnp.maximum, sizes, jnp.zeros((), dtype))
+    # XLA multiplies by the inverse of `unit`, which has to be a normal number too.
+    tiny = jnp.finfo(dtype).tiny
+    unit = jnp.clip(largest, tiny, 1 / tiny)
+    return unit * jnp.sqrt(_sum_of_squares([leaf.astype(dtype) / unit for leaf in leaves], dtype))
+
+
 def _norm_by_plain_squares(leaves: Sequence[Array], dtype: jnp.dtype) -> Float[Array, ""]:
-    """The root of the sum of squares, of scaled numbers where squares overflow or underflow."""
-
-    def squares(leaves: Sequence[Array]) -> Float[Array, ""]:
-        sums = (jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in leaves)
-        return functools.reduce(jnp.add, sums, jnp.zeros((), dtype))
-
-    def of_extreme(leaves: Sequence[Array]) -> Float[Array, ""]:
-        # Divide by the largest entry, so that all squares are between 0 and 1.
-        sizes = (jnp.max(jnp.abs(leaf.astype(dtype))) for leaf in leaves)
-        largest = functools.reduce(jnp.maximum, sizes, jnp.zeros((), dtype))
-        # XLA multiplies by the inverse of `unit`, which has to be a normal number too.
-        unit = jnp.clip(largest, info.tiny, 1 / info.tiny)
-        return unit * jnp.sqrt(squares([leaf.astype(dtype) / unit for leaf in leaves]))
-
-    info = jnp.finfo(dtype)
-    plain = squares(leaves)
+    """The root of the sum of squares, or `_norm_by_largest` where squares overflow or underflow."""
+    plain = _sum_of_squares(leaves, dtype)
     # Squares below `tiny` may be lost, which does not count where all of them together would not.
+    info = jnp.finfo(dtype)
     enough = sum(leaf.size for leaf in leaves) * float(info.tiny) / float(info.eps)
     usual = (plain >= enough) & (plain < jnp.inf)
-    return jax.lax.cond(usual, lambda _: jnp.sqrt(plain), of_extreme, leaves)
+    of_others = functools.partial(_norm_by_largest, dtype=dtype)
+    return jax.lax.cond(usual, lambda _: jnp.sqrt(plain), of_others, leaves)
+
+
+def _sum_of_squares(leaves: Sequence[Array], dtype: jnp.dtype) -> Float[Array, ""]:
+    sums = (jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in leaves)
+    return functools.reduce(jnp.add, sums, jnp.zeros((), dtype))
 
 
 def _norm_by_size(leaves: Sequence[Array], dtype: jnp.dtype) -> Float[Array, ""]:

@@ -241,7 +241,8 @@ def test_gradient_norms_neither_overflow_nor_underflow(dtype, scale, num):
     np.testing.assert_allclose(metrics.gradient_norm, expected, rtol=rtol)
 
 
-NORMS = [_dtypes._norm_by_plain_squares, _dtypes._norm_by_size]  # of CPUs and GPUs, and of TPUs
+# On GPUs, CPUs and TPUs.
+NORMS = [_dtypes._norm_by_largest, _dtypes._norm_by_plain_squares, _dtypes._norm_by_size]
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -267,7 +268,7 @@ def test_norms_of_what_is_not_finite_are_not(norm, leaves):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_many_small_numbers_count(norm):
-    """The square of each is below the smallest float32, and the sum of all is not."""
+    """The square of each is below the smallest normal float32, and the root of their sum is not."""
     x = jnp.full(2**20, 2.0**-70, jnp.float32)
     np.testing.assert_allclose(norm([x], jnp.dtype("float32")), 2.0**-60, rtol=1e-6)
 
