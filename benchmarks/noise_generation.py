@@ -53,7 +53,7 @@ class Config(report.Config):
     few_parameters: int = 1_000
     limit: float = 600.0
     budget: float = 20.0
-    slow_draws: int = 2
+    slow_draws: int = 1
 
 
 def draw_function(name: str, problem: problems.Problem) -> Any:

@@ -32,6 +32,8 @@ def not_yet(params: Params) -> Float[Array, ""]:
     return jnp.full((), jnp.inf, accumulator(*dtypes))
 
 
+# Compiled here, since an eager step would compile the choice and the condition below at each call.
+@jax.jit
 def with_norm(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
     """A tree, and its Euclidean norm in float32 or wider; no square overflows or underflows.
 
