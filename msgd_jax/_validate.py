@@ -55,7 +55,9 @@ def positions(name: str, value: Any, size: int) -> Int[Array, "*shape"]:
 def indices(name: str, value: Any, size: int) -> None:
     """Raises ValueError unless all indices are in [0, size); traced ones are not checked."""
     if not isinstance(value, Tracer) and np.size(value):
-        low, high = int(np.min(value)), int(np.max(value))
+        # Evaluated here even while a program that reads the array from outside is traced.
+        with jax.ensure_compile_time_eval():
+            low, high = int(np.min(value)), int(np.max(value))
         if low < 0 or high >= size:
             raise ValueError(f"{name} must be in [0, {size}), got values from {low} to {high}.")
 

@@ -127,6 +127,26 @@ def test_values_are_those_of_the_network_in_python_integers(n):
     np.testing.assert_array_equal(values, expected)
 
 
+@pytest.mark.parametrize("n", [100, 10_000])
+def test_a_program_may_read_its_positions_from_outside(n):
+    """They are checked while it is traced."""
+    positions = jnp.arange(5)
+    found = jax.jit(lambda k: noise.permute(k, positions, n))(key())
+    np.testing.assert_array_equal(found, noise.permute(key(), positions, n))
+    with pytest.raises(ValueError, match=r"positions must be in \[0, 4\), got values from 0 to 4"):
+        jax.jit(lambda k: noise.permute(k, positions, 4))(key())
+
+
+def test_a_program_may_read_the_indices_of_weights_from_outside():
+    indices = jnp.array([2, 0])
+    dense = jax.jit(lambda values: noise.Weights(values, indices, 3).dense())(
+        jnp.array([0.25, 0.75])
+    )
+    np.testing.assert_array_equal(dense, [0.75, 0, 0.25])
+    with pytest.raises(ValueError, match=r"indices must be in \[0, 2\)"):
+        jax.jit(lambda values: noise.Weights(values, indices, 2).dense())(jnp.ones(2))
+
+
 @pytest.mark.parametrize("n", [10**6, LARGEST])
 def test_distinct_positions_have_distinct_values(n):
     """With replacement, 300,000 of 2^31 would have no repeat with a probability of 1e-9."""
