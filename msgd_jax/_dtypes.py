@@ -1,7 +1,7 @@
 """The floating-point types that sums are accumulated in, and sums accumulated in them."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,20 +41,18 @@ def with_norm(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
     memory.
     """
 
-    def on_tpus(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
-        # One pass over each leaf for three sums, which can be that of an optimizer.
-        return tree, _norm_by_size(*_leaves(tree))
+    # TPUs make one pass over each leaf for three sums, which can be that of an optimizer. CPUs
+    # would make three passes, and GPUs would wait for a condition. Without the barrier GPUs may
+    # begin with the optimizer, and then keep a copy of the gradient for the norm.
+    def before_others(norm: Callable[..., Array]) -> Callable[[PyTree], tuple[PyTree, Array]]:
+        return lambda tree: jax.lax.optimization_barrier((tree, norm(*_leaves(tree))))
 
-    def on_cpus(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
-        # Three sums would be three passes; a condition costs nothing.
-        return jax.lax.optimization_barrier((tree, _norm_by_plain_squares(*_leaves(tree))))
-
-    def elsewhere(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
-        # GPUs would wait for a condition. Without the barrier they may begin with the optimizer,
-        # and then keep a copy of the gradient for the norm.
-        return jax.lax.optimization_barrier((tree, _norm_by_largest(*_leaves(tree))))
-
-    return jax.lax.platform_dependent(tree, tpu=on_tpus, cpu=on_cpus, default=elsewhere)
+    return jax.lax.platform_dependent(
+        tree,
+        tpu=lambda tree: (tree, _norm_by_size(*_leaves(tree))),
+        cpu=before_others(_norm_by_plain_squares),
+        default=before_others(_norm_by_largest),
+    )
 
 
 def _leaves(tree: PyTree) -> tuple[list[Array], jnp.dtype]:

@@ -97,12 +97,12 @@ def _permute(key: Key[Array, ""], positions: Int[Array, "*shape"], n: int) -> In
 
 
 def _order(words: UInt32[Array, " n"]) -> UInt32[Array, " n"]:
-    """The positions of the words in ascending order, equal ones by position.
+    """The positions of at most `SORTED_UP_TO` words in ascending order, equal ones by position.
 
     The permutation is that of `jax.random.permutation`, in a third of the time on CPUs: one array
     is sorted, of words whose lowest bits are replaced by their positions. For 1,000 words that
     leaves neighbours in the wrong order in one of eight draws, whose upper bits are equal. They are
-    exchanged until none are left.
+    exchanged until none are left. (More words would leave too many.)
     """
     n = words.shape[0]
     low = max((n - 1).bit_length(), 1)
