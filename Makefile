@@ -15,7 +15,7 @@ help:
 	@echo "make test-pods    what compilers make of our steps for TPU pods and H100s; no chip needed"
 	@echo "make test-pages   the code of each page, run with what its first line installs (15 minutes)"
 	@echo "make package      wheel and sdist in dist, checked; the wheel tried in an environment of its own"
-	@echo "make docs         the documentation site in docs/_build/html, its pages run (5 minutes)"
+	@echo "make docs         the documentation site in docs/_build/html, its pages run (4 minutes)"
 	@echo "make check-site   links and accessibility of that site; needs npm and Chromium (10 minutes)"
 	@echo "make benchmark    all benchmarks on this machine (under 20 minutes; installs PyTorch)"
 	@echo "make benchmark-pods  the same at the sizes of real nets (an hour on two cores)"

@@ -15,6 +15,8 @@ import nbformat
 from myst_nb.core.read import read_myst_markdown_notebook
 from sphinx.util.parallel import make_chunks
 
+from tests.support.effort import QUICKLY
+
 DOCS = pathlib.Path(__file__).parent
 
 # A page that compares the bits of several programs: they are compiled as users' are.
@@ -23,6 +25,9 @@ OPTIMIZED = ("tutorials/many_devices",)
 # Pages that run for about as long as they compile, or tell speeds.
 SOME_EFFORT = ("start", "tutorials/momentum_and_schedules", "tutorials/transformer")
 SOME_EFFORT_FLAGS = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+
+# What is in the environment for every page: a user's own flags are heard.
+_FLAGS = os.environ.get("XLA_FLAGS", "")
 
 _INSTALL = re.compile(r"^# .+\n\n    pip install (.+)\n", re.M)
 _NOTE = """
@@ -127,8 +132,13 @@ def set_effort(app: Any, docname: str, source: list[str]) -> None:
     """
     del app, source
     little = docname not in OPTIMIZED + SOME_EFFORT
+    flags = [_FLAGS]
+    if docname in SOME_EFFORT:
+        flags.append(SOME_EFFORT_FLAGS)
+    if docname not in OPTIMIZED:
+        flags.append(QUICKLY)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1" if little else "0"
-    os.environ["XLA_FLAGS"] = SOME_EFFORT_FLAGS if docname in SOME_EFFORT else ""
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 def write_notebooks(app: Any, exception: Exception | None) -> None:

@@ -17,14 +17,14 @@ import jax
 import jaxtyping
 import pytest
 
+from tests.support.effort import QUICKLY
+
 LITTLE_EFFORT = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 
 # XLA reads these when it starts: several devices on one machine, for the tests of sharding.
 FLAGS = "--xla_force_host_platform_device_count=8"
-# Of XLA's two ways to make loops, the one that compiles faster. XLA stops at a flag that it does
-# not know, and versions of jax that are not out yet may not know this one.
-if LITTLE_EFFORT and jax.__version_info__ < (0, 11):
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+if LITTLE_EFFORT:
+    FLAGS += f" {QUICKLY}"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 # Shapes and types of the library's annotations are checked at run time, in the tests only.
