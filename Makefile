@@ -22,9 +22,9 @@ help:
 	@echo "make lint         ruff and pyright alone"
 	@echo "make format       ruff's formatter and its safe fixes"
 
-# What is compiled is for the wide nets; the demo leaves a core idle meanwhile.
+# What is compiled is for the wide nets, not for the demo: it takes the time that the demo leaves.
 demo: $(VENV)/.experiments
-	@$(BIN)/python -m experiments.models > /dev/null 2>&1 & \
+	@nice -n 19 $(BIN)/python -m experiments.models > /dev/null 2>&1 & \
 	$(BIN)/python -m experiments demo; status=$$?; wait; exit $$status
 
 test: lint
@@ -107,7 +107,9 @@ $(VENV)/.benchmarks: EXTRAS := [streaming]
 # Convolutions are faster where there is a C++ compiler; nothing needs one.
 COMPILE :=
 $(VENV)/.test $(VENV)/.benchmarks: COMPILE = -@$(BIN)/python -m experiments.models
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# Python compiles what it imports, and keeps that; to compile all that is installed takes longer.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
+export PYTHONDONTWRITEBYTECODE :=
 
 $(VENV)/.experiments $(VENV)/.test $(VENV)/.benchmarks $(VENV)/.docs $(VENV)/.package $(VENV)/.pods: $(VENV)/.%: $(BIN)/python pyproject.toml $(CONSTRAINTS) $(wildcard experiments/models/*cpu.*)
 	$(PIP) 'pip>=25.1'
