@@ -242,7 +242,7 @@ def test_gradient_norms_neither_overflow_nor_underflow(dtype, scale, num):
 
 
 # On GPUs, CPUs and TPUs.
-NORMS = [_dtypes._norm_by_largest, _dtypes._norm_by_plain_squares, _dtypes._norm_by_size]
+NORMS = [_dtypes._norm_by_largest, _dtypes._norm_by_plain_squares, _dtypes._norm_by_scaled_squares]
 
 
 @pytest.mark.parametrize("norm", NORMS)
