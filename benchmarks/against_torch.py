@@ -57,7 +57,7 @@ class Config(report.Config):
     repeats: int = 40
     device: Literal["cpu", "cuda"] = "cpu"
     rows: tuple[str, ...] = tuple(rows.ROWS)
-    seconds: float = 480.0
+    seconds: float = 330.0
     compile_seconds: float = 100.0
     full_float32: bool = True
 

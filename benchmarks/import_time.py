@@ -32,7 +32,7 @@ IMPORTS = {
 class Config(report.Config):
     """Measures the import time beyond that of the libraries that are imported anyway."""
 
-    repeats: int = 25
+    repeats: int = 15
 
 
 def main(config: Config) -> list[report.Headline]:

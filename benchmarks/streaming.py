@@ -40,7 +40,7 @@ class Config(report.Config):
             benchmark calls itself.
     """
 
-    repeats: int = 5
+    repeats: int = 3
     examples: tuple[int, ...] = (10**3, 10**6, 10**9)
     steps: int = 100
     stored: int = 60_000

@@ -4,9 +4,10 @@ Where an array is used for many examples at once, its gradient is a sum over the
 adds it up in the type of the array: in bfloat16, which has eight bits, a thousand terms of 1 add up
 to 256. Products of matrices and convolutions add up in float32 on every platform. Three kinds of
 operations do not: `gather` (looking up an embedding), operations that repeat an array (adding a
-bias), and arrays that a loop uses in every iteration. Their transposes are a scatter-add, a sum and
-a running sum. This module computes these operations in float32 and rounds the result: the values
-are the same to the last bit, and the transposes sum in float32 and round once.
+bias, `jnp.tile`), and arrays that a loop uses in every iteration. Their transposes are a
+scatter-add, a sum and a running sum. This module computes these operations in float32 and rounds
+the result: the values are the same to the last bit, and the transposes sum in float32 and round
+once.
 """
 
 import math
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float
 from msgd_jax import _dtypes
 
 # Operations whose transposes are sums.
-_SPREADING = ("gather", "broadcast_in_dim")
+_SPREADING = ("gather", "broadcast_in_dim", "tile")
 # Operations that repeat an operand along axes of size 1; the transpose of that is a sum too.
 _ELEMENTWISE = ("add", "sub", "mul", "div", "max", "min", "pow")
 # Calls of a named function, which are replaced by the function's body.

@@ -227,6 +227,12 @@ def leaf_dtype(where: str, leaf: Any) -> Any:
     return dtype
 
 
+def arrays(params: Any, name: str = "params") -> None:
+    """Raises TypeError if a leaf is neither an array nor a number. The error names the leaf."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        leaf_dtype(place(name, path), leaf)
+
+
 def floating_params(params: Any, name: str = "params") -> None:
     """Raises ValueError if `params` has no leaves, TypeError if a leaf is not real floating point.
 
@@ -234,7 +240,9 @@ def floating_params(params: Any, name: str = "params") -> None:
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
-        raise ValueError(f"{name} has no leaves: there is nothing to differentiate.")
+        raise ValueError(
+            f"{name} has no leaves: there is nothing to differentiate, got {shown(params)}."
+        )
     for path, leaf in leaves:
         where = place(name, path)
         dtype = leaf_dtype(where, leaf)

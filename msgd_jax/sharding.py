@@ -35,6 +35,9 @@ def shard_examples(data: Data, sharding: NamedSharding) -> Data:
     would take the copies for examples: place the batches of a loader by `shard_batch`.) Only what
     the devices of this process need is read, so `data` may be memory-mapped, or larger than memory.
 
+    Each device holds examples that follow one another in `data`, and with ``has_state`` its ghost
+    batches are made of these: shuffle data that are sorted, by class for example, beforehand.
+
     Args:
         data: a pytree of arrays [N, ...]: arrays of numpy (also memory-mapped), of jax (also PRNG
           keys), or anything that slices like them. Under `jax.distributed` every process gives all

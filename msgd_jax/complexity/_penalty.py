@@ -166,6 +166,7 @@ def add_local_complexity(
 
     def init_fn(params: Params) -> LocalComplexityState:
         check_key_agrees("key", key)
+        _validate.floating_params(params)
         copied, value = jnp.copy(jax.random.clone(key)), _dtypes.not_yet(params)
         return LocalComplexityState(jnp.zeros((), jnp.int32), copied, value)
 

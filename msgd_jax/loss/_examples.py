@@ -120,6 +120,7 @@ def sum_over_examples(
     """
     _validate.function("of_batch", of_batch)
     microbatch_size = _drawn.check_arguments(of_batch, microbatch_size, sharding)
+    _validate.arrays(params)
     length = _validate.leading_axis("data", data)
     size = length if num_examples is None else int(num_examples)
     _weights.check_length(size, length, sharding)

@@ -195,6 +195,7 @@ class LossVector:
         Raises:
             TypeError, ValueError: if `loss_vector_fn` does not return [B] floating-point losses.
         """
+        _validate.arrays(params)
         return self._losses(params, self.data)
 
     def value_and_grad(
@@ -266,6 +267,7 @@ class LossVector:
         Raises:
             TypeError, ValueError: as `value_and_grad`.
         """
+        _validate.arrays(params)
         return self._slopes((params, direction), self.data)
 
     def hessian_product(
@@ -335,9 +337,7 @@ class LossVector:
         _validate.floating_params(params)
         loss_vector_fn = self.loss_vector_fn
 
-        def one_batch(
-            given: tuple[Params, ...], batch: Batch, weights: Float[Array, " B"]
-        ) -> PyTree:
+        def one_batch(given: tuple[Params, ...], batch: Batch, weights: Array) -> PyTree:
             params, *rest = given
             return of_batch(gradients_of_batch(loss_vector_fn, params, batch), weights, *rest)
 
@@ -347,13 +347,14 @@ class LossVector:
         self, of_batch: Callable[[Params, Batch, Float[Array, " B"]], PyTree], params: Params
     ) -> PyTree:
         """`sum_over_examples` of the data, in the micro-batches and layout of this loss vector."""
-        places = {"sharding": self.sharding, "num_examples": self.num_examples}
-        size = self.microbatch_size
-        return sum_over_examples(of_batch, params, self.data, microbatch_size=size, **places)
+        layout = {"microbatch_size": self.microbatch_size, "sharding": self.sharding}
+        n = self.num_examples
+        return sum_over_examples(of_batch, params, self.data, num_examples=n, **layout)
 
     # Weights --------------------------------------------------------------------------------------
 
     def _weights(self, params: Params, weights: Weights | Float[Array, " N"] | None) -> Weights:
+        _validate.arrays(params)
         n = self.num_examples
         return _weights.as_weights(_weights.equal(n, params) if weights is None else weights, n)
 
@@ -377,8 +378,7 @@ class LossVector:
 
     @functools.cached_property
     def _hessian_product(self) -> Callable[[Params, Data, Weights, Gradients], Gradients]:
-        product = _gradients.hessian_product_of(self._of_weights())
-        return _programs.compiled_if(True, product)
+        return _programs.compiled_if(True, _gradients.hessian_product_of(self._of_weights()))
 
     def _of_weights(self) -> ValueAndGradOfData:
         return _gradients.weighted_value_and_grad(

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
+from scipy.special import stdtrit
 
 from msgd_jax import _dtypes
 from msgd_jax import loss as loss_lib
 from msgd_jax._estimate import Estimate
 from msgd_jax._typing import Params, PyTree
-
-# The two-sided 95 % quantile of the standard normal.
-_Z = 1.959963984540054
 
 
 def estimate(
@@ -91,12 +89,25 @@ class Ratio(NamedTuple):
     high: Float[Array, " *parts"]
 
 
-def ratio(pair: MeanPair) -> Ratio:
+def t_quantile(degrees_of_freedom: Any) -> Any:
+    """The 97.5 % quantile of Student's t; for a traced number interpolated, to 4 digits."""
+    if not isinstance(degrees_of_freedom, Tracer):
+        return stdtrit(float(degrees_of_freedom), 0.975)
+    inverse = np.linspace(0, 1, 257)
+    with np.errstate(divide="ignore"):
+        logs = np.log(stdtrit(1 / inverse, 0.975))
+    return jnp.exp(jnp.interp(1 / degrees_of_freedom, inverse, logs))
+
+
+def ratio(pair: MeanPair, degrees_of_freedom: Any) -> Ratio:
     """The ratio of two means, T >= 0 over U: infinite if U is not above 0, and 0 if T is 0.
 
     The standard error is that of the delta method. The interval is Fieller's: all B >= 0 with
-    ``|T - B U| <= z s.e.(T - B U)``; it has no upper end if U cannot be told from 0.
+    ``|T - B U| <= q s.e.(T - B U)``, where q is the 97.5 % quantile of Student's t with the
+    `degrees_of_freedom` of the standard errors; it has no upper end if U cannot be told from 0.
+    If U is known exactly, the interval is that of an `Estimate` which is positive.
     """
+    q = t_quantile(degrees_of_freedom)
     # Values that are not traced are computed on the host, in float64.
     xp: Any = jnp
     if not any(isinstance(leaf, Tracer) for leaf in pair):
@@ -111,14 +122,18 @@ def ratio(pair: MeanPair) -> Ratio:
     exact = (pair.var_trace == 0) & (pair.var_squared == 0)
     error = xp.where(present | (t == 0) | exact, error, xp.inf)
     # The ends solve a B^2 - 2 b B + c = 0, in a form in which the lower one has no pole at a = 0.
-    a = u**2 - _Z**2 * pair.var_squared
-    b = t * u - _Z**2 * pair.covariance
-    c = t**2 - _Z**2 * pair.var_trace
+    a = u**2 - q**2 * pair.var_squared
+    b = t * u - q**2 * pair.covariance
+    c = t**2 - q**2 * pair.var_trace
     root = xp.sqrt(xp.maximum(b**2 - a * c, 0))
     sum_ = b + root
     low = xp.where((c > 0) & (sum_ > 0), c / xp.where(sum_ > 0, sum_, 1), 0.0)
     bounded = (a > 0) & present
     high = xp.where(bounded, sum_ / xp.where(bounded, a, 1), xp.inf)
+    # If only T varies, the interval is that of log T, as of every positive estimate: T is skew.
+    only_t = (pair.var_squared == 0) & (t > 0) & present
+    factor = xp.exp(xp.minimum(q * xp.sqrt(pair.var_trace) / xp.where(t > 0, t, 1), 700.0))
+    low, high = xp.where(only_t, value / factor, low), xp.where(only_t, value * factor, high)
     # If the ratio is known exactly, both ends of the interval are the ratio.
     low, high = (xp.where(exact, value, end) for end in (low, high))
     return Ratio(value, error, low, xp.where((t == 0) & exact, 0.0, high))

@@ -260,7 +260,7 @@ def pooled_noise_scale(params: Params, moments: MicrobatchMoments) -> NoiseScale
     mean. The ratio of means is biased upwards by order 1/R. If the upper end of `Scale.interval` is
     infinite, R is too small. Standard errors assume that steps are independent. (For independent
     steps, with a noise scale of 12 and 16 examples per step, the interval covered the truth in
-    91.7 % of cases at R = 10, and in 94.8 % at R = 30 and at R = 100.)
+    97 % of cases at R = 4, where it was infinite in 75 %, and in 95 % at R = 10, 30 and 100.)
 
     Args:
         params: the parameters, whose structure is used.
@@ -298,7 +298,7 @@ def assembled(params: Params, pair: _estimates.MeanPair, degrees_of_freedom: Any
         )
     if not any(isinstance(leaf, Tracer) for leaf in pair):
         pair = jax.tree.map(np.asarray, pair)
-    quotient = _estimates.ratio(pair)
+    quotient = _estimates.ratio(pair, degrees_of_freedom)
     errors = [_estimates.root(variance) for variance in (pair.var_trace, pair.var_squared)]
 
     def part(i: int) -> Scale:

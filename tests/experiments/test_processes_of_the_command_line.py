@@ -151,6 +151,7 @@ def test_bad_input_is_one_line_before_anything_is_loaded(folder):
         ([*TRAIN, "--out", "n" * 300], "File name too long"),
         ([*TRAIN, "--out", f"file/{deep}"], " ... "),
         (["demo", "--out", "file"], "out must be a folder, got file"),
+        (["decide", "--out", "file"], "out must be a folder, got file"),
         (["distributed", "--dataset", "digits", "--out", "file"], "out must be a folder, got file"),
         (["sde", "--parts", "weak", "--out", "file"], "out must be a folder, got file"),
         (["complexity", "--out", "file"], "out must be a folder, got file"),

@@ -184,11 +184,26 @@ def activated(p):
     return jax.nn.relu(p)[INDICES, 0]
 
 
+def tiled(p):
+    return jnp.tile(p[:1], (1000, 1))[:, 0]
+
+
 def scaled(p):
     return jnp.ones((1000, 1), p.dtype)[:, 0] * p[0]
 
 
-PLACES = [looked_up, taken, rematerialised, mapped, looped, in_a_branch, scanned, activated, scaled]
+PLACES = [
+    looked_up,
+    taken,
+    rematerialised,
+    mapped,
+    looped,
+    in_a_branch,
+    scanned,
+    activated,
+    tiled,
+    scaled,
+]
 
 
 @pytest.mark.optimized
