@@ -78,6 +78,7 @@ def run(config: Config) -> pathlib.Path | None:
         case TrainConfig():
             return train(config)
         case DecideConfig():
+            runs.check_writable(config.out)
             return decide.run(config)
         case DistributedConfig():
             return distributed(config)

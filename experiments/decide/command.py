@@ -5,7 +5,6 @@ import pathlib
 from typing import Literal
 
 from experiments.decide import _calibration, _datasets, _nets, _runs, report, settings, study
-from experiments.training import runs
 from msgd_jax._validate import shown
 
 
@@ -78,11 +77,10 @@ def run(config: DecideConfig) -> pathlib.Path:
     """Runs a setting and draws its report; returns the folder.
 
     Raises:
-        ValueError: if the data set is missing or holds other images than the setting's, `out` is no
-            folder that can be written to, or it holds records of something else.
+        ValueError: if the data set is missing or holds other images than the setting's, or the
+            folder holds records of something else.
     """
     setting = settings.SETTINGS[config.setting]
-    runs.check_writable(config.out)
     if not config.report:
         _run(config, setting)
     page, text = report.write(setting, config.out)
