@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
-from scipy.special import stdtrit
 
 from msgd_jax import _dtypes
 from msgd_jax import loss as loss_lib
-from msgd_jax._estimate import Estimate
+from msgd_jax._estimate import Estimate, t_quantile
 from msgd_jax._typing import Params, PyTree
 
 
@@ -87,16 +86,6 @@ class Ratio(NamedTuple):
     standard_error: Float[Array, " *parts"]
     low: Float[Array, " *parts"]
     high: Float[Array, " *parts"]
-
-
-def t_quantile(degrees_of_freedom: Any) -> Any:
-    """The 97.5 % quantile of Student's t; for a traced number interpolated, to 4 digits."""
-    if not isinstance(degrees_of_freedom, Tracer):
-        return stdtrit(float(degrees_of_freedom), 0.975)
-    inverse = np.linspace(0, 1, 257)
-    with np.errstate(divide="ignore"):
-        logs = np.log(stdtrit(1 / inverse, 0.975))
-    return jnp.exp(jnp.interp(1 / degrees_of_freedom, inverse, logs))
 
 
 def ratio(pair: MeanPair, degrees_of_freedom: Any) -> Ratio:

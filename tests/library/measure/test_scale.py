@@ -9,8 +9,7 @@ import pytest
 import scipy.stats
 from jax.sharding import NamedSharding, PartitionSpec
 
-from msgd_jax import loss, measure, noise
-from msgd_jax.measure import _estimates
+from msgd_jax import _estimate, loss, measure, noise
 from tests.support.mistakes import assert_told
 from tests.support.noisy import D, N, dense, loss_vector_fn, problem, within
 from tests.support.statistics import assert_agree, assert_rejected
@@ -244,7 +243,7 @@ def test_intervals_from_few_steps_or_draws_cover():
 
 @pytest.mark.parametrize("degrees", [1.0, 1.3, 2.0, 7.5, 29.0, 1e6])
 def test_quantiles_of_traced_degrees_of_freedom_are_right(degrees):
-    found = jax.jit(_estimates.t_quantile)(degrees)
+    found = jax.jit(_estimate.t_quantile)(degrees)
     assert float(found) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), rel=1e-4)
 
 
@@ -256,7 +255,7 @@ def test_the_interval_is_unbounded_where_nothing_bounds_the_scale():
     scale = measure.pooled_noise_scale(jnp.zeros(1), moments).total
     assert scale.noise_scale.value == pytest.approx(50)
     assert scale.interval[1] == np.inf
-    # The lower end solves T - B U = 1.96 standard errors of T - B U.
+    # The lower end solves T - B U = 4.303 standard errors of T - B U, by Student's t.
     b, t, u = scale.interval[0], moments.trace[:, 0], moments.squared_gradient[:, 0]
     residual = np.asarray(t - b * u)
     assert residual.mean() == pytest.approx(4.302653 * residual.std(ddof=1) / np.sqrt(3), rel=1e-4)
