@@ -17,15 +17,13 @@ help:
 	@echo "make package      wheel and sdist in dist, checked; the wheel tried in an environment of its own"
 	@echo "make docs         the documentation site in docs/_build/html, its pages run (4 minutes)"
 	@echo "make check-site   links and accessibility of that site; needs npm and Chromium (10 minutes)"
-	@echo "make benchmark    all benchmarks on this machine (under 20 minutes; installs PyTorch)"
+	@echo "make benchmark    all benchmarks on this machine (25 minutes; installs PyTorch)"
 	@echo "make benchmark-pods  the same at the sizes of real nets (an hour on two cores)"
 	@echo "make lint         ruff and pyright alone"
 	@echo "make format       ruff's formatter and its safe fixes"
 
-# What is compiled is for the wide nets, not for the demo: it takes the time that the demo leaves.
 demo: $(VENV)/.experiments
-	@nice -n 19 $(BIN)/python -m experiments.models > /dev/null 2>&1 & \
-	$(BIN)/python -m experiments demo; status=$$?; wait; exit $$status
+	$(BIN)/python -m experiments demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=10
@@ -104,7 +102,8 @@ $(BIN)/python:
 EXTRAS :=
 $(VENV)/.test $(VENV)/.docs: EXTRAS := [solvers,streaming]
 $(VENV)/.benchmarks: EXTRAS := [streaming]
-# Convolutions are faster where there is a C++ compiler; nothing needs one.
+# Convolutions are faster where there is a C++ compiler; nothing needs one. Compiled here, they are
+# there before several processes ask for them.
 COMPILE :=
 $(VENV)/.test $(VENV)/.benchmarks: COMPILE = -@$(BIN)/python -m experiments.models
 # Python compiles what it imports, and keeps that; to compile all that is installed takes longer.

@@ -3,15 +3,17 @@
 XLA has no fast convolution on CPU for all sizes and directions. `_conv_cpu.cc` has one, and its two
 transposes; here they become operations of JAX that can be differentiated to any order, mapped with
 `jax.vmap`, and used under `jax.jit` and in `jax.shard_map`. `_conv_pool_cpu.cc` has another for few
-channels, with pooling, which is in `_native_pool.py`. They need a C++ compiler once:
+channels, with pooling, which is in `_native_pool.py`. They need a C++ compiler once: the first net
+that asks for them has them compiled, in about ten seconds, or beforehand
 
     python -m experiments.models
 
-compiles them into `build/native`, under a name that depends on the source, the processor and
-jaxlib, so that nothing stale or made for another machine is loaded. The make targets do this.
-Without a compiler everything works, by products of patches (`_conv_same.py`), more slowly.
+They go into `build/native`, under a name that depends on the source, the processor and jaxlib, so
+that nothing stale or made for another machine is loaded. Without a compiler everything works, by
+products of patches (`_conv_same.py`), more slowly.
 """
 
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
@@ -20,8 +22,11 @@ import itertools
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +50,7 @@ _FUNCTIONS = (
     *("ConvForward", "ConvOfImages", "ConvOfKernel"),
     *("Pool", "PoolForward", "PoolOfImages", "PoolOfKernel"),
 )
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared")
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC")
 
 
 def library() -> pathlib.Path:
@@ -82,19 +87,49 @@ def build() -> pathlib.Path:
         # A process that builds at the same time finds no library or a whole one.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = pathlib.Path(folder) / path.name
-            command = [os.environ.get("CXX", "c++"), *_FLAGS, "-isystem", jax.ffi.include_dir()]
-            command += [str(pathlib.Path(__file__).with_name(name)) for name in _SOURCES]
-            command += ["-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            with concurrent.futures.ThreadPoolExecutor() as threads:
+                objects = list(threads.map(functools.partial(_compile, made.parent), _SOURCES))
+            _run("-shared", *objects, "-o", str(made))
             made.replace(path)
     return path
 
 
+def _compile(folder: pathlib.Path, source: str) -> str:
+    """Compiles one source into an object file in the folder; returns its path."""
+    made = str(folder / f"{source}.o")
+    includes = ("-isystem", jax.ffi.include_dir())
+    _run(*includes, "-c", str(pathlib.Path(__file__).with_name(source)), "-o", made)
+    return made
+
+
+def _run(*arguments: str) -> None:
+    """Runs the compiler."""
+    command = [_compiler(), *_FLAGS, *arguments]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+@functools.cache
+def is_compiled() -> bool:
+    """Whether this process has the library; compiles it, if it can, when it is asked first."""
+    return _load()
+
+
 def _load() -> bool:
-    """Makes the library known to XLA, if it has been compiled."""
-    if not (path := library()).exists():
+    """Makes the library known to XLA; compiles it before, if it is not there."""
+    try:
+        if not library().exists() and shutil.which(_compiler()) is not None:
+            print("Compiling convolutions for this processor, once ...", file=sys.stderr)
+        functions = ctypes.cdll.LoadLibrary(str(build()))
+    except OSError:
         return False
-    functions = ctypes.cdll.LoadLibrary(str(path))
+    except subprocess.CalledProcessError as error:
+        message = "The C++ compiler failed, convolutions will be slower; why, is said by"
+        warnings.warn(f"{message} python -m experiments.models: {error}", stacklevel=2)
+        return False
     for name in _FUNCTIONS:
         capsule = jax.ffi.pycapsule(getattr(functions, f"Msgd{name}"))
         jax.ffi.register_ffi_target(target(name), capsule, platform="cpu")
@@ -106,15 +141,10 @@ def target(name: str) -> str:
     return f"msgd_{name}"
 
 
-def is_compiled() -> bool:
-    """Whether the library was there when this module was imported."""
-    return _IS_LOADED
-
-
 def is_usable(images: Images) -> bool:
     """Whether `conv` can be used for these images where this is traced.
 
-    It needs the compiled library, float32, and images. XLA cannot divide the operation among
+    It needs float32, images, and the compiled library. XLA cannot divide the operation among
     devices: it is for a single device, or for what `jax.shard_map` gives one device to do.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -122,7 +152,8 @@ def is_usable(images: Images) -> bool:
         is_local = jax.device_count() == 1
     else:
         is_local = all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
-    return _IS_LOADED and is_local and images.dtype == jnp.float32 and images.size > 0
+    fits = is_local and images.dtype == jnp.float32 and images.size > 0
+    return fits and is_compiled()
 
 
 def conv(images: Images, kernel: Kernel, stride: int) -> Outputs:
@@ -238,4 +269,3 @@ def _register(primitive: Any, name: str) -> None:
 _register(_forward, "ConvForward")
 _register(_of_images, "ConvOfImages")
 _register(_of_kernel, "ConvOfKernel")
-_IS_LOADED = _load()

@@ -135,17 +135,53 @@ def test_one_device_uses_it_and_any_number_of_cores_gives_the_same_bits():
     assert outputs[0] == outputs[1]
 
 
-def test_the_library_is_compiled_once_and_found_again(tmp_path, monkeypatch):
-    """The compiler is a script that notes its calls and makes an empty file."""
-    monkeypatch.setattr(native, "library", lambda: tmp_path / "made" / "conv.so")
+def _fake_compiler(tmp_path, monkeypatch, last_line):
+    """A script that notes its calls; its last line sees the file that it should make as `$last`."""
     compiler = tmp_path / "compiler"
-    compiler.write_text('#!/bin/sh\necho "$@" >> "$0.log"\nfor last; do :; done\ntouch "$last"\n')
+    lines = ["#!/bin/sh", 'echo "$@" >> "$0.log"', "for last; do :; done", last_line]
+    compiler.write_text("\n".join(lines) + "\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
+    return compiler
+
+
+def test_the_library_is_compiled_once_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: tmp_path / "made" / "conv.so")
+    _fake_compiler(tmp_path, monkeypatch, 'touch "$last"')
     assert native.build() == native.build() == tmp_path / "made" / "conv.so"
-    log = (tmp_path / "compiler.log").read_text()
-    assert log.count("_conv_cpu.cc") == log.count("_conv_pool_cpu.cc") == 1
+    log = (tmp_path / "compiler.log").read_text().splitlines()
+    assert sum(" -c " in line for line in log) == 2
+    assert sum("-shared" in line for line in log) == 1
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["conv.so"]
+
+
+@needs_library
+def test_the_first_net_that_asks_has_the_library_compiled(tmp_path, monkeypatch, capsys):
+    """The compiler copies the library that is there; XLA knows its functions by other names."""
+    there = native.library()
+    monkeypatch.setattr(native, "library", lambda: tmp_path / "conv.so")
+    monkeypatch.setattr(native, "target", lambda name: f"first_net_{name}")
+    _fake_compiler(tmp_path, monkeypatch, f'cp "{there}" "$last"')
+    assert native._load()
+    assert "Compiling convolutions for this processor, once" in capsys.readouterr().err
+    monkeypatch.setattr(native, "target", lambda name: f"second_net_{name}")
+    assert native._load()
+    assert not capsys.readouterr().err
+    assert len((tmp_path / "compiler.log").read_text().splitlines()) == 3
+
+
+def test_without_a_compiler_nets_say_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(native, "library", lambda: tmp_path / "conv.so")
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    assert not native._load()
+    assert not "".join(capsys.readouterr())
+
+
+def test_nets_warn_of_a_compiler_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: tmp_path / "conv.so")
+    _fake_compiler(tmp_path, monkeypatch, "exit 1")
+    with pytest.warns(UserWarning, match="convolutions will be slower"):
+        assert not native._load()
 
 
 def test_without_a_compiler_the_command_says_so(tmp_path, monkeypatch, capsys):
@@ -157,10 +193,7 @@ def test_without_a_compiler_the_command_says_so(tmp_path, monkeypatch, capsys):
 
 def test_the_message_of_a_compiler_that_fails_is_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(native, "library", lambda: tmp_path / "conv.so")
-    compiler = tmp_path / "compiler"
-    compiler.write_text("#!/bin/sh\necho a line is wrong >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    _fake_compiler(tmp_path, monkeypatch, "echo a line is wrong >&2; exit 1")
     assert command.main() == 1
     assert "a line is wrong" in capsys.readouterr().err
     assert not (tmp_path / "conv.so").exists()
