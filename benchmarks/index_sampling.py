@@ -101,10 +101,13 @@ def _again(draw: Any, times: int) -> Any:
 
 def _seconds_sorted(n: int, b: int, repeats: int) -> np.ndarray:
     """The seconds of the baseline at one size; with fewer rounds if one takes seconds or more."""
-    draw = _choice(n, b)
-    repeats = repeats if n < 10**6 else 3 if n < 10**7 else 1
+    draw = _choice(n, b).lower(jax.random.key(0)).compile()
+    repeats, warmups = (repeats, 1) if n < 10**6 else (3, 1) if n < 10**7 else (1, 0)
     seconds = timing.alternate(
-        {BASELINE: _again(draw, 1)}, repeats=repeats, warmups=1, description=f"{BASELINE}, N={n:,}"
+        {BASELINE: _again(draw, 1)},
+        repeats=repeats,
+        warmups=warmups,
+        description=f"{BASELINE}, N={n:,}",
     )
     return seconds[BASELINE]
 

@@ -39,7 +39,7 @@ class Config(report.Config):
             benchmark calls itself.
     """
 
-    repeats: int = 3
+    repeats: int = 2
     examples: tuple[int, ...] = (1_000, 15_000, 60_000)
     microbatch_size: int = 100
     measure: int | None = None

@@ -1,6 +1,8 @@
 """Examples by their number: the protocols of sources, arrays as one, and batches read from them."""
 
-from typing import Any, Protocol, runtime_checkable
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -9,7 +11,17 @@ from jaxtyping import Int
 from msgd_jax import _mesh, _validate
 from msgd_jax._typing import Batch, Data, Example
 
-__all__ = ["ArraySource", "BatchSource", "Source", "on_the_host", "read_batch", "stacked"]
+__all__ = [
+    "ArraySource",
+    "BatchSource",
+    "Plan",
+    "Source",
+    "in_calls",
+    "joined",
+    "on_the_host",
+    "only",
+    "read_batch",
+]
 
 
 @runtime_checkable
@@ -35,7 +47,10 @@ class BatchSource(Source, Protocol):
     """A `Source` that reads many examples at once: one with a method ``read_batch``."""
 
     def read_batch(self, indices: Int[np.ndarray, " size"], /) -> Any:
-        """The examples at these indices, a pytree of arrays [size, ...], numpy's or jax's."""
+        """The examples at these indices, a pytree of arrays [size, ...], numpy's or jax's.
+
+        They are those of one step or of several small ones.
+        """
         ...
 
 
@@ -103,3 +118,65 @@ def on_the_host(words: Any, made_of: Any) -> Any:
     if made_of is not None:
         words = jax.device_put(words, jax.local_devices(backend="cpu")[0])
     return _mesh.from_words(words, made_of)
+
+
+class Plan(NamedTuple):
+    """Which steps are read and made together.
+
+    A call of a program makes `together` steps, which are read in `parts` of consecutive ones: to
+    read a few steps at once costs as much as to read one.
+
+    Attributes:
+        first: the first step.
+        num_steps: the number of steps.
+        together: the number of steps in one call.
+        parts: the number of reads for one call.
+    """
+
+    first: int
+    num_steps: int
+    together: int
+    parts: int
+
+    @property
+    def num_reads(self) -> int:
+        """The number of reads; those of a last call that is not full may be fewer."""
+        calls, rest = divmod(self.num_steps, self.together)
+        return calls * self.parts + sum(self._begin(i) < rest for i in range(self.parts))
+
+    def _begin(self, part: int) -> int:
+        return part * self.together // self.parts
+
+    def steps(self, read: int) -> Int[np.ndarray, " steps"]:
+        """The steps of this read."""
+        call, part = divmod(read, self.parts)
+        begin, end = (call * self.together + self._begin(part + i) for i in range(2))
+        return self.first + np.arange(begin, min(end, self.num_steps))
+
+
+def only(read: Batch) -> Batch:
+    """The batch of a read of a single step."""
+    return jax.tree.map(lambda leaf: leaf[0], read)
+
+
+def joined(*reads: Batch) -> Batch:
+    """Reads one after another."""
+    return jax.tree.map(_joined, *reads)
+
+
+def _joined(*leaves: Any) -> Any:
+    if len(leaves) == 1:
+        return leaves[0]
+    arrays, made_of = zip(*map(_mesh.as_words, leaves), strict=True)
+    return on_the_host(np.concatenate(arrays), made_of[0])
+
+
+def in_calls(reads: Iterator[Batch], plan: Plan) -> Iterator[tuple[Batch, np.int32]]:
+    """Yields the batches of the steps of one call, stacked, and the number of them that count.
+
+    The last call may have fewer steps. It is filled up, so that it runs the same program.
+    """
+    while parts := list(itertools.islice(reads, plan.parts)):
+        count = sum(jax.tree.leaves(part)[0].shape[0] for part in parts)
+        filling = [jax.tree.map(lambda leaf: leaf[-1:], parts[-1])] * (plan.together - count)
+        yield joined(*parts, *filling), np.int32(count)

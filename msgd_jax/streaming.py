@@ -14,7 +14,6 @@ If a data loader of yours draws the batches, use the laws `noise.batch_cov` and
 
 import collections
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -42,9 +41,12 @@ _IN_FLIGHT = 2
 # calling a program costs as much as a small step.
 _STEPS_IN_ONE_CALL = 16
 _BYTES_IN_ONE_CALL = 2**21
+# The steps of a call are read in two parts: to hand a part from thread to thread takes as long as
+# to read a small step, but a slow source is read by several threads from the first call on.
+_READS_FOR_ONE_CALL = 2
 
 # The indices of so many steps are drawn together, but at most so many indices.
-_STEPS_AT_ONCE = 32
+_STEPS_AT_ONCE = 128
 _INDICES_AT_ONCE = 2**16
 
 
@@ -86,9 +88,9 @@ def make_loop(
     Returns:
         ``loop(state, num_steps, *, prefetch=4, num_threads=4) -> (state, metrics)``. The arrays in
         `metrics` have a leading axis [num_steps]. `prefetch` steps are read ahead, each by one of
-        `num_threads` threads. The loop raises whatever reading raises, and ValueError if examples
-        differ in structure, shape or dtype. `state` is copied, not donated, so that after a failure
-        to read you can continue from it.
+        `num_threads` threads; of small steps, up to eight are read in place of one. The loop raises
+        whatever reading raises, and ValueError if examples differ in structure, shape or dtype.
+        `state` is copied, not donated, so that after a failure to read you can continue from it.
 
     Raises:
         ImportError: if grain is not installed (``pip install 'msgd-jax[streaming]'``).
@@ -126,6 +128,7 @@ def make_loop(
         step_of(loss_vector_fn, evaluate, takes, optimizer, None)
     )  # traced once for both
     programs = _Programs(jax.jit(step, donate_argnums=0), jax.jit(_in_turn(step), donate_argnums=0))
+    copied = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
 
     def loop(
         state: TrainState,
@@ -140,15 +143,40 @@ def make_loop(
         first = int(state.step)
         most = _validate.MAX_STEP - first
         num_steps = _validate.positive_int("num_steps", num_steps, maximum=most)
-        # Threads read the examples of the next steps while earlier steps are computed.
+        state = copied(state)
         read = reader.of_key(state.key)
-        steps = grain.MapDataset.range(first, first + num_steps).map(read)
+        batch = read(np.array([first]))
+        together = _steps_in_one_call(programs.step, state, _sources.only(batch), sharding)
+        plan = _sources.Plan(first, num_steps, together, min(_READS_FOR_ONE_CALL, together))
+
+        def planned(number: int) -> Batch:
+            steps = plan.steps(int(number))
+            if number > 0:
+                return read(steps)
+            # The first step has been read.
+            return _sources.joined(batch, read(steps[1:])) if len(steps) > 1 else batch
+
+        # Threads read the examples of the next steps while earlier steps are computed.
+        reads = grain.MapDataset.range(plan.num_reads).map(planned)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-        state = jax.tree.map(jnp.copy, state)
-        batches = iter(steps.to_iter_dataset(options))
-        return _run(programs, state, batches, num_steps, reader.place, sharding is not None)
+        return _run(programs, state, iter(reads.to_iter_dataset(options)), plan, reader.place)
 
     return loop
+
+
+def _steps_in_one_call(
+    step: Callable[..., Any], state: TrainState, batch: Batch, sharding: NamedSharding | None
+) -> int:
+    """Several small steps, or a large one.
+
+    This does not depend on `num_steps`, so that a continued run uses the same machine code.
+    """
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
+    together = max(1, min(_STEPS_IN_ONE_CALL, _BYTES_IN_ONE_CALL // max(size, 1)))
+    # The state of some optimizers changes its kind in the first step; a loop refuses that.
+    if sharding is not None or _changes_its_kind(step, state, batch):
+        return 1
+    return together
 
 
 class _Programs(NamedTuple):
@@ -182,42 +210,27 @@ def _in_turn(step: Callable[..., Any]) -> Callable[..., tuple[TrainState, StepMe
 def _run(
     programs: _Programs,
     state: TrainState,
-    batches: Iterator[Batch],
-    num_steps: int,
+    reads: Iterator[Batch],
+    plan: _sources.Plan,
     place: Callable[[Batch], Batch],
-    one_by_one: bool,
 ) -> tuple[TrainState, StepMetrics]:
     """Makes all steps: several small ones per call of a program, or one large one."""
-    first = next(batches)
-    batches = itertools.chain([first], batches)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
-    # This does not depend on `num_steps`, so that a continued run uses the same machine code.
-    together = min(_STEPS_IN_ONE_CALL, _BYTES_IN_ONE_CALL // max(size, 1))
-    # The state of some optimizers changes its kind in the first step; a loop refuses that.
-    if one_by_one or together < 2 or _changes_its_kind(programs.step, state, first):
-        return _call(lambda state, batch: programs.step(state, place(batch)), state, batches)
+    if plan.together == 1:
+        return _call(
+            lambda state, batch: programs.step(state, place(_sources.only(batch))), state, reads
+        )
     state, metrics = _call(
         lambda state, some: programs.in_turn(state, place(some[0]), some[1]),
         state,
-        _in_groups(batches, together),
+        _sources.in_calls(reads, plan),
     )
-    join = lambda x: x.reshape(-1, *x.shape[2:])[:num_steps]  # noqa: E731
+    join = lambda x: x.reshape(-1, *x.shape[2:])[: plan.num_steps]  # noqa: E731
     return state, jax.tree.map(join, metrics)
 
 
 def _changes_its_kind(step: Callable[..., Any], state: TrainState, batch: Batch) -> bool:
     after, _ = jax.eval_shape(step, state, batch)
     return _validate.first_difference("state", state, after) is not None
-
-
-def _in_groups(batches: Iterator[Batch], together: int) -> Iterator[tuple[Batch, np.int32]]:
-    """Yields `together` batches, stacked, and the number of them that count.
-
-    A last group that is not full is filled up, so that it runs the same program.
-    """
-    while some := list(itertools.islice(batches, together)):
-        filled = some + some[-1:] * (together - len(some))
-        yield jax.tree.map(_sources.stacked, *filled), np.int32(len(some))
 
 
 def _call(
@@ -257,8 +270,11 @@ class _Reader:
             own = np.unique(np.concatenate([own[part] for part in parts if part is not None]))
         self._own = own  # the positions that this process needs, ascending
 
-    def of_key(self, key: Key[Array, ""]) -> Callable[[int], Batch]:
-        """A function ``read(step)``, which reads the examples that this process computes."""
+    def of_key(self, key: Key[Array, ""]) -> Callable[[Int[np.ndarray, " steps"]], Batch]:
+        """A function that reads the examples of some steps which this process computes.
+
+        Its batches have leading axes [steps, examples].
+        """
         # Weights are drawn on the host, so as not to wait for the devices that train.
         key = _sources.on_the_host(*_mesh.as_words(key))
 
@@ -269,11 +285,12 @@ class _Reader:
             steps = np.minimum(steps, _validate.MAX_STEP).astype(np.int32)
             return np.asarray(self._indices(jax.random.clone(key), steps))
 
-        def read(step: int) -> Batch:
-            block, place = divmod(step, self._steps_at_once)
-            indices = draw(block)[place]
-            filled = indices[np.minimum(self._own, len(indices) - 1)]
-            return _sources.read_batch(self._source, filled)
+        def read(steps: Int[np.ndarray, " steps"]) -> Batch:
+            blocks, places = np.divmod(steps, self._steps_at_once)
+            indices = np.stack([draw(int(b))[p] for b, p in zip(blocks, places, strict=True)])
+            filled = indices[:, np.minimum(self._own, indices.shape[1] - 1)]
+            batch = _sources.read_batch(self._source, filled.ravel())
+            return jax.tree.map(lambda x: x.reshape(*filled.shape, *x.shape[1:]), batch)
 
         return read
 

@@ -150,7 +150,7 @@ class Centre(NamedTuple):
 def default_optimizer(num_steps: int) -> optax.GradientTransformation:
     """Steps along the normalised gradient, whose length decays from the radius to 0."""
     return optax.chain(
-        optax.normalize_by_update_norm(eps=1e-30),
+        optax.stateless(lambda updates, _: direction(updates)),
         optax.scale_by_learning_rate(optax.cosine_decay_schedule(1.0, max(num_steps, 1))),
     )
 
@@ -216,7 +216,7 @@ def climb(
         value, gradient = value_and_grad(displaced(params, z, radius))
         gradient = _times(sign, jax.tree.map(_dtypes.wide, gradient))
         value = sign.astype(value.dtype) * value
-        norm = optax.tree.norm(gradient)
+        norm = _dtypes.with_norm(gradient)[1]
         missed = jnp.maximum(norm - optax.tree.vdot(gradient, z), 0)
         higher = value > peak.value
         best, best_gradient, best_gap = jax.tree.map(
@@ -233,7 +233,7 @@ def climb(
         return (z, state, Peak(best, best_gradient, gain, best_gap, finite)), None
 
     value = sign.astype(centre.value.dtype) * centre.value
-    norm = optax.tree.norm(centre.gradient)
+    norm = _dtypes.with_norm(centre.gradient)[1]
     at_centre = Peak(
         value,
         _times(sign, centre.gradient),

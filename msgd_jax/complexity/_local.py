@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -339,7 +338,7 @@ def _ascents(ball: _Ball, draws: Draws, key: Key[Array, ""]) -> _Ascents:
         peak = _ascent.climb(
             value_and_grad, ball.params, ball.radius, sign, centre, start, ball.ascent
         )
-        slope = optax.tree.norm(centre.gradient).astype(dtype)
+        slope = _dtypes.with_norm(centre.gradient)[1].astype(dtype)
         mean_size = jnp.abs(weights.values).sum().astype(dtype)
         of_draw = jnp.abs(centre.value), slope, mean_size
         return *of_draw, peak.value, peak.last_gain, peak.gap, peak.finite

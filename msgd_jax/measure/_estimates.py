@@ -145,7 +145,7 @@ def check_finite(losses: loss_lib.LossVector, params: Params, result: PyTree) ->
         return
     for what, values in (
         ("losses", lambda: losses(params)),
-        ("the gradients of losses", lambda: per_example_squares(losses, params)),
+        ("the gradients of losses", lambda: largest_entries(losses, params)),
     ):
         found = np.asarray(values())
         wrong = np.flatnonzero(~np.isfinite(found))
@@ -161,15 +161,52 @@ def check_finite(losses: loss_lib.LossVector, params: Params, result: PyTree) ->
     )
 
 
+def check_range(losses: loss_lib.LossVector, params: Params, pair: MeanPair) -> None:
+    """Raises ValueError if squares of squared gradients underflow; traced ones are not checked.
+
+    Only where all squares are 0 the gradients are evaluated, to see whether they are 0, too.
+    """
+    if isinstance(pair.trace, Tracer):
+        return
+    size = float(pair.trace[-1]) + float(pair.squared[-1])
+    info = jnp.finfo(pair.trace.dtype)
+    if size > math.sqrt(info.tiny) or (size == 0 and not largest_entries(losses, params).any()):
+        return
+    raise ValueError(
+        f"losses have gradients at params whose squares underflow in {info.dtype}: tr S + |g|^2 is "
+        f"{size:.3g}. Multiply the losses by a factor, which leaves the noise scale as it is, or "
+        "use float64."
+    )
+
+
+def largest_entries(losses: loss_lib.LossVector, params: Params) -> Float[Array, " N"]:
+    """The largest absolute entry of the gradient of each example; NaN where one is NaN."""
+
+    def largest(leaf: Float[Array, "B *shape"]) -> Float[Array, " B"]:
+        return jnp.abs(_dtypes.wide(leaf)).reshape(leaf.shape[0], -1).max(1, initial=0.0)
+
+    return _of_gradients(losses, params, lambda rows: functools.reduce(jnp.maximum, rows), largest)
+
+
 def per_example_squares(losses: loss_lib.LossVector, params: Params) -> Float[Array, " N"]:
     """The squared norms of all examples' gradients, with one micro-batch of them in memory."""
+    return _of_gradients(losses, params, sum, of_rows)
+
+
+def _of_gradients(
+    losses: loss_lib.LossVector,
+    params: Params,
+    together: Callable[[list[Float[Array, " B"]]], Any],
+    of_leaf: Callable[[Float[Array, "B *shape"]], Float[Array, " B"]],
+) -> Float[Array, " N"]:
+    """A number of each example's gradient, from one of each of its leaves."""
     loss_vector_fn = losses.loss_vector_fn
 
-    def squares(params: Params, batch: Any) -> Float[Array, " B"]:
+    def numbers(params: Params, batch: Any) -> Float[Array, " B"]:
         gradients = loss_lib.LossVector(loss_vector_fn, batch).gradient_matrix(params)
-        return sum(of_rows(leaf) for leaf in jax.tree.leaves(gradients))  # type: ignore[return-value]
+        return together([of_leaf(leaf) for leaf in jax.tree.leaves(gradients)])
 
-    return losses.replace(squares)(params)
+    return losses.replace(numbers)(params)
 
 
 def of_rows(leaf: Float[Array, "B *shape"]) -> Float[Array, " B"]:

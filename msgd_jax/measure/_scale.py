@@ -82,7 +82,8 @@ def noise_scale(
     Raises:
         TypeError: if `losses` is not a `loss.LossVector`, or a parameter is not floating point.
         ValueError: outside of `jax.jit`, if a loss or a gradient is not finite (the error names the
-            example); or if there is only one example with `population`.
+            example) or squares of all of them underflow; or if there is only one example with
+            `population`.
 
     Example:
         >>> from msgd_jax import loss, measure
@@ -116,7 +117,8 @@ def noise_scale(
         )
 
     pair = jax.jit(moments)(params, losses.data)
-    _estimates.check_finite(losses, params, (pair.trace, pair.squared))
+    _estimates.check_finite(losses, params, pair)
+    _estimates.check_range(losses, params, pair)
     return assembled(params, pair, n - 1 if population else jnp.inf)
 
 
@@ -154,7 +156,7 @@ def noise_scale_from_draws(
             is not a `noise.MNoise`, or `key` is not a typed PRNG key.
         ValueError: if the law is for another number of examples, has no noise (`noise.gd`), states
             no covariance, or has steps that depend on each other, `num_draws` is below 2, or,
-            outside of `jax.jit`, a loss or a gradient is not finite.
+            outside of `jax.jit`, a loss or a gradient is not finite or all squares underflow.
     """
     loss_lib.checked(losses, params)
     num_draws = _validate.positive_int("num_draws", num_draws, minimum=2)
@@ -171,6 +173,7 @@ def noise_scale_from_draws(
     )
     pair = _pair_of_draws(drawn, of_s)
     _estimates.check_finite(losses, params, pair)
+    _estimates.check_range(losses, params, pair)
     return assembled(params, pair, num_draws - 1)
 
 

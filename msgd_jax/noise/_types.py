@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from msgd_jax import _validate
 from msgd_jax._streams import Stream, derive
 from msgd_jax._typing import Step
+from msgd_jax._values import Bound
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -151,11 +153,12 @@ class Exchangeable:
 class MNoise:
     """A law of weight vectors W in R^N with mean 1/N, drawn by a pure function of (key, step).
 
-    The constructors of this module make laws, and so can you: only `draw` has to be written. A law
-    holds no arrays, and jit treats it as a constant. Laws compare by value: two laws that one
-    constructor made with the same arguments are equal, and two of yours are equal if all their
-    attributes are (functions compare by identity). A law owns the compiled program that draws from
-    it, so build a law once, outside the training loop.
+    The constructors of this module make laws, and so can you: only `draw` has to be written. One
+    weight vector of a law of your own is drawn when it is made, to check its form. A law holds no
+    arrays, and jit treats it as a constant. Laws compare by value: two laws that one constructor
+    made with the same arguments are equal, and two of yours are equal if all their attributes are
+    (functions compare by identity). A law owns the compiled program that draws from it, so build a
+    law once, outside the training loop.
 
     Attributes:
         name: the constructor and its arguments, for messages.
@@ -174,9 +177,10 @@ class MNoise:
 
     Raises:
         TypeError: if a number is not an integer, `draw`, `draw_at` or `between` is not a function,
-            or `moments` are neither an `Exchangeable` nor None.
+            `moments` are neither an `Exchangeable` nor None, or a draw is no `Weights`.
         ValueError: if a number is below 1, or only one of `draw_at` and `between` is given (without
-            `moments`, `between` may be left out).
+            `moments`, `between` may be left out), or the draws are not of `support_size` finite
+            weights of `num_examples` examples, with indices in [0, num_examples).
     """
 
     name: str
@@ -202,6 +206,9 @@ class MNoise:
         if self.moments is not None and not isinstance(self.moments, Exchangeable):
             got = type(self.moments).__name__
             raise TypeError(f"moments must be a noise.Exchangeable or None, got {got}.")
+        for name in ("draw", "draw_at"):
+            if not isinstance(getattr(self, name), Bound | None):  # else, it is of this module
+                _check_own(name, self)
 
     @property
     def covariance(self) -> Exchangeable:
@@ -272,6 +279,29 @@ class MNoise:
             return jax.lax.optimization_barrier(weights)
 
         return jax.jit(one_step)
+
+
+def _check_own(name: str, law: MNoise) -> None:
+    """Draws once from a function of the user's, and raises unless its weights fit the law."""
+    draw = getattr(law, name)
+    # Evaluated here even while a program that makes the law is traced.
+    with jax.ensure_compile_time_eval():
+        key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
+        drawn = jax.jit(draw)(key) if name == "draw" else jax.jit(draw)(key, step)
+    if not isinstance(drawn, Weights):
+        raise TypeError(f"{name} must return a noise.Weights, got {_validate.shown(drawn)}.")
+    size = law.num_examples if drawn.indices is None else law.support_size
+    shapes = [x.shape for x in (drawn.values, drawn.indices) if x is not None]
+    if drawn.num_examples != law.num_examples or any(shape != (size,) for shape in shapes):
+        raise ValueError(
+            f"{name} must return {size} weights of {law.num_examples} examples, as many indices or "
+            f"none, got weights of {drawn.num_examples} examples of shape {shapes[0]}"
+            f"{f' with indices of shape {shapes[1]}' if shapes[1:] else ''}."
+        )
+    if drawn.indices is not None:
+        _validate.indices(f"the indices that {name} returns", drawn.indices, law.num_examples)
+    if not isinstance(drawn.values, Tracer) and not np.isfinite(np.asarray(drawn.values)).all():
+        raise ValueError(f"{name} must return finite weights, got {drawn.values}.")
 
 
 def weights_of_step(

@@ -201,6 +201,24 @@ def test_gaps_of_losses_that_are_zero_are_zero(losses):
     assert found.estimate.interval == (0, 0)
 
 
+@pytest.mark.parametrize("unit", [2.0**-80, 2.0**70])
+def test_losses_in_another_unit_have_their_complexities_in_that_unit(unit):
+    """Squares of these gradients underflow or overflow; powers of two round nothing."""
+
+    def in_unit(factor):
+        def losses(theta, batch):
+            return factor * jnp.tanh(batch[:, :5] @ theta + batch[:, 5])
+
+        return measured(losses, complexity.rademacher(32))
+
+    usual, other = in_unit(1.0), in_unit(unit)
+    assert usual.first_order.min() > 0
+    for name in ("draws", "at_centre", "first_order"):
+        wanted = np.asarray(getattr(usual, name), np.float64) * unit
+        np.testing.assert_allclose(getattr(other, name), wanted, rtol=1e-5)
+    np.testing.assert_allclose(other.gap, usual.gap, rtol=1e-2, atol=1e-5)
+
+
 # Critical points ----------------------------------------------------------------------------------
 
 
