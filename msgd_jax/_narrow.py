@@ -12,14 +12,18 @@ once.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from msgd_jax import _dtypes
+
+if TYPE_CHECKING:
+    from jax.extend.core import Jaxpr, JaxprEqn
+else:  # jax.extend imports Pallas: not for `import msgd_jax`
+    Jaxpr = JaxprEqn = Any
 
 # Operations whose transposes are sums.
 _SPREADING = ("gather", "broadcast_in_dim", "tile")
@@ -78,14 +82,21 @@ def unscaled(tree: Any, scale: Float[Array, ""] | None) -> Any:
     return jax.tree.map(divide, tree)
 
 
-def _evaluate(jaxpr: jex.Jaxpr, consts: Any, args: Any) -> list[Any]:
+def _core() -> Any:
+    """The module with the types of jaxprs."""
+    from jax.extend import core
+
+    return core
+
+
+def _evaluate(jaxpr: Jaxpr, consts: Any, args: Any) -> list[Any]:
     """Evaluates a jaxpr; operations whose transposes are sums are computed in float32 or wider."""
     values: dict[Any, Any] = dict(
         zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
     )
 
     def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else values[atom]
+        return atom.val if isinstance(atom, _core().Literal) else values[atom]
 
     for eqn in jaxpr.eqns:
         with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack)):
@@ -94,7 +105,7 @@ def _evaluate(jaxpr: jex.Jaxpr, consts: Any, args: Any) -> list[Any]:
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _apply(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:
+def _apply(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
     name, params = eqn.primitive.name, eqn.params
     if name in _CALLS and "jaxpr" in params:
         return _evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, args)
@@ -114,7 +125,7 @@ def _apply(eqn: jex.JaxprEqn, args: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _scan(eqn: jex.JaxprEqn, args: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+def _scan(eqn: JaxprEqn, args: list[Any]) -> tuple[list[Any], dict[str, Any]]:
     """A loop's arguments and parameters, its constants in float32.
 
     The gradient of a constant is a sum over the iterations.
@@ -124,7 +135,7 @@ def _scan(eqn: jex.JaxprEqn, args: list[Any]) -> tuple[list[Any], dict[str, Any]
     return args, {**eqn.params, "jaxpr": _rewritten(eqn.params["jaxpr"], wide)}
 
 
-def _constants(eqn: jex.JaxprEqn) -> list[Any]:
+def _constants(eqn: JaxprEqn) -> list[Any]:
     """The arguments of a loop that are the same in every iteration."""
     return eqn.invars[: eqn.params["num_consts"]]
 
@@ -136,9 +147,9 @@ def _rewritten(value: Any, wide: frozenset[int] = frozenset()) -> Any:
     """
     if isinstance(value, tuple):
         return tuple(map(_rewritten, value))
-    if not isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr)):
+    if not isinstance(value, (_core().Jaxpr, _core().ClosedJaxpr)):
         return value
-    closed = value if isinstance(value, jex.ClosedJaxpr) else jex.ClosedJaxpr(value, ())
+    closed = value if isinstance(value, _core().ClosedJaxpr) else _core().ClosedJaxpr(value, ())
     avals = [v.aval for v in closed.jaxpr.invars]
 
     def evaluate(*args: Any) -> list[Any]:
@@ -150,7 +161,7 @@ def _rewritten(value: Any, wide: frozenset[int] = frozenset()) -> Any:
         for i, aval in enumerate(avals)
     ]
     new = jax.make_jaxpr(evaluate)(*shapes)
-    return new if isinstance(value, jex.ClosedJaxpr) else new.jaxpr
+    return new if isinstance(value, _core().ClosedJaxpr) else new.jaxpr
 
 
 def _repeated(operand: Any, shape: tuple[int, ...]) -> Any:
@@ -163,7 +174,7 @@ def _repeated(operand: Any, shape: tuple[int, ...]) -> Any:
     return wide.astype(operand.dtype)
 
 
-def _spreads_narrow(eqn: jex.JaxprEqn) -> bool:
+def _spreads_narrow(eqn: JaxprEqn) -> bool:
     """Whether the transpose of an operation is a sum in a narrow type."""
     if eqn.primitive.name in _SPREADING:
         operands = eqn.invars[:1]
@@ -174,7 +185,7 @@ def _spreads_narrow(eqn: jex.JaxprEqn) -> bool:
         operands = _constants(eqn)
     else:
         operands = []
-    return any(not isinstance(v, jex.Literal) and _narrow(v.aval) for v in operands)
+    return any(not isinstance(v, _core().Literal) and _narrow(v.aval) for v in operands)
 
 
 def _shape(atom: Any) -> tuple[int, ...]:
@@ -186,7 +197,7 @@ def _narrow(aval: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 
-def _equations(jaxpr: Any) -> Iterator[jex.JaxprEqn]:
+def _equations(jaxpr: Any) -> Iterator[JaxprEqn]:
     """The equations of a jaxpr and of all jaxprs inside it."""
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield eqn
@@ -198,7 +209,7 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
     """The jaxprs among an equation's parameters: bodies of loops, branches, calls."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, (jex.Jaxpr, jex.ClosedJaxpr)):
+            if isinstance(item, (_core().Jaxpr, _core().ClosedJaxpr)):
                 yield getattr(item, "jaxpr", item)
 
 
@@ -206,13 +217,13 @@ def _has_narrow_spreading(jaxpr: Any) -> bool:
     return any(map(_spreads_narrow, _equations(jaxpr)))
 
 
-def float_types(jaxpr: jex.Jaxpr) -> set[str]:
+def float_types(jaxpr: Jaxpr) -> set[str]:
     """The names of the floating-point types in which anything is computed."""
     variables = (v for e in _equations(jaxpr) for v in (*e.invars, *e.outvars))
     dtypes = (getattr(v.aval, "dtype", None) for v in variables)
     return {str(d) for d in dtypes if d is not None and jnp.issubdtype(d, jnp.floating)}
 
 
-def _is_narrow(jaxpr: jex.Jaxpr) -> bool:
+def _is_narrow(jaxpr: Jaxpr) -> bool:
     """Whether anything is computed in a type narrower than float32."""
     return any(_narrow(v.aval) for e in _equations(jaxpr) for v in (*e.invars, *e.outvars))

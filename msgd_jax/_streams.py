@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry2x32_p
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+Words = UInt32[Array, "*shape"]
 
 # The high word of the counter. In the counters that jax itself uses, it is a small number.
 _TAG = int.from_bytes(b"msgd")
@@ -57,11 +58,21 @@ def derive(key: Key[Array, ""], stream: Stream, *counters: Any) -> Key[Array, ""
     words = jax.random.key_data(jax.random.clone(key))
     blocks = words.reshape(-1, 2)
     tag, number = (jnp.full(blocks.shape[0], n, jnp.uint32) for n in (_TAG, stream))
-    blocks = jnp.stack(threefry2x32_p.bind(blocks[:, 0], blocks[:, 1], tag, number), axis=1)
+    blocks = jnp.stack(threefry(blocks[:, 0], blocks[:, 1], tag, number), axis=1)
     own = jax.random.wrap_key_data(blocks.reshape(words.shape), impl=jax.random.key_impl(key))
     for counter in counters:
         own = jax.random.fold_in(own, counter)
     return own
+
+
+def threefry(
+    key_high: Words, key_low: Words, count_high: Words, count_low: Words
+) -> tuple[Words, Words]:
+    """Threefry's 64 random bits for keys and counters of two words each, as two words."""
+    from jax.extend.random import threefry2x32_p  # jax.extend imports Pallas: not for `import`
+
+    high, low = threefry2x32_p.bind(key_high, key_low, count_high, count_low)
+    return high, low
 
 
 def of_examples(key: Key[Array, ""], examples: Int[Array, " B"]) -> Key[Array, " B"]:

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
@@ -108,6 +107,8 @@ def _with_arguments(
 
     `jax.closure_convert` does the same, but keeps the function and what it reads for ever.
     """
+    from jax.extend.core import ClosedJaxpr, jaxpr_as_fun  # it imports Pallas: not for `import`
+
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
     made_of = jax.tree.structure(shape)
 

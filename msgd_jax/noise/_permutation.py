@@ -13,11 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Int, Integer, Key, UInt32
 
 from msgd_jax import _validate
-from msgd_jax._streams import Stream, derive
+from msgd_jax._streams import Stream, derive, threefry
 
 # Up to this N, the whole permutation is made: exactly uniform and quick.
 SORTED_UP_TO = 1024
@@ -183,6 +182,6 @@ def _random_below(
     2^-48.
     """
     zeros = values * jnp.uint32(0)  # so that it has the axes of the values under vmap too
-    high, low = threefry2x32_p.bind(words[0] + zeros, words[1] + zeros, values, zeros)
+    high, low = threefry(words[0] + zeros, words[1] + zeros, values, zeros)
     modulus = jnp.uint32(size)
     return (high % modulus * jnp.uint32(2**32 % size) + low % modulus) % modulus
