@@ -147,12 +147,7 @@ def make_ends(setting: Setting, options: Options) -> Ends:
         test_loss, test_correct = jax.vmap(mapped, in_axes=(0, None))(params, test)
         return Score(train_loss, train_correct, test_loss, test_correct)
 
-    # What runs once is optimized less: on CPU, compiling it takes half the time.
-    on_cpu = jax.default_backend() == "cpu"
-    start = jax.jit(
-        jax.vmap(start_one, in_axes=(None, 0, None)),
-        compiler_options={"xla_backend_optimization_level": 1} if on_cpu else None,
-    )
+    start = jax.jit(jax.vmap(start_one, in_axes=(None, 0, None)), compiler_options=_optimization(1))
     return Ends(start, jax.jit(evaluate))
 
 
@@ -207,7 +202,15 @@ def make_program(setting: Setting, shape: Shape, options: Options) -> Program:
 
         return jax.lax.fori_loop(begin, end, one_step, state)
 
-    return Program(names, jax.jit(advance, donate_argnums=0))
+    # Programs with noise are the long ones; at the next lower level their steps take as long.
+    lower = _optimization(2) if shape.perturbed else None
+    return Program(names, jax.jit(advance, donate_argnums=0, compiler_options=lower))
+
+
+def _optimization(level: int) -> dict[str, int] | None:
+    """Options for a program that takes long to compile: half as long on CPU; elsewhere none."""
+    on_cpu = jax.default_backend() == "cpu"
+    return {"xla_backend_optimization_level": level} if on_cpu else None
 
 
 def covariance_diagonal(losses: Any, params: Any, examples: Example) -> Any:
