@@ -1,7 +1,8 @@
 """Examples by their number: the protocols of sources, arrays as one, and batches read from them."""
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -98,7 +99,7 @@ def read_batch(source: Source, indices: Int[np.ndarray, " size"]) -> Batch:
                 "source must have examples of one structure, shape and dtype: "
                 f"source[{indices[0]}] has {difference[0]}, source[{index}] has {difference[1]}."
             )
-    batch = jax.tree.map(stacked, *examples)
+    batch = jax.tree.map(functools.partial(_combined, np.stack), *examples)
     _validate.leading_axis(f"source[{indices[0]}]", batch)
     return batch
 
@@ -108,9 +109,10 @@ def _array(leaf: Any) -> Any:
     return np.asarray(words) if made_of is None else leaf
 
 
-def stacked(*leaves: Any) -> Any:
+def _combined(combine: Callable[[Any], Any], *leaves: Any) -> Any:
+    """Leaves combined by `np.stack` or `np.concatenate`."""
     arrays, made_of = zip(*map(_mesh.as_words, leaves), strict=True)
-    return on_the_host(np.stack(arrays), made_of[0])
+    return on_the_host(combine(arrays), made_of[0])
 
 
 def on_the_host(words: Any, made_of: Any) -> Any:
@@ -161,14 +163,9 @@ def only(read: Batch) -> Batch:
 
 def joined(*reads: Batch) -> Batch:
     """Reads one after another."""
-    return jax.tree.map(_joined, *reads)
-
-
-def _joined(*leaves: Any) -> Any:
-    if len(leaves) == 1:
-        return leaves[0]
-    arrays, made_of = zip(*map(_mesh.as_words, leaves), strict=True)
-    return on_the_host(np.concatenate(arrays), made_of[0])
+    if len(reads) == 1:
+        return reads[0]
+    return jax.tree.map(functools.partial(_combined, np.concatenate), *reads)
 
 
 def in_calls(reads: Iterator[Batch], plan: Plan) -> Iterator[tuple[Batch, np.int32]]:

@@ -3,8 +3,8 @@
 XLA has no fast convolution on CPU for all sizes and directions. `_conv_cpu.cc` has one, and its two
 transposes; here they become operations of JAX that can be differentiated to any order, mapped with
 `jax.vmap`, and used under `jax.jit` and in `jax.shard_map`. `_conv_pool_cpu.cc` has another for few
-channels, with pooling, which is in `_native_pool.py`. They need a C++ compiler once: the first net
-that asks for them has them compiled, in about ten seconds, or beforehand
+channels, with pooling, which is in `_native_pool.py`. They need a C++ compiler once: they are
+compiled in about ten seconds, when a net first asks for them, or beforehand by
 
     python -m experiments.models
 

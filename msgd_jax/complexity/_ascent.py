@@ -135,16 +135,17 @@ class Peak(NamedTuple):
 
 
 class Centre(NamedTuple):
-    """Value and gradient at the centre of the ball."""
+    """Value, gradient and its Euclidean norm at the centre of the ball."""
 
     value: Float[Array, ""]
     gradient: Gradients
+    norm: Float[Array, ""]
 
     @classmethod
     def of(cls, value_and_grad: ValueAndGrad, params: Params) -> "Centre":
-        """The value and the gradient at `params`, in wide dtypes."""
+        """All of them at `params`, in wide dtypes."""
         value, gradient = value_and_grad(params)
-        return cls(value, jax.tree.map(_dtypes.wide, gradient))
+        return cls(value, *_dtypes.with_norm(jax.tree.map(_dtypes.wide, gradient)))
 
 
 def default_optimizer(num_steps: int) -> optax.GradientTransformation:
@@ -233,13 +234,12 @@ def climb(
         return (z, state, Peak(best, best_gradient, gain, best_gap, finite)), None
 
     value = sign.astype(centre.value.dtype) * centre.value
-    norm = _dtypes.with_norm(centre.gradient)[1]
     at_centre = Peak(
         value,
         _times(sign, centre.gradient),
         jnp.zeros_like(value),
-        radius * norm.astype(radius.dtype),
-        jnp.isfinite(value) & jnp.isfinite(norm),
+        radius * centre.norm.astype(radius.dtype),
+        jnp.isfinite(value) & jnp.isfinite(centre.norm),
     )
     carry = (start, optimizer.init(start), at_centre)
     (_, _, peak), _ = jax.lax.scan(step, carry, length=ascent.num_steps + 1)

@@ -338,9 +338,8 @@ def _ascents(ball: _Ball, draws: Draws, key: Key[Array, ""]) -> _Ascents:
         peak = _ascent.climb(
             value_and_grad, ball.params, ball.radius, sign, centre, start, ball.ascent
         )
-        slope = _dtypes.with_norm(centre.gradient)[1].astype(dtype)
         mean_size = jnp.abs(weights.values).sum().astype(dtype)
-        of_draw = jnp.abs(centre.value), slope, mean_size
+        of_draw = jnp.abs(centre.value), centre.norm.astype(dtype), mean_size
         return *of_draw, peak.value, peak.last_gain, peak.gap, peak.finite
 
     total = num_draws * 2 * num_starts

@@ -142,7 +142,6 @@ def _fake_compiler(tmp_path, monkeypatch, last_line):
     compiler.write_text("\n".join(lines) + "\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    return compiler
 
 
 def test_the_library_is_compiled_once_and_found_again(tmp_path, monkeypatch):
