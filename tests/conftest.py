@@ -3,7 +3,7 @@
 Most of the suite's time is XLA's compiling, of programs that run for milliseconds. XLA is asked for
 little effort: it takes half the time, and the last bits differ, as it joins no product with a sum.
 So tests of exact bits have the mark `optimized`: they are compiled as users' programs are, like the
-few that compute for seconds and all of experiments, where trained numbers meet recorded ones.
+few that compute for seconds or whose trained numbers meet recorded ones.
 `JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test` compiles everything like that.
 """
 
@@ -44,8 +44,7 @@ COLLECTED = pytest.StashKey[dict[str, bool]]()
 
 
 def is_optimized(item: pytest.Item) -> bool:
-    marked = item.get_closest_marker("optimized") is not None
-    return marked or item.nodeid.startswith("tests/experiments/")
+    return item.get_closest_marker("optimized") is not None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,12 +5,14 @@
 // instance all those in the middle of an image, are a class. In a class nothing is padding, so no
 // padded copy of an image is made and nothing is multiplied by zero. A register tile is a few pixels
 // of a class by one or two vectors of channels; the innermost loop runs over the taps of one row of
-// the kernel, whose inputs lie one after another in memory.
+// the kernel, whose inputs lie one after another in memory. Where kernels are 3x3 and channels many,
+// `_conv_winograd.h` needs fewer products and takes over.
 //
 // Every number is summed in an order that depends on the sizes alone: any number of threads gives
 // the same bits.
 
 #include "_conv_cpu.h"
+#include "_conv_winograd.h"
 
 #include <map>
 #include <numeric>
@@ -41,11 +43,15 @@ ffi::Error Forward(ffi::ThreadPool pool, Array images, Array kernel, Result outp
   std::vector<int64_t> order(taps);
   std::iota(order.begin(), order.end(), 0);
   auto run = [&]<int kVectors>() {
+    const float* weights = packed(pool, order, s.channels, s.out_channels, kVectors * kLanes,
+                                  kernel.typed_data(), false);
+    if (suits_winograd(s.batch, s.high, s.wide, s.channels, s.out_channels,
+                       kLeastChannels))
+      return winograd<kVectors>(pool, {s.batch, s.high.in, s.wide.in}, s.channels, s.out_channels,
+                                images.typed_data(), weights, outputs->typed_data());
     at_pixels<kVectors>(pool, s.batch, s.high.forward(), s.wide.forward(), s.high.in, s.wide.in,
-                        s.channels, s.out_channels, images.typed_data(),
-                        packed(pool, order, s.channels, s.out_channels, kVectors * kLanes,
-                               kernel.typed_data(), false),
-                        taps, s.wide.taps, outputs->typed_data());
+                        s.channels, s.out_channels, images.typed_data(), weights, taps,
+                        s.wide.taps, outputs->typed_data());
   };
   s.out_channels > kLanes ? run.template operator()<2>() : run.template operator()<1>();
   return ffi::Error::Success();
@@ -58,10 +64,14 @@ ffi::Error OfImages(ffi::ThreadPool pool, Array cotangents, Array kernel, Result
   for (int64_t i : s.high.order())
     for (int64_t j : s.wide.order()) order.push_back(i * s.wide.taps + j);
   auto run = [&]<int kVectors>() {
+    const float* weights = packed(pool, order, s.out_channels, s.channels, kVectors * kLanes,
+                                  kernel.typed_data(), true);
+    if (suits_winograd(s.batch, s.high, s.wide, s.out_channels, s.channels,
+                       kLeastChannels))
+      return winograd<kVectors>(pool, {s.batch, s.high.in, s.wide.in}, s.out_channels, s.channels,
+                                cotangents.typed_data(), weights, images->typed_data());
     at_pixels<kVectors>(pool, s.batch, s.high.backward(), s.wide.backward(), s.high.out,
-                        s.wide.out, s.out_channels, s.channels, cotangents.typed_data(),
-                        packed(pool, order, s.out_channels, s.channels, kVectors * kLanes,
-                               kernel.typed_data(), true),
+                        s.wide.out, s.out_channels, s.channels, cotangents.typed_data(), weights,
                         order.size(), s.wide.taps, images->typed_data());
   };
   s.channels > kLanes ? run.template operator()<2>() : run.template operator()<1>();
@@ -172,6 +182,9 @@ const float* in_blocks(ffi::ThreadPool& pool, int64_t batch, int64_t pixels, int
 template <int kVectors>
 void of_kernel(ffi::ThreadPool& pool, const Sizes& s, const float* images, const float* cotangents,
                float* gradient) {
+  if (suits_winograd(s.batch, s.high, s.wide, s.channels, s.out_channels, kLeastOfKernel))
+    return winograd_of_kernel<kVectors>(pool, {s.batch, s.high.in, s.wide.in}, s.channels,
+                                        s.out_channels, images, cotangents, gradient);
   constexpr int kBlock = kVectors * kLanes, kRows = kVectors == 1 ? kRowsOfOne : kRowsOfTwo;
   const int64_t in_size = s.high.in * s.wide.in * s.channels;
   const int64_t pixels = s.high.out * s.wide.out, taps = s.high.taps * s.wide.taps;

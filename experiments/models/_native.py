@@ -45,7 +45,7 @@ Kernel = Float[Array, "kernel_height kernel_width in_channels out_channels"]
 Outputs = Float[Array, "batch out_height out_width out_channels"]
 
 _SOURCES = ("_conv_cpu.cc", "_conv_pool_cpu.cc")
-_HEADERS = ("_cpu.h", "_conv_cpu.h")
+_HEADERS = ("_cpu.h", "_conv_cpu.h", "_conv_winograd.h")
 _FUNCTIONS = (
     *("ConvForward", "ConvOfImages", "ConvOfKernel"),
     *("Pool", "PoolForward", "PoolOfImages", "PoolOfKernel"),

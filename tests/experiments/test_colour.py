@@ -80,6 +80,7 @@ def final_state(path):
     }
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_cifar10_with_batch_norm_goes_on_as_if_it_had_not_been_stopped(
     files, one_block, tmp_path, monkeypatch

@@ -21,6 +21,9 @@ from experiments.paper import accuracies, panels, report
 from experiments.theory_study import RegularizerConfig, regularizer
 from experiments.training import loop, runs
 
+# Records were computed by programs that were compiled as users' are.
+pytestmark = pytest.mark.optimized
+
 RESULTS = pathlib.Path(experiments.__file__).parent / "results"
 
 

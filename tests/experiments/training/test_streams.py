@@ -135,6 +135,7 @@ def test_langevin_noise_is_not_the_runs_other_draws():
     assert found != given
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", ["augmentation", "langevin", "examples"])
 def test_draws_are_the_same_with_64_bit_types(kind):
     def draw():

@@ -39,7 +39,6 @@ COLOURED = {
 }
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("name", COLOURED)
 def test_coloured_noise_remembers_its_coefficients(name):
     """The autocorrelation is that of a moving average with these coefficients."""
