@@ -46,7 +46,7 @@ ffi::Error Forward(ffi::ThreadPool pool, Array images, Array kernel, Result outp
     const float* weights = packed(pool, order, s.channels, s.out_channels, kVectors * kLanes,
                                   kernel.typed_data(), false);
     if (suits_winograd(s.batch, s.high, s.wide, s.channels, s.out_channels,
-                       kLeastChannels))
+                       kLeastOfConvolution))
       return winograd<kVectors>(pool, {s.batch, s.high.in, s.wide.in}, s.channels, s.out_channels,
                                 images.typed_data(), weights, outputs->typed_data());
     at_pixels<kVectors>(pool, s.batch, s.high.forward(), s.wide.forward(), s.high.in, s.wide.in,
@@ -67,7 +67,7 @@ ffi::Error OfImages(ffi::ThreadPool pool, Array cotangents, Array kernel, Result
     const float* weights = packed(pool, order, s.out_channels, s.channels, kVectors * kLanes,
                                   kernel.typed_data(), true);
     if (suits_winograd(s.batch, s.high, s.wide, s.out_channels, s.channels,
-                       kLeastChannels))
+                       kLeastOfConvolution))
       return winograd<kVectors>(pool, {s.batch, s.high.in, s.wide.in}, s.out_channels, s.channels,
                                 cotangents.typed_data(), weights, images->typed_data());
     at_pixels<kVectors>(pool, s.batch, s.high.backward(), s.wide.backward(), s.high.out,

@@ -23,9 +23,12 @@ constexpr int64_t kTransformed = 1 << 18;  // floats of transformed inputs, at m
 constexpr int64_t kSummed = 1 << 20;       // floats of transformed inputs and cotangents, likewise
 constexpr int64_t kLeastSummed = 64;       // but at least this many tiles
 constexpr int64_t kInFirstCache = 128;     // tiles
-constexpr int64_t kFewTiles = 256;         // fewer do not outweigh that the kernel is transformed
-constexpr int64_t kLeastChannels = 32;     // of a convolution: fewer do not outweigh the transforms
-constexpr int64_t kLeastOfKernel = 64;     // of the gradient of a kernel, likewise
+
+// Fewer do not outweigh the transforms.
+struct Least {
+  int64_t channels, tiles;
+};
+constexpr Least kLeastOfConvolution{32, 256}, kLeastOfKernel{64, 100};
 
 // The tiles of a number of images, one after another.
 struct Tiles {
@@ -50,13 +53,13 @@ struct Tiles {
   }
 };
 
-// Whether this is faster than plain sums, with at least `least` channels; sizes alone decide.
+// Whether this is faster than plain sums; sizes alone decide.
 bool suits_winograd(int64_t batch, const Axis& high, const Axis& wide, int64_t channels,
-                    int64_t out_channels, int64_t least) {
+                    int64_t out_channels, Least least) {
   const bool fits = high.taps == 3 && wide.taps == 3 && high.stride == 1 && high.in > 2 &&
                     wide.in > 2 && channels % kLanes == 0 && out_channels % kLanes == 0;
-  return fits && std::min(channels, out_channels) >= least &&
-         Tiles(batch, high.in, wide.in).count >= kFewTiles;
+  return fits && std::min(channels, out_channels) >= least.channels &&
+         Tiles(batch, high.in, wide.in).count >= least.tiles;
 }
 
 // The small matrices, along one axis.

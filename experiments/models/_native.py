@@ -1,10 +1,11 @@
 """Convolutions on CPU by C++ that is compiled on the machine that runs it.
 
 XLA has no fast convolution on CPU for all sizes and directions. `_conv_cpu.cc` has one, and its two
-transposes; here they become operations of JAX that can be differentiated to any order, mapped with
-`jax.vmap`, and used under `jax.jit` and in `jax.shard_map`. `_conv_pool_cpu.cc` has another for few
-channels, with pooling, which is in `_native_pool.py`. They need a C++ compiler once: they are
-compiled in about ten seconds, when a net first asks for them, or beforehand by
+transposes (Winograd's, in `_conv_winograd.h`, for 3x3 kernels with many channels); here they become
+operations of JAX that can be differentiated to any order, mapped with `jax.vmap`, and used under
+`jax.jit` and in `jax.shard_map`. `_conv_pool_cpu.cc` has another for few channels, with pooling,
+which is in `_native_pool.py`. They need a C++ compiler once: they are compiled in about ten
+seconds, when a net first asks for them, or beforehand by
 
     python -m experiments.models
 
