@@ -339,7 +339,7 @@ CIFAR10 = dataclasses.replace(
 DEMO = dataclasses.replace(
     DIGITS,
     name="demo",
-    steps=1_200,
+    steps=1_000,
     seeds=(300, 8),
     refresh_every=50,
     family=("sgd-other-key", "cov", "sparse-fisher-1", "isotropic"),

@@ -43,6 +43,7 @@ def test_two_processes_use_the_bits_of_one_device(tmp_path):
     assert_is_dense_gradient(problem, weights, first["value"], grads)
 
 
+@pytest.mark.slow
 def test_each_process_reads_the_examples_of_its_own_devices(tmp_path):
     """Each reads 8 of the 16 examples of a batch; the training is that of one process."""
     both("streaming", tmp_path)
