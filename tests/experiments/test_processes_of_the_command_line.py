@@ -248,6 +248,7 @@ def test_help_and_errors_in_ascii(folder):
         assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_traceback(folder):
     """A command whose reader is gone ends silently with the code of SIGPIPE, as `head` expects."""
     path, _, _ = folder
@@ -355,6 +356,7 @@ def test_signals_on_a_terminal_save_the_state(tmp_path):
     assert f"stopped after {saved} steps" in second.shown
 
 
+@pytest.mark.slow
 def test_colours_on_a_terminal(tmp_path):
     """Help has colours on a terminal, unless NO_COLOR is set."""
     commands = [[["train", "--help"], {}], [["train", "--help"], {"NO_COLOR": "1"}]]

@@ -217,6 +217,7 @@ def direction(covariance):
     return float((exits.points[exits.exited, 0] >= 0).mean())
 
 
+@pytest.mark.slow
 def test_the_direction_of_the_exit_depends_on_the_covariance():
     """Isotropic noise leaves over the low barrier, noise like the Hessian in the sharp direction.
 

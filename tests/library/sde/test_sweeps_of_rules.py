@@ -91,6 +91,7 @@ def test_the_weak_error_is_the_difference_of_means(x64, name):
     np.testing.assert_allclose(found.errors, [means[0] - means[1]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_control_variate_of_momentum_takes_away_the_noise_of_a_linear_problem(x64):
     """Gradients that are linear, with the same curvature: the response to noise is exact."""
 
