@@ -36,45 +36,46 @@ Sizes sizes(ffi::Span<const int64_t> images, ffi::Span<const int64_t> kernel, in
 using Array = ffi::Buffer<ffi::F32>;
 using Result = ffi::Result<Array>;
 
+// The convolution, or, if `swapped`, its transpose with respect to the images: sums over the same taps
+// in another order, with the channels of inputs and outputs exchanged.
+void convolve(ffi::ThreadPool& pool, const Sizes& s, bool swapped, const float* inputs,
+              const float* kernel, float* outputs) {
+  auto taps = [&](const Axis& axis) {
+    std::vector<int64_t> ascending(axis.taps);
+    std::iota(ascending.begin(), ascending.end(), 0);
+    return swapped ? axis.order() : ascending;
+  };
+  std::vector<int64_t> order;
+  for (int64_t i : taps(s.high))
+    for (int64_t j : taps(s.wide)) order.push_back(i * s.wide.taps + j);
+  const int64_t channels = swapped ? s.out_channels : s.channels;
+  const int64_t out_channels = swapped ? s.channels : s.out_channels;
+  auto run = [&]<int kVectors>() {
+    const float* weights =
+        packed(pool, order, channels, out_channels, kVectors * kLanes, kernel, swapped);
+    if (suits_winograd(s.batch, s.high, s.wide, channels, out_channels, kLeastOfConvolution))
+      return winograd<kVectors>(pool, {s.batch, s.high.in, s.wide.in}, channels, out_channels,
+                                inputs, weights, outputs);
+    at_pixels<kVectors>(pool, s.batch, swapped ? s.high.backward() : s.high.forward(),
+                        swapped ? s.wide.backward() : s.wide.forward(),
+                        swapped ? s.high.out : s.high.in, swapped ? s.wide.out : s.wide.in,
+                        channels, out_channels, inputs, weights, order.size(), s.wide.taps,
+                        outputs);
+  };
+  out_channels > kLanes ? run.template operator()<2>() : run.template operator()<1>();
+}
+
 ffi::Error Forward(ffi::ThreadPool pool, Array images, Array kernel, Result outputs,
                    int64_t stride) {
-  const Sizes s = sizes(images.dimensions(), kernel.dimensions(), stride);
-  const int64_t taps = s.high.taps * s.wide.taps;
-  std::vector<int64_t> order(taps);
-  std::iota(order.begin(), order.end(), 0);
-  auto run = [&]<int kVectors>() {
-    const float* weights = packed(pool, order, s.channels, s.out_channels, kVectors * kLanes,
-                                  kernel.typed_data(), false);
-    if (suits_winograd(s.batch, s.high, s.wide, s.channels, s.out_channels,
-                       kLeastOfConvolution))
-      return winograd<kVectors>(pool, {s.batch, s.high.in, s.wide.in}, s.channels, s.out_channels,
-                                images.typed_data(), weights, outputs->typed_data());
-    at_pixels<kVectors>(pool, s.batch, s.high.forward(), s.wide.forward(), s.high.in, s.wide.in,
-                        s.channels, s.out_channels, images.typed_data(), weights, taps,
-                        s.wide.taps, outputs->typed_data());
-  };
-  s.out_channels > kLanes ? run.template operator()<2>() : run.template operator()<1>();
+  convolve(pool, sizes(images.dimensions(), kernel.dimensions(), stride), false,
+           images.typed_data(), kernel.typed_data(), outputs->typed_data());
   return ffi::Error::Success();
 }
 
 ffi::Error OfImages(ffi::ThreadPool pool, Array cotangents, Array kernel, Result images,
                     int64_t stride) {
-  const Sizes s = sizes(images->dimensions(), kernel.dimensions(), stride);
-  std::vector<int64_t> order;
-  for (int64_t i : s.high.order())
-    for (int64_t j : s.wide.order()) order.push_back(i * s.wide.taps + j);
-  auto run = [&]<int kVectors>() {
-    const float* weights = packed(pool, order, s.out_channels, s.channels, kVectors * kLanes,
-                                  kernel.typed_data(), true);
-    if (suits_winograd(s.batch, s.high, s.wide, s.out_channels, s.channels,
-                       kLeastOfConvolution))
-      return winograd<kVectors>(pool, {s.batch, s.high.in, s.wide.in}, s.out_channels, s.channels,
-                                cotangents.typed_data(), weights, images->typed_data());
-    at_pixels<kVectors>(pool, s.batch, s.high.backward(), s.wide.backward(), s.high.out,
-                        s.wide.out, s.out_channels, s.channels, cotangents.typed_data(), weights,
-                        order.size(), s.wide.taps, images->typed_data());
-  };
-  s.channels > kLanes ? run.template operator()<2>() : run.template operator()<1>();
+  convolve(pool, sizes(images->dimensions(), kernel.dimensions(), stride), true,
+           cotangents.typed_data(), kernel.typed_data(), images->typed_data());
   return ffi::Error::Success();
 }
 
@@ -127,16 +128,8 @@ void kernel_tile(const Sum& sum, float* gradient, int64_t out_channels, int64_t 
     const int32_t *reads = window.reads.data(), *writes = window.writes.data();
     const size_t end = std::min(sum.end, window.reads.size());
     for (size_t p = sum.begin; p < end; ++p) {
-      const float *input = inputs + reads[p], *cotangent = cotangents + writes[p];
-      Vector factors[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) factors[v] = load(cotangent + v * kLanes);
-#pragma GCC unroll 16
-      for (int j = 0; j < kRows; ++j) {
-        const float value = input[j];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[j][v] += value * factors[v];
-      }
+      const float* input = inputs + reads[p];
+      add_products(sums, cotangents + writes[p], [&](int j) { return input[j]; });
     }
     inputs += sum.in_size;
     cotangents += sum.out_size;

@@ -104,6 +104,21 @@ std::vector<Class> classes(int64_t images, const std::vector<Reach>& rows,
   return all;
 }
 
+// Adds to each row of a register tile its input times the factors, which are vectors.
+template <int kVectors, int kInputs, typename Input>
+inline void add_products(Vector (&sums)[kInputs][kVectors], const float* factors,
+                         const Input& input) {
+  Vector loaded[kVectors];
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) loaded[v] = load(factors + v * kLanes);
+#pragma GCC unroll 16
+  for (int i = 0; i < kInputs; ++i) {
+    const float value = input(i);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sums[i][v] += value * loaded[v];
+  }
+}
+
 // Outputs of a tile of pixels of a class: sums over taps of inputs times packed weights.
 template <int kVectors>
 void pixels_tile(const Class& one, size_t from, const float* inputs, int64_t row, int64_t channels,
@@ -117,18 +132,8 @@ void pixels_tile(const Class& one, size_t from, const float* inputs, int64_t row
   for (int64_t i = 0; i < one.rows.count; ++i) {
     const float* weight =
         weights + ((one.rows.tap + i) * taps_wide + one.columns.tap) * channels * kBlock;
-    for (int64_t l = 0; l < length; ++l, weight += kBlock) {
-      Vector factors[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v)
-        factors[v] = load(weight + v * kLanes);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTile; ++t) {
-        const float input = at[t][l];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[t][v] += input * factors[v];
-      }
-    }
+    for (int64_t l = 0; l < length; ++l, weight += kBlock)
+      add_products(sums, weight, [&](int t) { return at[t][l]; });
     for (int t = 0; t < kTile; ++t) at[t] += row;
   }
   for (int t = 0; t < kTile && from + t < one.writes.size(); ++t)

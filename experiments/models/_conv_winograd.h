@@ -95,8 +95,7 @@ void to_taps(Vector* a, int step) {
   a[0] = a[0] + sum, a[step] = difference, a[2 * step] = sum + a[3 * step];
 }
 
-// Applies one of them to a square of 4x4: to `count` columns and then to all four rows, or, where the
-// rows get fewer, to four columns and then `count` rows.
+// Applies one of them to a square of 4x4, to so many columns, and then to so many rows.
 template <void (*kAxis)(Vector*, int)>
 void both_axes(Vector* square, int columns, int rows) {
 #pragma GCC unroll 4
@@ -167,17 +166,8 @@ void multiply(int64_t tiles, int64_t channels, const float* inputs, const float*
   for (int64_t first = 0; first < tiles; first += kTile) {
     const float *at = inputs + first * channels, *weight = weights;
     Vector sums[kTile][kVectors] = {};
-    for (int64_t c = 0; c < channels; ++c, weight += kBlock) {
-      Vector factors[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) factors[v] = load(weight + v * kLanes);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTile; ++t) {
-        const float input = at[t * channels + c];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[t][v] += input * factors[v];
-      }
-    }
+    for (int64_t c = 0; c < channels; ++c, weight += kBlock)
+      add_products(sums, weight, [&](int t) { return at[t * channels + c]; });
     for (int t = 0; t < kTile; ++t)
       for (int v = 0; v < kVectors; ++v)
         store(products + (first + t) * kBlock + v * kLanes, sums[t][v], kLanes);
@@ -201,7 +191,8 @@ void winograd(ffi::ThreadPool& pool, const Tiles& tiles, int64_t channels, int64
     const int64_t begin = task * count, here = std::min(count, tiles.count - begin);
     float* transforms = scratch<2>(kPlaces * step);
     float* products = scratch<3>(kPlaces * product_step);
-    for (int64_t t = 0; t < count; ++t)  // the last are there twice, which fills a register tile
+    // The last is there several times, which fills a register tile.
+    for (int64_t t = 0; t < (here + kTile - 1) / kTile * kTile; ++t)
       transform_inputs(tiles, begin + std::min(t, here - 1), channels, inputs,
                        transforms + t * channels, step, kLanes);
     for (int64_t b = 0; b < blocks; ++b) {
@@ -234,17 +225,8 @@ void gradient_tile(int64_t tiles, const float* inputs, const float* cotangents, 
                    float* gradient) {
   constexpr int kBlock = kVectors * kLanes;
   Vector sums[kRows][kVectors] = {};
-  for (int64_t t = 0; t < tiles; ++t, inputs += kLanes, cotangents += kBlock) {
-    Vector factors[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) factors[v] = load(cotangents + v * kLanes);
-#pragma GCC unroll 8
-    for (int j = 0; j < kRows; ++j) {
-      const float input = inputs[j];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[j][v] += input * factors[v];
-    }
-  }
+  for (int64_t t = 0; t < tiles; ++t, inputs += kLanes, cotangents += kBlock)
+    add_products(sums, cotangents, [&](int j) { return inputs[j]; });
   for (int j = 0; j < kRows; ++j)
     for (int v = 0; v < kVectors; ++v) {
       float* to = gradient + j * kBlock + v * kLanes;
