@@ -10,9 +10,6 @@ import numpy as np
 def assert_equal_to_float64(conv, images_shape, kernel_shape, stride):
     """Asserts that values and derivatives in float32 are those of XLA's convolution in float64.
 
-    The longest sums have 3,200 products and round by about ``sqrt(3200) 2^-24 = 3e-6`` of their
-    size, and derivatives of derivatives have some sums in a row: 2e-5 is six times that.
-
     Args:
         conv: a function of images, a kernel and ``stride=``.
         images_shape: [B, H, W, C].
@@ -36,6 +33,8 @@ def assert_derivatives_equal_those_in_float64(function, reference, *shapes):
 
     The second is the kernel. Outputs have about the size 1, as in a net: at larger ones, the second
     derivatives of tanh are so small that rounding the outputs changes them by more than sums round.
+    The longest sums have 3,200 products and round by about ``sqrt(3200) 2^-24 = 3e-6`` of their
+    size, less where they are summed in parts; 5e-6 is three times the largest difference found.
     """
     random = np.random.default_rng(0)
     arrays = [random.normal(size=shape) for shape in shapes]
@@ -67,4 +66,4 @@ def assert_derivatives_equal_those_in_float64(function, reference, *shapes):
         expected = wanted(in_float64, jnp.asarray(cotangent))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == jnp.float32
-        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())

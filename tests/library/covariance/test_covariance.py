@@ -115,7 +115,7 @@ def test_the_spectrum_by_the_gram_matrix_is_the_dense_one():
     np.testing.assert_allclose(overlaps, 1, atol=1e-10)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(1, 6), st.integers(1, 6), st.floats(0, 3), st.floats(0, 3))
 def test_any_covariance_of_weights_gives_a_positive_covariance(n, d, along, across):
     law = noise.Exchangeable(across + (along - across) / n, (along - across) / n)

@@ -123,6 +123,7 @@ def test_paths_are_those_of_the_equation_in_numpy(x64, name):
     np.testing.assert_allclose(path.last.mean, m if decay_of_mean else 0 * m, rtol=1e-9)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["adam", "rmsprop"])
 def test_a_continued_path_is_the_same_and_micro_batches_change_nothing(name):
     (losses, start), law, key = problem(jnp.float32), noise.fisher(N, 2), jax.random.key(3)
