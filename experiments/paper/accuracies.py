@@ -85,6 +85,15 @@ def of_finished(path: pathlib.Path) -> list[Evaluation]:
     return evaluations
 
 
+def until(result: Result, step: int) -> Result:
+    """The evaluations up to a step; raises ValueError unless there is one at that step."""
+    if step not in result.steps:
+        raise ValueError(f"step must be one of {result.label}'s evaluations, got {step}.")
+    kept = result.steps <= step
+    curves = (result.train_loss, result.train_accuracy, result.test_accuracy)
+    return Result(result.label, result.steps[kept], *(x[kept] for x in curves), result.seconds)
+
+
 class Row(NamedTuple):
     """One algorithm compared with the reference; accuracies and differences are fractions.
 

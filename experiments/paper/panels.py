@@ -49,6 +49,12 @@ class Panel:
             runs.append(dataclasses.replace(sgd, noise_draw=1))
         return tuple(runs)
 
+    def constant_until(self, scale: Scale) -> int | None:
+        """The step until which the rate is the paper's, if runs are compared there as well."""
+        if not self._reduction(scale).constant_first:
+            return None
+        return self.at_scale(scale)[0].decay_at[0]
+
     def choices(self, scale: Scale) -> tuple[str, ...]:
         """What is our choice at a scale."""
         return self.assumptions + self._reduction(scale).why

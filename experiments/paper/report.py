@@ -49,7 +49,8 @@ def figure(config: FigureConfig) -> pathlib.Path:
         plans = _of_file(plans, config.dataset, config.runs)
     results = _results(plans, config)
     folder.mkdir(parents=True, exist_ok=True)
-    text = write_section(folder, f"figure-{config.panel}", title, plans[0], results)
+    name, until = f"figure-{config.panel}", panel.constant_until(config.scale)
+    text = write_section(folder, name, title, plans[0], results, constant_until=until)
     choices = "\n".join(f"* {line}" for line in panel.choices(config.scale))
     smaller = " or the scale is smaller" if reduced else ""
     text += f"\nOur choices, where the paper is silent{smaller}:\n\n{choices}\n"
@@ -165,21 +166,31 @@ def write_section(
     title: str,
     plan: TrainConfig,
     results: list[accuracies.Result],
+    constant_until: int | None = None,
 ) -> str:
     """Writes NAME.png and NAME.csv; returns the Markdown page.
 
     Long runs whose learning rate does not change towards the end have NAME-averaged.csv as well.
+    Those whose rate is constant until a step that is given have NAME-constant.csv, of that step.
     """
     labels = [result.label for result in results]
     reference = next((label for label in labels if label.startswith("SGD")), labels[0])
     rows = accuracies.compare(results, reference)
     accuracies.write_csv(rows, folder / f"{name}.csv")
-    averaged = ""
+    second = ""
     is_long = min(len(result.steps) for result in results) > 2 * accuracies.AVERAGED
-    if is_long and not plan.decay_at:
+    if constant_until is not None:
+        before = [accuracies.until(result, constant_until) for result in results]
+        compared = accuracies.compare(before, reference)
+        accuracies.write_csv(compared, folder / f"{name}-constant.csv")
+        second = (
+            f"After {constant_until:,} iterations, before the learning rate falls:\n\n"
+            f"{accuracies.markdown_table(compared)}\n\n"
+        )
+    elif is_long and not plan.decay_at:
         means = accuracies.compare(results, reference, accuracies.AVERAGED)
         accuracies.write_csv(means, folder / f"{name}-averaged.csv")
-        averaged = (
+        second = (
             f"The mean over the last {accuracies.AVERAGED} evaluations of each seed: at a constant "
             "learning rate a single one may fall on a spike of the loss.\n\n"
             f"{accuracies.markdown_table(means)}\n\n"
@@ -197,7 +208,7 @@ def write_section(
         f"## {title}\n\n{subtitle[0].upper()}{subtitle[1:]}; {rows[0].steps:,} iterations{own}.\n\n"
         f"![{_alternative(curves)}]({name}.png)\n\n"
         f"The last evaluation:\n\n{accuracies.markdown_table(rows)}\n\n"
-        f"{averaged}"
+        f"{second}"
         "±: 95 % intervals over seeds (Student's t), each by itself; differences are paired, seed "
         "by seed. The p-values, and with them the last column, are adjusted by Holm's method over "
         "all comparisons of a table, apart for differences and for equivalence.\n"

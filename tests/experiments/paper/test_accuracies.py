@@ -172,3 +172,27 @@ def test_long_runs_have_both_tables(tmp_path):
         assert (folder / "x-averaged.csv").exists() == expected
         assert text.count("| SGD-50 | ") == 1 + expected
         assert f"| SGD-50 | {0.2 + 0.7 * 2 / 11:.4f} |" in text or not expected
+
+
+def test_runs_are_compared_where_the_rate_was_constant_too(tmp_path):
+    from experiments.paper import report
+    from experiments.training.config import TrainConfig
+
+    steps, seeds = np.arange(0, 80, 10), np.array([-0.01, 0.0, 0.02])
+    found = [
+        Result(label, steps, 1 - accuracy, accuracy, accuracy, 1.0)
+        for label, slope in (("SGD-50", 0.010), ("GD", 0.008))
+        for accuracy in [slope * steps[:, None] + seeds]
+    ]
+    plan = TrainConfig(steps=70, decay_at=(60,))
+    text = report.write_section(tmp_path, "x", "Title", plan, found, constant_until=60)
+    with open(tmp_path / "x-constant.csv") as file:
+        rows = {row["label"]: row for row in csv.DictReader(file)}
+    assert {row["steps"] for row in rows.values()} == {"60"}
+    assert float(rows["GD"]["test_accuracy"]) == pytest.approx(0.48 + seeds.mean())
+    assert float(rows["GD"]["difference"]) == pytest.approx(-0.12)
+    assert "After 60 iterations, before the learning rate falls:" in text
+    assert text.count("| SGD-50 | ") == 2
+    assert not (tmp_path / "x-averaged.csv").exists()
+    with pytest.raises(ValueError, match="step must be one of SGD-50's evaluations, got 65"):
+        report.write_section(tmp_path, "x", "Title", plan, found, constant_until=65)

@@ -95,10 +95,22 @@ def test_a_scale_that_is_to_show_something_can_tell(scale):
             assert run.subset_per_seed
             assert 1_000 <= n <= 2_000
             assert run.decay_at or (scale, run.model) == ("large", "lenet")
-            assert max(run.decay_at, default=0) <= 0.75 * run.steps
+            assert max(run.decay_at, default=0) <= 6 / 7 * run.steps
         assert panel.choices(scale)[: len(panel.assumptions)] == panel.assumptions
         assert len(panel.choices(scale)) > len(panel.choices("paper")), name
         assert [run.noise_draw for run in panel.at_scale(scale) if run.algorithm == "sgd"] == [0, 1]
+
+
+def test_lenet_is_compared_at_the_papers_rate_too():
+    """At the medium scale, it is constant up to an evaluation, at which runs are compared."""
+    for name, panel in panels.PANELS.items():
+        until = {scale: panel.constant_until(scale) for scale in typing.get_args(panels.Scale)}
+        medium = until.pop("medium")
+        assert set(until.values()) == {None}
+        assert (medium is not None) == (name in ("1a", "1b"))
+        for run in panel.at_scale("medium") if medium else ():
+            assert (run.learning_rate, run.seeds, run.decay_at) == (0.01, 10, (medium,))
+            assert medium % run.eval_every == 0
 
 
 def test_medium_panels_of_one_data_set_share_runs():
