@@ -16,7 +16,10 @@ SHAPED = {
     "M-SGD-Cov": "Gaussian, SGD's covariance",
     "M-SGD-Fisher": "Gaussian, the Fisher matrix",
     "M-SGD-Bernoulli": "Bernoulli weights",
-    "[M-SGD-Cov]-100": "sparse, on 100 examples per step",
+    "[M-SGD-Cov]-100": "sparse, SGD's covariance, 100 examples",
+    "[M-SGD-Cov]-200": "sparse, SGD's covariance, 200 examples",
+    "[M-SGD-Fisher]-100": "sparse, the Fisher matrix, 100 examples",
+    "[M-SGD-Fisher]-200": "sparse, the Fisher matrix, 200 examples",
 }
 OTHERS = {
     "GD + isotropic noise": "isotropic, of the same size",
@@ -34,7 +37,7 @@ def draw(path: pathlib.Path = PICTURE) -> None:
 
     shares = {row.label: row.share for row in report.recorded(SETTINGS["svhn"], RESULTS)}
     with matplotlib.rc_context(styles.RC):
-        figure = Figure(figsize=(5.2, 3.7), layout="constrained")
+        figure = Figure(figsize=(5.6, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         for place, name in enumerate([*SHAPED, *OTHERS]):

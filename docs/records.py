@@ -109,9 +109,10 @@ def comparison(panel: str, averaged: bool = False) -> Any:
             names = ("adjusted_difference_p", "adjusted_equivalence_p")
             p_values = [f"{float(row[name]):.2g}" for name in names]
             difference = [f"{minus:+.2f} ± {around:.2f}", *p_values]
-        loss = f"{float(row['train_loss']):.4f}"
-        rows.append([row["label"], loss, f"{test:.2f} ± {width:.2f}", *difference, row["verdict"]])
-    header = ["algorithm", "training loss", "test %", "minus SGD-50", "p (different)"]
+        trained = [f"{float(row['train_loss']):.4f}", f"{100 * float(row['train_accuracy']):.1f}"]
+        tested = f"{test:.2f} ± {width:.2f}"
+        rows.append([row["label"], *trained, tested, *difference, row["verdict"]])
+    header = ["algorithm", "training loss", "training %", "test %", "minus SGD-50", "p (different)"]
     header += ["p (equivalent)", ""]
     return table(header, rows)
 

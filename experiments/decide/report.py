@@ -14,8 +14,8 @@ from experiments.decide.settings import BASELINES, CONTESTANTS, Setting, label
 
 # The colours of the declared family, of the others, and of the floor. The markers differ too.
 _DECLARED, _OTHER, _FLOOR = styles.style(3), styles.style(5), styles.COLOURS[4]
-AT_EQUAL_LOSS = "GD at SGD's training loss"
-"""The row for GD stopped where its training loss is that of the same seed's SGD at the end."""
+AT_EQUAL_LOSS = "GD, once at SGD's training loss"
+"""The row for GD at its first evaluation with at most the training loss that SGD ends with."""
 
 _HEADER = [
     "algorithm",
@@ -89,10 +89,7 @@ def rows(setting: Setting, runs: dict[_records.Run, _records.Curve]) -> list[Row
         if len(of_seed) >= 2
     ]
     gd, sgd = found["gd"], found["sgd"]
-    stopped = _at_equal_loss(
-        found["gd-longer"] if len(found.get("gd-longer", {})) >= 2 else gd, sgd
-    )
-    named.append((AT_EQUAL_LOSS, False, stopped))
+    named.append((AT_EQUAL_LOSS, False, _at_equal_loss(gd, found.get("gd-longer", {}), sgd)))
     return _adjusted(setting, [_row(setting, *entry, gd, sgd) for entry in named])
 
 
@@ -108,25 +105,24 @@ def _of(
 
 
 def _at_equal_loss(
-    gd: dict[int, _records.Curve], sgd: dict[int, _records.Curve]
+    gd: dict[int, _records.Curve],
+    longer: dict[int, _records.Curve],
+    sgd: dict[int, _records.Curve],
 ) -> dict[int, _records.Curve]:
-    """GD where its training loss first falls to the final training loss of SGD.
+    """GD at its first evaluation with at most the final training loss of SGD.
 
-    It is interpolated between two evaluations in the logarithm of the loss. If GD never reaches
-    that loss, its last evaluation is taken.
+    If a seed's GD never has such a loss, its longer run is taken; if that has none either, or there
+    is none, the last evaluation of all.
     """
     stopped = {}
     for seed in gd.keys() & sgd.keys():
-        curve, wanted = gd[seed], math.log(max(sgd[seed].train_loss[-1], 1e-12))
-        losses = np.log(np.maximum(curve.train_loss, 1e-12))
-        reached = np.flatnonzero(losses <= wanted)
-        after = int(reached[0]) if reached.size else len(losses) - 1
-        before = max(after - 1, 0)
-        drop = losses[before] - losses[after]
-        part = min((losses[before] - wanted) / drop, 1.0) if reached.size and drop > 0 else 1.0
-        stopped[seed] = _records.Curve(
-            *(values[before : before + 1] * (1 - part) + values[after] * part for values in curve)
+        curves = [gd[seed], longer[seed]] if seed in longer else [gd[seed]]
+        reached = [np.flatnonzero(c.train_loss <= sgd[seed].train_loss[-1]) for c in curves]
+        curve, at = next(
+            ((curve, at[0]) for curve, at in zip(curves, reached, strict=True) if at.size),
+            (curves[-1], len(curves[-1].train_loss) - 1),
         )
+        stopped[seed] = _records.Curve(*(values[at : at + 1] for values in curve))
     return stopped
 
 
@@ -252,6 +248,8 @@ def _notes(setting: Setting, table: list[Row], found: list[dict[str, Any]]) -> s
         f"Holm over the {2 * declared} declared differences and, apart from them, the {declared} "
         f"equivalences; {len(made)} of {declared} contestants of the family were run.{not_run}",
         "\\* outside the declared family: p of equivalence not adjusted.",
+        f"{AT_EQUAL_LOSS}: each seed's first evaluation with at most the loss that its SGD ends "
+        "with; it is not interpolated, so its loss may be lower.",
         _tuning(setting, _records.curves(found)),
         f"Isotropic and diagonal noise: variances of S/b, refreshed every {setting.refresh_every} "
         "steps.",

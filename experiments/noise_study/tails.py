@@ -250,7 +250,8 @@ def stable(key: Key[Array, ""], shape: tuple[int, ...], index: float) -> Array:
     angle = jax.random.uniform(keys[0], shape, minval=-math.pi / 2, maxval=math.pi / 2)
     wait = jax.random.exponential(keys[1], shape)
     tail = (jnp.cos((1 - index) * angle) / wait) ** ((1 - index) / index)
-    return jnp.sin(index * angle) / jnp.cos(angle) ** (1 / index) * tail
+    # Rounded to float32, -pi/2 has a cosine just below 0.
+    return jnp.sin(index * angle) / jnp.abs(jnp.cos(angle)) ** (1 / index) * tail
 
 
 def _probes(key: Key[Array, ""], size: int, count: int) -> tuple[Array, Array, Key[Array, ""]]:

@@ -113,7 +113,7 @@ SVHN_MEDIUM = Reduction(
     },
     (
         "width 8 and N = 1,000: a full gradient takes a seventh of a second on two cores",
-        "1,500 steps, as in the experiment that decides: all labels are fitted at their end",
+        "1,500 steps, as in the experiment that decides",
         "b = 50 and a large batch of 250: N is divided by 25, but a b of 4 would be another regime",
         OWN_SUBSETS,
         END,

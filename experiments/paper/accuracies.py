@@ -252,6 +252,7 @@ def markdown_table(rows: list[Row]) -> str:
     header = [
         "algorithm",
         "train loss",
+        "train accuracy %",
         "test accuracy %",
         f"minus {reference_of(rows)}",
         "p (different)",
@@ -267,7 +268,8 @@ def markdown_table(rows: list[Row]) -> str:
             minus = _with_interval(row.difference, row.difference_half_width, sign="+")
         p_values = [_p_value(row.adjusted_difference_p), _p_value(row.adjusted_equivalence_p)]
         verdict = row.verdict if row.seeds > 1 else ""
-        lines.append([row.label, f"{row.train_loss:.4f}", accuracy, minus, *p_values, verdict])
+        trained = [f"{row.train_loss:.4f}", f"{100 * row.train_accuracy:.1f}"]
+        lines.append([row.label, *trained, accuracy, minus, *p_values, verdict])
     return tables.markdown_table(header, lines)
 
 

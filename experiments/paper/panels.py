@@ -152,7 +152,7 @@ _ALL = (
 )
 _INITIAL_LENET = "initial weights: PyTorch 1.0's default, uniform on ±1/sqrt(fan-in)"
 _INITIAL_VGG = "initial weights: normal with variance 2/fan-in (He et al. 2015), biases 0"
-_GHOST = "ghost batches of 100; running statistics with momentum 0.1"
+_GHOST = "ghost batches of 100 if no other size is named; running statistics with momentum 0.1"
 _LARGE = (
     "which of the paper's 2,000 and 5,000 the large batch is",
     "the learning rate of SGD-b: as for b, and scaled with the root of the batch size (Hoffer et "

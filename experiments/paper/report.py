@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from experiments import data, figures, records, terminal
-from experiments.paper import _cost, accuracies, listing
+from experiments import data, records, terminal
+from experiments.paper import _cost, _section, accuracies, listing
 from experiments.paper.config import FigureConfig, ListConfig, ReportConfig
 from experiments.paper.panels import PANELS
 from experiments.training import TrainConfig, loop, runs
@@ -50,7 +50,7 @@ def figure(config: FigureConfig) -> pathlib.Path:
     results = _results(plans, config)
     folder.mkdir(parents=True, exist_ok=True)
     name, until = f"figure-{config.panel}", panel.constant_until(config.scale)
-    text = write_section(folder, name, title, plans[0], results, constant_until=until)
+    text = _section.write(folder, name, title, plans[0], results, constant_until=until)
     choices = "\n".join(f"* {line}" for line in panel.choices(config.scale))
     smaller = " or the scale is smaller" if reduced else ""
     text += f"\nOur choices, where the paper is silent{smaller}:\n\n{choices}\n"
@@ -160,73 +160,6 @@ def _groups(plan: TrainConfig, at_once: int) -> Any:
         yield dataclasses.replace(plan, seed=plan.seed + first, seeds=seeds)
 
 
-def write_section(
-    folder: pathlib.Path,
-    name: str,
-    title: str,
-    plan: TrainConfig,
-    results: list[accuracies.Result],
-    constant_until: int | None = None,
-) -> str:
-    """Writes NAME.png and NAME.csv; returns the Markdown page.
-
-    Long runs whose learning rate does not change towards the end have NAME-averaged.csv as well.
-    Those whose rate is constant until a step that is given have NAME-constant.csv, of that step.
-    """
-    labels = [result.label for result in results]
-    reference = next((label for label in labels if label.startswith("SGD")), labels[0])
-    rows = accuracies.compare(results, reference)
-    accuracies.write_csv(rows, folder / f"{name}.csv")
-    second = ""
-    is_long = min(len(result.steps) for result in results) > 2 * accuracies.AVERAGED
-    if constant_until is not None:
-        before = [accuracies.until(result, constant_until) for result in results]
-        compared = accuracies.compare(before, reference)
-        accuracies.write_csv(compared, folder / f"{name}-constant.csv")
-        second = (
-            f"After {constant_until:,} iterations, before the learning rate falls:\n\n"
-            f"{accuracies.markdown_table(compared)}\n\n"
-        )
-    elif is_long and not plan.decay_at:
-        means = accuracies.compare(results, reference, accuracies.AVERAGED)
-        accuracies.write_csv(means, folder / f"{name}-averaged.csv")
-        second = (
-            f"The mean over the last {accuracies.AVERAGED} evaluations of each seed: at a constant "
-            "learning rate a single one may fall on a spike of the loss.\n\n"
-            f"{accuracies.markdown_table(means)}\n\n"
-        )
-    curves = [figures.Curve(r.label, r.steps, r.test_accuracy) for r in results]
-    seeds = rows[0].seeds
-    plural = "seed" if seeds == 1 else "seeds"
-    subtitle = (
-        f"{plan.dataset_name}, {plan.model_name}, learning rate {plan.learning_rate:g}, "
-        f"b = {plan.noise.batch_size}, {seeds} {plural} (band: one standard error)"
-    )
-    own = ", with training images drawn anew per seed" if plan.subset_per_seed else ""
-    figures.plot_curves(curves, folder / f"{name}.png", f"{title}\n{subtitle}")
-    return (
-        f"## {title}\n\n{subtitle[0].upper()}{subtitle[1:]}; {rows[0].steps:,} iterations{own}.\n\n"
-        f"![{_alternative(curves)}]({name}.png)\n\n"
-        f"The last evaluation:\n\n{accuracies.markdown_table(rows)}\n\n"
-        f"{second}"
-        "±: 95 % intervals over seeds (Student's t), each by itself; differences are paired, seed "
-        "by seed. The p-values, and with them the last column, are adjusted by Holm's method over "
-        "all comparisons of a table, apart for differences and for equivalence.\n"
-    )
-
-
-def _alternative(curves: list[figures.Curve]) -> str:
-    """What the picture shows, for readers who do not see it."""
-    ends = {curve.label: 100 * curve.accuracy[-1].mean() for curve in curves}
-    low, high = min(ends, key=lambda label: ends[label]), max(ends, key=lambda label: ends[label])
-    # Brackets in a name would end the text that Markdown takes for the description.
-    text = (
-        f"Test accuracy against iteration, a line per algorithm: {'; '.join(ends)}. At the last "
-        f"evaluation, means are from {ends[low]:.1f} % ({low}) to {ends[high]:.1f} % ({high})."
-    )
-    return text.replace("[", "\\[").replace("]", "\\]")
-
-
 def list_runs(config: ListConfig) -> None:
     """Prints one line per folder below `config.runs` with a run or the remains of one."""
     fresh = config.runs == ListConfig().runs and not config.runs.exists()
@@ -271,7 +204,7 @@ def report(config: ReportConfig) -> pathlib.Path:
             title = f"{i}. {part[0].plan.dataset_name}, {part[0].plan.model_name}"
             name = f"runs-{len(sections) + 1}"
             results = [one.result for one in part]
-            sections.append(write_section(folder, name, title, part[0].plan, results))
+            sections.append(_section.write(folder, name, title, part[0].plan, results))
     text = "# Runs\n\n" + "\n".join(sections)
     if left_out:
         text += "\n## Left out\n\n" + "\n".join(left_out) + "\n"

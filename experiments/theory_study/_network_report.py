@@ -1,5 +1,6 @@
 """The exponents, the table and the picture of the study of nets beside their SDE."""
 
+import collections
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -226,7 +227,8 @@ def draw(
         below.set_xlabel("time $k\\eta$")
         below.set_ylabel("exponent of the learning rate (95 % intervals)")
         figures.below_axes(figure, above, columns=1)
-        count = len({row["seed"] for row in found})
-        title = f"M-SGD-Fisher beside its SDE on four nets, FashionMNIST ({count} paths)"
+        paths = collections.Counter(row["net"] for row in found)
+        each = "; ".join(f"{LABELS[net]}: {number} paths" for net, number in paths.items())
+        title = f"M-SGD-Fisher beside its SDE, FashionMNIST ({each})"
         figure.suptitle(figures.wrapped(title))
     figures.save(figure, path)

@@ -234,6 +234,27 @@ class TrainConfig:
         return named
 
     @property
+    def recipe(self) -> str:
+        """How a run is trained, whatever its algorithm, in words."""
+        width = f" of width {self.width}" if self.width else ""
+        steps = " and ".join(f"{step:,}" for step in self.decay_at)
+        falls = f" (times {self.decay_factor:g} after {steps})" if steps else ""
+        words = [
+            f"{self.model_name}{width}",
+            f"b = {self.noise.batch_size}",
+            f"{self.steps:,} iterations at learning rate {self.learning_rate:g}{falls}",
+        ]
+        if self.momentum:
+            words.append(f"momentum {self.momentum:g}")
+        if self.weight_decay:
+            words.append(f"weight decay {self.weight_decay:g}")
+        if self.label_noise:
+            words.append(f"{100 * self.label_noise:g} % wrong labels")
+        if self.augment:
+            words.append("augmented images")
+        return ", ".join(words)
+
+    @property
     def label(self) -> str:
         """The algorithm's name in figures, with its numbers."""
         name = ALGORITHMS[self.algorithm].name(self.noise)

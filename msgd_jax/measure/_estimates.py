@@ -94,7 +94,8 @@ def ratio(pair: MeanPair, degrees_of_freedom: Any) -> Ratio:
     The standard error is that of the delta method. The interval is Fieller's: all B >= 0 with
     ``|T - B U| <= q s.e.(T - B U)``, where q is the 97.5 % quantile of Student's t with the
     `degrees_of_freedom` of the standard errors; it has no upper end if U cannot be told from 0.
-    If U is known exactly, the interval is that of an `Estimate` which is positive.
+    If U is known exactly, the interval is that of an `Estimate` which is positive. What depends on
+    a NaN is NaN.
     """
     q = t_quantile(degrees_of_freedom)
     # Values that are not traced are computed on the host, in float64.
@@ -125,7 +126,12 @@ def ratio(pair: MeanPair, degrees_of_freedom: Any) -> Ratio:
     low, high = xp.where(only_t, value / factor, low), xp.where(only_t, value * factor, high)
     # If the ratio is known exactly, both ends of the interval are the ratio.
     low, high = (xp.where(exact, value, end) for end in (low, high))
-    return Ratio(value, error, low, xp.where((t == 0) & exact, 0.0, high))
+    high = xp.where((t == 0) & exact, 0.0, high)
+    # Comparisons with NaN are false: without this, a NaN would become 0 or infinity above.
+    unknown = xp.isnan(t) | xp.isnan(u)
+    unsure = unknown | xp.isnan(pair.var_trace + pair.covariance + pair.var_squared)
+    ends = (xp.where(unsure, xp.nan, end) for end in (error, low, high))
+    return Ratio(xp.where(unknown, xp.nan, value), *ends)
 
 
 def root(values: Any) -> Any:
@@ -234,10 +240,21 @@ def squared_norms(tree: PyTree) -> Float[Array, " parts"]:
 
 
 def samples(name: str, values: Array, minimum: int) -> int:
-    """The number of samples; raises ValueError if it is below `minimum`."""
+    """The number of samples; raises ValueError if it is below `minimum`, or some are not finite.
+
+    Traced samples are not checked for the latter.
+    """
     if jnp.ndim(values) < 1 or values.shape[0] < minimum:
         raise ValueError(
             f"{name} must be at least {minimum} along the leading axis, got shape "
             f"{jnp.shape(values)}."
         )
-    return values.shape[0]
+    size = values.shape[0]
+    if not isinstance(values, Tracer):
+        wrong = ~np.isfinite(np.asarray(values)).reshape(size, -1).all(1)
+        if wrong.any():
+            raise ValueError(
+                f"{name} must be finite, got {int(wrong.sum())} of {size} with entries that are "
+                f"not, number {int(wrong.argmax())} first."
+            )
+    return size

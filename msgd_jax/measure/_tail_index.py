@@ -46,7 +46,7 @@ def hill_index(samples: Float[Array, " K"], *, num_top: PositiveInt) -> TailInde
 
     Raises:
         TypeError: if k is not an integer.
-        ValueError: if k is not from 1 to K - 1.
+        ValueError: if k is not from 1 to K - 1, or, outside of `jax.jit`, a sample is not finite.
     """
     size = _estimates.samples("samples", samples, 2)
     top = _validate.positive_int("num_top", num_top, maximum=size - 1)
@@ -94,7 +94,8 @@ def block_index(samples: Float[Array, "K *J"], *, block_size: PositiveInt) -> Ta
 
     Raises:
         TypeError: if K1 is not an integer.
-        ValueError: if there are fewer than 2 blocks, or K1 is below 2.
+        ValueError: if there are fewer than 2 blocks, K1 is below 2, or, outside of `jax.jit`, a
+            sample is not finite.
     """
     size = _estimates.samples("samples", samples, 4)
     k1 = _validate.positive_int("block_size", block_size, minimum=2)
@@ -106,7 +107,7 @@ def block_index(samples: Float[Array, "K *J"], *, block_size: PositiveInt) -> Ta
     vectors = samples[: blocks * k1].reshape(blocks, k1, -1)
     within = _mean_log(_lengths(vectors))
     sums = _lengths(vectors.sum(1))
-    inverse = (jnp.log(jnp.where(sums > 0, sums, 1)) - within) / math.log(k1)
+    inverse = (jnp.log(jnp.where(sums == 0, 1, sums)) - within) / math.log(k1)
     mean, error = inverse.mean(), inverse.std(ddof=1) / math.sqrt(blocks)
     # The standard error to first order in the error of 1 / alpha.
     found = _estimates.estimate(1 / mean, error / jnp.square(mean), blocks - 1)
@@ -120,7 +121,7 @@ def _lengths(vectors: Float[Array, "*shape J"]) -> Array:
 
 def _mean_log(lengths: Float[Array, "blocks K1"]) -> Float[Array, " blocks"]:
     """The mean logarithm per block of the lengths that are not 0."""
-    counts = lengths > 0
+    counts = lengths != 0  # true of NaN, which must not be left out like 0
     logarithms = jnp.log(jnp.where(counts, lengths, 1))
     return logarithms.sum(1) / jnp.maximum(counts.sum(1), 1)
 

@@ -156,7 +156,7 @@ def excess_kurtosis(samples: Float[Array, " K"]) -> Estimate:
     eighth moment is infinite, so it cannot show an infinite kurtosis. It costs no gradient.
 
     Raises:
-        ValueError: if there are fewer than 4 samples.
+        ValueError: if there are fewer than 4 samples, or, outside of `jax.jit`, one is not finite.
     """
     size = _estimates.samples("samples", samples, 4)
     deviations = samples - samples.mean()

@@ -305,18 +305,23 @@ def test_gds_own_rate_is_the_best_on_the_tuning_seeds_alone():
     assert study.best_factor(TINY, found) is None
 
 
-def test_gd_is_stopped_where_its_loss_is_sgds():
-    """Between evaluations the log loss is interpolated: -1.5 is a quarter of the way to -3.
-
-    A loss that GD never has gives its last evaluation, and one that it always has its first.
-    """
+def test_gd_is_compared_where_its_loss_first_is_sgds():
+    """At the first evaluation with that loss or less, of the longer run if there is none."""
     steps = np.asarray([1, 2, 3])
     accuracy = np.asarray([0.1, 0.2, 0.4])
-    gd = _records.Curve(steps, np.exp([0.0, -1.0, -3.0]), accuracy, accuracy, accuracy)
-    for wanted, expected in ((-1.5, 0.25), (-3.0, 0.4), (-9.0, 0.4), (1.0, 0.1)):
-        sgd = gd._replace(train_loss=np.exp([0.0, 0.0, wanted]))
-        stopped = report._at_equal_loss({7: gd}, {7: sgd})[7]
-        assert stopped.test_accuracy[-1] == pytest.approx(expected)
+    gd = _records.Curve(steps, np.asarray([1.0, 0.5, 0.1]), accuracy, accuracy, accuracy)
+    longer = gd._replace(train_loss=np.asarray([0.9, 0.05, 0.01]), test_accuracy=accuracy + 0.5)
+    for wanted, expected, without in (
+        (2.0, 0.1, 0.1),
+        (0.5, 0.2, 0.2),
+        (0.3, 0.4, 0.4),
+        (0.05, 0.7, 0.4),
+        (0.001, 0.9, 0.4),
+    ):
+        sgd = gd._replace(train_loss=np.asarray([0.0, 0.0, wanted]))
+        for runs, accuracy_then in (({7: longer}, expected), ({}, without)):
+            stopped = report._at_equal_loss({7: gd}, runs, {7: sgd})[7]
+            assert stopped.test_accuracy.tolist() == [accuracy_then]
 
 
 def test_the_report_adjusts_over_the_declared_family():

@@ -39,6 +39,16 @@ def test_stable_numbers_have_their_characteristic_function():
     assert_rejected(mean, math.exp(-(2**1.7)), error)
 
 
+def test_stable_numbers_are_finite_where_an_angle_is_the_smallest(monkeypatch):
+    """The smallest angle, -pi/2, has a cosine below 0 in float32, whose powers are NaN."""
+    monkeypatch.setattr(
+        jax.random, "uniform", lambda key, shape, minval, maxval: jnp.full(shape, minval)
+    )
+    x = tails.stable(jax.random.key(0), (100,), 1.5)
+    assert np.isfinite(x).all()
+    assert float(jnp.abs(x).min()) > 1_000
+
+
 @pytest.mark.parametrize("name", ["isotropic", "cov", "sgd"])
 def test_the_noise_has_the_trace_of_sgds_covariance(name):
     """The near miss has uncentred gradients and a batch of 3."""

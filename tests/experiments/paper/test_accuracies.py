@@ -99,7 +99,8 @@ def test_p_values_are_adjusted_over_the_comparisons_of_a_table():
 def test_tables_have_the_means_and_differences(tmp_path):
     rows = accuracies.compare([REFERENCE, WORSE], "SGD-50")
     table = accuracies.markdown_table(rows).splitlines()
-    assert table[0].startswith("| algorithm | train loss | test accuracy % | minus SGD-50 |")
+    assert table[0].startswith("| algorithm | train loss | train accuracy % | test accuracy % |")
+    assert "| minus SGD-50 |" in table[0]
     assert "| 78.76 ± " in table[2]
     assert "the reference" in table[2]
     assert "| -2.94 ± " in table[3]
@@ -157,7 +158,7 @@ def test_averages_over_the_last_evaluations():
 
 
 def test_long_runs_have_both_tables(tmp_path):
-    from experiments.paper import report
+    from experiments.paper import _section
     from experiments.training.config import TrainConfig
 
     for evaluations, expected in ((12, True), (10, False)):
@@ -168,14 +169,14 @@ def test_long_runs_have_both_tables(tmp_path):
         ]
         folder = tmp_path / str(evaluations)
         folder.mkdir()
-        text = report.write_section(folder, "x", "Title", TrainConfig(), found)
+        text = _section.write(folder, "x", "Title", TrainConfig(), found)
         assert (folder / "x-averaged.csv").exists() == expected
         assert text.count("| SGD-50 | ") == 1 + expected
         assert f"| SGD-50 | {0.2 + 0.7 * 2 / 11:.4f} |" in text or not expected
 
 
 def test_runs_are_compared_where_the_rate_was_constant_too(tmp_path):
-    from experiments.paper import report
+    from experiments.paper import _section
     from experiments.training.config import TrainConfig
 
     steps, seeds = np.arange(0, 80, 10), np.array([-0.01, 0.0, 0.02])
@@ -185,7 +186,7 @@ def test_runs_are_compared_where_the_rate_was_constant_too(tmp_path):
         for accuracy in [slope * steps[:, None] + seeds]
     ]
     plan = TrainConfig(steps=70, decay_at=(60,))
-    text = report.write_section(tmp_path, "x", "Title", plan, found, constant_until=60)
+    text = _section.write(tmp_path, "x", "Title", plan, found, constant_until=60)
     with open(tmp_path / "x-constant.csv") as file:
         rows = {row["label"]: row for row in csv.DictReader(file)}
     assert {row["steps"] for row in rows.values()} == {"60"}
@@ -195,4 +196,41 @@ def test_runs_are_compared_where_the_rate_was_constant_too(tmp_path):
     assert text.count("| SGD-50 | ") == 2
     assert not (tmp_path / "x-averaged.csv").exists()
     with pytest.raises(ValueError, match="step must be one of SGD-50's evaluations, got 65"):
-        report.write_section(tmp_path, "x", "Title", plan, found, constant_until=65)
+        _section.write(tmp_path, "x", "Title", plan, found, constant_until=65)
+
+
+def test_sparse_laws_are_compared_with_sgd_of_their_batch_size_too(tmp_path):
+    from experiments.paper import _section
+    from experiments.training.config import TrainConfig
+
+    finals = {
+        "SGD-50": [0.50, 0.52, 0.51],
+        "SGD-250": [0.46, 0.49, 0.46],
+        "SGD-250, rate x root": [0.40, 0.43, 0.40],
+        "[M-SGD-Cov]-250": [0.50, 0.51, 0.52],
+        "SGD-50, another key": [0.51, 0.50, 0.50],
+    }
+    found = [result(label, final) for label, final in finals.items()]
+    plan = TrainConfig(
+        dataset="cifar10",
+        model="vgg11",
+        width=8,
+        steps=1_500,
+        momentum=0.9,
+        decay_at=(750, 1_125),
+        augment=True,
+    )
+    text = _section.write(tmp_path, "x", "Title", plan, found)
+    with open(tmp_path / "x-large.csv") as file:
+        large, sparse = csv.DictReader(file)
+    assert large["verdict"] == "the reference"
+    assert (large["label"], sparse["label"]) == ("SGD-250", "[M-SGD-Cov]-250")
+    assert float(sparse["difference"]) == pytest.approx(0.12 / 3)
+    setting = (
+        "Cifar10, vgg11 of width 8, b = 50, 1,500 iterations at learning rate 0.01 (times "
+        "0.1 after 750 and 1,125), momentum 0.9, augmented images; 3 seeds;"
+    )
+    assert setting in text
+    # Without sparse laws, there is nothing to compare.
+    _section.write(tmp_path, "y", "Title", plan, found[:3])
+    assert not (tmp_path / "y-large.csv").exists()

@@ -51,3 +51,13 @@ def test_of_gradients_whose_squares_overflow_the_squares_are_said_to(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_that_are_zero_are_taken(way):
     assert WAYS[way](in_unit(1.0, 0 * ROWS)).total.noise_scale.value == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_under_jit_a_gradient_that_is_nan_makes_the_noise_scale_nan(way):
+    """It was infinite, as that of a gradient of 0 is. Outside of `jax.jit` it is refused."""
+    rows = ROWS.copy()
+    rows[4, 1] = np.nan
+    scale = jax.jit(lambda: WAYS[way](in_unit(1.0, rows)).total)()
+    estimate = scale.noise_scale
+    assert np.isnan(jnp.stack([estimate.value, estimate.standard_error, *scale.interval])).all()

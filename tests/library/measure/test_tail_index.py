@@ -98,9 +98,38 @@ def test_directions_without_noise_do_not_change_the_limit():
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
+VECTORS = jnp.sin(jnp.arange(60.0)).reshape(20, 3)
+ESTIMATORS = {
+    "block_index": lambda x: measure.block_index(x, block_size=5),
+    "hill_index": lambda x: measure.hill_index(x[:, 1], num_top=3),
+    "excess_kurtosis": lambda x: measure.excess_kurtosis(x[:, 1]),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_sample_that_is_nan_makes_traced_estimates_nan(name):
+    """Outside of `jax.jit` such samples are refused; none is left out as if it were 0."""
+    estimator = ESTIMATORS[name]
+    found = jax.jit(estimator)(VECTORS.at[3, 1].set(jnp.nan))
+    estimate = getattr(found, "estimate", found)
+    assert np.isnan(estimate.value)
+    assert np.isnan(estimate.standard_error)
+    assert np.isfinite(jax.tree.leaves(jax.jit(estimator)(VECTORS))[0])
+
+
 MISTAKES = {
     "top": (lambda: measure.hill_index(jnp.ones(9), num_top=9), "num_top", "between 1 and 8"),
     "blocks": (lambda: measure.block_index(jnp.ones(9), block_size=5), "block_size", "got 5"),
+    "nan": (
+        lambda: measure.block_index(VECTORS.at[3, 1].set(jnp.nan), block_size=5),
+        "samples",
+        "finite, got 1 of 20",
+    ),
+    "infinite": (
+        lambda: measure.hill_index(VECTORS[:, 0].at[4:6].set(jnp.inf), num_top=3),
+        "samples",
+        "got 2 of 20 with entries that are not, number 4 first",
+    ),
 }
 
 

@@ -194,6 +194,7 @@ MISTAKES = {
         "between 1 and 3, got 4",
     ),
     "few": (lambda: measure.excess_kurtosis(jnp.ones(3)), "samples", "at least 4"),
+    "nan": (lambda: measure.excess_kurtosis(jnp.full(5, jnp.nan)), "samples", "finite, got 5 of 5"),
     "whole": (lambda: measure.sgd_kurtosis(jnp.ones(5), 5), "batch_size", "between 1 and 4"),
     "flat": (lambda: measure.gaussianity_test(jnp.ones((4, 3)), KEY), "samples", "(4, 3)"),
     "rank": (
