@@ -246,12 +246,13 @@ def draws(
 
 def stable(key: Key[Array, ""], shape: tuple[int, ...], index: float) -> Array:
     """Independent symmetric stable numbers, by Chambers, Mallows and Stuck (1976)."""
-    keys = jax.random.split(key)
-    angle = jax.random.uniform(keys[0], shape, minval=-math.pi / 2, maxval=math.pi / 2)
-    wait = jax.random.exponential(keys[1], shape)
+    keys = jax.random.split(key, 3)
+    # The angle's distance from -pi/2 or pi/2, above 0: a rounded pi/2 has a cosine below 0.
+    apart = math.pi / 2 * (1 - jax.random.uniform(keys[0], shape))
+    angle = jax.random.rademacher(keys[1], shape, jnp.float32) * (math.pi / 2 - apart)
+    wait = jax.random.exponential(keys[2], shape)
     tail = (jnp.cos((1 - index) * angle) / wait) ** ((1 - index) / index)
-    # Rounded to float32, -pi/2 has a cosine just below 0.
-    return jnp.sin(index * angle) / jnp.abs(jnp.cos(angle)) ** (1 / index) * tail
+    return jnp.sin(index * angle) / jnp.sin(apart) ** (1 / index) * tail
 
 
 def _probes(key: Key[Array, ""], size: int, count: int) -> tuple[Array, Array, Key[Array, ""]]:

@@ -39,14 +39,12 @@ def test_stable_numbers_have_their_characteristic_function():
     assert_rejected(mean, math.exp(-(2**1.7)), error)
 
 
-def test_stable_numbers_are_finite_where_an_angle_is_the_smallest(monkeypatch):
-    """The smallest angle, -pi/2, has a cosine below 0 in float32, whose powers are NaN."""
-    monkeypatch.setattr(
-        jax.random, "uniform", lambda key, shape, minval, maxval: jnp.full(shape, minval)
-    )
+@pytest.mark.parametrize("drawn", [0.0, np.nextafter(np.float32(1), np.float32(0))])
+def test_stable_numbers_are_finite_at_both_ends_of_the_angles(drawn, monkeypatch):
+    """Their angles were NaN at one end, which is drawn once in 2^23 times."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, drawn))
     x = tails.stable(jax.random.key(0), (100,), 1.5)
     assert np.isfinite(x).all()
-    assert float(jnp.abs(x).min()) > 1_000
 
 
 @pytest.mark.parametrize("name", ["isotropic", "cov", "sgd"])
