@@ -58,16 +58,12 @@ def order(sweep: dict[str, Any]) -> list[str]:
     The exponent has a standard error only where a line fits the measured points; where nothing is
     random, there is neither a standard error nor a chi-square.
     """
-    found = sweep["order"]
-    if not isinstance(found, dict) or not any(sweep["standard_errors"]):
+    found, p_value = sweep["order"], sweep["p_value"]
+    if p_value is None:
         return [estimate(found["value"] if isinstance(found, dict) else found), ""]
-    x, errors = np.log(sweep["learning_rates"]), np.abs(sweep["errors"])
-    weights = errors / np.maximum(sweep["standard_errors"], 1e-12)
-    slope, level = np.polyfit(x, np.log(errors), 1, w=weights)
-    misfit = ((weights * (np.log(errors) - slope * x - level)) ** 2).sum()
-    p_value = float(scipy.stats.chi2.sf(misfit, len(x) - 2))
     shown = estimate(found) if p_value >= 0.1 else f"{found['value']:.3f}, not a line"
-    return [shown, f"{misfit:.1f} ({len(x) - 2}), p {intervals.p_value(p_value)}"]
+    freedom = len(sweep["learning_rates"]) - 2
+    return [shown, f"{sweep['chi_square']:.1f} ({freedom}), p {intervals.p_value(p_value)}"]
 
 
 def theorem1(settings: list[dict[str, Any]]) -> Any:

@@ -110,7 +110,7 @@ def _digits_problems(config: ComplexityConfig) -> list[tuple[Any, Any, Any]]:
 
 def theorem1_rows(config: ComplexityConfig) -> Iterator[dict[str, Any]]:
     """The ratio of the two sides of each inequality, for every class of losses."""
-    for case in terminal.each(settings(config), "Theorem 1", "class"):
+    for case in terminal.each(settings(config), "Theorem 1", "setting"):
         common = {
             "radius": case.radius,
             "num_draws": case.num_draws,

@@ -216,12 +216,15 @@ def _mixture_draw(
 def _padded(
     law: MNoise, size: int | None, implementation: str, words: UInt32[Array, " words"]
 ) -> Weights:
-    """A draw that lists `size` examples, padded with weights of 0; dense if `size` is None."""
+    """A draw that lists `size` examples; dense if `size` is None.
+
+    It is padded with its last example at weight 0, and with no other, whose loss may be infinite.
+    """
     weights = law.draw(jax.random.wrap_key_data(words, impl=implementation))
     if size is None or weights.indices is None:
         return Weights(weights.dense(), None, weights.num_examples)
     rest = (0, size - weights.values.shape[0])
-    indices = jnp.pad(weights.indices.astype(jnp.int32), rest)
+    indices = jnp.pad(weights.indices.astype(jnp.int32), rest, mode="edge")
     return Weights(jnp.pad(weights.values, rest), indices, weights.num_examples)
 
 

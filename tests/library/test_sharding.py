@@ -52,6 +52,22 @@ def test_any_number_of_devices_uses_the_weights_of_one(name, num_devices, mode):
     assert_same_bits(used, law.sample(KEY, 5).dense())
 
 
+@pytest.mark.parametrize("microbatch_size", [None, 3])
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_an_infinite_loss_that_is_not_listed_spoils_nothing(num_devices, microbatch_size):
+    """Whichever example it is, since what fills up a device's part is listed, too."""
+    settings = {"sharding": spread(num_devices), "microbatch_size": microbatch_size}
+    law = noise.mixture([noise.sgd(24, 6), noise.sgd(24, 2)], [0.5, 0.5])
+    f = jax.jit(loss.noisy_value_and_grad(lambda theta, x: theta[0] * x, law, **settings))
+    for step in range(3):
+        listed = law.sample(KEY, step).dense() != 0
+        for bad in np.flatnonzero(~listed):
+            x = jnp.ones(24).at[bad].set(jnp.inf)
+            assert np.isfinite(f(jnp.ones(1), x, KEY, step)[1]), (step, bad)
+        spoilt = jnp.ones(24).at[int(np.flatnonzero(listed)[0])].set(jnp.inf)
+        assert not np.isfinite(f(jnp.ones(1), spoilt, KEY, step)[1])
+
+
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ["fisher", "cov", "bernoulli", "rademacher"])
 def test_each_device_draws_the_weights_of_its_own_part_only(name, mode):
