@@ -7,7 +7,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import scipy.stats
 
 from experiments import figures, styles, tables
 from experiments.paper.accuracies import of_evaluations, of_folder

@@ -55,6 +55,22 @@ def with_norm(tree: PyTree) -> tuple[PyTree, Float[Array, ""]]:
     )
 
 
+def norm(values: Array) -> Float[Array, ""]:
+    """The Euclidean norm of one array; no square overflows or underflows."""
+    return _norm_by_largest([values], accumulator(values.dtype))
+
+
+def in_unit(values: Array, axis: int | None = None) -> Array:
+    """The values divided by the largest of them, in float32 or wider; zeros stay zeros.
+
+    What does not depend on their unit is computed from these, whose squares and fourth powers
+    neither overflow nor underflow.
+    """
+    values = wide(values)
+    largest = jnp.abs(values).max(axis, keepdims=axis is not None, initial=0.0)
+    return values / jnp.where(largest == 0, 1, largest)
+
+
 def _leaves(tree: PyTree) -> tuple[list[Array], jnp.dtype]:
     """The leaves that have entries, and the type of their norm."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]

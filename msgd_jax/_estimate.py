@@ -44,7 +44,7 @@ class Estimate(NamedTuple):
         Where the standard error is infinite, or the value is infinite and its standard error is not
         0, the interval excludes nothing: it is the whole line, or [0, inf) for a positive number.
         """
-        if self.standard_error and math.isinf(self.value + self.standard_error):
+        if self.standard_error and (math.isinf(self.value) or math.isinf(self.standard_error)):
             return (0.0 if self.positive else -math.inf), math.inf
         margin = t_quantile(self.degrees_of_freedom) * self.standard_error
         if not self.positive or self.value <= 0:

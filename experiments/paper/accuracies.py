@@ -90,8 +90,12 @@ def until(result: Result, step: int) -> Result:
     if step not in result.steps:
         raise ValueError(f"step must be one of {result.label}'s evaluations, got {step}.")
     kept = result.steps <= step
-    curves = (result.train_loss, result.train_accuracy, result.test_accuracy)
-    return Result(result.label, result.steps[kept], *(x[kept] for x in curves), result.seconds)
+    return result._replace(
+        steps=result.steps[kept],
+        train_loss=result.train_loss[kept],
+        train_accuracy=result.train_accuracy[kept],
+        test_accuracy=result.test_accuracy[kept],
+    )
 
 
 class Row(NamedTuple):

@@ -63,7 +63,8 @@ class LocalComplexity(NamedTuple):
         """The standard error of `mean` over draws; 0 if all draws were enumerated."""
         if self.exhaustive:
             return jnp.zeros_like(self.mean)
-        return self.draws.std(ddof=1) / np.sqrt(self.draws.size)
+        unit = jnp.abs(self.draws).max()
+        return unit * _dtypes.in_unit(self.draws).std(ddof=1) / np.sqrt(self.draws.size)
 
     @property
     def estimate(self) -> Estimate:

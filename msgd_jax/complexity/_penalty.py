@@ -54,7 +54,8 @@ def penalty(
         ascent: the settings of the search for the supremum; ``at_once`` is ignored.
 
     Returns:
-        A scalar that can be differentiated.
+        A scalar that can be differentiated; NaN if an ascent comes to a value or a gradient that is
+        not finite.
 
     Raises:
         TypeError: if `losses` is not a `loss.LossVector`, `multipliers` is not a `noise.Weights`, a
@@ -221,7 +222,10 @@ def _supremum(
     ascent: Ascent,
     centred: bool = False,
 ) -> tuple[Float[Array, ""], Gradients]:
-    """The largest value that the ascents reach, and the gradient there."""
+    """The largest value that the ascents reach, and the gradient there.
+
+    Both are NaN if an ascent comes to a value or a gradient that is not finite.
+    """
     params = jax.tree.map(jnp.asarray, params)
     n = multipliers.num_examples
     weights = Weights(multipliers.values / n, multipliers.indices, n)
@@ -239,4 +243,7 @@ def _supremum(
     # All signs and starts one after the other, so that memory holds one ascent.
     peaks = jax.lax.map(one_ascent, jnp.arange(2 * ascent.num_starts))
     best = peaks.value.argmax()
-    return peaks.value[best], jax.tree.map(lambda g: g[best], peaks.gradient)
+    # Comparisons with a NaN are false, so that an ascent passes by it.
+    lost = jnp.where(peaks.finite.all(), 0, jnp.nan)
+    gradient = jax.tree.map(lambda g: g[best] + lost.astype(g.dtype), peaks.gradient)
+    return peaks.value[best] + lost.astype(peaks.value.dtype), gradient

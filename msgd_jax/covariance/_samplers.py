@@ -258,7 +258,7 @@ def to_multiplicative(
     additive = jnp.asarray(additive, matrix.dtype)
     deviations = jnp.linalg.lstsq(matrix.T, additive)[0]
     made = jnp.matmul(deviations, matrix, precision=_HIGHEST)
-    residual, norm = jnp.linalg.norm(made - additive), jnp.linalg.norm(additive)
+    residual, norm = _dtypes.norm(made - additive), _dtypes.norm(additive)
     relative = residual / jnp.where(norm > 0, norm, 1)
     return Multiplicative(Weights(1 / num_examples + deviations, None, num_examples), relative)
 

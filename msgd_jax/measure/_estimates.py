@@ -79,6 +79,24 @@ class MeanPair(NamedTuple):
     var_squared: Float[Array, " *parts"]
 
 
+def unless_underflown(pair: MeanPair, num_samples: Any) -> MeanPair:
+    """The pair of means of this many samples, with infinite variances where these underflow.
+
+    Variances are as small as the square of the larger mean over the number of samples. Where that
+    is hardly a normal number, they have lost their digits, or are 0 as if the means were exact.
+    """
+    size = jnp.maximum(jnp.abs(pair.trace), jnp.abs(pair.squared))
+    least = 100 * float(jnp.finfo(pair.trace.dtype).tiny)
+    lost = (size > 0) & (size < jnp.sqrt(jnp.asarray(least * num_samples, size.dtype)))
+    return MeanPair(
+        pair.trace,
+        pair.squared,
+        jnp.where(lost, jnp.inf, pair.var_trace),
+        jnp.where(lost, 0, pair.covariance),
+        jnp.where(lost, jnp.inf, pair.var_squared),
+    )
+
+
 class Ratio(NamedTuple):
     """T / U with its standard error and Fieller's 95 % interval."""
 
@@ -102,12 +120,17 @@ def ratio(pair: MeanPair, degrees_of_freedom: Any) -> Ratio:
     xp: Any = jnp
     if not any(isinstance(leaf, Tracer) for leaf in pair):
         xp, pair = np, MeanPair(*(np.asarray(leaf, np.float64) for leaf in pair))  # type: ignore[arg-type]
+    # In units of the larger mean, since powers up to the fourth of the means are compared.
+    unit = xp.maximum(abs(pair.trace), abs(pair.squared))
+    unit = xp.where((unit > 0) & (unit < xp.inf), unit, 1)
+    pair = MeanPair(*(part / unit for part in pair[:2]), *(part / unit / unit for part in pair[2:]))
     t, u = pair.trace, pair.squared
     present = u > 0
     safe = xp.where(present, u, 1)
     value = xp.where(t == 0, 0.0, xp.where(present, t / safe, xp.inf))
     finite = xp.where(present, t / safe, 0.0)
-    variance = pair.var_trace - 2 * finite * pair.covariance + finite**2 * pair.var_squared
+    of_u = xp.where(finite == 0, 0, finite**2 * pair.var_squared)
+    variance = pair.var_trace - 2 * finite * pair.covariance + of_u
     error = xp.sqrt(xp.maximum(variance, 0)) / safe
     exact = (pair.var_trace == 0) & (pair.var_squared == 0)
     error = xp.where(present | (t == 0) | exact, error, xp.inf)

@@ -120,7 +120,7 @@ def _tridiagonal(
         return vector
 
     def unit(vector: Float[Array, " D"]) -> Float[Array, " D"]:
-        return vector / jnp.linalg.norm(vector)
+        return vector / _dtypes.norm(vector)
 
     def step(i: Int[Array, ""], carry: tuple[Array, ...]) -> tuple[Array, ...]:
         basis, vector, diagonal, off_diagonal, scale = carry
@@ -128,7 +128,7 @@ def _tridiagonal(
         image = product(vector)
         along = jnp.dot(vector, image, precision=_HIGHEST)
         rest = orthogonal(image, basis)
-        length = jnp.linalg.norm(rest)
+        length = _dtypes.norm(rest)
         scale = jnp.maximum(scale, jnp.abs(along) + length)
         # If only rounding is left, the space is exhausted: continue in a new random direction.
         exhausted = length <= tiny * scale

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from msgd_jax import _laws, _validate
+from msgd_jax import _dtypes, _laws, _validate
 from msgd_jax import loss as loss_lib
 from msgd_jax._streams import Stream, derive
 from msgd_jax._typing import Gradients, Params, PositiveInt
@@ -54,6 +54,7 @@ def autocorrelation(series: Float[Array, "R T J"], *, max_lag: PositiveInt) -> A
             f"series must be [R, T, J], with at least 2 runs, got shape {jnp.shape(series)}."
         )
     runs, steps, _ = series.shape
+    series = _dtypes.in_unit(series)
     max_lag = _validate.positive_int("max_lag", max_lag, maximum=steps - 1)
     # [R, lags + 1]: the mean product of each run at each lag.
     products = jnp.stack(

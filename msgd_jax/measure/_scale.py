@@ -119,7 +119,12 @@ def noise_scale(
     pair = jax.jit(moments)(params, losses.data)
     _estimates.check_finite(losses, params, pair)
     _estimates.check_range(losses, params, pair)
-    return assembled(params, pair, n - 1 if population else jnp.inf)
+    if not population:
+        return assembled(params, pair, jnp.inf)
+    if n == 2:  # both are equally far from their mean, whatever the variance is
+        unknown = jnp.where(pair.trace > 0, jnp.inf, pair.var_trace)
+        pair = pair._replace(var_trace=unknown)
+    return assembled(params, _estimates.unless_underflown(pair, n), n - 1)
 
 
 def noise_scale_from_draws(
@@ -174,7 +179,8 @@ def noise_scale_from_draws(
     pair = _pair_of_draws(drawn, of_s)
     _estimates.check_finite(losses, params, pair)
     _estimates.check_range(losses, params, pair)
-    return assembled(params, pair, num_draws - 1)
+    known = _estimates.unless_underflown(pair, num_draws)._replace(var_squared=pair.var_squared)
+    return assembled(params, known, num_draws - 1)
 
 
 @jax.jit  # arrays only, so jax keeps one program per set of shapes, as for functions of jnp
@@ -288,7 +294,7 @@ def pooled_noise_scale(params: Params, moments: MicrobatchMoments) -> NoiseScale
         (t * u).sum(0) / scale,
         jnp.square(u).sum(0) / scale,
     )
-    return assembled(params, pair, steps - 1)
+    return assembled(params, _estimates.unless_underflown(pair, steps), steps - 1)
 
 
 def assembled(params: Params, pair: _estimates.MeanPair, degrees_of_freedom: Any) -> NoiseScale:

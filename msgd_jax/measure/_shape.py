@@ -152,21 +152,33 @@ def _gram(noise: Gradients) -> Float[Array, "K K"]:
 
 
 def _of_parts(parts: _Parts, dim: int) -> Alignment:
-    squares, pairs = jnp.diag(parts.gram), jnp.square(parts.gram)
+    squares = jnp.diag(parts.gram)
     k, p, dtype = parts.hc.shape[0], parts.h.shape[0], parts.gram.dtype
+    # Quotients have no unit: they are computed in units of the noise and of the Hessian.
+    of_noise, of_hessian = squares.max(), jnp.sqrt(parts.h2.max())
+    of_noise = jnp.where(of_noise > 0, of_noise, 1)
+    of_hessian = jnp.where(of_hessian > 0, of_hessian, 1)
+    own = _Parts(
+        hc=parts.hc / of_noise / of_hessian,
+        hs=parts.hs,
+        gram=parts.gram / of_noise,
+        h=parts.h / of_hessian,
+        h2=parts.h2 / of_hessian / of_hessian,
+    )
+    pairs = jnp.square(own.gram)
 
     def of_draws(w: Float[Array, " K"]) -> dict[str, Array]:
         """Unbiased numbers from the draws with weight 1."""
         total = w.sum()
         different = w @ pairs @ w - jnp.square(w) @ jnp.diag(pairs)
         return {
-            "hc": w @ parts.hc / total,
-            "c": w @ squares / total,
+            "hc": w @ own.hc / total,
+            "c": w @ jnp.diag(own.gram) / total,
             "c2": different / (total * (total - 1)),
         }
 
     def of_probes(w: Float[Array, " P"]) -> dict[str, Array]:
-        return {"h": w @ parts.h / w.sum(), "h2": w @ parts.h2 / w.sum()}
+        return {"h": w @ own.h / w.sum(), "h2": w @ own.h2 / w.sum()}
 
     def quotient(a: dict[str, Array], b: dict[str, Array], name: str) -> Array:
         if name == "alignment":
@@ -188,7 +200,9 @@ def _of_parts(parts: _Parts, dim: int) -> Alignment:
         trace_hc=_estimates.of_sample(parts.hc),
         trace_hs=_estimates.of_sample(parts.hs),
         trace_c=_estimates.of_sample(squares, positive=True),
-        squared_norm_c=_estimates.estimate(norm, norm_error, k - 1, positive=True),
+        squared_norm_c=_estimates.estimate(
+            norm * of_noise * of_noise, norm_error * of_noise * of_noise, k - 1, positive=True
+        ),
         trace_h=_estimates.of_sample(parts.h),
         squared_norm_h=_estimates.of_sample(parts.h2, positive=True),
         alignment=both("alignment"),
@@ -318,20 +332,27 @@ def batch_sharpness(
         def one(step: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
             weights = law.sample(key, step)
             gradient = own.gradient(params, weights)
-            image = own.hessian_product(params, gradient, weights)
-            return _hessian.dot(gradient, image), _hessian.dot(gradient, gradient)
+            # Along a direction of length 1, since products of two small gradients may underflow.
+            gradient, length = _dtypes.with_norm(gradient)
+            unit = jnp.where(length > 0, length, 1)
+            along = jax.tree.map(lambda g: (g / unit.astype(g.dtype)).astype(g.dtype), gradient)
+            image = own.hessian_product(params, along, weights)
+            return _hessian.dot(along, image), length
 
         return jax.lax.map(one, first + jnp.arange(num_draws, dtype=jnp.int32))
 
-    curvature, squares = jax.jit(measured)(params, losses.data, key, first)
-    _estimates.check_finite(losses, params, (curvature, squares))
-    total = curvature.sum(), squares.sum()
+    sharpness, lengths = jax.jit(measured)(params, losses.data, key, first)
+    _estimates.check_finite(losses, params, (sharpness, lengths))
+    # Weights of the ratio of sums, which has no unit.
+    shares = jnp.square(_dtypes.in_unit(lengths))
+    total = (sharpness * shares).sum(), shares.sum()
     # The jackknife: the ratio of the sums without each draw in turn.
-    without = (total[0] - curvature) / (total[1] - squares)
+    without = (total[0] - sharpness * shares) / (total[1] - shares)
+    squares = jnp.square(lengths)
     return BatchSharpness(
         _estimates.estimate(total[0] / total[1], _estimates.spread_without(without), num_draws - 1),
-        _estimates.of_sample(curvature / squares),
-        _estimates.of_sample(curvature),
+        _estimates.of_sample(jnp.where(lengths == 0, jnp.nan, sharpness)),
+        _estimates.of_sample(sharpness * squares),
         _estimates.of_sample(squares, positive=True),
-        (squares == 0).sum(),
+        (lengths == 0).sum(),
     )

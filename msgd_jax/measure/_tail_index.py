@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from msgd_jax import _validate
+from msgd_jax import _dtypes, _validate
 from msgd_jax._estimate import Estimate
 from msgd_jax._typing import PositiveInt
 from msgd_jax.measure import _estimates
@@ -53,7 +53,9 @@ def hill_index(samples: Float[Array, " K"], *, num_top: PositiveInt) -> TailInde
     ordered = jnp.sort(jnp.abs(samples))[::-1]
     mean = jnp.log(ordered[:top] / ordered[top]).mean()
     index = jnp.where(mean > 0, 1 / jnp.where(mean > 0, mean, 1), jnp.inf)
-    index = jnp.where(jnp.isfinite(mean), index, jnp.where(ordered[top] == 0, 0.0, jnp.nan))
+    missing = jnp.isnan(ordered).any()
+    at_zero = jnp.where((ordered[top] == 0) & ~missing, 0.0, jnp.nan)
+    index = jnp.where(jnp.isfinite(mean), index, at_zero)
     return TailIndex(
         _estimates.estimate(index, index / math.sqrt(top), positive=True),
         _hill_of_gaussian(top / size),
@@ -86,11 +88,12 @@ def block_index(samples: Float[Array, "K *J"], *, block_size: PositiveInt) -> Ta
 
     Args:
         samples: numbers [K] or vectors [K, J] with mean 0; zeros are left out, as in the authors'
-            code.
+            code, and blocks whose sum is 0.
         block_size: K1, at least 2; samples that do not fill a block are left out.
 
     Returns:
-        The index, with a standard error from the variance between blocks. It may be negative.
+        The index, with a standard error from the variance between blocks. It may be negative, and
+        does not depend on the unit of the samples.
 
     Raises:
         TypeError: if K1 is not an integer.
@@ -104,14 +107,19 @@ def block_index(samples: Float[Array, "K *J"], *, block_size: PositiveInt) -> Ta
         raise ValueError(
             f"block_size must leave at least 2 blocks of {size} samples, got {block_size}."
         )
-    vectors = samples[: blocks * k1].reshape(blocks, k1, -1)
-    within = _mean_log(_lengths(vectors))
-    sums = _lengths(vectors.sum(1))
-    inverse = (jnp.log(jnp.where(sums == 0, 1, sums)) - within) / math.log(k1)
-    mean, error = inverse.mean(), inverse.std(ddof=1) / math.sqrt(blocks)
+    vectors = _dtypes.in_unit(samples)[: blocks * k1].reshape(blocks, k1, -1)
+    lengths, sums = _lengths(vectors), _lengths(vectors.sum(1))
+    within, used = _mean_log(lengths), sums != 0
+    inverse = (jnp.log(jnp.where(used, sums, 1)) - within) / math.log(k1)
+    number = used.sum()
+    mean = jnp.where(used, inverse, 0).sum() / number
+    squares = jnp.where(used, jnp.square(inverse - mean), 0).sum()
+    error = jnp.sqrt(squares / (number - 1) / number)
     # The standard error to first order in the error of 1 / alpha.
-    found = _estimates.estimate(1 / mean, error / jnp.square(mean), blocks - 1)
-    limit = 0.5 + (_log_of_gaussian(vectors) - within.mean()) / math.log(k1)
+    found = _estimates.estimate(1 / mean, error / jnp.square(mean), number - 1)
+    present = (lengths != 0).any(1)
+    typical = jnp.where(present, within, 0).sum() / present.sum()
+    limit = 0.5 + (_log_of_gaussian(vectors) - typical) / math.log(k1)
     return TailIndex(found, _estimates.estimate(1 / limit).value)
 
 

@@ -159,7 +159,11 @@ def excess_kurtosis(samples: Float[Array, " K"]) -> Estimate:
         ValueError: if there are fewer than 4 samples, or, outside of `jax.jit`, one is not finite.
     """
     size = _estimates.samples("samples", samples, 4)
-    deviations = samples - samples.mean()
+    scaled = _dtypes.in_unit(samples)
+    deviations = scaled - scaled.mean()
+    # Equal samples deviate by rounding, and have no kurtosis.
+    equal = jnp.abs(deviations).max() <= 8 * jnp.finfo(deviations.dtype).eps
+    deviations = jnp.where(equal, jnp.nan, _dtypes.in_unit(deviations))
     second = jnp.square(deviations).mean()
     unit = deviations / jnp.sqrt(second)
     fourth = (unit**4).mean()
@@ -217,7 +221,8 @@ def sgd_kurtosis(
     """
     n = slopes.shape[-1]
     b = _validate.positive_int("batch_size", batch_size, maximum=None if replace else n - 1)
-    centred = slopes - slopes.mean(-1, keepdims=True)
+    centred = _dtypes.wide(slopes) - _dtypes.wide(slopes).mean(-1, keepdims=True)
+    centred = _dtypes.in_unit(centred, axis=-1)
     second, fourth = jnp.square(centred).mean(-1), (centred**4).mean(-1)
     if replace:
         return (fourth / jnp.square(second) - 3) / b
@@ -232,7 +237,8 @@ def sgd_kurtosis(
 
 
 def _concentration(slopes: Float[Array, "*J N"]) -> Array:
-    return (slopes**4).sum(-1) / jnp.square(jnp.square(slopes).sum(-1))
+    scaled = _dtypes.in_unit(slopes, axis=-1)
+    return (scaled**4).sum(-1) / jnp.square(jnp.square(scaled).sum(-1))
 
 
 # A test -------------------------------------------------------------------------------------------

@@ -204,13 +204,22 @@ def _mixture_draw(
     laws: tuple[MNoise, ...], shares: tuple[float, ...], size: int | None, key: Key[Array, ""]
 ) -> Weights:
     choice_key, draw_key = jax.random.split(key)
-    # The index of the chosen law is the number of cumulative shares that a uniform number exceeds.
-    bounds = jnp.asarray(np.cumsum(shares)[:-1], jnp.float32)
-    chosen = jnp.sum(jax.random.uniform(choice_key, (), jnp.float32) >= bounds, dtype=jnp.int32)
+    chosen = _chosen(jax.random.bits(choice_key, (), jnp.uint32), shares)
     implementation = str(jax.random.key_impl(draw_key))
     draws = [bound(_padded, law, size, implementation) for law in laws]
     # As words: jax's checker of reused keys cannot know that only one branch uses the key.
     return jax.lax.switch(chosen, draws, jax.random.key_data(draw_key))
+
+
+def _chosen(bits: UInt32[Array, ""], shares: tuple[float, ...]) -> Int[Array, ""]:
+    """The index of a law that has this share of all 2^32 numbers.
+
+    A uniform float32 has 23 bits: it would never choose a share below 2^-24.
+    """
+    below = np.cumsum(shares)[:-1]
+    bounds = np.minimum(np.round(below * 2.0**32), 2.0**32 - 1).astype(np.uint32)
+    # The index is the number of cumulative shares that the number exceeds; it exceeds none of 1.
+    return jnp.sum((bits >= bounds) & (below < 1), dtype=jnp.int32)
 
 
 def _padded(

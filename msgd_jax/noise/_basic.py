@@ -91,7 +91,7 @@ def fisher(num_examples: int, batch_size: float | int, *, dtype: Any = jnp.float
 
     Args:
         num_examples: N, at least 1.
-        batch_size: b, the batch size of the SGD whose scale the noise has: any number above 0,
+        batch_size: b, the batch size of the SGD whose scale the noise has: in (0, 10^12 N],
             which may be fractional or above N.
         dtype: of the weights, float32 or float64.
 
@@ -118,7 +118,7 @@ def cov(num_examples: int, batch_size: float | int, *, dtype: Any = jnp.float32)
 
     Args:
         num_examples: N, at least 1; with N = 1 there is nothing to vary and W = 1.
-        batch_size: b, the batch size of the SGD whose covariance the noise has: any number above 0,
+        batch_size: b, the batch size of the SGD whose covariance the noise has: in (0, 10^12 N],
             which may be fractional or above N.
         dtype: of the weights, float32 or float64.
 

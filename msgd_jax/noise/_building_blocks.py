@@ -20,10 +20,18 @@ def sizes(num_examples: int, batch_size: int, *, smallest: int = 1) -> tuple[int
 def scale(
     num_examples: int, batch_size: float | int, *, smallest: int = 1
 ) -> tuple[int, float | int]:
-    """Like `sizes` with b any number above 0, for laws in which b is only a scale."""
+    """Like `sizes` with b any number above 0, for laws in which b is only a scale.
+
+    Numbers above 10^12 N are refused: noise of that size is lost in the rounding of the weights.
+    """
     n = _validate.num_examples("num_examples", num_examples, minimum=smallest)
     if not 0 < _validate.real("batch_size", batch_size) < math.inf:
         raise ValueError(f"batch_size must be finite and above 0, got {batch_size}.")
+    if batch_size > 1e12 * n:
+        raise ValueError(
+            f"batch_size must be at most 1e12 x num_examples = {1e12 * n:g}, got {batch_size:g}: "
+            "smaller noise is lost in the rounding of the weights. Use noise.gd."
+        )
     whole = int(batch_size)
     return n, whole if whole == batch_size else float(batch_size)
 

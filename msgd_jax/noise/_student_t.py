@@ -40,7 +40,7 @@ def student_t(
 
     Args:
         num_examples: N, at least 1; with N = 1 there is nothing to vary and W = 1.
-        batch_size: b, the batch size of the SGD whose covariance the noise has: any number above 0,
+        batch_size: b, the batch size of the SGD whose covariance the noise has: in (0, 10^12 N],
             which may be fractional or above N.
         degrees_of_freedom: nu, finite and above 2, so that the variance is finite.
         dtype: of the weights, float32 or float64.

@@ -22,7 +22,7 @@ def estimated_fisher(
 
     Args:
         num_examples: N, at least 1.
-        batch_size: b, the batch size of the SGD whose scale the noise has: any number above 0,
+        batch_size: b, the batch size of the SGD whose scale the noise has: in (0, 10^12 N],
             which may be fractional or above N.
         estimate_size: m, the number of examples that the Fisher matrix is estimated from, between 1
             and N.
@@ -53,7 +53,7 @@ def estimated_cov(
 
     Args:
         num_examples: N, at least 2.
-        batch_size: b, the batch size of the SGD whose covariance the noise has: any number above 0,
+        batch_size: b, the batch size of the SGD whose covariance the noise has: in (0, 10^12 N],
             which may be fractional or above N.
         estimate_size: m, the number of examples that the covariance is estimated from, between 2
             and N.

@@ -8,7 +8,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
-from msgd_jax import _validate, loss
+from msgd_jax import _dtypes, _validate, loss
 from msgd_jax._laws import Law
 from msgd_jax._typing import Data, Gradients, Params, PositiveInt, Scalar
 from msgd_jax.sde import _dynamics, _stationary
@@ -117,7 +117,8 @@ def stationary_covariance_along(
     def solved(count: int) -> Float[np.ndarray, "k k"]:
         parts = [_ritz(a, b, noises, count) for a, b, noises in found]
         values = np.concatenate([part[0] for part in parts])
-        _stationary.check_positive(float(values.min()), float(values.max()), 0.0)
+        rounding = steps * float(jnp.finfo(starts.dtype).eps)
+        _stationary.check_positive(float(values.min()), float(values.max()), rounding)
         _stationary.check_stable(np.sort(values), eta, mu, nesterov)
         # One row per direction: the parts of its Ritz vectors.
         shares = np.zeros((len(parts), len(values)))
@@ -180,7 +181,7 @@ def _lanczos(
         for _ in range(2):  # once is not exact because of rounding, twice is enough (Kahan)
             parts = jnp.matmul(basis, rest, precision=_HIGHEST)
             rest = rest - jnp.matmul(parts, basis, precision=_HIGHEST)
-        length = jnp.linalg.norm(rest)
+        length = _dtypes.norm(rest)
         scale = jnp.maximum(scale, jnp.abs(along) + length)
         exhausted = length <= tiny * scale
         vector = jnp.where(exhausted, 0, rest / jnp.where(exhausted, 1, length))
@@ -189,7 +190,7 @@ def _lanczos(
 
     empty = jnp.zeros(num_steps, start.dtype)
     basis = jnp.zeros((num_steps, start.size), start.dtype)
-    carry = basis, start / jnp.linalg.norm(start), empty, empty, jnp.zeros((), start.dtype)
+    carry = basis, start / _dtypes.norm(start), empty, empty, jnp.zeros((), start.dtype)
     basis, _, diagonal, off_diagonal, _ = jax.lax.fori_loop(0, num_steps, step, carry)
     return basis, diagonal, off_diagonal
 

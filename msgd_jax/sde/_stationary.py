@@ -67,18 +67,20 @@ def in_eigenbasis(
     curvatures: Float[np.ndarray, " D"], noise: Matrix, eta: float, mu: float, nesterov: bool
 ) -> Matrix:
     """X in the basis where H is diagonal, from H's eigenvalues and from C in this basis."""
-    # In direction i of the eigenbasis, z = (theta, v) becomes A(l_i) z + b xi in each step.
+    # In direction i of the eigenbasis, z = (theta, v) becomes (A - l_i B) z + b xi in each step.
     ahead = mu if nesterov else 0.0
-    A = np.empty((len(curvatures), 2, 2))
-    A[:, 0, 0], A[:, 0, 1] = 1 - eta * (1 + ahead) * curvatures, -eta * mu * (ahead or 1.0)
-    A[:, 1, 0], A[:, 1, 1] = curvatures, mu
+    A = np.array([[1.0, -eta * mu * (ahead or 1.0)], [0.0, mu]])
+    B = np.array([[eta * (1 + ahead), 0.0], [-1.0, 0.0]])
     b = np.array([-eta * (1 + ahead), 1.0])
-    # For two directions, solve Z = A(l_i) Z A(l_j)^T + C_ij b b^T: four equations, four unknowns.
+    # For two directions, solve Z = (A - l_i B) Z (A - l_j B)^T + C_ij b b^T: four equations, four
+    # unknowns. Powers of l are kept apart: 1 - (1 - eta l_i)(1 - eta l_j) would lose their digits.
+    fixed, left, right, both = (np.kron(*p) for p in ((A, A), (B, A), (A, B), (B, B)))
     X = np.empty_like(noise)
     source = np.outer(b, b).reshape(4, 1)
-    for i, own in enumerate(A):
-        pairs = np.einsum("ac,jbd->jabcd", own, A).reshape(-1, 4, 4)
-        X[i] = noise[i] * np.linalg.solve(np.eye(4) - pairs, source)[:, 0, 0]
+    others = curvatures[:, None, None]
+    for i, own in enumerate(curvatures):
+        system = np.eye(4) - fixed + own * left + others * right - own * others * both
+        X[i] = noise[i] * np.linalg.solve(system, source)[:, 0, 0]
     return X
 
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from msgd_jax import noise, train
+from msgd_jax.noise import _algebra
 from tests.library.test_train import PROBLEM
 from tests.support.mistakes import assert_told
 from tests.support.problems import loss_vector_fn
@@ -130,6 +131,17 @@ class TestMixtures:
         law = noise.mixture([noise.gd(N), noise.sgd(N, 1)], [0.75, 0.25])
         chosen = (draws(law, [0], 4_000)[:, 0].max(1) > 0.5).mean()
         assert_agree(chosen, 0.25, np.sqrt(0.25 * 0.75 / 4_000))
+
+    def test_small_probabilities_are_those_of_32_bits(self):
+        """A uniform float32 never chose a law of probability 2^-24, and 2^-21 too often."""
+        for share in (2.0**-30, 2.0**-24, 2.0**-21):
+            first = 2**32 - round(share * 2**32)
+            bits = np.asarray([0, first - 1, first, 2**32 - 1], np.uint32)
+            found = [int(_algebra._chosen(jnp.asarray(b), (1 - share, share))) for b in bits]
+            assert found == [0, 0, 1, 1]
+        last = jnp.asarray(2**32 - 1, jnp.uint32)
+        assert int(_algebra._chosen(last, (0.5, 0.5, 0.0))) == 1
+        assert int(_algebra._chosen(jnp.asarray(0, jnp.uint32), (0.0, 1.0))) == 1
 
     def test_a_law_of_probability_one_is_always_chosen(self):
         law = noise.mixture([SGD, COV], [0.0, 1.0])
@@ -270,6 +282,7 @@ MISTAKES = [
     ("factors", lambda: noise.reweighted(COV, [2, 2, 2, 2, -2, 0]), "got -2.0 at example 4"),
     ("factors", lambda: noise.reweighted(COV, "classes"), "array of numbers or a function"),
     ("batch_size", lambda: noise.cov(N, 0), "above 0, got 0"),
+    ("batch_size", lambda: noise.cov(N, 2e12 * N), "at most 1e12 x num_examples"),
     ("batch_size", lambda: noise.fisher(N, float("nan")), "above 0, got nan"),
     ("batch_size", lambda: noise.fisher(N, True), "must be a number"),
     ("law", lambda: noise.matching_scale(noise.reweighted(COV, np.ones(N))), "two numbers"),

@@ -106,3 +106,26 @@ def test_bad_input(change, error, message):
     with pytest.raises(error, match=message) as refused:
         sde.stationary_covariance_along(**good)
     assert len(str(refused.value)) <= 400
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flat_direction_is_refused_although_rounding_may_make_it_positive(seed):
+    """Gradients in five directions of six: the variance along the sixth is infinite."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(40, 5)).astype(np.float32)
+    basis = np.linalg.qr(rng.normal(size=(6, 6)))[0].astype(np.float32)
+
+    def loss_of(theta, row):
+        turned = theta @ basis
+        return jnp.square(turned[:5] @ row[:5]) / 2 + turned[5] * row[5]
+
+    rows = np.concatenate([rows, rng.choice([-1.0, 1.0], (40, 1)).astype(np.float32)], axis=1)
+    losses = loss.LossVector(loss.per_example(loss_of), jnp.asarray(rows))
+    with pytest.raises(ValueError, match="must be positive definite to settle, got the eigenvalue"):
+        sde.stationary_covariance_along(
+            losses,
+            jnp.zeros(6),
+            noise.cov(40, 4),
+            jnp.asarray(basis.T[5:]) + 0.1,
+            learning_rate=0.01,
+        )

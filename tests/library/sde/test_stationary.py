@@ -68,6 +68,18 @@ def test_the_iteration_settles_at_the_solution_of_its_lyapunov_equation(options,
         assert np.trace(H @ X) == pytest.approx(0.0400103608, abs=1e-10)
 
 
+@pytest.mark.parametrize("curvature", [1e-16, 1e-13, 1e-10])
+@pytest.mark.parametrize("mu", [0.0, 0.9])
+def test_flat_directions_lose_no_digits(curvature, mu):
+    """The closed form of heavy ball's variance: it was 10 % off at 1e-15, and singular at 1e-16."""
+    eta = 0.1
+    closed = eta * (1 + mu) / (curvature * (1 - mu) * (2 * (1 + mu) - eta * curvature))
+    beside = [np.diag([1.0, curvature])] if curvature > 1e-15 else []  # else it is rounding
+    for matrix in (np.diag([curvature]), *beside):
+        X = sde.stationary_covariance(matrix, np.eye(len(matrix)), learning_rate=eta, momentum=mu)
+        assert X[-1, -1] == pytest.approx(closed, rel=1e-9)
+
+
 def test_the_sde_settles_at_the_solution_of_its_own():
     H, C = matrices()
     X = sde.stationary_covariance_of_sde(H, C, learning_rate=0.1)
