@@ -57,7 +57,7 @@ def order(sweep: dict[str, Any]) -> list[str]:
     The exponent has a standard error only where a line fits the measured points; where nothing is
     random, there is neither a standard error nor a chi-square.
     """
-    found, p_value = sweep["order"], sweep["p_value"]
+    found, p_value = sweep["order"], sweep.get("p_value")
     if p_value is None:
         return [estimate(found["value"] if isinstance(found, dict) else found), ""]
     shown = estimate(found) if p_value >= 0.1 else f"{found['value']:.3f}, not a line"

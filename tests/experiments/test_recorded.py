@@ -18,6 +18,7 @@ from experiments import records, training
 from experiments.decide import _datasets, _records, _runs, settings
 from experiments.noise_study import EdgeConfig, _problem, edge
 from experiments.paper import accuracies, panels, report
+from experiments.theory import ComplexityConfig, SDEConfig, complexity, sde
 from experiments.theory_study import RegularizerConfig, regularizer
 from experiments.training import loop, runs
 
@@ -201,6 +202,38 @@ def test_the_study_of_the_regulariser():
         assert found["test_loss"] == pytest.approx(wanted["test_loss"], rel=0.01)
         assert found["test_accuracy"] == pytest.approx(wanted["test_accuracy"], abs=0.003)
     assert abs(first["test_loss"] / recorded[1]["test_loss"] - 1) > 0.02
+
+
+@pytest.mark.slow
+def test_the_orders_of_the_sde():
+    """The first distances to the SDE are the recorded ones, and not those of another seed."""
+    recorded = records.read_object(RESULTS / "sde" / "summary.json")["strong"][0]
+    found, other = (next(sde.strong(SDEConfig(seed=seed))) for seed in (0, 1))
+    assert found["label"] == recorded["label"]
+    np.testing.assert_allclose(found["errors"], recorded["errors"], rtol=1e-4)
+    assert abs(other["errors"][0] / recorded["errors"][0] - 1) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_inequalities_of_theorem_1(monkeypatch):
+    """The ratios of affine losses, and of those whose draws are enumerated, are the recorded ones.
+
+    The near miss is another class of affine losses.
+    """
+    recorded = records.read_object(RESULTS / "complexity" / "summary.json")["theorem1"]
+    cases = [case for case in complexity.settings(ComplexityConfig()) if "net" not in case.label]
+    chosen = [cases[0], *(case for case in cases if case.label.startswith("one loss"))]
+    monkeypatch.setattr(complexity, "settings", lambda config: chosen)
+    found = list(complexity.theorem1_rows(ComplexityConfig()))
+    assert [row["label"] for row in found] == ["affine", "one loss, b = 2", "one loss, b = 4"]
+    for row in found:
+        (line,) = (other for other in recorded if other["label"] == row["label"])
+        for name, inequality in line["inequalities"].items():
+            assert row["inequalities"][name]["violated"] == inequality["violated"]
+            ratio = row["inequalities"][name]["ratio"]["value"]
+            assert ratio == pytest.approx(inequality["ratio"]["value"], rel=1e-4)
+    other = recorded[3]["inequalities"]["without"]["ratio"]["value"]
+    assert abs(found[0]["inequalities"]["without"]["ratio"]["value"] / other - 1) > 0.01
 
 
 def test_runs_of_older_draws_are_marked():
