@@ -71,7 +71,7 @@ def svd_sampler(matrix: Float[Array, "D D"]) -> GaussianSampler:
     if not isinstance(matrix, Tracer) and matrix.size:
         # The left and right vectors of a covariance agree, so U Lambda U^T must be the matrix.
         rebuilt = jnp.matmul(vectors * values[None], vectors.T, precision=_HIGHEST)
-        error = float(jnp.linalg.norm(rebuilt - matrix))
+        error = float(_dtypes.norm(rebuilt - matrix))
         if error > _tolerance(given) * float(values[0]):
             _semidefinite(given, jnp.linalg.eigvalsh(matrix))
     return GaussianSampler(vectors * jnp.sqrt(values)[None])

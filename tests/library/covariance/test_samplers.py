@@ -86,6 +86,7 @@ INDEFINITE = {
     "a little": rotated([*np.linspace(0, 1, 19), -0.001]),
     "a little, of many": rotated([*np.linspace(0, 1, 299), -0.001]),
     "narrow": jnp.diag(jnp.asarray([1.0, -0.5], jnp.bfloat16)),
+    "in a small unit": 1e-19 * jnp.asarray([[1.0, 2.0], [2.0, 1.0]]),
 }
 NOT_FINITE = [np.nan, np.inf]
 
