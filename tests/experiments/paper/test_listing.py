@@ -144,7 +144,7 @@ def test_runs_of_every_command_are_listed_and_those_with_curves_reported(tmp_pat
         main(["report", "--runs", str(tmp_path / "sde")])
     main(["report", "--runs", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "| GD | 0.8000 | 80.00 |" in (tmp_path / "report" / "report.md").read_text()
+    assert "| GD | 0.8000 | 80.0 | 80.00 |" in (tmp_path / "report" / "report.md").read_text()
     assert "* sde: a run of `sde`, without curves" in printed
     assert "* complexity: stopped" in printed
 

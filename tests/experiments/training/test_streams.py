@@ -23,7 +23,16 @@ NOT_DRAWN = {"key", "clone", "key_data", "key_impl", "wrap_key_data"}
 # This file has an initialiser for flax, which calls it with a key derived from the parameters' key.
 OF_FLAX = {"layers.py"}
 # The recorded studies split the key of a stream, and draw from the keys of a stream in a loop.
-INSIDE_A_STREAM = {"split", "normal", "permutation", "randint", "choice", "uniform", "exponential"}
+INSIDE_A_STREAM = {
+    "split",
+    "normal",
+    "permutation",
+    "randint",
+    "choice",
+    "uniform",
+    "exponential",
+    "rademacher",
+}
 
 
 def key_calls(source):
