@@ -111,7 +111,7 @@ def test_a_panel_on_the_part_of_svhn():
 
 @pytest.mark.slow
 @pytest.mark.skipif("CIFAR10" not in os.environ, reason="CIFAR10 must name tfds's folder with it")
-@pytest.mark.parametrize("panel", ["1c", "2b", "3b"])
+@pytest.mark.parametrize("panel", ["1c", "2b", "3a", "3b"])
 def test_a_panel_on_cifar10(panel):
     """Losses of SGD at the start, and with VGG-11 after 150 steps, are those of the record.
 
