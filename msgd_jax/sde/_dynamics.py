@@ -273,10 +273,10 @@ def check_independent(law: Law) -> None:
         )
     if isinstance(law, MNoise) and law.draw_at is not None:
         raise ValueError(
-            f"law must have independent steps, since the SDE has independent increments, got "
-            f"{law.name}, whose steps are correlated: the covariance of their sum is not the sum "
-            "of their covariances. Use noise.sgd(N, b), or a noise.Exchangeable, such as the "
-            "covariance of a whole epoch divided by its steps."
+            f"law must have independent steps, all alike, since the SDE has such increments, got "
+            f"{law.name}, whose steps depend on each other or differ: the covariance of their sum "
+            "is not that of one step times their number. Use noise.sgd(N, b), or a "
+            "noise.Exchangeable, such as the covariance of a whole epoch divided by its steps."
         )
 
 
