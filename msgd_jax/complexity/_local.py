@@ -63,8 +63,8 @@ class LocalComplexity(NamedTuple):
         """The standard error of `mean` over draws; 0 if all draws were enumerated."""
         if self.exhaustive:
             return jnp.zeros_like(self.mean)
-        unit = jnp.abs(self.draws).max()
-        return unit * _dtypes.in_unit(self.draws).std(ddof=1) / np.sqrt(self.draws.size)
+        size = self.draws.size
+        return _dtypes.norm(self.draws - self.draws.mean()) / np.sqrt((size - 1) * size)
 
     @property
     def estimate(self) -> Estimate:

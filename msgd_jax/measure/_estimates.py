@@ -274,7 +274,7 @@ def samples(name: str, values: Array, minimum: int) -> int:
         )
     size = values.shape[0]
     if not isinstance(values, Tracer):
-        wrong = ~np.isfinite(np.asarray(values)).reshape(size, -1).all(1)
+        wrong = ~np.asarray(jnp.isfinite(values).reshape(size, -1).all(1))
         if wrong.any():
             raise ValueError(
                 f"{name} must be finite, got {int(wrong.sum())} of {size} with entries that are "

@@ -179,7 +179,6 @@ def monitored_noise_scale(opt_state: OptState) -> NoiseScale:
     variance = state.products / total * share / jnp.where(single, 1, 1 - share)
     variance = jnp.where(single, jnp.asarray([jnp.inf, 0, jnp.inf])[:, None], variance)
     pair = _estimates.MeanPair(state.trace, state.squared, variance[0], variance[1], variance[2])
-    pair = _estimates.unless_underflown(pair, 1 / share)
     return _scale.assembled(state.mean, pair, jnp.maximum(1 / share - 1, 1))
 
 

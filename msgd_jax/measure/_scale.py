@@ -1,6 +1,7 @@
 """The size of gradient noise: tr S, the squared mean gradient, and the simple noise scale."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -124,7 +125,7 @@ def noise_scale(
     if n == 2:  # both are equally far from their mean, whatever the variance is
         unknown = jnp.where(pair.trace > 0, jnp.inf, pair.var_trace)
         pair = pair._replace(var_trace=unknown)
-    return assembled(params, _estimates.unless_underflown(pair, n), n - 1)
+    return assembled(params, pair, n - 1)
 
 
 def noise_scale_from_draws(
@@ -179,8 +180,7 @@ def noise_scale_from_draws(
     pair = _pair_of_draws(drawn, of_s)
     _estimates.check_finite(losses, params, pair)
     _estimates.check_range(losses, params, pair)
-    known = _estimates.unless_underflown(pair, num_draws)._replace(var_squared=pair.var_squared)
-    return assembled(params, known, num_draws - 1)
+    return assembled(params, pair, num_draws - 1, exact_gradient=True)
 
 
 @jax.jit  # arrays only, so jax keeps one program per set of shapes, as for functions of jnp
@@ -294,17 +294,34 @@ def pooled_noise_scale(params: Params, moments: MicrobatchMoments) -> NoiseScale
         (t * u).sum(0) / scale,
         jnp.square(u).sum(0) / scale,
     )
-    return assembled(params, _estimates.unless_underflown(pair, steps), steps - 1)
+    return assembled(params, pair, steps - 1)
 
 
-def assembled(params: Params, pair: _estimates.MeanPair, degrees_of_freedom: Any) -> NoiseScale:
-    """The results per leaf, [leaves + 1], in the structure of the parameters."""
+def assembled(
+    params: Params,
+    pair: _estimates.MeanPair,
+    degrees_of_freedom: Any,
+    *,
+    exact_gradient: bool = False,
+) -> NoiseScale:
+    """The results per leaf, [leaves + 1], in the structure of the parameters.
+
+    Args:
+        params: the parameters.
+        pair: the means of tr S and of ``|g|^2``.
+        degrees_of_freedom: one less than the number of samples of the means; infinite if both are
+            exact.
+        exact_gradient: whether ``|g|^2`` is exact although tr S is not.
+    """
     structure = jax.tree.structure(params)
     if pair.trace.shape != (structure.num_leaves + 1,):
         raise ValueError(
             f"moments must be of the {structure.num_leaves} leaves of params and in total, got "
             f"{pair.trace.shape[-1]} numbers."
         )
+    if isinstance(degrees_of_freedom, Tracer) or not math.isinf(degrees_of_freedom):
+        known = _estimates.unless_underflown(pair, degrees_of_freedom + 1)
+        pair = known._replace(var_squared=pair.var_squared) if exact_gradient else known
     if not any(isinstance(leaf, Tracer) for leaf in pair):
         pair = jax.tree.map(np.asarray, pair)
     quotient = _estimates.ratio(pair, degrees_of_freedom)

@@ -158,9 +158,8 @@ def _of_parts(parts: _Parts, dim: int) -> Alignment:
     of_noise, of_hessian = squares.max(), jnp.sqrt(parts.h2.max())
     of_noise = jnp.where(of_noise > 0, of_noise, 1)
     of_hessian = jnp.where(of_hessian > 0, of_hessian, 1)
-    own = _Parts(
+    own = parts._replace(
         hc=parts.hc / of_noise / of_hessian,
-        hs=parts.hs,
         gram=parts.gram / of_noise,
         h=parts.h / of_hessian,
         h2=parts.h2 / of_hessian / of_hessian,

@@ -163,7 +163,7 @@ def excess_kurtosis(samples: Float[Array, " K"]) -> Estimate:
     deviations = scaled - scaled.mean()
     # Equal samples deviate by rounding, and have no kurtosis.
     equal = jnp.abs(deviations).max() <= 8 * jnp.finfo(deviations.dtype).eps
-    deviations = jnp.where(equal, jnp.nan, _dtypes.in_unit(deviations))
+    deviations = jnp.where(equal, jnp.nan, deviations)
     second = jnp.square(deviations).mean()
     unit = deviations / jnp.sqrt(second)
     fourth = (unit**4).mean()
@@ -195,10 +195,9 @@ def student_t_kurtosis(slopes: Float[Array, "*J N"], degrees_of_freedom: float) 
         slopes: a_i = u . g_i, [N] or [J, N].
         degrees_of_freedom: the degrees of freedom of the law.
     """
-    centred = slopes - slopes.mean(-1, keepdims=True)
     if degrees_of_freedom <= 4:
         return jnp.full(slopes.shape[:-1], jnp.inf, slopes.dtype)
-    return 6 / (degrees_of_freedom - 4) * _concentration(centred)
+    return 6 / (degrees_of_freedom - 4) * _concentration(_centred(slopes))
 
 
 def sgd_kurtosis(
@@ -221,8 +220,7 @@ def sgd_kurtosis(
     """
     n = slopes.shape[-1]
     b = _validate.positive_int("batch_size", batch_size, maximum=None if replace else n - 1)
-    centred = _dtypes.wide(slopes) - _dtypes.wide(slopes).mean(-1, keepdims=True)
-    centred = _dtypes.in_unit(centred, axis=-1)
+    centred = _dtypes.in_unit(_centred(slopes), axis=-1)
     second, fourth = jnp.square(centred).mean(-1), (centred**4).mean(-1)
     if replace:
         return (fourth / jnp.square(second) - 3) / b
@@ -234,6 +232,11 @@ def sgd_kurtosis(
     variance = (n - b) / (n - 1) / b
     moment = factor * (of_fourth * fourth / jnp.square(second) + of_second)
     return moment / variance**2 - 3
+
+
+def _centred(slopes: Float[Array, "*J N"]) -> Float[Array, "*J N"]:
+    wide = _dtypes.wide(slopes)
+    return wide - wide.mean(-1, keepdims=True)
 
 
 def _concentration(slopes: Float[Array, "*J N"]) -> Array:

@@ -143,15 +143,10 @@ def test_the_noise_study():
     The record was computed on another machine: the tolerances are for its rounding, which grows in
     500 steps. A near miss, the loss of another seed, differs by more than twice the tolerance.
     """
-    folder = RESULTS / "noise_study" / "edge"
-    asked = records.read_object(folder / "config.json")
-    assert asked["draws"] == runs.DRAWS
-    known = {field.name for field in dataclasses.fields(EdgeConfig)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if k in known}
-    config = EdgeConfig(**values | {"seeds": 2, "out": None})
+    config, lines = study_config(EdgeConfig, RESULTS / "noise_study" / "edge", seeds=2)
     (line,) = (
         line
-        for line in records.read_lines(folder / "edge.jsonl")
+        for line in lines
         if (line["noise"], line["learning_rate"]) == ("sgd", config.learning_rate)
     )
     shortened = _OnlyFirst(**dataclasses.asdict(config))

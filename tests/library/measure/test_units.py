@@ -120,6 +120,11 @@ def test_an_error_that_underflows_is_unknown_and_not_0():
     assert found["b"].noise_scale.value == pytest.approx(found["a"].noise_scale.value, rel=1e-3)
     assert found["b"].noise_scale.standard_error == np.inf
     assert found["b"].interval == (0.0, np.inf)
+    # Draws of noise leave the gradient exact.
+    law = noise.cov(100, 5)
+    drawn = measure.noise_scale_from_draws(losses, params, law, KEY, num_draws=5).leaves["b"]
+    assert drawn.trace.standard_error == np.inf
+    assert drawn.squared_gradient.standard_error == 0
     # Without `population` nothing is estimated, and nothing is unknown.
     exact = measure.noise_scale(losses, params).leaves["b"]
     assert exact.noise_scale.standard_error == 0
