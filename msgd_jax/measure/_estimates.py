@@ -140,7 +140,7 @@ def ratio(pair: MeanPair, degrees_of_freedom: Any) -> Ratio:
     c = t**2 - q**2 * pair.var_trace
     root = xp.sqrt(xp.maximum(b**2 - a * c, 0))
     sum_ = b + root
-    low = xp.where((c > 0) & (sum_ > 0), c / xp.where(sum_ > 0, sum_, 1), 0.0)
+    low = xp.where(sum_ > 0, xp.maximum(c, 0) / xp.where(sum_ > 0, sum_, 1), 0.0)
     bounded = (a > 0) & present
     high = xp.where(bounded, sum_ / xp.where(bounded, a, 1), xp.inf)
     # If only T varies, the interval is that of log T, as of every positive estimate: T is skew.
