@@ -42,7 +42,8 @@ class FigureConfig:
             set, and split as that is: for SVHN, x_test is trained on. None stands for the data set.
             If the file is not there, finished runs of a file of this name are drawn.
         seeds: The number of runs of each algorithm; None stands for the panel's own.
-        seeds_at_once: The number of runs side by side in one process, as memory allows.
+        seeds_at_once: The number of runs side by side in one process, as memory allows; None stands
+            for 5, or, at the scale for a graphics card, for all.
         runs: The folder of the runs.
         data_dir: The folder in which data sets are looked for, and to which they are downloaded.
         out: The folder of the figure, whose earlier version is replaced; None stands for
@@ -53,7 +54,7 @@ class FigureConfig:
     scale: Scale = "paper"
     dataset: pathlib.Path | None = None
     seeds: int | None = None
-    seeds_at_once: int = 5
+    seeds_at_once: int | None = None
     runs: pathlib.Path = pathlib.Path("runs")
     data_dir: pathlib.Path | None = None
     out: pathlib.Path | None = None
@@ -63,8 +64,10 @@ class FigureConfig:
             raise ValueError(f"seeds must be at least 1, or None, got {self.seeds}.")
         if self.dataset is not None and not data.is_file(self.dataset.name):
             raise ValueError(f"dataset must be a file FILE.npz, or None, got {self.dataset}.")
-        if self.seeds_at_once < 1:
-            raise ValueError(f"seeds_at_once must be at least 1, got {self.seeds_at_once}.")
+        if self.seeds_at_once is not None and self.seeds_at_once < 1:
+            raise ValueError(
+                f"seeds_at_once must be at least 1, or None, got {self.seeds_at_once}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -252,7 +252,7 @@ PANELS: Mapping[str, Panel] = {
     "1a-converged": Panel(
         "FashionMNIST, LeNet, to convergence: which noises regularise as SGD's",
         _regularisation(_LENET_CONVERGED),
-        _scales.LENET_LARGE,
+        _scales.LENET_CONVERGED_LARGE,
         _scales.LENET_CONVERGED_MEDIUM,
         _scales.LENET_SMALL,
         (*_ALL, _INITIAL_LENET, _CONVERGED),
@@ -260,7 +260,7 @@ PANELS: Mapping[str, Panel] = {
     "1b-converged": Panel(
         "FashionMNIST, LeNet, to convergence: covariances estimated from b",
         _estimation(_LENET_CONVERGED),
-        _scales.LENET_LARGE,
+        _scales.LENET_CONVERGED_LARGE,
         _scales.LENET_CONVERGED_MEDIUM,
         _scales.LENET_SMALL,
         (*_ALL, _INITIAL_LENET, _CONVERGED),
@@ -271,7 +271,7 @@ PANELS: Mapping[str, Panel] = {
             *_large_batch(_LENET_CONVERGED, 500),
             *_each(_LENET_CONVERGED, "gd", "m-sgd-fisher", "m-sgd-cov"),
         ),
-        _scales.LENET_LARGE,
+        _scales.LENET_CONVERGED_LARGE,
         _scales.LENET_CONVERGED_MEDIUM,
         _scales.LENET_SMALL,
         (*_ALL, _INITIAL_LENET, _CONVERGED, "the panel itself"),

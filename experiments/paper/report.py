@@ -5,8 +5,8 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from experiments import data, records, terminal
 from experiments.paper import _cost, _section, accuracies, listing
@@ -54,7 +54,7 @@ def figure(config: FigureConfig) -> pathlib.Path:
     choices = "\n".join(f"* {line}" for line in panel.choices(config.scale))
     smaller = " or the scale is smaller" if reduced else ""
     text += f"\nOur choices, where the paper is silent{smaller}:\n\n{choices}\n"
-    parts = [part for plan in plans for part in _groups(plan, config.seeds_at_once)]
+    parts = [part for plan in plans for part in _groups(plan, config)]
     text += f"\nComputed on {_devices(run_folder(config.runs, part) for part in parts)}.\n"
     if any(runs.draws(run_folder(config.runs, part)) != runs.DRAWS for part in parts):
         text += f"\n{_OLD_DRAWS}\n"
@@ -103,7 +103,7 @@ def _recorded_checksum(name: str, root: pathlib.Path) -> str | None:
 
 def _results(plans: list[TrainConfig], config: FigureConfig) -> list[accuracies.Result]:
     """Runs the plans, with the seeds in groups; runs that have finished are only read."""
-    groups = [list(_groups(plan, config.seeds_at_once)) for plan in plans]
+    groups = [list(_groups(plan, config)) for plan in plans]
     paths = {part: run_folder(config.runs, part) for parts in groups for part in parts}
     # Found by the name, which depends on the settings, since older records may contain less.
     missing = [
@@ -154,7 +154,9 @@ def _check_same_draws(root: pathlib.Path, finished: list[pathlib.Path], some_mis
         )
 
 
-def _groups(plan: TrainConfig, at_once: int) -> Any:
+def _groups(plan: TrainConfig, config: FigureConfig) -> Iterator[TrainConfig]:
+    """The runs of a plan, as many seeds in each as run side by side."""
+    at_once = config.seeds_at_once or (plan.seeds if config.scale == "large" else 5)
     for first in range(0, plan.seeds, at_once):
         seeds = min(at_once, plan.seeds - first)
         yield dataclasses.replace(plan, seed=plan.seed + first, seeds=seeds)
