@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import figures, styles, tables
 from experiments.paper.accuracies import of_evaluations, of_folder
-from experiments.paper.panels import PANELS
+from experiments.paper.panels import PANELS, Scale
 from experiments.paper.report import run_folder
 from experiments.studies import intervals
 
@@ -90,10 +90,12 @@ def theorem1(settings: list[dict[str, Any]]) -> Any:
     return table(["losses", "N", "b", *columns.values()], rows)
 
 
-def comparison(panel: str, averaged: bool = False) -> Any:
-    """The table of a panel: accuracies, differences from SGD-50, p-values by Holm's method."""
-    suffix = "-averaged" if averaged else ""
-    with (RESULTS / panel / f"figure-{panel}{suffix}.csv").open() as lines:
+def comparison(panel: str, which: str = "") -> Any:
+    """A table of a panel: accuracies, differences from SGD-50, p-values by Holm's method.
+
+    It is the one of the last evaluation, or which="-averaged" or "-constant" (see its page).
+    """
+    with (RESULTS / panel / f"figure-{panel}{which}.csv").open() as lines:
         records = list(csv.DictReader(lines))
     rows = []
     for row in records:
@@ -112,11 +114,12 @@ def comparison(panel: str, averaged: bool = False) -> Any:
     return table(header, rows)
 
 
-def curves(panel: str, low: float) -> None:
+def curves(panel: str, scale: Scale, low: float) -> None:
     """Draws test accuracy against iteration of the recorded runs of a panel."""
     figure, axes = plt.subplots(figsize=(styles.WIDTH, 5))
-    looks = styles.assigned(run.label for run in PANELS[panel].runs)
-    for i, run in enumerate(PANELS[panel].runs):
+    runs = PANELS[panel].at_scale(scale)
+    looks = styles.assigned(run.label for run in runs)
+    for i, run in enumerate(runs):
         evaluations = of_folder(run_folder(RESULTS / "runs", run))
         result = of_evaluations(run.label, [evaluations])
         options = looks[run.label].options(len(result.steps), first=i)

@@ -81,15 +81,17 @@ def _tables(
     if len(of_sgd) == 2 and sparse:
         rows = accuracies.compare([of_sgd[1], *sparse], of_sgd[1].label)
         tables.append(_Table("The same, minus SGD with batches as large", "-large", rows))
-    is_long = min(len(result.steps) for result in results) > 2 * accuracies.AVERAGED
+    before = ""
     if constant_until is not None:
-        before = [accuracies.until(result, constant_until) for result in results]
-        heading = f"After {constant_until:,} iterations, before the learning rate falls"
-        tables.append(_Table(heading, "-constant", accuracies.compare(before, reference)))
-    elif is_long and not plan.decay_at:
+        results = [accuracies.until(result, constant_until) for result in results]
+        before = " before the learning rate falls"
+        heading = f"After {constant_until:,} iterations,{before}"
+        tables.append(_Table(heading, "-constant", accuracies.compare(results, reference)))
+    is_long = min(len(result.steps) for result in results) > 2 * accuracies.AVERAGED
+    if is_long and (constant_until is not None or not plan.decay_at):
         heading = (
-            f"The mean over the last {accuracies.AVERAGED} evaluations of each seed, since at a "
-            "constant learning rate a single one may fall on a spike of the loss"
+            f"The mean over the last {accuracies.AVERAGED} evaluations of each seed{before}, since "
+            "at a constant learning rate a single one may fall on a spike of the loss"
         )
         rows = accuracies.compare(results, reference, accuracies.AVERAGED)
         tables.append(_Table(heading, "-averaged", rows))

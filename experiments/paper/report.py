@@ -14,11 +14,6 @@ from experiments.paper.config import FigureConfig, ListConfig, ReportConfig
 from experiments.paper.panels import PANELS
 from experiments.training import TrainConfig, loop, runs
 
-_OLD_DRAWS = (
-    "**Older runs.** They were made when a seed drew other weights, noise and images than it draws "
-    "today, so the code of today does not make them again. They are kept until they are replaced."
-)
-
 
 def run_folder(root: pathlib.Path, config: TrainConfig) -> pathlib.Path:
     """The folder of a run, named after the settings of its configuration and not after a panel."""
@@ -56,8 +51,6 @@ def figure(config: FigureConfig) -> pathlib.Path:
     text += f"\nOur choices, where the paper is silent{smaller}:\n\n{choices}\n"
     parts = [part for plan in plans for part in _groups(plan, config)]
     text += f"\nComputed on {_devices(run_folder(config.runs, part) for part in parts)}.\n"
-    if any(runs.draws(run_folder(config.runs, part)) != runs.DRAWS for part in parts):
-        text += f"\n{_OLD_DRAWS}\n"
     records.replace_text(folder / "README.md", text)
     print(text)
     return folder
@@ -111,9 +104,7 @@ def _results(plans: list[TrainConfig], config: FigureConfig) -> list[accuracies.
         for part, path in paths.items()
         if not (path.exists() and runs.state(path) == "finished")
     ]
-    _check_same_draws(
-        config.runs, [path for part, path in paths.items() if part not in missing], bool(missing)
-    )
+    _check_draws(config.runs, [path for part, path in paths.items() if part not in missing])
     for part in missing:
         loop.check(part)
     if missing:
@@ -143,14 +134,14 @@ def _first_of_each(plans: list[TrainConfig]) -> Iterable[TrainConfig]:
     return {_images_of(plan): plan for plan in reversed(plans)}.values()
 
 
-def _check_same_draws(root: pathlib.Path, finished: list[pathlib.Path], some_missing: bool) -> None:
-    """Raises ValueError unless all runs draw the same, so that seeds have equal initial weights."""
+def _check_draws(root: pathlib.Path, finished: list[pathlib.Path]) -> None:
+    """Raises ValueError for runs of other draws, which cannot be compared seed by seed."""
     old = [path for path in finished if runs.draws(path) != runs.DRAWS]
-    if old and (some_missing or len(old) < len(finished)):
+    if old:
         raise ValueError(
-            "runs must hold runs that can be compared seed by seed, got "
-            f"{records.brief(root)} with {len(old)} runs of this figure from when "
-            "a seed drew something else: choose another --runs."
+            f"runs must hold runs that the code of today makes, got {records.brief(root)} with "
+            f"{len(old)} runs of this figure from when a seed drew something else: choose another "
+            "--runs."
         )
 
 

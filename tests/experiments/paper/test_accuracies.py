@@ -179,12 +179,16 @@ def test_runs_are_compared_where_the_rate_was_constant_too(tmp_path):
     from experiments.paper import _section
     from experiments.training.config import TrainConfig
 
-    steps, seeds = np.arange(0, 80, 10), np.array([-0.01, 0.0, 0.02])
-    found = [
-        Result(label, steps, 1 - accuracy, accuracy, accuracy, 1.0)
-        for label, slope in (("SGD-50", 0.010), ("GD", 0.008))
-        for accuracy in [slope * steps[:, None] + seeds]
-    ]
+    seeds = np.array([-0.01, 0.0, 0.02])
+
+    def of_steps(steps):
+        return [
+            Result(label, steps, 1 - accuracy, accuracy, accuracy, 1.0)
+            for label, slope in (("SGD-50", 0.010), ("GD", 0.008))
+            for accuracy in [slope * steps[:, None] + seeds]
+        ]
+
+    found = of_steps(np.arange(0, 80, 10))
     plan = TrainConfig(steps=70, decay_at=(60,))
     text = _section.write(tmp_path, "x", "Title", plan, found, constant_until=60)
     with open(tmp_path / "x-constant.csv") as file:
@@ -195,6 +199,11 @@ def test_runs_are_compared_where_the_rate_was_constant_too(tmp_path):
     assert "After 60 iterations, before the learning rate falls:" in text
     assert text.count("| SGD-50 | ") == 2
     assert not (tmp_path / "x-averaged.csv").exists()
+    text = _section.write(tmp_path, "y", "Title", plan, of_steps(np.arange(0, 75, 5)), 60)
+    with open(tmp_path / "y-averaged.csv") as file:
+        rows = {row["label"]: row for row in csv.DictReader(file)}
+    assert float(rows["GD"]["test_accuracy"]) == pytest.approx(0.008 * 50 + seeds.mean())
+    assert "of each seed before the learning rate falls, since" in text
     with pytest.raises(ValueError, match="step must be one of SGD-50's evaluations, got 65"):
         _section.write(tmp_path, "x", "Title", plan, found, constant_until=65)
 
