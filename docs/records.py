@@ -90,6 +90,23 @@ def theorem1(settings: list[dict[str, Any]]) -> Any:
     return table(["losses", "N", "b", *columns.values()], rows)
 
 
+def beside_the_sde(rows: list[dict[str, Any]], time: float) -> Any:
+    """Distances of nets to their SDE at a time, the exponent of the learning rate, and its fit."""
+    names = {"relu": "ReLU", "-max": ", max-pooling", "-average": ", average pooling"}
+    found = []
+    for row in (row for row in rows if "net" in row and row["time"] == time):
+        net, (order, half) = row["net"], row["order"]
+        for short, name in names.items():
+            net = net.replace(short, name)
+        interval = f" ± {half:.2f}" if row["p_value"] >= 0.1 else ", not a line"
+        fit = f"{row['chi_square']:.1f} ({row['degrees']}), p {intervals.p_value(row['p_value'])}"
+        distances = ", ".join(f"{distance:#.2g}" for distance in row["distance"])
+        path = "shared" if row["kind"] == "shared" else "its own"
+        found.append([net, path, distances, f"{order:.2f}{interval}", fit])
+    header = ["net", "path", "distance, by η in descending order", "order"]
+    return table([*header, "Hotelling's statistic of a line (d.f.)"], found)
+
+
 def comparison(panel: str, which: str = "") -> Any:
     """A table of a panel: accuracies, differences from SGD-50, p-values by Holm's method.
 

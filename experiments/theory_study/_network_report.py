@@ -227,8 +227,14 @@ def draw(
         below.set_xlabel("time $k\\eta$")
         below.set_ylabel("exponent of the learning rate (95 % intervals)")
         figures.below_axes(figure, above, columns=1)
-        paths = collections.Counter(row["net"] for row in found)
-        each = "; ".join(f"{LABELS[net]}: {number} paths" for net, number in paths.items())
-        title = f"M-SGD-Fisher beside its SDE, FashionMNIST ({each})"
+        title = f"M-SGD-Fisher beside its SDE, FashionMNIST ({_numbers(found)})"
         figure.suptitle(figures.wrapped(title))
     figures.save(figure, path)
+
+
+def _numbers(found: Sequence[Mapping[str, Any]]) -> str:
+    """How many paths each net has."""
+    paths = collections.Counter(row["net"] for row in found)
+    if len(set(paths.values())) == 1:
+        return f"{next(iter(paths.values()))} paths of each net"
+    return "; ".join(f"{LABELS[net]}: {number} paths" for net, number in paths.items())

@@ -19,7 +19,7 @@ from experiments.decide import _datasets, _records, _runs, settings
 from experiments.noise_study import EdgeConfig, _problem, edge
 from experiments.paper import accuracies, panels, report
 from experiments.theory import ComplexityConfig, SDEConfig, complexity, sde
-from experiments.theory_study import RegularizerConfig, regularizer
+from experiments.theory_study import NetworkConfig, RegularizerConfig, _net, network, regularizer
 from experiments.training import loop, runs
 
 # Records were computed by programs that were compiled as users' are.
@@ -222,6 +222,23 @@ def test_the_study_of_the_regulariser():
         assert found["test_loss"] == pytest.approx(wanted["test_loss"], rel=0.01)
         assert found["test_accuracy"] == pytest.approx(wanted["test_accuracy"], abs=0.003)
     assert abs(first["test_loss"] / recorded[1]["test_loss"] - 1) > 0.02
+
+
+@pytest.mark.slow
+def test_the_nets_beside_their_sde():
+    """The distances of a path of the tanh net are the recorded ones, and not another seed's."""
+    config, lines = study_config(NetworkConfig, RESULTS / "theory_study" / "network")
+    recorded = {line["seed"]: line for line in lines if line["net"] == "tanh-average"}
+    try:
+        (images,) = _net.images([0], config.num_train)
+    except data.DatasetNotFoundError as error:
+        pytest.skip(f"FashionMNIST is not here: {error}")
+    compiled = network.beside(config, "tanh-average")
+    found = network.path(config, compiled, "tanh-average", 0, images, lambda gradients: None)
+    for kind in ("shared", "own"):
+        np.testing.assert_allclose(found[kind], recorded[0][kind], rtol=1e-2)
+        apart = np.abs(np.log(np.divide(recorded[1][kind], recorded[0][kind])))
+        assert apart.mean() > 0.1
 
 
 @pytest.mark.slow
