@@ -107,6 +107,30 @@ def beside_the_sde(rows: list[dict[str, Any]], time: float) -> Any:
     return table([*header, "Hotelling's statistic of a line (d.f.)"], found)
 
 
+def at_equal_loss(rows: list[dict[str, Any]]) -> Any:
+    """Quotients of local complexities at equal training loss, with intervals and Holm's p-values.
+
+    The noise floor is compared outside the family that Holm's method counts.
+    """
+    names = {"gd": "GD", "sgd": "SGD", "sgd-other-key": "SGD, another key", "cov": "M-SGD-Cov"}
+    found = []
+    for row in (row for row in rows if "ratio" in row):
+        first, second = (names[name] for name in row["compared"])
+        floor = "sgd-other-key" in row["compared"]
+        found.append(
+            [
+                f"{first} / {second}",
+                row["law"],
+                f"{row['target']:g}",
+                "{:.2f} [{:.2f}, {:.2f}]".format(*row["ratio"]),
+                "" if floor else f"{row['p']:.2g}",
+                f"{row['loss_ratio']:.3f}",
+            ]
+        )
+    header = ["quotient", "complexity", "training loss", "at equal loss", "Holm"]
+    return table([*header, "quotient of the losses"], found)
+
+
 def comparison(panel: str, which: str = "") -> Any:
     """A table of a panel: accuracies, differences from SGD-50, p-values by Holm's method.
 
