@@ -17,6 +17,7 @@ from experiments.decide import _datasets, _runs, settings, study
 from experiments.training import config, loop, runs
 from experiments.training.algorithms import ALGORITHMS, NoiseSettings
 from msgd_jax import noise
+from tests.support.fashion import fashion_mnist_or_skip
 
 
 def read(path):
@@ -159,14 +160,6 @@ def test_a_seed_does_not_depend_on_its_neighbours_or_on_the_evaluations():
     *_, (_, alone) = training.train_seeds(alone_plan, digits)
     np.testing.assert_allclose(together.train_loss[2], alone.train_loss[0], rtol=1e-4)
     assert together.train_loss[0] != together.train_loss[1]
-
-
-def fashion_mnist_or_skip():
-    """FashionMNIST, if this machine has it; otherwise the test is skipped."""
-    try:
-        return data.load("fashion_mnist", download=False)
-    except data.DatasetNotFoundError as error:
-        pytest.skip(f"the test needs the real images: {error}")
 
 
 @pytest.mark.slow

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import data, records, training
+from experiments import records, training
 from experiments.decide import _datasets, _records, _runs, settings
 from experiments.noise_study import EdgeConfig, _problem, edge
 from experiments.paper import accuracies, panels, report
 from experiments.theory import ComplexityConfig, SDEConfig, complexity, sde
 from experiments.theory_study import NetworkConfig, RegularizerConfig, _net, network, regularizer
 from experiments.training import loop, runs
+from tests.support.fashion import fashion_mnist_or_skip
 
 # Records were computed by programs that were compiled as users' are.
 pytestmark = pytest.mark.optimized
@@ -148,11 +149,8 @@ def test_a_panel_on_fashion_mnist():
         accuracies.of_finished(report.run_folder(RESULTS / "runs", one)) for one in (own, other)
     ]
     plan = dataclasses.replace(own, seeds=3)
-    try:
-        images = loop.load(plan)
-    except data.DatasetNotFoundError as error:
-        pytest.skip(f"FashionMNIST is not here: {error}")
-    found = itertools.islice(training.train_seeds(plan, images), 2)
+    fashion_mnist_or_skip()
+    found = itertools.islice(training.train_seeds(plan, loop.load(plan)), 2)
     start, first = (evaluation for _, evaluation in found)
     np.testing.assert_allclose(start.train_loss, recorded[0][0].train_loss[:3], rtol=1e-5)
     np.testing.assert_allclose(start.test_accuracy, recorded[0][0].test_accuracy[:3], atol=1e-3)
@@ -229,10 +227,8 @@ def test_the_nets_beside_their_sde():
     """The distances of a path of the tanh net are the recorded ones, and not another seed's."""
     config, lines = study_config(NetworkConfig, RESULTS / "theory_study" / "network")
     recorded = {line["seed"]: line for line in lines if line["net"] == "tanh-average"}
-    try:
-        (images,) = _net.images([0], config.num_train)
-    except data.DatasetNotFoundError as error:
-        pytest.skip(f"FashionMNIST is not here: {error}")
+    fashion_mnist_or_skip()
+    (images,) = _net.images([0], config.num_train)
     compiled = network.beside(config, "tanh-average")
     found = network.path(config, compiled, "tanh-average", 0, images, lambda gradients: None)
     for kind in ("shared", "own"):

@@ -12,13 +12,13 @@ import pytest
 import sklearn.datasets
 
 from experiments import data
-from experiments.data import fashion_mnist
 from tests.experiments.data.fashion_files import (
     PINNED_DIGITS,
     PINNED_FASHION,
     gzip_payload,
 )
 from tests.experiments.data.source_files import NUM_TRAIN, check_is_tiny
+from tests.support.fashion import fashion_mnist_or_skip
 
 # All data sets ------------------------------------------------------------------------------------
 
@@ -184,13 +184,7 @@ def test_number_of_training_images_out_of_range_is_refused(tiny, tmp_path, num_t
 @pytest.fixture(scope="module")
 def real_fashion() -> data.Dataset:
     """The real data set; without it, the tests that use it are skipped."""
-    try:
-        return data.load("fashion_mnist", seed=0, download=False)
-    except data.DatasetNotFoundError:
-        pytest.skip(
-            f"the real FashionMNIST is not on this machine ({fashion_mnist.DEBIAN_PACKAGE}, or a "
-            "copy in tensorflow-datasets' default folder)"
-        )
+    return fashion_mnist_or_skip()
 
 
 def test_real_fashion_mnist_has_the_sizes_of_the_paper(real_fashion):
