@@ -131,12 +131,14 @@ def at_equal_loss(rows: list[dict[str, Any]]) -> Any:
     return table([*header, "quotient of the losses"], found)
 
 
-def comparison(panel: str, which: str = "") -> Any:
+def comparison(folder: str, which: str = "") -> Any:
     """A table of a panel: accuracies, differences from SGD-50, p-values by Holm's method.
 
-    It is the one of the last evaluation, or which="-averaged" or "-constant" (see its page).
+    The folder is named after the panel, with "-large" if it was run at two scales. The table is the
+    one of the last evaluation, or which="-averaged" or "-constant" (see its page).
     """
-    with (RESULTS / panel / f"figure-{panel}{which}.csv").open() as lines:
+    panel = folder.removesuffix("-large")
+    with (RESULTS / folder / f"figure-{panel}{which}.csv").open() as lines:
         records = list(csv.DictReader(lines))
     rows = []
     for row in records:

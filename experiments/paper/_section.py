@@ -80,7 +80,7 @@ def _tables(
     sparse = [r for r in results if r.label.startswith("[M-SGD")]
     if len(of_sgd) == 2 and sparse:
         rows = accuracies.compare([of_sgd[1], *sparse], of_sgd[1].label)
-        tables.append(_Table("The same, minus SGD with batches as large", "-large", rows))
+        tables.append(_Table("The same, minus SGD with batches as large", "-large-batches", rows))
     before = ""
     if constant_until is not None:
         results = [accuracies.until(result, constant_until) for result in results]

@@ -230,7 +230,7 @@ def test_sparse_laws_are_compared_with_sgd_of_their_batch_size_too(tmp_path):
         augment=True,
     )
     text = _section.write(tmp_path, "x", "Title", plan, found)
-    with open(tmp_path / "x-large.csv") as file:
+    with open(tmp_path / "x-large-batches.csv") as file:
         large, sparse = csv.DictReader(file)
     assert large["verdict"] == "the reference"
     assert (large["label"], sparse["label"]) == ("SGD-250", "[M-SGD-Cov]-250")
@@ -242,4 +242,4 @@ def test_sparse_laws_are_compared_with_sgd_of_their_batch_size_too(tmp_path):
     assert setting in text
     # Without sparse laws, there is nothing to compare.
     _section.write(tmp_path, "y", "Title", plan, found[:3])
-    assert not (tmp_path / "y-large.csv").exists()
+    assert not (tmp_path / "y-large-batches.csv").exists()

@@ -102,7 +102,7 @@ def test_the_recorded_figures_are_drawn_again_from_their_runs(tmp_path, monkeypa
     monkeypatch.setattr(loop, "load", never)
     for panel, scale, tables in (
         ("1a", "large", ("", "-averaged", "-constant")),
-        ("3b", "medium", ("", "-large")),
+        ("3b", "medium", ("", "-large-batches")),
     ):
         options = ["--scale", scale, "--runs", str(results / "runs")]
         main(["figure", panel, *options, "--out", str(tmp_path / panel)])
