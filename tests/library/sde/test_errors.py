@@ -141,8 +141,11 @@ def test_without_the_shared_path_the_order_is_one_half(iterate):
     ],
 )
 def test_near_misses_of_the_coupling_lose_the_order(law, iterate, highest):
-    """The 95 % interval of the order ends below what is stated for each near miss."""
-    sweep = strong(law, iterate, substeps=2)
+    """The 95 % interval of the order ends below what is stated for each near miss.
+
+    With half as many paths, intervals are widened to up to 0.3, since the points are on no line.
+    """
+    sweep = strong(law, iterate, substeps=2, paths=512)
     assert sweep.order.interval[1] < highest
 
 
