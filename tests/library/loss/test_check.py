@@ -69,7 +69,8 @@ def counted():
 
 
 def numpys_random():
-    rng = np.random.default_rng()
+    # One number per evaluation, from a seed: two of them are within the tolerance once in 2,000.
+    rng = np.random.default_rng(0)
     return lambda params, batch: good(params, batch) + rng.normal()
 
 
