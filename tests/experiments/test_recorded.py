@@ -120,7 +120,7 @@ def test_a_panel_on_cifar10(panel):
     losses are more than twice as far. In 50 steps of the ResNet at its large rate, rounding grows
     to half of that distance: there the start alone is compared. Panel 2(a) has 2(b)'s SGD.
     """
-    recorded, found = of_sgd_and_another_key(panel, "medium")
+    recorded, found = of_sgd_and_another_key(panel, "medium", data_dir=cifar10())
     agree_at_the_start(next(found), recorded[0])
     if panel == "2b":
         _, first = next(found)
@@ -134,19 +134,23 @@ def test_a_panel_on_cifar10(panel):
 @pytest.mark.parametrize("panel", ["1c", "2a", "3b"])
 def test_the_start_of_a_panel_on_cifar10_that_a_graphics_card_made(panel):
     """Losses and accuracies before the first step, in full precision here and in TF32 there."""
-    recorded, found = of_sgd_and_another_key(panel, "large")
+    recorded, found = of_sgd_and_another_key(panel, "large", data_dir=cifar10())
     agree_at_the_start(next(found), recorded[0])
 
 
-def of_sgd_and_another_key(panel, scale):
-    """The records of both, and the evaluations of SGD made again."""
+def of_sgd_and_another_key(panel, scale, **changes):
+    """The records of both, and the evaluations of SGD made again with some settings changed."""
     plans = panels.PANELS[panel].at_scale(scale)
     own, other = (plan for plan in plans if plan.algorithm == "sgd")
     recorded = [
         accuracies.of_finished(report.run_folder(RESULTS / "runs", one)) for one in (own, other)
     ]
-    plan = dataclasses.replace(own, data_dir=pathlib.Path(os.environ["CIFAR10"]))
+    plan = dataclasses.replace(own, **changes)
     return recorded, training.train_seeds(plan, loop.load(plan))
+
+
+def cifar10():
+    return pathlib.Path(os.environ["CIFAR10"])
 
 
 def agree_at_the_start(found, recorded):
@@ -161,14 +165,9 @@ def test_a_panel_on_fashion_mnist():
 
     The near miss is SGD with another key, from whose record they are a hundred times as far.
     """
-    plans = panels.PANELS["1a"].at_scale("large")
-    own, other = (plan for plan in plans if plan.algorithm == "sgd")
-    recorded = [
-        accuracies.of_finished(report.run_folder(RESULTS / "runs", one)) for one in (own, other)
-    ]
-    plan = dataclasses.replace(own, seeds=3)
     fashion_mnist_or_skip()
-    found = itertools.islice(training.train_seeds(plan, loop.load(plan)), 2)
+    recorded, found = of_sgd_and_another_key("1a", "large", seeds=3)
+    found = itertools.islice(found, 2)
     start, first = (evaluation for _, evaluation in found)
     np.testing.assert_allclose(start.train_loss, recorded[0][0].train_loss[:3], rtol=1e-5)
     np.testing.assert_allclose(start.test_accuracy, recorded[0][0].test_accuracy[:3], atol=1e-3)
